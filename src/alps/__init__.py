@@ -1,0 +1,27 @@
+"""alps: one-shot pruning of large language models by optimisation."""
+
+from importlib.metadata import version
+
+from alps.api import evaluate, load, prune
+from alps.errors import AlpsError
+from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
+from alps.solvers.pattern import SemiStructured, Unstructured
+
+__version__ = version("alps-prune")
+
+__all__ = [
+    "METHODS",
+    "Alps",
+    "AlpsError",
+    "DSnoT",
+    "Magnitude",
+    "Refitted",
+    "SemiStructured",
+    "SparseGPT",
+    "Unstructured",
+    "Wanda",
+    "__version__",
+    "evaluate",
+    "load",
+    "prune",
+]

@@ -1,0 +1,14 @@
+"""`python -m alps` and the `alps` command."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line."""
+    from alps.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The same jobs as the command line's, for Python: prune a model in memory or on disk, evaluate a directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alps.card import model_card
+from alps.checkpoints.directory import check_target, new_directory
+from alps.config import SETTINGS_NAME, PruneSettings
+from alps.data.text import load_text
+from alps.data.windows import Windows, calibration_windows, evaluation_windows
+from alps.errors import ConfigError
+from alps.evaluation.perplexity import perplexity
+from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
+from alps.models.packaged import NAME as PACKAGED
+from alps.models.packaged import packaged_model
+from alps.models.save import save_model
+from alps.progress import Silent, Watcher
+from alps.report import (
+    REPORT_NAME,
+    CalibrationRecord,
+    DenseRecord,
+    EvaluationRecord,
+    RunReport,
+)
+from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.solvers import Method, get_method
+from alps.solvers.pattern import Pattern, Unstructured, parse_pattern
+from alps.stats import Needs
+from alps.walk import Walk, check_fit
+
+
+@dataclass
+class Loaded:
+    """A model in memory with its tokenizer and the name a user gave it."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+
+def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+    """Load a model and its tokenizer by directory, GGUF file, hub name, or the packaged name `smollm2-135m`."""
+    place = name
+    if name == PACKAGED:
+        place = str(packaged_model(tell))
+    return Loaded(name, load_model(place, parse_dtype(dtype)), load_tokenizer(place))
+
+
+def prune(
+    model: nn.Module | str | Path,
+    pattern: Pattern | str | float,
+    method: Method | str = "alps",
+    *,
+    calibration: str | Path | Tensor | None = None,
+    tokenizer: Any = None,
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+    measure_errors: bool = True,
+    watcher: Watcher | None = None,
+) -> RunReport:
+    """Prune a causal language model.
+
+    Args:
+        model: a model in memory, which is pruned in place, or what `alps prune` takes as MODEL.
+        pattern: `Unstructured(0.7)`, `SemiStructured(2, 4)`, or 0.7, "2:4".
+        method: a method object or its name.
+        calibration: token ids (windows, tokens), or a text as `alps prune --calibration` takes it (then a model in
+            memory needs its `tokenizer`). None only for a method that reads no inputs, with `measure_errors` off.
+        tokenizer: of a model in memory; saved with it, too.
+        samples, seqlen, seed: windows to draw when `calibration` is a text.
+        out: directory to write; needed when `model` is a name, since the pruned model would be lost.
+        device: where blocks are solved; `auto` is the first GPU, or the device a model in memory is on.
+        dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
+        offload: keep activations on the CPU between blocks.
+        measure_errors: see `alps.walk.Walk`.
+        watcher: told after every site.
+
+    Raises:
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
+    """
+    target = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
+    chosen = get_method(method) if isinstance(method, str) else method
+    if isinstance(model, nn.Module):
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
+        loaded, seconds = Loaded(name, model, tokenizer), 0.0
+        place = next(model.parameters()).device if device == "auto" else pick_device(device)
+    else:
+        if out is None:
+            raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
+        check_target(Path(out))
+        place = pick_device(device)
+        start = time.perf_counter()
+        loaded = load(str(model), dtype)
+        seconds = time.perf_counter() - start
+    if calibration is None or torch.is_tensor(calibration):
+        windows = None if calibration is None else Windows(calibration.cpu(), "token ids", len(calibration))
+    else:
+        windows = draw(loaded, str(calibration), samples, seqlen, seed)
+    walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())
+    report = run(loaded, walk, windows, seed if isinstance(calibration, str | Path) else None)
+    report.seconds = {"load": seconds, **report.seconds}
+    if out is not None:
+        write(loaded, report, Path(out))
+    return report
+
+
+def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None]) -> RunReport:
+    """What `alps prune` does: check everything that can be checked, then load, prune and write."""
+    target, method = settings.target(), settings.build_method()
+    parse_dtype(settings.dtype)
+    if settings.model != PACKAGED:
+        check_model_path(settings.model)
+    check_target(out)
+    walk = Walk(method, target, pick_device(settings.device), settings.offload, settings.errors, watcher)
+    text = None if walk.needs is Needs.NOTHING else load_text(settings.calibration, "calibration")
+    start = time.perf_counter()
+    loaded = load(settings.model, settings.dtype, tell)
+    seconds = time.perf_counter() - start
+    windows = None
+    if text is not None:
+        _check_length(loaded.model, settings.seqlen)
+        windows = calibration_windows(text, loaded.tokenizer, settings.samples, settings.seqlen, settings.seed)
+    report = run(loaded, walk, windows, settings.seed)
+    report.seconds = {"load": seconds, **report.seconds}
+    write(loaded, report, out, settings)
+    return report
+
+
+def draw(loaded: Loaded, calibration: str, samples: int, seqlen: int, seed: int) -> Windows:
+    """Seeded calibration windows for a model from a text.
+
+    Raises:
+        ConfigError: without a tokenizer, for a text that is too short, or windows longer than the model takes.
+    """
+    if loaded.tokenizer is None:
+        raise ConfigError("Calibration by text needs the model's tokenizer: pass `tokenizer`, or token ids as a tensor.")
+    _check_length(loaded.model, seqlen)
+    return calibration_windows(load_text(calibration, "calibration"), loaded.tokenizer, samples, seqlen, seed)
+
+
+def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
+    """Prune a loaded model in place and report on it."""
+    if windows is None and walk.needs is not Needs.NOTHING:
+        raise ConfigError(f"Method {walk.method.name} needs calibration text or token ids.")
+    start = time.perf_counter()
+    model = loaded.model
+    blocks = find_blocks(model)
+    check_fit(blocks, walk.pattern)
+    if windows is not None:
+        _check_ids(model, windows)
+    training = model.training
+    walk.run(model.eval(), blocks, None if windows is None else windows.ids)
+    model.train(training)
+    pruned = {site.parameter_name for block in blocks for site in block.sites} & {
+        f"{record.name}.weight" for record in walk.records
+    }
+    parameters = next(model.parameters())
+    return RunReport(
+        model=loaded.name,
+        architecture=type(model).__name__,
+        method=walk.method.name,
+        pattern=str(walk.pattern),
+        dtype=str(parameters.dtype).removeprefix("torch."),
+        device=str(walk.device),
+        calibration=None if windows is None else _calibration_record(windows, seed),
+        sites=walk.records,
+        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense_parameters(model, pruned)],
+        seconds={**walk.seconds, "total": time.perf_counter() - start},
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(walk.device),
+        versions=provenance(),
+    )
+
+
+def write(
+    loaded: Loaded, report: RunReport, out: Path, settings: PruneSettings | None = None, replaceable: str | None = None
+) -> None:
+    """Write model, tokenizer, report, card and settings to `out`, which appears whole or not at all."""
+    start = time.perf_counter()
+    with new_directory(out, replaceable) as folder:
+        save_model(loaded.model, loaded.tokenizer, folder)
+        report.seconds["save"] = time.perf_counter() - start
+        (folder / REPORT_NAME).write_text(report.to_json())
+        (folder / "README.md").write_text(model_card(report))
+        if settings is not None:
+            (folder / SETTINGS_NAME).write_text(settings.to_yaml())
+
+
+def evaluate(
+    loaded: Loaded,
+    texts: Sequence[str],
+    seqlen: int = 2048,
+    windows: int | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> list[EvaluationRecord]:
+    """Perplexity of a loaded model on each text; see `alps.evaluation.perplexity` for the convention.
+
+    Raises:
+        ConfigError: for a text that is missing or too short, or windows longer than the model takes.
+    """
+    place = pick_device(device)
+    _check_length(loaded.model, seqlen)
+    cut = [evaluation_windows(load_text(text, "evaluation"), loaded.tokenizer, seqlen, windows) for text in texts]
+    for one in cut:
+        _check_ids(loaded.model, one)
+    return [perplexity(loaded.model, one, loaded.name, place, watcher) for one in cut]
+
+
+def _check_length(model: nn.Module, seqlen: int) -> None:
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(limit, int) and seqlen > limit:
+        raise ConfigError(f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen.")
+
+
+def _check_ids(model: nn.Module, windows: Windows) -> None:
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if windows.ids.numel() and not 0 <= int(windows.ids.min()) <= int(windows.ids.max()) < size:
+        raise ConfigError(
+            f"Token ids of '{windows.source}' reach {int(windows.ids.max())}, outside the model's vocabulary of {size}: "
+            "the tokenizer does not belong to this model."
+        )
+
+
+def _calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
+    count, seqlen = windows.ids.shape
+    return CalibrationRecord(
+        source=windows.source,
+        windows=count,
+        seqlen=seqlen,
+        tokens=windows.tokens,
+        seed=seed,
+        sha256=windows.sha256,
+    )
+
+
+__all__ = ["Loaded", "Unstructured", "evaluate", "load", "prune", "prune_directory"]

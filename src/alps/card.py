@@ -1,0 +1,50 @@
+"""The model card of a pruned checkpoint: what was done to it and what that cost, for people who find the files."""
+
+from __future__ import annotations
+
+import yaml
+
+from alps.report import RunReport
+
+
+def model_card(report: RunReport) -> str:
+    """README.md of a pruned directory, with the front matter that model hubs read."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": report.model,
+        "tags": ["pruned", "sparse", report.method],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {report.model}, pruned to {report.pattern} with {report.method}",
+        "",
+        f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
+        "layers are zero; everything else is unchanged. The files are an ordinary dense checkpoint with zeros in it: "
+        "it loads with `AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is "
+        "packed or compressed.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method, pattern | {report.method}, {report.pattern} |",
+    ]
+    if report.mean_error is not None:
+        lines.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")
+        lines.append(f"| the same for magnitude pruning on the same inputs | {report.mean_magnitude_error:.4f} |")
+    if used := report.calibration:
+        lines.append(
+            f"| calibration | {used.source}: {used.windows} windows of {used.seqlen} tokens, seed {used.seed}, "
+            f"sha256 {used.sha256[:12]} |"
+        )
+    lines += [f"| {name} | {value} |" for name, value in report.versions.items()]
+    if report.evaluations:
+        lines += ["", "| perplexity of | text | windows x tokens | |", "|---|---|---|---:|"]
+        lines += [
+            f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {row.perplexity:.2f} |"
+            for row in report.evaluations
+        ]
+    lines += ["", "Every site's error, the solver's record and the time of each phase are in `report.json`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alps.errors import CheckpointError
+
+
+def check_target(out: Path, replaceable: str | None = None) -> None:
+    """Make sure that a directory can be put at `out`, before hours of work; leaves nothing behind.
+
+    Args:
+        out: must not exist, or be an empty directory, or hold a file called `replaceable`.
+
+    Raises:
+        CheckpointError: when it is a file, is not empty, or cannot be created.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"Output '{out}' is a file: give the name of a directory to create.")
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).is_file()):
+            raise CheckpointError(f"Output directory '{out}' is not empty: give a new name or empty it first.")
+        ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor))
+    except OSError as error:
+        raise CheckpointError(
+            f"Output directory '{out}' cannot be created ({error.strerror}): choose a place you can write to."
+        ) from None
+
+
+@contextmanager
+def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
+    """Fill a temporary neighbour of `out`, then rename it into place; on any error it is removed.
+
+    Args:
+        out: see `check_target`.
+        replaceable: a directory that holds a file of this name is replaced.
+
+    Raises:
+        CheckpointError: when the files cannot be written (a full disk, say).
+    """
+    check_target(out, replaceable)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        for file in partial.rglob("*"):
+            _sync(file)
+        if out.is_dir() and any(out.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"Output directory '{out}' cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

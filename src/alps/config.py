@@ -1,0 +1,152 @@
+"""The settings of a pruning run: validated, read from YAML, overridden by flags, saved beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from alps.errors import ConfigError, did_you_mean
+from alps.solvers import Method, Refitted, get_method
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
+
+SETTINGS_NAME = "alps.yaml"
+
+
+class PruneSettings(BaseModel):
+    """What `alps prune` was asked to do. Unknown keys are refused.
+
+    Attributes:
+        model: directory, GGUF file, hub name, or `smollm2-135m`.
+        sparsity: fraction of every site's weights to remove, or None when `pattern` is given.
+        pattern: N:M with the number kept first, or None when `sparsity` is given.
+        method: a name of `alps.solvers.METHODS`.
+        options: hyper-parameters of the method by name; nested for ALPS's `admm`.
+        refit: optimal weights on the method's support, by conjugate gradients.
+        calibration: a text, see `alps.data.text.load_text`.
+        samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
+        device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
+        offload: keep activations on the CPU between blocks.
+        errors: measure every site's reconstruction error, also for methods that do without the Gram.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: str = "alps"
+    options: dict[str, Any] = {}
+    refit: bool = False
+    calibration: str = "c4"
+    samples: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: bool = False
+    errors: bool = True
+
+    def target(self) -> Pattern:
+        """The pattern asked for.
+
+        Raises:
+            ConfigError: when both or neither of `sparsity` and `pattern` are given, or one is out of range.
+        """
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ConfigError("Give either --sparsity (such as 0.7) or --pattern (such as 2:4), and not both.")
+        if self.sparsity is not None:
+            return Unstructured(self.sparsity)
+        assert self.pattern is not None
+        pattern = parse_pattern(self.pattern)
+        if not isinstance(pattern, SemiStructured):
+            raise ConfigError(f"Pattern '{self.pattern}' is not N:M: write 2:4, or use --sparsity for a fraction.")
+        return pattern
+
+    def build_method(self) -> Method:
+        """The method with its options.
+
+        Raises:
+            ConfigError: for an unknown method or option, or an option of the wrong kind.
+        """
+        base = _with_options(get_method(self.method), self.options, f"options of method '{self.method}'")
+        return Refitted(base) if self.refit else base
+
+    def to_yaml(self) -> str:
+        """The resolved settings, one key a line."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings:
+    """Settings from a YAML file, with every override that is not None on top.
+
+    A `sparsity` override also clears the file's `pattern`, and the other way round.
+
+    Raises:
+        ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind.
+    """
+    values = _read_yaml(path) if path else {}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
+        if key in given and other not in given:
+            values.pop(other, None)
+    if isinstance(values.get("sparsity"), int):
+        values["sparsity"] = float(values["sparsity"])
+    try:
+        return PruneSettings.model_validate({**values, **given})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, str(path) if path else "the command line")) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"Configuration '{path}' cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"Configuration '{path}' is not valid YAML{where}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"Configuration '{path}' must be a mapping of settings, one 'key: value' a line.")
+    return values
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"Setting '{key}' in {where} is unknown.{did_you_mean(key, PruneSettings.model_fields)}"
+    if first["type"] == "missing":
+        return f"Setting '{key}' is missing in {where}."
+    return f"Setting '{key}' in {where} is wrong: {first['msg'].lower()}, not {first['input']!r}."
+
+
+def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
+    """A copy of a frozen dataclass with some of its fields replaced, checked against their types."""
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    changes = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise ConfigError(
+                f"Setting '{key}' is not among the {where} ({', '.join(fields) or 'it has none'})."
+                f"{did_you_mean(str(key), fields)}"
+            )
+        current = getattr(method, key)
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            changes[key] = _with_options(current, value, f"{key} {where}")
+            continue
+        try:
+            changes[key] = TypeAdapter(_hints(method)[key]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(
+                f"Setting '{key}' of the {where} is wrong: {error.errors()[0]['msg'].lower()}, not {value!r}."
+            ) from None
+    return dataclasses.replace(method, **changes)
+
+
+def _hints(method: Any) -> dict[str, Any]:
+    return get_type_hints(type(method))

@@ -1,0 +1,94 @@
+"""Windows of equally many tokens: seeded ones for calibration, consecutive ones for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alps.data.text import Text
+from alps.errors import ConfigError
+
+# Separators between documents of pre-training text, where the tokenizer's end-of-sequence token may be that of a chat.
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids, shape (windows, seqlen), and where they come from.
+
+    Attributes:
+        ids: int64 token ids.
+        source: name of the text.
+        available: whole windows that the text would have given.
+        sha256: of the ids as little-endian int64: equal hashes are equal calibrations.
+    """
+
+    ids: Tensor
+    source: str
+    available: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+
+def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Windows:
+    """Draw windows without overlap from the text.
+
+    The documents are joined by the tokenizer's document separator and cut into consecutive windows, from a
+    seeded offset; `samples` of them are drawn by a seeded permutation.
+
+    Raises:
+        ConfigError: when the text is too short for that many windows.
+    """
+    ids = _tokenize(text.rows, tokenizer)
+    available = len(ids) // seqlen
+    if available < samples:
+        raise ConfigError(
+            f"Calibration text '{text.name}' has {len(ids)} tokens, enough for {available} windows of {seqlen}; "
+            f"{samples} were asked for: give more text, or lower --samples or --seqlen."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
+    grid = ids[offset : offset + available * seqlen].view(available, seqlen)
+    chosen = torch.randperm(available, generator=generator)[:samples]
+    return Windows(grid[chosen].clone(), text.name, available)
+
+
+def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Windows:
+    """The first `limit` (or all) consecutive windows of the text, rows joined by a blank line; the rest is dropped.
+
+    Raises:
+        ConfigError: when the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text.joined, verbose=False).input_ids, dtype=torch.int64)
+    available = len(ids) // seqlen
+    if available < 1:
+        raise ConfigError(
+            f"Text '{text.name}' has {len(ids)} tokens, too few for one window of {seqlen}: lower --seqlen."
+        )
+    windows = ids[: available * seqlen].view(available, seqlen)
+    return Windows(windows[:limit].clone(), text.name, available)
+
+
+def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:
+    separator = _separator(tokenizer)
+    pieces = tokenizer([row for row in rows if row.strip()], add_special_tokens=False, verbose=False).input_ids
+    stream = [token for piece in pieces for token in ([*piece, separator] if separator is not None else piece)]
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def _separator(tokenizer: Any) -> int | None:
+    vocabulary = tokenizer.get_vocab()
+    for word in _SEPARATORS:
+        if word in vocabulary:
+            return int(vocabulary[word])
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)

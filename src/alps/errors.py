@@ -1,0 +1,35 @@
+"""What a user can get wrong, or a model can be: one sentence each, with what, where and the remedy.
+
+The command line turns every `AlpsError` into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlpsError(Exception):
+    """Base of all errors that are the user's to mend; the message is complete without a traceback."""
+
+
+class ConfigError(AlpsError):
+    """A setting, path or text that cannot be used as given."""
+
+
+class UnsupportedModel(AlpsError):
+    """A model whose blocks or sites cannot be found or pruned."""
+
+
+class SolveFailed(AlpsError):
+    """A layer problem without a usable answer; names the site and the remedy."""
+
+
+class CheckpointError(AlpsError):
+    """A directory that cannot be read as a checkpoint or must not be written to."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

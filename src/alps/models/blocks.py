@@ -1,0 +1,85 @@
+"""Find the decoder blocks of any Hugging Face causal language model, and say what lies outside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from alps.errors import UnsupportedModel
+from alps.models.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: its index, dotted name, module and sites."""
+
+    index: int
+    name: str
+    module: nn.Module
+    sites: list[Site]
+
+
+@dataclass(frozen=True)
+class DenseParameter:
+    """A matrix-like parameter that is not pruned: name, shape, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The decoder blocks: the members of the longest `ModuleList` of modules of one class that hold sites.
+
+    Raises:
+        UnsupportedModel: when there is no such list, or the model is an encoder-decoder.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be pruned."
+        )
+    lists = [
+        (name, child)
+        for name, child in model.named_modules()
+        if isinstance(child, nn.ModuleList)
+        and len({type(block) for block in child}) == 1
+        and all(find_sites("", block) for block in child)
+    ]
+    if not lists:
+        raise UnsupportedModel(
+            f"No list of decoder blocks with linear layers was found in {type(model).__name__}: "
+            "use a decoder-only model that transformers loads with AutoModelForCausalLM."
+        )
+    # Lists nested inside a block (experts, say) are never longer than their parameters: compare by size then.
+    name, blocks = max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    return [Block(i, f"{name}.{i}", block, find_sites(f"{name}.{i}", block)) for i, block in enumerate(blocks)]
+
+
+def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]:
+    """Every parameter with two or more dimensions that is not in `pruned` (parameter names), with the reason.
+
+    Norm weights and biases have one dimension and are never candidates.
+    """
+    embeddings = {
+        id(module.weight)
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if (module := getattr(model, name)()) is not None
+    }
+    embeddings |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside = tuple(f"{block.name}." for block in find_blocks(model))
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name in pruned:
+            continue
+        if id(parameter) in embeddings:
+            reason = "embedding or output head"
+        elif not name.startswith(inside):
+            reason = "outside the decoder blocks"
+        elif parameter.ndim > 2:
+            reason = f"fused {parameter.ndim}-D weights are not supported"
+        else:
+            reason = "not a linear map that received calibration inputs"
+        rows.append(DenseParameter(name, tuple(parameter.shape), reason))
+    return rows

@@ -1,0 +1,157 @@
+"""Load a causal language model and its tokenizer from a directory, a GGUF file or, when asked by name, a hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from alps.errors import ConfigError, UnsupportedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """`auto` gives None (keep the checkpoint's dtype); otherwise one of `DTYPES`.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise ConfigError(f"Dtype '{name}' is unknown: choose auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model is named like a path: it exists, is absolute, starts with a dot or `~`, or ends in .gguf."""
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.endswith(".gguf")
+
+
+def check_model_path(name: str) -> None:
+    """Refuse a local model that cannot be one, before anything slow begins.
+
+    Raises:
+        ConfigError: when the path does not exist, or is a directory without config.json.
+    """
+    path = Path(name).expanduser()
+    if not looks_local(name):
+        if name.count("/") != 1:
+            raise ConfigError(
+                f"Model '{name}' is neither an existing directory or GGUF file nor a hub name of the form owner/name."
+            )
+        return
+    if not path.exists():
+        raise ConfigError(f"Model '{name}' does not exist: give a directory, a .gguf file or a hub name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"Model directory '{name}' has no config.json: it is not a Hugging Face checkpoint.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(f"Model '{name}' is a file but not a .gguf: give the directory of the checkpoint.")
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a causal language model on the CPU, in evaluation mode, with its cache off.
+
+    Args:
+        name: directory, GGUF file, or hub name.
+        dtype: None keeps the dtype of the checkpoint (float32 weights of a GGUF become bfloat16).
+
+    Raises:
+        ConfigError: when the path is missing, or the hub cannot be reached.
+        UnsupportedModel: when transformers has no causal language model of that kind.
+    """
+    check_model_path(name)
+    source, extra = _source(name)
+    if extra:
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+        extra["dtype"] = dtype or torch.bfloat16
+    else:
+        extra["dtype"] = dtype or "auto"
+    with quiet(), _readable(name):
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **extra)
+    _check_complete(name, model, info)
+    _forget_quantization(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside the model, from the same kinds of places.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    source, extra = _source(name)
+    with quiet(), _readable(name):
+        return AutoTokenizer.from_pretrained(source, **extra)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(path.resolve().parent), {"gguf_file": path.name}
+    return (str(path) if looks_local(name) else name), {}
+
+
+def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    # transformers fills what a checkpoint lacks with random numbers and only logs it.
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ConfigError(
+            f"Checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
+            "it is incomplete or stored in a format that this transformers does not read."
+        )
+    if any(not p.is_floating_point() for p in model.parameters()):
+        raise UnsupportedModel(f"Checkpoint '{name}' holds quantized weights: prune the unquantized model.")
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """A GGUF model is dense once loaded; what is left of its quantizer would make `save_pretrained` refuse."""
+    config: Any = model.config
+    if getattr(config, "quantization_config", None) is not None:
+        if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is None or "gguf" not in str(
+            config.quantization_config
+        ).lower():
+            raise UnsupportedModel("The model is quantized: prune the unquantized checkpoint instead.")
+        del config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(attribute, None)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what transformers raises for an unusable checkpoint into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        kind = UnsupportedModel if "Unrecognized configuration class" in reason else ConfigError
+        raise kind(f"Model '{name}' cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own bars and load messages: what matters of them is checked and raised."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    tqdm = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+        if tqdm is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = tqdm

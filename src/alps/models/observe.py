@@ -1,0 +1,119 @@
+"""Collect the input statistics of a block's sites; sites fed by the same tensor share one record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alps.models.blocks import Block
+from alps.models.capture import BlockInputs
+from alps.models.sites import Site
+from alps.stats import InputStats, Needs
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """The statistics of one input and all the sites that read it (q, k and v; gate and up)."""
+
+    stats: InputStats
+    sites: list[Site]
+
+
+@dataclass
+class Observation:
+    """What one pass over the calibration batches saw.
+
+    Attributes:
+        shared: the distinct inputs, in the order in which they appear in the forward.
+        unused: sites that received nothing.
+        seconds: time spent summing statistics, a part of the pass.
+    """
+
+    shared: list[SharedInput]
+    unused: list[Site]
+    seconds: float
+
+
+class _Collector:
+    """Hooks for one pass: the first batch finds out who shares an input, the others only watch one site each."""
+
+    def __init__(self, needs: Needs, device: torch.device) -> None:
+        self.needs, self.device = needs, device
+        self.shared: list[SharedInput] = []
+        self.seconds = 0.0
+        self._seen: list[Tensor] = []  # held during the first batch, so that identity means the same tensor
+
+    def first(self, site: Site, x: Tensor) -> None:
+        for tensor, shared in zip(self._seen, self.shared, strict=True):
+            if tensor is x and site not in shared.sites:
+                shared.sites.append(site)
+                return
+        owner = next((shared for shared in self.shared if site in shared.sites), None)
+        if owner is None:
+            owner = SharedInput(InputStats.zeros(site.shape[1], self.needs, self.device), [site])
+            self._seen.append(x)
+            self.shared.append(owner)
+        self._add(owner, x)
+
+    def later(self, site: Site, x: Tensor) -> None:
+        self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
+
+    def end_first(self) -> None:
+        self._seen.clear()
+
+    def _add(self, shared: SharedInput, x: Tensor) -> None:
+        start = self._now()
+        shared.stats.update(x)
+        self.seconds += self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.device) -> Observation:
+    """Run `block` over all batches and sum up what its sites receive.
+
+    Args:
+        block: the block, already on `device`.
+        inputs: hidden states and arguments of this block.
+        needs: what to collect.
+        device: where the forward runs and the sums live.
+    """
+    collector = _Collector(needs, device)
+    with torch.no_grad():
+        with _watching(block.sites, collector.first):
+            inputs.run(block.index, block.module, 0, device)
+        collector.end_first()
+        with _watching([shared.sites[0] for shared in collector.shared], collector.later):
+            for batch in range(1, len(inputs.hidden)):
+                inputs.run(block.index, block.module, batch, device)
+    seen = {site.name for shared in collector.shared for site in shared.sites}
+    return Observation(
+        collector.shared, [site for site in block.sites if site.name not in seen], collector.seconds
+    )
+
+
+@contextmanager
+def _watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call `callback(site, input)` before every forward of a site for the time of the body."""
+
+    def hook(site: Site) -> Callable[..., None]:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            callback(site, args[0] if args else next(iter(kwargs.values())))
+
+        return before
+
+    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

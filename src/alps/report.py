@@ -1,0 +1,173 @@
+"""The record of a run: what was pruned, how well, at what cost, and on which inputs. Becomes `report.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from alps.errors import CheckpointError
+from alps.solvers.base import SolveInfo
+
+REPORT_NAME = "report.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LayerRecord(_Record):
+    """One site.
+
+    Attributes:
+        name, block, kind: dotted name, index of its block, last part of the name.
+        shape: (out, in).
+        entries, zeros: weights of the site, and how many of them are zero as written.
+        error: relative reconstruction error of the weights as written, in the checkpoint's dtype; None when the
+            run did not collect the Gram.
+        magnitude_error: the same for magnitude pruning of this site on the same inputs.
+        solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
+    """
+
+    name: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    entries: int
+    zeros: int
+    error: float | None
+    magnitude_error: float | None
+    solve: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.entries
+
+
+class DenseRecord(_Record):
+    """A parameter with two or more dimensions that was left dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class CalibrationRecord(_Record):
+    """The calibration windows: source, count, length, seed, hash of the token ids."""
+
+    source: str
+    windows: int
+    seqlen: int
+    tokens: int
+    seed: int | None
+    sha256: str
+
+
+class EvaluationRecord(_Record):
+    """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential."""
+
+    model: str
+    text: str
+    windows: int
+    seqlen: int
+    predicted_tokens: int
+    loss: float
+    perplexity: float
+
+
+class RunReport(_Record):
+    """Everything about one pruning run.
+
+    Attributes:
+        model: name as given by the user; architecture: its class.
+        method, pattern: what was asked for.
+        calibration: None for a method that reads no inputs.
+        sites, dense: what was pruned, and what was not with the reason.
+        seconds: wall time by phase: load, capture, forward (both passes of every block), gram, prepare, solve
+            (admm, refit, sweep, select, swap inside it), errors, write, save, total.
+        peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
+        versions: packages, machine, commit.
+        evaluations: perplexities measured in the same run, dense and pruned, if any.
+    """
+
+    model: str
+    architecture: str
+    method: str
+    pattern: str
+    dtype: str
+    device: str
+    calibration: CalibrationRecord | None
+    sites: list[LayerRecord] = []
+    dense: list[DenseRecord] = []
+    seconds: dict[str, float] = {}
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+    versions: dict[str, str] = {}
+    evaluations: list[EvaluationRecord] = []
+
+    @property
+    def entries(self) -> int:
+        """Weights of all sites."""
+        return sum(site.entries for site in self.sites)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of all sites."""
+        return sum(site.zeros for site in self.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the weights of all sites."""
+        return self.zeros / self.entries if self.entries else 0.0
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over sites of the relative reconstruction error; None when errors were not measured."""
+        return _mean([site.error for site in self.sites])
+
+    @property
+    def mean_magnitude_error(self) -> float | None:
+        """Mean over sites of what magnitude pruning would have left on the same inputs."""
+        return _mean([site.magnitude_error for site in self.sites])
+
+    def to_json(self) -> str:
+        """The report with its summary first, as JSON."""
+        summary = {
+            "sparsity": self.sparsity,
+            "zeros": self.zeros,
+            "entries": self.entries,
+            "mean_error": self.mean_error,
+            "mean_magnitude_error": self.mean_magnitude_error,
+        }
+        return json.dumps({"summary": summary, **self.model_dump(mode="json")}, indent=1, allow_nan=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunReport | None:
+        """The report of a pruned directory; None when it has none.
+
+        Raises:
+            CheckpointError: when the file is there but is not such a report.
+        """
+        path = folder / REPORT_NAME
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text())
+            data.pop("summary", None)
+            return cls.model_validate(data)
+        except (ValueError, AttributeError, ValidationError):
+            raise CheckpointError(f"'{path}' is not a report of this program: remove or replace it.") from None
+
+
+def solve_record(info: SolveInfo) -> dict[str, Any]:
+    """A solver's record as plain JSON values."""
+    return {**asdict(info), "status": str(info.status)}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

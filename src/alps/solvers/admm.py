@@ -1,0 +1,130 @@
+"""The operator splitting of ALPS: find a support by driving two copies of the weights together.
+
+legend  W     weights, free of the pattern                              (out, in)   Eq. 3
+        D     weights, under the pattern                                (out, in)   Eq. 3
+        V     multiplier of W = D; lives on the pruned entries only     (out, in)   Eq. 4
+        H     Hessian with unit diagonal                                (in, in)
+        C     right-hand side, W_dense H                                (out, in)
+        rho   penalty on ||W - D||^2, grown by a schedule               scalar      Eq. 5
+        k     number of entries that stay                               scalar
+        s     entries by which the support of D changed since a check   scalar
+ALPS (arXiv 2406.07831), Section 3.1 and Theorem 1. The early stop, the iteration limit and the restart with
+a smaller penalty are in the authors' code and not in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alps.solvers.base import Status, TracePoint
+from alps.solvers.hessian import ScaledHessian
+from alps.solvers.pattern import Pattern, keep_largest
+
+
+@dataclass(frozen=True)
+class AdmmSettings:
+    """The penalty schedule and the stopping rules.
+
+    Attributes:
+        rho: first penalty; dimensionless, because H has unit diagonal.
+        check_every: iterations between two looks at the support.
+        growth: (share of k that changed, factor on rho), largest share first; a smaller but nonzero change
+            takes the last factor.
+        max_iterations: at most so many, restarts included.
+        settle_after: from this iteration on a change below `settle_share` of k ends the loop.
+        settle_share: see `settle_after`.
+        restart_share: when the first checks move less than this share of k, the penalty is too stiff: the loop
+            starts over with `rho * restart_factor`.
+        restart_factor: see `restart_share`.
+        max_restarts: at most so many; an input that is nearly white has nothing to move.
+    """
+
+    rho: float = 0.1
+    check_every: int = 3
+    growth: tuple[tuple[float, float], ...] = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+    max_iterations: int = 300
+    settle_after: int = 30
+    settle_share: float = 3e-4
+    restart_share: float = 0.005
+    restart_factor: float = 0.2
+    max_restarts: int = 4
+
+
+@dataclass
+class AdmmResult:
+    """The projected weights D (out, in), their support, and how the loop went."""
+
+    D: Tensor
+    mask: Tensor
+    status: Status
+    iterations: int
+    restarts: int
+    gap: float
+    trace: list[TracePoint]
+
+
+def run(hessian: ScaledHessian, dense: Tensor, C: Tensor, pattern: Pattern, settings: AdmmSettings) -> AdmmResult:
+    """Run the splitting from the magnitude projection of the scaled dense weight.
+
+    Args:
+        hessian: H with unit diagonal and its shifted inverses.
+        dense: dense weight in scaled coordinates, shape (out, in).
+        C: right-hand side in scaled coordinates, shape (out, in).
+        pattern: what must be kept.
+        settings: schedule and stopping rules.
+    """
+    k = dense.numel() - pattern.pruned_count(dense.numel())
+    first_mask = keep_largest(dense.abs(), pattern)
+    first_D = torch.where(first_mask, dense, 0.0)
+    D, V, mask_at_check = first_D, torch.zeros_like(dense), first_mask
+    rho, grown, restarts, trace = settings.rho, False, 0, list[TracePoint]()
+    status, iteration, gap, mask = Status.MAX_ITERATIONS, 0, 0.0, first_mask
+    for iteration in range(1, settings.max_iterations + 1):
+        W = w_step(hessian.inverse(rho), C, D, V, rho)
+        D, V, mask = project(W, V, rho, pattern)
+        if iteration % settings.check_every:
+            continue
+        change = int((mask ^ mask_at_check).sum())
+        gap = float((W - D).norm() / W.norm().clamp_min(1e-38))
+        trace.append(TracePoint(iteration, rho, change, gap))
+        mask_at_check = mask
+        if not grown and change < settings.restart_share * k and restarts < settings.max_restarts:
+            restarts, rho = restarts + 1, rho * settings.restart_factor
+            D, V, mask_at_check = first_D, torch.zeros_like(dense), first_mask
+            continue
+        grown = True
+        if change == 0:
+            status = Status.CONVERGED
+            break
+        if iteration > settings.settle_after and change < settings.settle_share * k:
+            status = Status.SETTLED
+            break
+        rho = grow(rho, change / k, settings)
+    return AdmmResult(D, mask, status, iteration, restarts, gap, trace)
+
+
+def w_step(inverse: Tensor, C: Tensor, D: Tensor, V: Tensor, rho: float) -> Tensor:
+    """W = (C - V + rho D)(H + rho I)^{-1}: the minimiser of the augmented Lagrangian over W (Eq. 4)."""
+    return torch.add(C, D, alpha=rho).sub_(V) @ inverse
+
+
+def project(W: Tensor, V: Tensor, rho: float, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+    """D = P_k(W + V / rho), then V <- V + rho (W - D), and the support of D (Eq. 4).
+
+    Since D equals W + V / rho on its support, the new V is rho (W + V / rho) off the support and zero on it.
+    """
+    Z = torch.add(W, V, alpha=1 / rho)
+    mask = keep_largest(Z.abs(), pattern)
+    D = torch.where(mask, Z, 0.0)
+    return D, Z.sub_(D).mul_(rho), mask
+
+
+def grow(rho: float, share: float, settings: AdmmSettings) -> float:
+    """The next penalty after a check at which `share` of the kept entries changed (Eq. 5)."""
+    for threshold, factor in settings.growth:
+        if share >= threshold:
+            return rho * factor
+    return rho

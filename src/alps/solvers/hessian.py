@@ -1,0 +1,125 @@
+"""Damping, unit-diagonal scaling and factorisations of the layer Hessian.
+
+legend  G    Gram of the inputs, X^T X                      (in, in)
+        lam  damping, `fraction` * mean(diag(G))            scalar
+        H    G + lam I                                      (in, in)
+        E    Diag(H)^{-1/2}, kept as a vector               (in,)
+ALPS (arXiv 2406.07831), Section 3: the problem is solved for E H E, which has a unit diagonal, and W E^{-1}.
+The text of the paper says lam = 0.01 Tr(G); its authors' code uses the mean of the diagonal, as here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alps.errors import SolveFailed
+from alps.stats import InputStats
+
+# Inverses kept for the other sites of the same input, which begin with the same penalties.
+_CACHE_BYTES = 2**28
+
+
+def damping_of(stats: InputStats, fraction: float) -> float:
+    """The absolute damping lam; 1 for inputs that are zero throughout, which leaves H = I and W's size to decide."""
+    mean = float(stats.square.mean(dtype=torch.float64))
+    return fraction * mean if mean > 0 else 1.0
+
+
+def damped(stats: InputStats, fraction: float) -> tuple[Tensor, float]:
+    """H = G + lam I as a fresh (in, in) float32 matrix, and lam."""
+    damping = damping_of(stats, fraction)
+    hessian = stats.gram()
+    hessian.diagonal().add_(damping)
+    return hessian, damping
+
+
+@dataclass
+class ScaledHessian:
+    """E H E with unit diagonal, the scale E, and the inverses of E H E + rho I that were asked for.
+
+    Attributes:
+        matrix: E H E, shape (in, in), float32.
+        scale: E, shape (in,); a weight is `W / scale` inside the scaled problem.
+        damping: the absolute lam inside H.
+        notes: what a user should know about these inputs.
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    damping: float
+    notes: list[str] = field(default_factory=list)
+    _inverses: dict[float, Tensor] = field(default_factory=dict)
+
+    def inverse(self, rho: float) -> Tensor:
+        """(E H E + rho I)^{-1}, shape (in, in), by Cholesky: n^3 flops, no eigendecomposition.
+
+        Raises:
+            SolveFailed: when the matrix is not positive definite, which damped finite sums never are.
+        """
+        if rho not in self._inverses:
+            shifted = self.matrix.clone()
+            shifted.diagonal().add_(rho)
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            if int(failed):
+                raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
+            # A lone Cholesky inverse is symmetric only to rounding; products with it do not care.
+            inverse = torch.cholesky_inverse(factor)
+            if (len(self._inverses) + 1) * inverse.nbytes > _CACHE_BYTES:
+                return inverse
+            self._inverses[rho] = inverse
+        return self._inverses[rho]
+
+    def undamped_energy(self, delta: Tensor) -> float:
+        """||X (delta E)^T||_F^2 for `delta` (out, in) in scaled coordinates: the damping's share taken out."""
+        with_damping = ((delta @ self.matrix) * delta).sum(dtype=torch.float64)
+        share = self.damping * (delta.square().sum(dim=0) * self.scale.square()).sum(dtype=torch.float64)
+        return float((with_damping - share).clamp_min(0))
+
+
+def scaled(stats: InputStats, fraction: float) -> ScaledHessian:
+    """Damp and scale the Gram to unit diagonal.
+
+    Args:
+        stats: sums of the inputs, with a Gram.
+        fraction: damping as a fraction of the Gram's mean diagonal.
+    """
+    hessian, damping = damped(stats, fraction)
+    scale = hessian.diagonal().rsqrt()
+    hessian.mul_(scale).mul_(scale[:, None])
+    hessian.diagonal().fill_(1.0)
+    notes = []
+    if dead := int((stats.square == 0).sum()):
+        notes.append(f"{dead} of {len(scale)} inputs were zero on every calibration token")
+    if stats.tokens < len(scale):
+        notes.append(f"{stats.tokens} calibration tokens for {len(scale)} inputs: use more samples")
+    return ScaledHessian(hessian, scale, damping, notes)
+
+
+def inverse_factor(stats: InputStats, fraction: float) -> tuple[Tensor, float, list[str]]:
+    """Upper Cholesky factor of H^{-1}, as SparseGPT sweeps with it.
+
+    Computed in float64: rounding in H^{-1} grows with the condition number, which the damping only bounds
+    by in / fraction. When the factorisation fails the damping is raised tenfold, at most three times, and a
+    note says so.
+
+    Returns:
+        The factor U (in, in) in float32 with U^T U = H^{-1}, the damping used, and notes.
+
+    Raises:
+        SolveFailed: when no damping in reach makes H positive definite.
+    """
+    notes: list[str] = []
+    for attempt in range(4):
+        raised = fraction * 10**attempt
+        hessian, damping = damped(stats, raised)
+        factor, failed = torch.linalg.cholesky_ex(hessian.double())
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper.float(), damping, notes
+        notes = [f"damping raised to {raised * 10:g} of the mean diagonal"]
+    raise SolveFailed("the Hessian stays indefinite under any damping: the calibration inputs are unusable")

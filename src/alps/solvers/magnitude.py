@@ -1,0 +1,37 @@
+"""Magnitude pruning: the smallest weights of a site go, the others stay as they are.
+
+Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015,
+arXiv 1506.02626, with one threshold for each matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alps.solvers.base import Method, Solution, SolveInfo
+from alps.solvers.pattern import Pattern, keep_largest
+from alps.stats import InputStats, Needs
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Keep the entries of largest |W|, over the whole matrix."""
+
+    @property
+    def name(self) -> str:
+        return "magnitude"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.NOTHING
+
+    def prepare(self, stats: InputStats) -> None:  # noqa: ARG002 - nothing of the inputs is used
+        return None
+
+    def _solve(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:  # noqa: ARG002
+        info = SolveInfo()
+        with info.timed("select"):
+            mask = keep_largest(weight.abs(), pattern)
+        return Solution(weight, mask, info)

@@ -1,0 +1,100 @@
+"""SparseGPT: prune column by column, correcting the columns to the right by optimal brain surgery.
+
+legend  W  weight, corrected as the sweep goes on              (out, in)
+        U  upper Cholesky factor of H^{-1}, U^T U = H^{-1}     (in, in)
+        Q  error of a column divided by its U_jj               (out, block)
+Frantar, Alistarh: SparseGPT, ICML 2023, arXiv 2301.00774: Algorithm 1 (sweep), Section 3.2 (adaptive mask, one
+selection of W_ij^2 / U_jj^2 per block of columns), Section 3.3 (N:M inside the sweep). H = X^T X + 0.01 mean(diag) I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alps.solvers.base import Method, Solution, SolveInfo
+from alps.solvers.hessian import inverse_factor
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest, top_mask
+from alps.stats import InputStats, Needs
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper Cholesky factor of the inverse Hessian (in, in), the damping used, and notes."""
+
+    upper: Tensor
+    damping: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """SparseGPT with the defaults of its paper.
+
+    Attributes:
+        damping: as a fraction of the Gram's mean diagonal.
+        block: columns per mask selection and per lazy update; rounded down to whole groups for N:M.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+
+    @property
+    def name(self) -> str:
+        return "sparsegpt"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAM
+
+    def prepare(self, stats: InputStats) -> InverseFactor:
+        return InverseFactor(*inverse_factor(stats, self.damping))
+
+    def _solve(self, weight: Tensor, state: InverseFactor, pattern: Pattern) -> Solution:
+        info = SolveInfo(damping=state.damping, notes=list(state.notes))
+        W, U = weight.clone(), state.upper
+        mask = torch.empty_like(W, dtype=torch.bool)
+        with info.timed("sweep"):
+            for start, stop in self._blocks(W.shape[1], pattern):
+                Q = _sweep_block(W[:, start:stop], U[start:stop, start:stop], mask, start, pattern)
+                W[:, stop:].addmm_(Q, U[start:stop, stop:], alpha=-1)
+        return Solution(W, mask, info)
+
+    def _blocks(self, columns: int, pattern: Pattern) -> list[tuple[int, int]]:
+        width = self.block
+        if isinstance(pattern, SemiStructured):
+            width = max(width // pattern.group, 1) * pattern.group
+        return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _sweep_block(W: Tensor, U: Tensor, mask: Tensor, start: int, pattern: Pattern) -> Tensor:
+    """Prune the columns of W (a view, corrected in place) from left to right; fill their part of `mask`.
+
+    Returns:
+        The scaled errors Q (out, block), with which all later columns are corrected at once.
+    """
+    width = W.shape[1]
+    keep = mask[:, start : start + width]
+    Q = torch.empty_like(W)
+    diagonal = U.diagonal()
+    if isinstance(pattern, Unstructured):
+        keep.copy_(_adaptive_mask(W.square() / diagonal.square(), mask.shape[1], start, pattern))
+    for j in range(width):
+        if isinstance(pattern, SemiStructured) and j % pattern.group == 0:
+            group = slice(j, j + pattern.group)
+            keep[:, group] = keep_largest(W[:, group].square() / diagonal[group].square(), pattern)
+        pruned = torch.where(keep[:, j], W[:, j], 0.0)
+        torch.div(W[:, j] - pruned, diagonal[j], out=Q[:, j])
+        W[:, j] = pruned
+        W[:, j + 1 :].addr_(Q[:, j], U[j, j + 1 :], alpha=-1)
+    return Q
+
+
+def _adaptive_mask(scores: Tensor, columns: int, start: int, pattern: Unstructured) -> Tensor:
+    """Best entries of one block; blocks share the matrix's count so that their totals add up exactly."""
+    rows, width = scores.shape
+    total = pattern.pruned_count(rows * columns)
+    pruned = total * (start + width) // columns - total * start // columns
+    return top_mask(scores.reshape(-1), scores.numel() - pruned).reshape(scores.shape)

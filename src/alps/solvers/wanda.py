@@ -1,0 +1,38 @@
+"""Wanda: keep the weights of largest |W_ij| ||X_j||, compared within each output row.
+
+Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024,
+arXiv 2306.11695, Equation 1 (score) and Section 3 (comparison group: one output). Kept weights are unchanged.
+Rows prune the same number of entries, or differ by one where the matrix total asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alps.solvers.base import Method, Solution, SolveInfo
+from alps.solvers.pattern import Pattern, keep_largest
+from alps.stats import InputStats, Needs
+
+
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Keep the entries of largest |W_ij| ||X_j||, row by row."""
+
+    @property
+    def name(self) -> str:
+        return "wanda"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.MOMENTS
+
+    def prepare(self, stats: InputStats) -> Tensor:
+        return stats.norms()
+
+    def _solve(self, weight: Tensor, state: Tensor, pattern: Pattern) -> Solution:
+        info = SolveInfo()
+        with info.timed("select"):
+            mask = keep_largest(weight.abs() * state, pattern, scope="row")
+        return Solution(weight, mask, info)
