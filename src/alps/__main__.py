@@ -5,9 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line."""
-    from alps.cli import app
+    from alps.cli import run
 
-    app()
+    run()
 
 
 if __name__ == "__main__":

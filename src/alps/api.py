@@ -112,7 +112,7 @@ def prune(
         windows = draw(loaded, str(calibration), samples, seqlen, seed)
     walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())
     report = run(loaded, walk, windows, seed if isinstance(calibration, str | Path) else None)
-    report.seconds = {"load": seconds, **report.seconds}
+    report.add_seconds("load", seconds)
     if out is not None:
         write(loaded, report, Path(out))
     return report
@@ -125,7 +125,7 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
     if settings.model != PACKAGED:
         check_model_path(settings.model)
     check_target(out)
-    walk = Walk(method, target, pick_device(settings.device), settings.offload, settings.errors, watcher)
+    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, watcher)
     text = None if walk.needs is Needs.NOTHING else load_text(settings.calibration, "calibration")
     start = time.perf_counter()
     loaded = load(settings.model, settings.dtype, tell)
@@ -135,7 +135,7 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
         _check_length(loaded.model, settings.seqlen)
         windows = calibration_windows(text, loaded.tokenizer, settings.samples, settings.seqlen, settings.seed)
     report = run(loaded, walk, windows, settings.seed)
-    report.seconds = {"load": seconds, **report.seconds}
+    report.add_seconds("load", seconds)
     write(loaded, report, out, settings)
     return report
 
@@ -193,7 +193,7 @@ def write(
     start = time.perf_counter()
     with new_directory(out, replaceable) as folder:
         save_model(loaded.model, loaded.tokenizer, folder)
-        report.seconds["save"] = time.perf_counter() - start
+        report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         (folder / "README.md").write_text(model_card(report))
         if settings is not None:

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alps.errors import ConfigError, did_you_mean
+from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
 
@@ -74,6 +76,14 @@ class PruneSettings(BaseModel):
         """
         base = _with_options(get_method(self.method), self.options, f"options of method '{self.method}'")
         return Refitted(base) if self.refit else base
+
+    def place(self) -> torch.device:
+        """The device to run on.
+
+        Raises:
+            ConfigError: when it does not exist here.
+        """
+        return pick_device(self.device)
 
     def to_yaml(self) -> str:
         """The resolved settings, one key a line."""

@@ -134,6 +134,11 @@ class RunReport(_Record):
         """Mean over sites of what magnitude pruning would have left on the same inputs."""
         return _mean([site.magnitude_error for site in self.sites])
 
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Account for a phase outside the walk, in the total too."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.seconds["total"] = self.seconds.get("total", 0.0) + seconds
+
     def to_json(self) -> str:
         """The report with its summary first, as JSON."""
         summary = {

@@ -51,8 +51,11 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        # Temporary folders, and the files of some libraries, are private: what is published follows the umask.
+        mask = _umask()
+        partial.chmod(0o777 & ~mask)
         for file in partial.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
         if out.is_dir() and any(out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))

@@ -1,0 +1,144 @@
+"""Perplexity and layer errors of every method: prune, evaluate, one JSON line a run, Markdown tables at the end.
+
+A run that is already in the results file is not done again, so that the script can be stopped and started. Example:
+
+    python benchmarks/quality.py --calibration c4.jsonl --text wikitext2:test.txt --text c4-validation.jsonl \
+        --methods alps,sparsegpt --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alps.api import Loaded, draw, evaluate, load, run
+from alps.progress import ConsoleWatcher
+from alps.runtime import pick_device
+from alps.solvers import get_method
+from alps.solvers.pattern import parse_pattern
+from alps.walk import Walk
+
+Run = dict[str, Any]
+
+
+def main() -> None:
+    """Do what is missing, then print the tables of everything in the results file."""
+    options = _options()
+    path = Path(options.results)
+    for pattern in options.patterns.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            for method in options.methods.split(","):
+                key = {"method": method, "pattern": pattern, "seed": seed}
+                if not any(key.items() <= row.items() for row in _read(path)):
+                    row = {**key, **measure(options, method, pattern, seed)}
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    print(tables(_read(path)))
+
+
+def measure(options: argparse.Namespace, method: str, pattern: str, seed: int) -> Run:
+    """One run: load, prune (unless dense), evaluate; what it was measured on travels with the figures."""
+    watcher = ConsoleWatcher(Console(stderr=True), every_seconds=60)
+    loaded = load(options.model)
+    row: Run = {"model": options.model, "seqlen": options.seqlen, "samples": options.samples}
+    if method != "dense":
+        row |= _pruned(options, loaded, method, pattern, seed, watcher)
+    start = time.perf_counter()
+    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, watcher)
+    row["perplexity"] = {record.text: record.perplexity for record in found}
+    row["predicted_tokens"] = {record.text: record.predicted_tokens for record in found}
+    row["evaluation_seconds"] = time.perf_counter() - start
+    return row
+
+
+def _pruned(
+    options: argparse.Namespace, loaded: Loaded, method: str, pattern: str, seed: int, watcher: ConsoleWatcher
+) -> Run:
+    windows = draw(loaded, options.calibration, options.samples, options.seqlen, seed)
+    chosen = get_method(method.removesuffix("+refit"), refit=method.endswith("+refit"))
+    walk = Walk(chosen, parse_pattern(pattern), pick_device(options.device), watcher=watcher)
+    report = run(loaded, walk, windows, seed)
+    worse = [s.name for s in report.sites if (s.error or 0) > (s.magnitude_error or 0)]
+    return {
+        "sparsity": report.sparsity,
+        "mean_error": report.mean_error,
+        "mean_magnitude_error": report.mean_magnitude_error,
+        "sites_above_magnitude": len(worse),
+        "sites": len(report.sites),
+        "seconds": report.seconds,
+        "peak_host_bytes": report.peak_host_bytes,
+        "calibration_sha256": report.calibration.sha256 if report.calibration else None,
+        "versions": report.versions,
+    }
+
+
+def tables(rows: list[Run]) -> str:
+    """One Markdown table a pattern: mean, and spread over seeds where there are several."""
+    parts = []
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        chosen = [row for row in rows if row["pattern"] == pattern]
+        texts = list(chosen[0]["perplexity"])
+        heads = [
+            "method",
+            "seeds",
+            "mean error",
+            "of magnitude's",
+            "sites above magnitude",
+            *texts,
+            "prune s",
+            "GiB",
+        ]
+        lines = [f"\n### {pattern}\n", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        for method in dict.fromkeys(row["method"] for row in chosen):
+            same = [row for row in chosen if row["method"] == method]
+            lines.append(f"| {method} | {len(same)} | {' | '.join(_cells(same, texts))} |")
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def _cells(rows: list[Run], texts: list[str]) -> list[str]:
+    perplexities = [_spread([row["perplexity"][text] for row in rows], ".1f") for text in texts]
+    if "mean_error" not in rows[0]:
+        return ["", "", "", *perplexities, "", ""]
+    errors = [row["mean_error"] for row in rows]
+    ratios = [row["mean_error"] / row["mean_magnitude_error"] for row in rows]
+    above = "/".join(str(row["sites_above_magnitude"]) for row in rows)
+    seconds = _spread([row["seconds"]["total"] for row in rows], ".0f")
+    memory = f"{max(row['peak_host_bytes'] for row in rows) / 2**30:.2f}"
+    return [_spread(errors, ".4f"), _spread(ratios, ".3f"), above, *perplexities, seconds, memory]
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
+
+
+def _read(path: Path) -> list[Run]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--methods", default="dense,magnitude,wanda,sparsegpt,dsnot,alps")
+    parser.add_argument("--patterns", default="0.5,0.6,0.7,0.8,2:4,4:8")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--eval-seqlen", type=int, default=1024)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", default="quality.jsonl")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

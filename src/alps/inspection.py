@@ -1,0 +1,110 @@
+"""What a directory on disk really holds: zeros by site, whether groups obey a pattern, and what stayed dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from alps.errors import CheckpointError
+from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.load import check_model_path, load_model
+from alps.report import DenseRecord, RunReport
+from alps.solvers.pattern import SemiStructured, parse_pattern
+
+# Patterns looked for in a directory that has no report of its own.
+_USUAL = (SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4), SemiStructured(8, 16))
+
+
+class SiteZeros(BaseModel):
+    """Zeros of one site."""
+
+    name: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    zeros: int
+
+    @property
+    def entries(self) -> int:
+        """Weights of the site."""
+        return self.shape[0] * self.shape[1]
+
+
+class PatternCheck(BaseModel):
+    """Groups of consecutive inputs, and how many of them hold more nonzero weights than the pattern keeps."""
+
+    pattern: str
+    groups: int
+    violations: int
+
+
+class Inspection(BaseModel):
+    """The findings for one directory; `claimed` is the pattern of its report, when it has one."""
+
+    directory: str
+    claimed: str | None
+    sites: list[SiteZeros]
+    dense: list[DenseRecord]
+    checks: list[PatternCheck]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the weights of all sites."""
+        return sum(site.zeros for site in self.sites) / sum(site.entries for site in self.sites)
+
+
+def inspect(directory: str) -> Inspection:
+    """Count zeros and check groups in a checkpoint.
+
+    A report inside the directory only says which pattern to check and why parameters were left dense; every number
+    is counted from the weights.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: when it is not a readable checkpoint of a causal model.
+    """
+    check_model_path(directory)
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"'{directory}' is not a directory: give the folder of a checkpoint.")
+    report = RunReport.read(Path(directory))
+    model = load_model(directory)
+    blocks = find_blocks(model)
+    claimed = None if report is None else parse_pattern(report.pattern)
+    patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else _USUAL
+    counts = {pattern: [0, 0] for pattern in patterns}
+    sites, names = [], set()
+    for block in blocks:
+        for site in block.sites:
+            weight = site.read()
+            zeros = int((weight == 0).sum())
+            sites.append(
+                SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros)
+            )
+            if zeros:
+                names.add(site.parameter_name)
+            for pattern, count in counts.items():
+                groups, bad = group_violations(weight, pattern)
+                count[0] += groups
+                count[1] += bad
+    checks = [PatternCheck(pattern=str(p), groups=n, violations=bad) for p, (n, bad) in counts.items() if n]
+    if report is None:
+        checks = [check for check in checks if check.violations == 0]
+    return Inspection(
+        directory=directory,
+        claimed=None if report is None else report.pattern,
+        sites=sites,
+        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense_parameters(model, names)],
+        checks=checks,
+    )
+
+
+def group_violations(weight: Tensor, pattern: SemiStructured) -> tuple[int, int]:
+    """Groups of a weight (out, in), and those with too many nonzeros; a width that does not divide counts whole."""
+    rows, columns = weight.shape
+    if not pattern.fits(columns):
+        groups = rows * -(-columns // pattern.group)
+        return groups, groups
+    kept = (weight.reshape(-1, pattern.group) != 0).sum(dim=1)
+    return len(kept), int(torch.count_nonzero(kept > pattern.keep))

@@ -1,0 +1,114 @@
+"""What the commands print: tables for people, made from records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from alps.report import EvaluationRecord, RunReport
+
+if TYPE_CHECKING:
+    from alps.demo import DemoRow
+    from alps.inspection import Inspection
+
+
+def prune_summary(report: RunReport, out: Path) -> Text:
+    """A few lines on what was pruned, how well, at what cost, and where it is."""
+    lines = [
+        f"{report.method} {report.pattern}: {report.zeros:,} of {report.entries:,} weights are zero "
+        f"({100 * report.sparsity:.3f} %) in {len(report.sites)} linear layers."
+    ]
+    if report.mean_error is not None:
+        lines.append(
+            f"Mean relative error {report.mean_error:.4f}; magnitude pruning would have left "
+            f"{report.mean_magnitude_error:.4f} on the same inputs."
+        )
+    skipped = [row for row in report.dense if row.reason != "embedding or output head"]
+    if skipped:
+        lines.append(
+            f"Left dense: {len(skipped)} parameters besides the embeddings, first {skipped[0].name} ({skipped[0].reason})."
+        )
+    noted = [(site.name, note) for site in report.sites for note in site.solve["notes"]]
+    if noted:
+        lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
+    phases = ", ".join(
+        f"{phase} {report.seconds[phase]:.1f}"
+        for phase in ("load", "forward", "gram", "prepare", "solve", "errors", "save")
+        if phase in report.seconds
+    )
+    memory = f"{report.peak_host_bytes / 2**30:.2f} GiB"
+    if report.peak_device_bytes:
+        memory += f", {report.peak_device_bytes / 2**30:.2f} GiB on {report.device}"
+    lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
+    lines.append(f"Written to {out}: weights, tokenizer, report.json, README.md.")
+    return Text("\n".join(lines))
+
+
+def demo_table(rows: Sequence[DemoRow]) -> Table:
+    """Dense and pruned perplexities side by side."""
+    first = rows[0].evaluation
+    table = Table(
+        title=f"Perplexity on {first.text} ({first.windows} windows of {first.seqlen} tokens)", title_justify="left"
+    )
+    for heading in ("method", "perplexity", "mean error", "sparsity", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    best = min(row.evaluation.perplexity for row in rows[1:])
+    for row in rows:
+        report = row.report
+        value = f"{row.evaluation.perplexity:.2f}"
+        table.add_row(
+            row.method,
+            f"[bold]{value}[/bold]" if row.evaluation.perplexity == best else value,
+            "" if report is None or report.mean_error is None else f"{report.mean_error:.4f}",
+            "" if report is None else f"{100 * report.sparsity:.3f} %",
+            "" if report is None else f"{row.seconds:.0f}",
+        )
+    return table
+
+
+def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
+    """Perplexities of one model on several texts."""
+    table = Table()
+    for heading in ("model", "text", "windows", "seqlen", "perplexity"):
+        table.add_column(heading, justify="left" if heading in ("model", "text") else "right")
+    for row in rows:
+        table.add_row(row.model, row.text, str(row.windows), str(row.seqlen), f"{row.perplexity:.3f}")
+    return table
+
+
+def inspection_tables(findings: Inspection) -> list[RenderableType]:
+    """Sparsity by block and kind of site, the totals, the pattern checks, and what is dense."""
+    kinds = list(dict.fromkeys(site.kind for site in findings.sites))
+    table = Table(title=f"Zeros in {findings.directory}, per cent", title_justify="left")
+    table.add_column("block", justify="right")
+    for kind in [*kinds, "all"]:
+        table.add_column(kind.removesuffix("_proj"), justify="right")
+    blocks = sorted({site.block for site in findings.sites})
+    for block in blocks:
+        inside = [site for site in findings.sites if site.block == block]
+        cells = [_percent([site for site in inside if site.kind == kind]) for kind in kinds]
+        table.add_row(str(block), *cells, _percent(inside))
+    columns = [_percent([site for site in findings.sites if site.kind == kind]) for kind in kinds]
+    table.add_row("all", *columns, _percent(findings.sites), style="bold")
+    lines = [f"Total sparsity of the linear layers: {100 * findings.sparsity:.4f} %"]
+    if findings.claimed:
+        lines.append(f"Its report says {findings.claimed}.")
+    lines += [
+        f"Pattern {check.pattern}: holds in all {check.groups:,} groups."
+        if check.violations == 0
+        else f"Pattern {check.pattern}: BROKEN in {check.violations:,} of {check.groups:,} groups."
+        for check in findings.checks
+    ]
+    lines += [f"Dense: {row.name} {tuple(row.shape)}: {row.reason}" for row in findings.dense]
+    return [table, Text("\n".join(lines))]
+
+
+def _percent(sites: Sequence[object]) -> str:
+    entries = sum(site.entries for site in sites)  # type: ignore[attr-defined]
+    zeros = sum(site.zeros for site in sites)  # type: ignore[attr-defined]
+    return f"{100 * zeros / entries:.2f}" if entries else ""
