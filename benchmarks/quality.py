@@ -17,7 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.api import Loaded, draw, evaluate, load, run
+from alps.api import evaluate, run
+from alps.data.text import load_text
+from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
 from alps.runtime import pick_device
 from alps.solvers import get_method
@@ -60,7 +62,8 @@ def measure(options: argparse.Namespace, method: str, pattern: str, seed: int) -
 def _pruned(
     options: argparse.Namespace, loaded: Loaded, method: str, pattern: str, seed: int, watcher: ConsoleWatcher
 ) -> Run:
-    windows = draw(loaded, options.calibration, options.samples, options.seqlen, seed)
+    text = load_text(options.calibration, "calibration")
+    windows = loaded.calibration(text, options.samples, options.seqlen, seed)
     chosen = get_method(method.removesuffix("+refit"), refit=method.endswith("+refit"))
     walk = Walk(chosen, parse_pattern(pattern), pick_device(options.device), watcher=watcher)
     report = run(loaded, walk, windows, seed)

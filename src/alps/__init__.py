@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 
-from alps.api import evaluate, load, prune
+from alps.api import evaluate, prune
 from alps.errors import AlpsError
+from alps.loaded import load
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
 from alps.solvers.pattern import SemiStructured, Unstructured
 

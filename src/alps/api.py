@@ -1,58 +1,33 @@
-"""The same jobs as the command line's, for Python: prune a model in memory or on disk, evaluate a directory."""
+"""The same jobs as the command line's, for Python: prune a model in memory or on disk, evaluate one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from alps.card import model_card
 from alps.checkpoints.directory import check_target, new_directory
 from alps.config import SETTINGS_NAME, PruneSettings
 from alps.data.text import load_text
-from alps.data.windows import Windows, calibration_windows, evaluation_windows
+from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.evaluation.perplexity import perplexity
+from alps.loaded import Loaded, load
 from alps.models.blocks import dense_parameters, find_blocks
-from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
+from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
-from alps.models.packaged import packaged_model
 from alps.models.save import save_model
 from alps.progress import Silent, Watcher
-from alps.report import (
-    REPORT_NAME,
-    CalibrationRecord,
-    DenseRecord,
-    EvaluationRecord,
-    RunReport,
-)
+from alps.report import REPORT_NAME, CalibrationRecord, DenseRecord, EvaluationRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
-from alps.solvers.pattern import Pattern, Unstructured, parse_pattern
+from alps.solvers.pattern import Pattern, parse_pattern
 from alps.stats import Needs
 from alps.walk import Walk, check_fit
-
-
-@dataclass
-class Loaded:
-    """A model in memory with its tokenizer and the name a user gave it."""
-
-    name: str
-    model: nn.Module
-    tokenizer: Any
-
-
-def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
-    """Load a model and its tokenizer by directory, GGUF file, hub name, or the packaged name `smollm2-135m`."""
-    place = name
-    if name == PACKAGED:
-        place = str(packaged_model(tell))
-    return Loaded(name, load_model(place, parse_dtype(dtype)), load_tokenizer(place))
 
 
 def prune(
@@ -94,24 +69,26 @@ def prune(
     """
     target = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
     chosen = get_method(method) if isinstance(method, str) else method
+    if out is not None:
+        check_target(Path(out))
     if isinstance(model, nn.Module):
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
         loaded, seconds = Loaded(name, model, tokenizer), 0.0
         place = next(model.parameters()).device if device == "auto" else pick_device(device)
+    elif out is None:
+        raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
     else:
-        if out is None:
-            raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-        check_target(Path(out))
         place = pick_device(device)
         start = time.perf_counter()
         loaded = load(str(model), dtype)
         seconds = time.perf_counter() - start
-    if calibration is None or torch.is_tensor(calibration):
-        windows = None if calibration is None else Windows(calibration.cpu(), "token ids", len(calibration))
-    else:
-        windows = draw(loaded, str(calibration), samples, seqlen, seed)
+    windows, drawn = None, isinstance(calibration, str | Path)
+    if isinstance(calibration, Tensor):
+        windows = Windows(calibration.cpu(), "token ids", len(calibration))
+    elif calibration is not None:
+        windows = loaded.calibration(load_text(str(calibration), "calibration"), samples, seqlen, seed)
     walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())
-    report = run(loaded, walk, windows, seed if isinstance(calibration, str | Path) else None)
+    report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
     if out is not None:
         write(loaded, report, Path(out))
@@ -132,53 +109,44 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
     seconds = time.perf_counter() - start
     windows = None
     if text is not None:
-        _check_length(loaded.model, settings.seqlen)
-        windows = calibration_windows(text, loaded.tokenizer, settings.samples, settings.seqlen, settings.seed)
+        windows = loaded.calibration(text, settings.samples, settings.seqlen, settings.seed)
     report = run(loaded, walk, windows, settings.seed)
     report.add_seconds("load", seconds)
     write(loaded, report, out, settings)
     return report
 
 
-def draw(loaded: Loaded, calibration: str, samples: int, seqlen: int, seed: int) -> Windows:
-    """Seeded calibration windows for a model from a text.
+def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
+    """Prune a loaded model in place and report on it.
 
     Raises:
-        ConfigError: without a tokenizer, for a text that is too short, or windows longer than the model takes.
+        ConfigError: when the pattern does not fit, windows are missing, or their ids are not the model's.
+        UnsupportedModel, SolveFailed: see `Walk.run`.
     """
-    if loaded.tokenizer is None:
-        raise ConfigError("Calibration by text needs the model's tokenizer: pass `tokenizer`, or token ids as a tensor.")
-    _check_length(loaded.model, seqlen)
-    return calibration_windows(load_text(calibration, "calibration"), loaded.tokenizer, samples, seqlen, seed)
-
-
-def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
-    """Prune a loaded model in place and report on it."""
     if windows is None and walk.needs is not Needs.NOTHING:
-        raise ConfigError(f"Method {walk.method.name} needs calibration text or token ids.")
+        raise ConfigError(f"Method {walk.method.name} with measured errors needs calibration text or token ids.")
     start = time.perf_counter()
     model = loaded.model
     blocks = find_blocks(model)
     check_fit(blocks, walk.pattern)
     if windows is not None:
-        _check_ids(model, windows)
+        loaded.check_ids(windows)
     training = model.training
-    walk.run(model.eval(), blocks, None if windows is None else windows.ids)
-    model.train(training)
-    pruned = {site.parameter_name for block in blocks for site in block.sites} & {
-        f"{record.name}.weight" for record in walk.records
-    }
-    parameters = next(model.parameters())
+    try:
+        walk.run(model.eval(), blocks, None if windows is None else windows.ids)
+    finally:
+        model.train(training)
+    dense = dense_parameters(model, {f"{record.name}.weight" for record in walk.records})
     return RunReport(
         model=loaded.name,
         architecture=type(model).__name__,
         method=walk.method.name,
         pattern=str(walk.pattern),
-        dtype=str(parameters.dtype).removeprefix("torch."),
+        dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
         device=str(walk.device),
         calibration=None if windows is None else _calibration_record(windows, seed),
         sites=walk.records,
-        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense_parameters(model, pruned)],
+        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense],
         seconds={**walk.seconds, "total": time.perf_counter() - start},
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
@@ -214,27 +182,8 @@ def evaluate(
         ConfigError: for a text that is missing or too short, or windows longer than the model takes.
     """
     place = pick_device(device)
-    _check_length(loaded.model, seqlen)
-    cut = [evaluation_windows(load_text(text, "evaluation"), loaded.tokenizer, seqlen, windows) for text in texts]
-    for one in cut:
-        _check_ids(loaded.model, one)
+    cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
     return [perplexity(loaded.model, one, loaded.name, place, watcher) for one in cut]
-
-
-def _check_length(model: nn.Module, seqlen: int) -> None:
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(limit, int) and seqlen > limit:
-        raise ConfigError(f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen.")
-
-
-def _check_ids(model: nn.Module, windows: Windows) -> None:
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if windows.ids.numel() and not 0 <= int(windows.ids.min()) <= int(windows.ids.max()) < size:
-        raise ConfigError(
-            f"Token ids of '{windows.source}' reach {int(windows.ids.max())}, outside the model's vocabulary of {size}: "
-            "the tokenizer does not belong to this model."
-        )
 
 
 def _calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
@@ -247,6 +196,3 @@ def _calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord
         seed=seed,
         sha256=windows.sha256,
     )
-
-
-__all__ = ["Loaded", "Unstructured", "evaluate", "load", "prune", "prune_directory"]

@@ -46,5 +46,9 @@ def model_card(report: RunReport) -> str:
             f"| {row.model} | {row.text} | {row.windows} x {row.seqlen} | {row.perplexity:.2f} |"
             for row in report.evaluations
         ]
-    lines += ["", "Every site's error, the solver's record and the time of each phase are in `report.json`.", ""]
+    lines += [
+        "",
+        "Every site's error, the solver's record and the time of each phase are in `report.json`.",
+        "",
+    ]
     return "\n".join(lines)

@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from alps import __version__
-from alps.api import evaluate, load, prune_directory
+from alps.api import evaluate, prune_directory
 from alps.config import load_settings
 from alps.errors import AlpsError
+from alps.loaded import load
 from alps.progress import ConsoleWatcher
 from alps.solvers import METHODS
 from alps.tables import demo_table, evaluation_table, inspection_tables, prune_summary
@@ -66,16 +67,12 @@ def main(
 
 @app.command()
 def prune(
-    model: Annotated[
-        str, typer.Argument(help="A directory, a .gguf file, a hub name (owner/name), or smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name (owner/name), or smollm2-135m.")],
     out: Annotated[Path, typer.Argument(help="Directory to create for the pruned checkpoint.")],
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of every linear layer's weights to remove, e.g. 0.7.")
     ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Keep N of every M consecutive inputs, e.g. 2:4.")
-    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Keep N of every M consecutive inputs, e.g. 2:4.")] = None,
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.  [default: alps]")] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit", help="Optimal weights on the method's support, by PCG.")
@@ -98,9 +95,7 @@ def prune(
         bool | None,
         typer.Option("--errors/--no-errors", help="Measure every site's error.  [default: errors]"),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with any of these settings; flags override it.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of these settings; flags override it.")] = None,
 ) -> None:
     """Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card."""
     given: dict[str, Any] = {

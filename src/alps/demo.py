@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alps.api import draw, evaluate, load, run, write
+from alps.api import evaluate, run, write
 from alps.checkpoints.directory import check_target
 from alps.config import PruneSettings
+from alps.data.text import load_text
+from alps.loaded import load
 from alps.models.packaged import NAME, packaged_model
 from alps.progress import Watcher
 from alps.report import REPORT_NAME, EvaluationRecord, RunReport
@@ -53,11 +55,12 @@ def demo(
     """
     check_target(out, replaceable=REPORT_NAME)
     packaged_model(tell)
-    windows, seqlen = EVALUATION
+    limit, seqlen = EVALUATION
     start = time.perf_counter()
-    tell(f"Measuring the dense model on {TEXT} ({windows} windows of {seqlen} tokens) ...")
-    dense = evaluate(load(NAME), [TEXT], seqlen, windows, device, watcher)[0]
+    tell(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
+    dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, watcher)[0]
     rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
+    text = load_text(TEXT, "calibration")
     for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
         start = time.perf_counter()
         tell(f"Pruning to {SPARSITY:.0%} with {method} ...")
@@ -71,11 +74,11 @@ def demo(
             device=device,
         )
         loaded = load(NAME)
-        place = settings.place()
-        walk = Walk(settings.build_method(), settings.target(), place, watcher=watcher)
-        report = run(loaded, walk, draw(loaded, TEXT, *CALIBRATION, settings.seed), settings.seed)
+        windows = loaded.calibration(text, *CALIBRATION, settings.seed)
+        walk = Walk(settings.build_method(), settings.target(), settings.place(), watcher=watcher)
+        report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
-        pruned = evaluate(loaded, [TEXT], seqlen, windows, device, watcher)[0]
+        pruned = evaluate(loaded, [TEXT], seqlen, limit, device, watcher)[0]
         report.evaluations = [
             dense.model_copy(update={"model": f"{NAME}, dense"}),
             pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),

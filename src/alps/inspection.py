@@ -79,9 +79,7 @@ def inspect(directory: str) -> Inspection:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
-            sites.append(
-                SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros)
-            )
+            sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
             if zeros:
                 names.add(site.parameter_name)
             for pattern, count in counts.items():

@@ -36,7 +36,7 @@ class Silent:
 
 
 class ConsoleWatcher:
-    """Progress on a console: a bar with the remaining time on a terminal, at most a line every few seconds elsewhere."""
+    """A bar with the remaining time on a terminal, at most a line every few seconds elsewhere."""
 
     def __init__(self, console: Console, every_seconds: float = 5.0) -> None:
         self._console, self._every = console, every_seconds

@@ -67,9 +67,7 @@ class InputStats:
         """The sums over both sets of tokens; both must hold a Gram, or neither."""
         assert (self.upper is None) == (other.upper is None)
         upper = None if self.upper is None or other.upper is None else self.upper + other.upper
-        return InputStats(
-            self.tokens + other.tokens, self.total + other.total, self.square + other.square, upper
-        )
+        return InputStats(self.tokens + other.tokens, self.total + other.total, self.square + other.square, upper)
 
     def gram(self) -> Tensor:
         """A fresh symmetric copy of X^T X, shape (in, in), float32."""

@@ -30,9 +30,8 @@ def prune_summary(report: RunReport, out: Path) -> Text:
         )
     skipped = [row for row in report.dense if row.reason != "embedding or output head"]
     if skipped:
-        lines.append(
-            f"Left dense: {len(skipped)} parameters besides the embeddings, first {skipped[0].name} ({skipped[0].reason})."
-        )
+        first = f"{skipped[0].name} ({skipped[0].reason})"
+        lines.append(f"Left dense: {len(skipped)} parameters besides the embeddings, first {first}.")
     noted = [(site.name, note) for site in report.sites for note in site.solve["notes"]]
     if noted:
         lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
@@ -53,7 +52,8 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
     """Dense and pruned perplexities side by side."""
     first = rows[0].evaluation
     table = Table(
-        title=f"Perplexity on {first.text} ({first.windows} windows of {first.seqlen} tokens)", title_justify="left"
+        title=f"Perplexity on {first.text} ({first.windows} windows of {first.seqlen} tokens)",
+        title_justify="left",
     )
     for heading in ("method", "perplexity", "mean error", "sparsity", "seconds"):
         table.add_column(heading, justify="left" if heading == "method" else "right")

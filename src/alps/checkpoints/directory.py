@@ -27,7 +27,7 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
         if out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).is_file()):
             raise CheckpointError(f"Output directory '{out}' is not empty: give a new name or empty it first.")
         ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-        os.rmdir(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor))
+        Path(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor)).rmdir()
     except OSError as error:
         raise CheckpointError(
             f"Output directory '{out}' cannot be created ({error.strerror}): choose a place you can write to."

@@ -35,7 +35,7 @@ def perplexity(
     """
     watcher = watcher or Silent()
     model = model.to(device)
-    batches = windows.ids.split(max(_BATCH_TOKENS // windows.ids.shape[1], 1))
+    batches = torch.split(windows.ids, max(_BATCH_TOKENS // windows.ids.shape[1], 1))
     total = torch.zeros((), dtype=torch.float64)
     watcher.start(f"{name} on {windows.source}", len(batches))
     try:

@@ -78,7 +78,7 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
         return record
 
     with torch.no_grad(), _replaced_forwards(blocks, recorder):
-        for batch in windows.split(batch_size):
+        for batch in torch.split(windows, batch_size):
             model(input_ids=batch.to(device), use_cache=False)
     batches = -(-len(windows) // batch_size)
     if len(hidden) != batches or any(not call for call in calls):

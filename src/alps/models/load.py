@@ -118,9 +118,10 @@ def _forget_quantization(model: nn.Module) -> None:
     """A GGUF model is dense once loaded; what is left of its quantizer would make `save_pretrained` refuse."""
     config: Any = model.config
     if getattr(config, "quantization_config", None) is not None:
-        if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is None or "gguf" not in str(
-            config.quantization_config
-        ).lower():
+        if (
+            getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is None
+            or "gguf" not in str(config.quantization_config).lower()
+        ):
             raise UnsupportedModel("The model is quantized: prune the unquantized checkpoint instead.")
         del config.quantization_config
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):

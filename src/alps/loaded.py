@@ -1,0 +1,82 @@
+"""A model in memory with its tokenizer, and the windows of tokens that can be fed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from alps.data.text import Text, load_text
+from alps.data.windows import Windows, calibration_windows, evaluation_windows
+from alps.errors import ConfigError
+from alps.models.load import load_model, load_tokenizer, parse_dtype
+from alps.models.packaged import NAME as PACKAGED
+from alps.models.packaged import packaged_model
+
+
+@dataclass
+class Loaded:
+    """A causal language model, its tokenizer if any, and the name a user gave it."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+    def calibration(self, text: Text, samples: int, seqlen: int, seed: int) -> Windows:
+        """Seeded calibration windows from a text.
+
+        Raises:
+            ConfigError: without a tokenizer, for a text that is too short, or windows longer than the model takes.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("Calibration by text needs the model's tokenizer: pass it, or token ids as a tensor.")
+        self.check_length(seqlen)
+        return calibration_windows(text, self.tokenizer, samples, seqlen, seed)
+
+    def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
+        """Consecutive windows of a text given by path or name.
+
+        Raises:
+            ConfigError: for a text that is missing or too short, or windows longer than the model takes.
+        """
+        self.check_length(seqlen)
+        windows = evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
+        self.check_ids(windows)
+        return windows
+
+    def check_length(self, seqlen: int) -> None:
+        """Refuse windows that are longer than the model's positions."""
+        config = getattr(self.model, "config", None)
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if isinstance(limit, int) and seqlen > limit:
+            raise ConfigError(
+                f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen."
+            )
+
+    def check_ids(self, windows: Windows) -> None:
+        """Refuse token ids that the model has no embedding for."""
+        size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        low, high = int(windows.ids.min()), int(windows.ids.max())
+        if low < 0 or high >= size:
+            raise ConfigError(
+                f"Token ids of '{windows.source}' run from {low} to {high}, outside the model's vocabulary of {size}: "
+                "the tokenizer does not belong to this model."
+            )
+
+
+def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: directory, GGUF file, hub name, or the packaged name `smollm2-135m`.
+        dtype: `auto` keeps the checkpoint's.
+        tell: is given one line before each slow step.
+
+    Raises:
+        ConfigError, UnsupportedModel: when it cannot be loaded.
+    """
+    kept = parse_dtype(dtype)
+    place = str(packaged_model(tell)) if name == PACKAGED else name
+    return Loaded(name, load_model(place, kept), load_tokenizer(place))

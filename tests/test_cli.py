@@ -1,0 +1,214 @@
+"""The command line: right inputs end to end on a real small model, wrong inputs in one sentence each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alps import cli
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 400
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["alps", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.run()
+        sys.exit(0)
+    return int(left.value.code or 0)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_prune_inspect_eval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
+) -> None:
+    out = text.parent / "pruned"
+    sizes = ["--samples", 8, "--seqlen", 64, "--calibration", text]
+    assert alps(monkeypatch, "prune", stories, out, "--pattern", "2:4", "--method", "sparsegpt", *sizes) == 0
+    printed = capsys.readouterr()
+    assert "113,280 of 226,560 weights are zero (50.000 %)" in printed.out
+    assert "35/35" in printed.err
+    assert {
+        "config.json",
+        "model.safetensors",
+        "report.json",
+        "README.md",
+        "alps.yaml",
+        "tokenizer.json",
+    } <= set(contents(out))
+
+    assert alps(monkeypatch, "inspect", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sparsity"] == 0.5
+    assert found["checks"] == [{"pattern": "2:4", "groups": 56640, "violations": 0}]
+    assert [row["name"] for row in found["dense"]] == ["model.embed_tokens.weight"]
+
+    assert alps(monkeypatch, "inspect", out) == 0
+    assert "Pattern 2:4: holds in all 56,640 groups." in capsys.readouterr().out
+
+    assert alps(monkeypatch, "eval", out, "--text", text, "--text", text, "--seqlen", 64, "--windows", 5) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["predicted_tokens"] for row in rows] == [5 * 63, 5 * 63]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"] > 1
+
+
+def test_inspect_counts_broken_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
+) -> None:
+    out = text.parent / "pruned"
+    arguments = ["--pattern", "2:4", "--method", "magnitude", "--no-errors"]
+    assert alps(monkeypatch, "prune", stories, out, *arguments) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, :4] = 1.0
+        weight[5, 8:11] = 1.0
+    model.save_pretrained(out)
+    assert alps(monkeypatch, "inspect", out) == 0
+    assert "Pattern 2:4: BROKEN in 2 of 56,640 groups." in capsys.readouterr().out
+
+
+def test_yaml_settings_are_read_overridden_and_saved(
+    monkeypatch: pytest.MonkeyPatch, stories: Path, text: Path
+) -> None:
+    run = text.parent / "run.yaml"
+    run.write_text(
+        f"sparsity: 0.5\nmethod: alps\nsamples: 4\nseqlen: 32\ncalibration: {text}\n"
+        "options:\n  refit_steps: 3\n  admm:\n    rho: 0.2\n"
+    )
+    out = text.parent / "pruned"
+    assert alps(monkeypatch, "prune", stories, out, "--config", run, "--sparsity", 0.6) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["pattern"] == "60%"
+    assert report["calibration"]["windows"] == 4
+    assert {site["solve"]["refit_steps"] for site in report["sites"]} == {3}
+    assert report["sites"][0]["solve"]["trace"][0]["rho"] == 0.2
+    again = text.parent / "again"
+    assert alps(monkeypatch, "prune", stories, again, "--config", out / "alps.yaml") == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+WRONG = {
+    "missing path": (["{tmp}/nowhere", "{tmp}/out"], "does not exist"),
+    "no path, no hub name": (["nonsense", "{tmp}/out"], "neither an existing directory"),
+    "not a model": (["{tmp}/empty", "{tmp}/out"], "no config.json"),
+    "a file that is no gguf": (["{text}", "{tmp}/out"], "not a .gguf"),
+    "config without weights": (["{tmp}/weightless", "{tmp}/out"], "cannot be loaded"),
+    "unsupported architecture": (["{tmp}/bert", "{tmp}/out"], "cannot be loaded"),
+    "encoder-decoder": (["{tmp}/t5", "{tmp}/out"], "cannot be loaded"),
+    "unknown method": (["{model}", "{tmp}/out", "--method", "alsp"], "Did you mean 'alps'?"),
+    "sparsity 1.2": (["{model}", "{tmp}/out", "--sparsity", "1.2"], "outside [0, 1)"),
+    "pattern 5:4": (["{model}", "{tmp}/out", "--pattern", "5:4", "--sparsity="], "1 <= N < M"),
+    "pattern nonsense": (["{model}", "{tmp}/out", "--pattern", "half", "--sparsity="], "not understood"),
+    "pattern and sparsity": (["{model}", "{tmp}/out", "--pattern", "2:4"], "not both"),
+    "pattern that does not divide": (
+        ["{model}", "{tmp}/out", "--pattern", "4:8", "--sparsity="],
+        "down_proj (172)",
+    ),
+    "text too short": (["{model}", "{tmp}/out", "--samples", "5000"], "enough for"),
+    "windows too long": (["{model}", "{tmp}/out", "--seqlen", "1024"], "longer than the 512"),
+    "unknown text": (["{model}", "{tmp}/out", "--calibration", "wikitext"], "Did you mean 'wikitext2'?"),
+    "empty text": (["{model}", "{tmp}/out", "--calibration", "{tmp}/empty.txt"], "is empty"),
+    "OUT not empty": (["{model}", "{tmp}"], "not empty"),
+    "OUT a file": (["{model}", "{text}"], "is a file"),
+    "OUT read-only": (["{model}", "/proc/alps"], "cannot be created"),
+    "unknown device": (["{model}", "{tmp}/out", "--device", "quantum"], "cannot be used here"),
+    "unknown dtype": (["{model}", "{tmp}/out", "--dtype", "int3"], "is unknown"),
+    "missing yaml": (["{model}", "{tmp}/out", "--config", "{tmp}/no.yaml"], "cannot be read"),
+    "unknown key": (["{model}", "{tmp}/out", "--config", "{tmp}/typo.yaml"], "Did you mean 'samples'?"),
+    "unknown option": (
+        ["{model}", "{tmp}/out", "--config", "{tmp}/option.yaml"],
+        "Did you mean 'refit_steps'?",
+    ),
+    "zero samples": (["{model}", "{tmp}/out", "--samples", "0"], "'samples'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs_are_one_sentence_and_write_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path, case: str
+) -> None:
+    folder = text.parent
+    _lay_traps(folder, stories)
+    before = contents(folder)
+    arguments, expected = WRONG[case]
+    filled = [word.format(tmp=folder, model=stories, text=text) for word in arguments]
+    defaults = ["--sparsity", "0.5", "--calibration", str(text), "--samples", "4", "--seqlen", "64"]
+    if "--sparsity=" in filled:
+        filled.remove("--sparsity=")
+        defaults = defaults[2:]
+    # The last occurrence of an option wins, so a case overrides the defaults.
+    assert alps(monkeypatch, "prune", *filled[:2], *defaults, *filled[2:]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1, printed.err
+    assert expected in printed.err
+    assert contents(folder) == before
+
+
+def _lay_traps(folder: Path, stories: Path) -> None:
+    for name in ("empty", "weightless", "bert", "t5"):
+        (folder / name).mkdir()
+    (folder / "weightless" / "config.json").write_text((stories / "config.json").read_text())
+    (folder / "bert" / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "typo.yaml").write_text("sample: 3\n")
+    (folder / "option.yaml").write_text("options:\n  refit_step: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{model}", "--text", "{text}", "--seqlen", "200000"], "longer than the 512"),
+        (["{model}", "--text", "{short}", "--seqlen", "256"], "too few for one window"),
+        (["{model}", "--text", "nowhere.txt", "--seqlen", "64"], "neither a file nor one of"),
+        (["nowhere/at/all", "--text", "{text}"], "neither an existing directory"),
+    ],
+)
+def test_wrong_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stories: Path,
+    text: Path,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    short = text.parent / "short.txt"
+    short.write_text("Too short.")
+    filled = [word.format(model=stories, text=text, short=short) for word in arguments]
+    assert alps(monkeypatch, "eval", *filled) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1
+
+
+def test_as_a_module_in_a_new_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "alps",
+        "prune",
+        str(tmp_path / "nowhere"),
+        str(tmp_path / "out"),
+        "--sparsity=0.5",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,80 @@
+"""Every command of the README is run as it stands, on a small model; its file tree is the one on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+INSTALLS = [
+    'pip install -c constraints.txt -e ".[demo]" && alps demo',
+    'pip install -c constraints.txt -e ".[test]" && pytest',
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.strip().splitlines()]
+
+
+def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
+    assert [line for line in commands() if line.startswith("pip")] == INSTALLS
+    assert INSTALLS[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path, english: str) -> None:
+    (tmp_path / "my-text.txt").write_text(english)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    lines = [line for line in commands() if line.startswith("alps ")]
+    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune"]
+    for line in lines:
+        shell = line.replace("smollm2-135m", str(stories))
+        done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+    weights = (tmp_path / "pruned" / "model.safetensors").read_bytes()
+    assert (tmp_path / "pruned-again" / "model.safetensors").read_bytes() == weights
+
+    snippets = blocks("python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        script = snippet.replace("smollm2-135m", str(stories))
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "50.00% zeros" in done.stdout
+
+
+def test_options_named_in_the_readme_exist() -> None:
+    done = subprocess.run([sys.executable, "-m", "alps", "prune", "--help"], capture_output=True, text=True)
+    for option in set(re.findall(r"`(--[a-z-]+)", README)) - {"--quick", "--text"}:
+        assert option in done.stdout, option
+
+
+def test_the_file_tree_is_the_one_on_disk() -> None:
+    tree = re.search(r"^src/alps/\n(.*?)^benchmarks/", README, flags=re.MULTILINE | re.DOTALL)
+    assert tree is not None
+    listed, folder = set(), ""
+    for line in tree[1].splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            listed.add((folder if indent == 4 else "") + name)
+    source = ROOT / "src" / "alps"
+    found = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    assert listed == {name for name in found if not name.endswith(("__init__.py", "__main__.py"))}
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((docs/[^)]+)\)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).is_file()
