@@ -66,6 +66,7 @@ def prune(
 
     Raises:
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
+            A model in memory may be left partly pruned by `SolveFailed`.
     """
     target = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
     chosen = get_method(method) if isinstance(method, str) else method
@@ -84,7 +85,7 @@ def prune(
         seconds = time.perf_counter() - start
     windows, drawn = None, isinstance(calibration, str | Path)
     if isinstance(calibration, Tensor):
-        windows = Windows(calibration.cpu(), "token ids", len(calibration))
+        windows = loaded.token_ids(calibration)
     elif calibration is not None:
         windows = loaded.calibration(load_text(str(calibration), "calibration"), samples, seqlen, seed)
     walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())

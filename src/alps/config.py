@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -103,17 +104,27 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
     for key, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
         if key in given and other not in given:
             values.pop(other, None)
-    if isinstance(values.get("sparsity"), int):
-        values["sparsity"] = float(values["sparsity"])
     try:
         return PruneSettings.model_validate({**values, **given})
     except ValidationError as error:
         raise ConfigError(_sentence(error, str(path) if path else "the command line")) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which `2:4` is a text: 1.1 reads it as a number to the base of 60."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"Configuration '{path}' cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

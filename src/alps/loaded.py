@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from alps.data.text import Text, load_text
 from alps.data.windows import Windows, calibration_windows, evaluation_windows
@@ -54,6 +55,20 @@ class Loaded:
             raise ConfigError(
                 f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen."
             )
+
+    def token_ids(self, ids: Tensor) -> Windows:
+        """Calibration windows that a caller made.
+
+        Raises:
+            ConfigError: unless `ids` are integers of shape (windows, tokens), with at least one window of two tokens.
+        """
+        if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.shape[0] < 1 or ids.shape[1] < 2:
+            raise ConfigError(
+                f"Calibration token ids are {ids.dtype} of shape {tuple(ids.shape)}: "
+                "give integers of shape (windows, tokens), at least one window of two tokens."
+            )
+        self.check_length(ids.shape[1])
+        return Windows(ids.to("cpu", torch.int64), "token ids", len(ids))
 
     def check_ids(self, windows: Windows) -> None:
         """Refuse token ids that the model has no embedding for."""

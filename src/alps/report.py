@@ -164,7 +164,7 @@ class RunReport(_Record):
             data = json.loads(path.read_text())
             data.pop("summary", None)
             return cls.model_validate(data)
-        except (ValueError, AttributeError, ValidationError):
+        except (ValueError, AttributeError, TypeError, ValidationError):
             raise CheckpointError(f"'{path}' is not a report of this program: remove or replace it.") from None
 
 

@@ -21,13 +21,20 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
     Raises:
         CheckpointError: when it is a file, is not empty, or cannot be created.
     """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"Output '{out}' is a file: give the name of a directory to create.")
     try:
+        if out.is_symlink():
+            raise CheckpointError(f"Output '{out}' is a symbolic link: give the directory itself.")
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"Output '{out}' is a file: give the name of a directory to create.")
         if out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).is_file()):
             raise CheckpointError(f"Output directory '{out}' is not empty: give a new name or empty it first.")
         ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-        Path(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor)).rmdir()
+        probe = Path(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor))
+        try:
+            (probe / out.name).mkdir()
+            (probe / out.name).rmdir()
+        finally:
+            probe.rmdir()
     except OSError as error:
         raise CheckpointError(
             f"Output directory '{out}' cannot be created ({error.strerror}): choose a place you can write to."
@@ -47,9 +54,10 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
     """
     check_target(out, replaceable)
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=out.parent))
         yield partial
         # Temporary folders, and the files of some libraries, are private: what is published follows the umask.
         mask = _umask()
@@ -58,17 +66,27 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
         if out.is_dir() and any(out.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
+            _swap(partial, out)
         else:
             partial.rename(out)
         _sync(out.parent)
     except OSError as error:
         raise CheckpointError(f"Output directory '{out}' cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, out: Path) -> None:
+    """Put `new` in the place of the directory `out`, which comes back when that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.old-", dir=out.parent))
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

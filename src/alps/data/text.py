@@ -57,7 +57,11 @@ def load_text(spec: str, split: Split) -> Text:
 
 def _existing(name: str, spec: str) -> Path:
     path = Path(name).expanduser()
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # too long for a path
+        found = False
+    if not found:
         raise ConfigError(
             f"Text '{spec}' is neither a file nor one of {', '.join(_CORPORA)}.{did_you_mean(spec, _CORPORA)}"
         )
@@ -83,17 +87,21 @@ def _json_rows(path: Path) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ConfigError(f"Line {number} of '{path}' is not JSON: every line must be an object.") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ConfigError(f"Line {number} of '{path}' has no string field 'text'.")
+        if not row["text"].isprintable() and any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
+            raise ConfigError(f"Line {number} of '{path}' holds half of a surrogate pair: it is not Unicode text.")
         rows.append(row["text"])
     return rows
 
 
 def _wikitext_rows(text: str) -> list[str]:
     """Rows of the raw file as the `datasets` version has them: every row keeps its newline, a lone blank is empty."""
-    return ["" if line == " \n" else line for line in text.splitlines(keepends=True)]
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    return ["" if line == " \n" else line for line in lines if line]
 
 
 def _hub_rows(corpus: str, split: Split) -> list[str]:
@@ -122,13 +130,21 @@ def _hub_rows(corpus: str, split: Split) -> list[str]:
 
 
 def _python_docs(split: Split) -> list[str]:
-    """The language reference that CPython ships for `help()`: a third of its topics is held out for evaluation."""
+    """The language reference that CPython ships for `help()`: a third of its topics is held out for evaluation.
+
+    Topics repeat each other: a paragraph that also occurs among the held-out ones is taken out of the others.
+    """
     from pydoc_data.topics import topics
 
     def held_out(topic: str) -> bool:
         return hashlib.sha256(topic.encode()).digest()[0] % 3 == 0
 
-    return [topics[topic] for topic in sorted(topics) if held_out(topic) == (split == "evaluation")]
+    evaluation = [topics[topic] for topic in sorted(topics) if held_out(topic)]
+    if split == "evaluation":
+        return evaluation
+    seen = {paragraph.strip() for text in evaluation for paragraph in text.split("\n\n")}
+    others = [topics[topic].split("\n\n") for topic in sorted(topics) if not held_out(topic)]
+    return ["\n\n".join(part for part in text if part.strip() not in seen) for text in others]
 
 
 def _named(corpus: str) -> Callable[[Split], list[str]]:

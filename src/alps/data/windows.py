@@ -47,8 +47,10 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
     seeded offset; `samples` of them are drawn by a seeded permutation.
 
     Raises:
-        ConfigError: when the text is too short for that many windows.
+        ConfigError: when the text is too short for that many windows, or no tokens are asked for.
     """
+    if samples < 1 or seqlen < 1:
+        raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
     ids = _tokenize(text.rows, tokenizer)
     available = len(ids) // seqlen
     if available < samples:
@@ -67,8 +69,12 @@ def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | Non
     """The first `limit` (or all) consecutive windows of the text, rows joined by a blank line; the rest is dropped.
 
     Raises:
-        ConfigError: when the text is shorter than one window.
+        ConfigError: when the text is shorter than one window, or nothing would be predicted.
     """
+    if seqlen < 2 or (limit is not None and limit < 1):
+        raise ConfigError(
+            f"{limit or 'No'} windows of seqlen {seqlen} predict nothing: give at least 1 window of 2 tokens."
+        )
     ids = torch.tensor(tokenizer(text.joined, verbose=False).input_ids, dtype=torch.int64)
     available = len(ids) // seqlen
     if available < 1:

@@ -27,14 +27,15 @@ def perplexity(
     """Measure a causal language model on windows of tokens.
 
     Args:
-        model: called with `input_ids`; moved to `device` and left there.
+        model: called with `input_ids`, in evaluation mode; moved to `device` and left there.
         windows: token ids (windows, seqlen).
         name: what to call the model in the record.
         device: where to run.
         watcher: told after every batch.
     """
     watcher = watcher or Silent()
-    model = model.to(device)
+    training = model.training
+    model = model.to(device).eval()
     batches = torch.split(windows.ids, max(_BATCH_TOKENS // windows.ids.shape[1], 1))
     total = torch.zeros((), dtype=torch.float64)
     watcher.start(f"{name} on {windows.source}", len(batches))
@@ -45,6 +46,7 @@ def perplexity(
                 watcher.step("")
     finally:
         watcher.finish()
+        model.train(training)
     predicted = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
     loss = float(total) / predicted
     return EvaluationRecord(

@@ -52,8 +52,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"No list of decoder blocks with linear layers was found in {type(model).__name__}: "
             "use a decoder-only model that transformers loads with AutoModelForCausalLM."
         )
-    # Lists nested inside a block (experts, say) are never longer than their parameters: compare by size then.
-    name, blocks = max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    # A list inside a member of another list (the experts of a layer, say) is a part of a block.
+    outer = [(name, found) for name, found in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    name, blocks = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
     return [Block(i, f"{name}.{i}", block, find_sites(f"{name}.{i}", block)) for i, block in enumerate(blocks)]
 
 

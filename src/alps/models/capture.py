@@ -58,35 +58,67 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
         batch_size: windows per batch.
 
     Raises:
-        UnsupportedModel: when a block is not called exactly once in a forward pass.
+        UnsupportedModel: unless a forward pass calls the blocks in order, once each, every one on exactly what the
+            one before it returned.
     """
     device = next(model.parameters()).device
-    hidden: list[Tensor] = []
-    calls: list[dict[int, Call]] = [{} for _ in blocks]
-    first_output: list[Any] = []
+    recorder = _Recorder(type(model).__name__, blocks)
+    with torch.no_grad(), _replaced_forwards(blocks, recorder.forward):
+        for batch in torch.split(windows, batch_size):
+            recorder.begin()
+            model(input_ids=batch.to(device), use_cache=False)
+            recorder.end()
+    return BlockInputs(recorder.hidden, recorder.calls)
 
-    def recorder(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+
+class _Recorder:
+    """Stands in for the forwards of all blocks: notes what each is handed and passes the hidden states on."""
+
+    def __init__(self, model_name: str, blocks: Sequence[Block]) -> None:
+        self.hidden: list[Tensor] = []
+        self.calls: list[dict[int, Call]] = [{} for _ in blocks]
+        self._model_name = model_name
+        self._expected = 0
+        self._passed_on: Tensor | None = None
+        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states; None if bare
+
+    def begin(self) -> None:
+        """A forward of the model starts."""
+        self._expected, self._passed_on = 0, None
+
+    def end(self) -> None:
+        """A forward of the model is over."""
+        if self._expected != len(self.calls):
+            raise self._unwalkable(f"block {self._expected} is not called")
+
+    def forward(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of block `index`; `real` is what it replaces."""
+
         def record(*args: Any, **kwargs: Any) -> Any:
             states, rest = _split(args, kwargs)
+            if index != self._expected:
+                raise self._unwalkable(f"block {index} is called where block {self._expected} was expected")
+            if index > 0 and not _same(states, self._passed_on):
+                raise self._unwalkable(f"block {index} is not handed what block {index - 1} returned")
             if index == 0:
-                if not first_output:
-                    first_output.append(real(*args, **kwargs))
-                hidden.append(states.detach())
-            calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
-            return states if torch.is_tensor(first_output[0]) else (states, *first_output[0][1:])
+                if not self.hidden:
+                    output = real(*args, **kwargs)
+                    self._rest = None if torch.is_tensor(output) else tuple(output[1:])
+                self.hidden.append(states.detach())
+            self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
+            self._expected, self._passed_on = index + 1, states
+            return states if self._rest is None else (states, *self._rest)
 
         return record
 
-    with torch.no_grad(), _replaced_forwards(blocks, recorder):
-        for batch in torch.split(windows, batch_size):
-            model(input_ids=batch.to(device), use_cache=False)
-    batches = -(-len(windows) // batch_size)
-    if len(hidden) != batches or any(not call for call in calls):
-        raise UnsupportedModel(
-            f"The blocks of {type(model).__name__} are not each called once in a forward pass: "
-            "its layers cannot be walked one by one."
-        )
-    return BlockInputs(hidden, calls)
+    def _unwalkable(self, reason: str) -> UnsupportedModel:
+        return UnsupportedModel(f"The layers of {self._model_name} cannot be walked one by one: {reason}.")
+
+
+def _same(states: Tensor, passed_on: Tensor | None) -> bool:
+    return states is passed_on or (
+        passed_on is not None and states.shape == passed_on.shape and torch.equal(states, passed_on)
+    )
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -123,10 +155,14 @@ def _replaced_forwards(
     blocks: Sequence[Block], recorder: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Give every block's instance another `forward` for the time of the body; its class stays untouched."""
+    # Something else (accelerate's hooks, say) may have put a forward on the instance: it is put back.
+    before = [block.module.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.module.__dict__["forward"] = recorder(block.index, block.module.forward)
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             block.module.__dict__.pop("forward", None)
+            if forward is not None:
+                block.module.__dict__["forward"] = forward

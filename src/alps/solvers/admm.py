@@ -39,7 +39,7 @@ class AdmmSettings:
         restart_share: when the first checks move less than this share of k, the penalty is too stiff: the loop
             starts over with `rho * restart_factor`.
         restart_factor: see `restart_share`.
-        max_restarts: at most so many; an input that is nearly white has nothing to move.
+        max_restarts: at most so many; with few kept entries a support can rest by chance.
     """
 
     rho: float = 0.1

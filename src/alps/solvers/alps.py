@@ -60,7 +60,7 @@ class Alps(Method):
             split = admm.run(state, W, C, pattern, self.admm)
         with info.timed("refit"):
             refined = refit(state.matrix, C, split.mask, split.D, self.refit_steps, self.refit_tolerance)
-        reference = max(state.undamped_energy(W), 1e-38)
+        reference = state.undamped_energy(W) or 1.0
         info.status, info.iterations, info.restarts = split.status, split.iterations, split.restarts
         info.trace, info.gap = split.trace, split.gap
         info.error_before_refit = state.undamped_energy(split.D - W) / reference

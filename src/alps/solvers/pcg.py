@@ -63,4 +63,4 @@ def refit(H: Tensor, C: Tensor, M: Tensor, start: Tensor, max_steps: int, tolera
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-38), 0.0)
+    return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0)

@@ -51,7 +51,7 @@ class Refitted(Method):
         info = solution.info
         with info.timed("refit"):
             refined = refit(hessian.matrix, W @ hessian.matrix, solution.mask, start, self.max_steps, self.tolerance)
-        reference = max(hessian.undamped_energy(W), 1e-38)
+        reference = hessian.undamped_energy(W) or 1.0
         if info.error_before_refit is None:
             info.error_before_refit = hessian.undamped_energy(start - W) / reference
         info.error_after_refit = hessian.undamped_energy(refined.weight - W) / reference

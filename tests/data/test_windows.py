@@ -1,0 +1,158 @@
+"""Windows of tokens: seeded, disjoint for calibration; consecutive for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alps.data.text import Text
+from alps.data.windows import calibration_windows, evaluation_windows
+from alps.errors import ConfigError
+
+_START = -1
+
+
+class _Numbers:
+    """A tokenizer for text that already is numbers, with a start token unless told to leave it out."""
+
+    def __init__(self, eos: int | None = None, vocabulary: dict[str, int] | None = None) -> None:
+        self.eos_token_id, self.vocabulary = eos, vocabulary or {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        assert not verbose, "a text longer than the model takes is no reason to warn"
+        start = [_START] if add_special_tokens else []
+        rows = [text] if isinstance(text, str) else text
+        ids = [start + [int(word) for word in row.split()] for row in rows]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
+
+
+def _numbers(first: int, count: int) -> str:
+    return " ".join(str(number) for number in range(first, first + count))
+
+
+def _rows(lengths: list[int]) -> list[str]:
+    """Rows of the given lengths, numbered through, so that every token is unique."""
+    return [_numbers(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    seqlen=st.integers(1, 30),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**40),
+)
+def test_windows_are_disjoint_slices_of_the_stream(lengths: list[int], seqlen: int, share: float, seed: int) -> None:
+    total = sum(lengths)
+    available = total // seqlen
+    samples = max(1, round(share * available))
+    text = Text("numbers", _rows(lengths))
+    if available == 0:
+        with pytest.raises(ConfigError):
+            calibration_windows(text, _Numbers(), samples, seqlen, seed)
+        return
+    windows = calibration_windows(text, _Numbers(), samples, seqlen, seed)
+    assert windows.ids.shape == (samples, seqlen) and windows.ids.dtype is torch.int64
+    assert windows.available == available and windows.tokens == samples * seqlen
+    starts = windows.ids[:, 0]
+    assert torch.equal(windows.ids, starts[:, None] + torch.arange(seqlen))
+    assert int(starts.min()) >= 0 and int(windows.ids.max()) < total
+    assert len(set(windows.ids.flatten().tolist())) == windows.tokens
+
+
+def test_one_seed_gives_the_same_windows_and_another_gives_others() -> None:
+    text = Text("numbers", [_numbers(0, 1007)])
+
+    def draw(seed: int) -> Any:
+        return calibration_windows(text, _Numbers(), 8, 10, seed)
+
+    assert torch.equal(draw(5).ids, draw(5).ids) and draw(5).sha256 == draw(5).sha256
+    others = [draw(seed) for seed in range(6)]
+    assert len({windows.sha256 for windows in others}) == 6
+    assert len({tuple(sorted(windows.ids[:, 0].tolist())) for windows in others}) == 6
+
+
+def test_drawing_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    calibration_windows(Text("numbers", [_numbers(0, 100)]), _Numbers(), 2, 10, 7)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_whole_text_and_its_last_tokens_can_be_reached() -> None:
+    # 25 tokens are two windows of 10 with 5 to spare: the offset takes every value from 0 to 5.
+    text = Text("numbers", [_numbers(0, 25)])
+    starts = {int(calibration_windows(text, _Numbers(), 1, 10, seed).ids[0, 0]) for seed in range(200)}
+    assert starts == {*range(6), *range(10, 16)}
+
+
+def test_the_hash_is_that_of_little_endian_int64() -> None:
+    windows = calibration_windows(Text("numbers", [_numbers(3, 6)]), _Numbers(), 1, 6, 0)
+    assert windows.sha256 == hashlib.sha256(struct.pack("<6q", 3, 4, 5, 6, 7, 8)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "separator"),
+    [
+        (_Numbers(eos=900), [900]),
+        (_Numbers(eos=900, vocabulary={"<|endoftext|>": 901}), [901]),
+        (_Numbers(eos=900, vocabulary={"<|end_of_text|>": 902}), [902]),
+        (_Numbers(), []),
+    ],
+    ids=["end of sequence", "endoftext", "end_of_text", "none"],
+)
+def test_documents_end_with_the_separator_of_pretraining(tokenizer: _Numbers, separator: list[int]) -> None:
+    stream = [1, 2, *separator, 3, 4, 5, *separator]
+    windows = calibration_windows(Text("rows", ["1 2", "  \n", "3 4 5"]), tokenizer, 1, len(stream), 0)
+    assert windows.ids.tolist() == [stream]
+
+
+def test_a_text_that_is_too_short_is_refused_with_the_counts() -> None:
+    with pytest.raises(ConfigError) as caught:
+        calibration_windows(Text("short.txt", [_numbers(0, 59)]), _Numbers(), 6, 10, 0)
+    message = str(caught.value)
+    assert "'short.txt' has 59 tokens, enough for 5 windows of 10; 6 were asked for" in message
+    calibration_windows(Text("short.txt", [_numbers(0, 60)]), _Numbers(), 6, 10, 0)
+
+
+def test_evaluation_windows_are_the_text_in_order_with_its_start_token() -> None:
+    text = Text("numbers", [_numbers(0, 6), _numbers(6, 7)])  # 14 tokens with the start
+    windows = evaluation_windows(text, _Numbers(eos=900), 4)
+    assert windows.ids.tolist() == [[_START, 0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10]]
+    assert windows.available == 3 and windows.source == "numbers"
+
+
+def test_the_rows_of_an_evaluation_are_joined_by_a_blank_line() -> None:
+    seen = []
+
+    class Spy(_Numbers):
+        def __call__(self, text: Any, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+            seen.append(text)
+            return super().__call__(text, add_special_tokens, verbose)
+
+    evaluation_windows(Text("numbers", ["1", "2 3\n", ""]), Spy(), 2)
+    assert seen == ["1\n\n2 3\n\n\n"]
+
+
+def test_a_limit_takes_the_first_windows() -> None:
+    text = Text("numbers", [_numbers(0, 40)])
+    whole, two = evaluation_windows(text, _Numbers(), 8), evaluation_windows(text, _Numbers(), 8, 2)
+    assert torch.equal(two.ids, whole.ids[:2]) and two.available == whole.available == 5
+    assert len(evaluation_windows(text, _Numbers(), 8, 100).ids) == 5
+
+
+def test_a_text_shorter_than_one_window_is_refused_with_the_counts() -> None:
+    text = Text("short.txt", [_numbers(0, 9)])
+    with pytest.raises(ConfigError, match=r"'short\.txt' has 10 tokens, too few for one window of 11"):
+        evaluation_windows(text, _Numbers(), 11)
+    assert len(evaluation_windows(text, _Numbers(), 10).ids) == 1

@@ -1,0 +1,147 @@
+"""The statistics of a block's sites: who shares an input, and that the sums are those of the real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alps.models.blocks import Block, find_blocks
+from alps.models.capture import BlockInputs, capture
+from alps.models.observe import observe
+from alps.stats import Needs
+
+_CPU = torch.device("cpu")
+_GROUPS = {
+    "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
+    "opt": [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}],
+    "opt-postnorm": [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}],
+    "gpt2": [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}],
+}
+
+
+def _advance(block: Block, inputs: BlockInputs) -> None:
+    with torch.no_grad():
+        for batch in range(len(inputs.hidden)):
+            inputs.hidden[batch] = inputs.run(block.index, block.module, batch, _CPU)
+
+
+def test_sites_that_read_one_tensor_share_one_record(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 3)
+    seen = observe(blocks[0], inputs, Needs.GRAM, _CPU)
+    assert [{site.kind for site in shared.sites} for shared in seen.shared] == _GROUPS[kind]
+    names = [site.name for shared in seen.shared for site in shared.sites]
+    assert sorted(names) == sorted(site.name for site in blocks[0].sites)
+    assert seen.unused == []
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_the_sums_are_those_of_the_real_inputs(
+    tiny_model: Callable[..., Any],
+    kind: str,
+    ids: Tensor,
+    site_inputs: Callable[[nn.Module, Tensor], dict[str, Tensor]],
+    batch_size: int,
+) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    real = site_inputs(model, ids)
+    inputs = capture(model, blocks, ids, batch_size)
+    for block in blocks:
+        seen = observe(block, inputs, Needs.GRAM, _CPU)
+        for shared in seen.shared:
+            for site in shared.sites:
+                x = real[site.name]
+                assert shared.stats.tokens == len(x) == ids.numel()
+                for got, expected in (
+                    (shared.stats.gram(), x.T @ x),
+                    (shared.stats.square, x.square().sum(dim=0)),
+                    (shared.stats.total, x.sum(dim=0)),
+                ):
+                    scale = float(expected.abs().max())
+                    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * scale)
+        _advance(block, inputs)
+
+
+@pytest.mark.parametrize("needs", [Needs.NOTHING, Needs.MOMENTS])
+def test_a_gram_is_collected_only_where_it_is_needed(tiny_model: Callable[..., Any], ids: Tensor, needs: Needs) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    seen = observe(blocks[0], capture(model, blocks, ids, 3), needs, _CPU)
+    assert all(shared.stats.upper is None for shared in seen.shared)
+    assert all(shared.stats.tokens == ids.numel() for shared in seen.shared)
+
+
+def test_observing_changes_neither_the_block_nor_its_inputs(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("gpt2")
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 3)
+    hidden = [tensor.clone() for tensor in inputs.hidden]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    observe(blocks[0], inputs, Needs.GRAM, _CPU)
+    assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, hidden, strict=True))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_are_removed_when_the_block_raises(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 3)
+    inputs.hidden[1] = inputs.hidden[1][..., :5]  # the second batch cannot be run
+    with pytest.raises(RuntimeError):
+        observe(blocks[0], inputs, Needs.GRAM, _CPU)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_sites_that_receive_nothing_are_reported(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    class Spare(nn.Module):
+        """A block with a linear map that its forward never calls."""
+
+        def __init__(self, real: nn.Module) -> None:
+            super().__init__()
+            self.real, self.spare = real, nn.Linear(32, 32)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.real(*args, **kwargs)
+
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([Spare(layer) for layer in model.model.layers])
+    blocks = find_blocks(model)
+    assert [len(block.sites) for block in blocks] == [8, 8, 8]
+    seen = observe(blocks[0], capture(model, blocks, ids, 3), Needs.GRAM, _CPU)
+    assert [site.name for site in seen.unused] == ["model.layers.0.spare"]
+    assert len([site for shared in seen.shared for site in shared.sites]) == 7
+
+
+def test_equal_tensors_that_are_not_the_same_are_kept_apart(ids: Tensor) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            first, second, third = self.a(hidden), self.b(hidden.clone()), self.c(hidden)
+            return torch.as_tensor(first + second + third)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(64, 8)
+            self.layers = nn.ModuleList([Layer()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+            return self.layers[0](self.embed(input_ids))
+
+    model = Model()
+    blocks = find_blocks(model)
+    seen = observe(blocks[0], capture(model, blocks, ids, 2), Needs.GRAM, _CPU)
+    assert [[site.kind for site in shared.sites] for shared in seen.shared] == [["a", "c"], ["b"]]
+    first, second = (shared.stats for shared in seen.shared)
+    assert first.tokens == second.tokens == ids.numel()
+    assert torch.equal(first.gram(), second.gram())

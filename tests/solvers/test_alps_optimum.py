@@ -1,0 +1,105 @@
+"""ALPS against the exact optimum: problems so small that every support can be tried, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from alps.solvers import METHODS
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
+from alps.stats import InputStats
+from problems import correlated_inputs, hessian64, normal, objective64
+
+SEEDS = 50
+
+
+def every_support(rows: int, columns: int, pattern: Pattern) -> Tensor:
+    """All masks the pattern allows, shape (count, rows, columns)."""
+    size = rows * columns
+    masks = []
+    for kept in itertools.combinations(range(size), size - round(pattern.sparsity * size)):
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[list(kept)] = True
+        if isinstance(pattern, Unstructured) or bool(
+            (mask.reshape(-1, pattern.group).sum(dim=1) == pattern.keep).all()
+        ):
+            masks.append(mask.reshape(rows, columns))
+    return torch.stack(masks)
+
+
+def optimum(weight: Tensor, hessian: Tensor, masks: Tensor) -> float:
+    """The least damped objective over all supports: one linear system for each row of each mask."""
+    M = masks.double()
+    system = M[..., :, None] * hessian * M[..., None, :] + torch.diag_embed(1 - M)
+    best = torch.linalg.solve(system, (M * (weight.double() @ hessian))[..., None]).squeeze(-1)
+    delta = best - weight.double()
+    return float(((delta @ hessian) * delta).sum(dim=(-1, -2)).min())
+
+
+def problem(seed: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return normal(1000 + seed, rows, columns), correlated_inputs(2000 + 10 * seed, 64, columns)
+
+
+def test_the_number_of_supports() -> None:
+    assert len(every_support(2, 4, Unstructured(5 / 8))) == 56
+    assert len(every_support(3, 4, SemiStructured(2, 4))) == 6**3
+    assert len(every_support(1, 8, SemiStructured(1, 4))) == 16
+
+
+def test_the_optimum_of_a_known_problem() -> None:
+    """With a diagonal Hessian the best support drops the smallest w^2 h, and pays exactly that."""
+    weight = torch.tensor([[3.0, 1.0, -2.0, 1.0]])
+    hessian = torch.diag(torch.tensor([1.0, 100.0, 1.0, 2.0], dtype=torch.float64))
+    assert optimum(weight, hessian, every_support(1, 4, Unstructured(0.5))) == pytest.approx(6.0)
+
+
+# Limits on three figures over the 50 problems: the sum of ALPS's objectives over the sum of the optima, the
+# mean excess over the optimum as a share of the dense energy tr(W H W^T), and how often it is the optimum.
+# A mean excess of 1 % of the dense energy, the unit of the relative reconstruction error, holds where half is
+# kept, and not at 3 of 8. Measured: 1.45 0.0181 28; 1.34 0.0170 25; 1.14 0.0010 26; 1.23 0.0030 32; 1.38 0.0077 28.
+# The room is for another machine's rounding. Layers this small are hard on ALPS: a support of few entries is
+# unchanged from one check to the next by chance, and the loop ends, or restarts, early.
+CASES: list[tuple[int, int, Pattern, float, float, int]] = [
+    (2, 4, Unstructured(5 / 8), 1.65, 0.023, 24),
+    (1, 8, Unstructured(5 / 8), 1.5, 0.022, 21),
+    (1, 12, Unstructured(0.5), 1.22, 0.0015, 22),
+    (3, 4, Unstructured(0.5), 1.35, 0.0045, 28),
+    (3, 4, SemiStructured(2, 4), 1.55, 0.01, 24),
+]
+
+
+@pytest.mark.parametrize(("rows", "columns", "pattern", "ratio", "excess", "hits"), CASES, ids=str)
+def test_alps_is_near_the_optimum_and_never_below(
+    rows: int, columns: int, pattern: Pattern, ratio: float, excess: float, hits: int
+) -> None:
+    masks = every_support(rows, columns, pattern)
+    found, best, dense = [], [], []
+    for seed in range(SEEDS):
+        weight, inputs = problem(seed, rows, columns)
+        hessian, _ = hessian64(inputs)
+        method = METHODS["alps"]()
+        solution = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern)
+        found.append(float(objective64(solution.weight, weight, hessian).sum()))
+        best.append(optimum(weight, hessian, masks))
+        dense.append(float(objective64(weight, torch.zeros_like(weight), hessian).sum()))
+    pairs = list(zip(found, best, dense, strict=True))
+    assert all(mine >= least * (1 - 1e-6) for mine, least, _ in pairs)
+    assert sum(found) / sum(best) < ratio
+    assert sum((mine - least) / energy for mine, least, energy in pairs) / SEEDS < excess
+    assert sum(mine <= least * (1 + 1e-4) for mine, least, _ in pairs) >= hits
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_is_below_the_optimum(name: str) -> None:
+    pattern = Unstructured(0.5)
+    masks = every_support(2, 5, pattern)
+    for seed in range(10):
+        weight, inputs = problem(seed, 2, 5)
+        hessian, _ = hessian64(inputs)
+        method = METHODS[name]()
+        solution = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern)
+        found = float(objective64(solution.weight, weight, hessian).sum())
+        assert found >= optimum(weight, hessian, masks) * (1 - 1e-6)

@@ -1,0 +1,142 @@
+"""Damping, scaling and factors of the Hessian, against dense float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alps.errors import SolveFailed
+from alps.solvers.hessian import damped, damping_of, inverse_factor, scaled
+from alps.stats import InputStats
+from problems import PROBLEMS, correlated, hessian64, huge_range, normal, zero_inputs
+
+NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_range", "huge_token", "one_input"]
+
+
+def handmade(eigenvalues: list[float]) -> InputStats:
+    """Broken sums: mean square 1, and a Gram with the given eigenvalues, which no data could have."""
+    size = len(eigenvalues)
+    basis = torch.linalg.qr(normal(5, size, size).double()).Q
+    gram = (basis * torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
+    return InputStats(1000, torch.zeros(size), torch.ones(size), gram.float())
+
+
+def inputs_of(name: str) -> Tensor:
+    return PROBLEMS[name]().inputs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damped_adds_to_the_diagonal_alone(name: str) -> None:
+    inputs = inputs_of(name)
+    hessian, damping = damped(InputStats.of(inputs), 0.01)
+    exact, lam = hessian64(inputs, 0.01)
+    assert damping == pytest.approx(lam, rel=1e-6)
+    size = exact.diagonal().sqrt()
+    assert float(((hessian.double() - exact) / size / size[:, None]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scaled_is_the_unit_diagonal_hessian(name: str) -> None:
+    inputs = inputs_of(name)
+    state = scaled(InputStats.of(inputs), 0.01)
+    exact, lam = hessian64(inputs, 0.01)
+    scale = exact.diagonal().rsqrt()
+    assert torch.equal(state.matrix.diagonal(), torch.ones(len(scale)))
+    torch.testing.assert_close(state.scale.double(), scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(state.matrix.double(), exact * scale * scale[:, None], rtol=1e-5, atol=1e-5)
+    assert state.damping == pytest.approx(lam, rel=1e-6)
+
+
+def test_zero_inputs_have_damping_one() -> None:
+    stats = InputStats.of(zero_inputs().inputs)
+    assert damping_of(stats, 0.01) == 1.0
+    state = scaled(stats, 0.01)
+    assert torch.equal(state.matrix, torch.eye(40)) and torch.equal(state.scale, torch.ones(40))
+    assert any("40 of 40 inputs were zero" in note for note in state.notes)
+    upper, damping, notes = inverse_factor(stats, 0.01)
+    assert torch.equal(upper, torch.eye(40)) and damping == 1.0 and notes == []
+
+
+def test_notes_tell_of_dead_inputs_and_of_few_tokens() -> None:
+    dead = scaled(InputStats.of(inputs_of("dead_inputs")), 0.01).notes
+    assert dead == ["6 of 40 inputs were zero on every calibration token"]
+    few = scaled(InputStats.of(inputs_of("few_tokens")), 0.01).notes
+    assert few == ["10 calibration tokens for 40 inputs: use more samples"]
+    assert scaled(InputStats.of(inputs_of("gaussian")), 0.01).notes == []
+
+
+@pytest.mark.parametrize("rho", [0.004, 0.1, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_inverse_is_that_of_the_shifted_matrix(name: str, rho: float) -> None:
+    state = scaled(InputStats.of(inputs_of(name)), 0.01)
+    shifted = state.matrix.double() + rho * torch.eye(len(state.scale), dtype=torch.float64)
+    exact = torch.linalg.inv(shifted)
+    assert float((state.inverse(rho).double() - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_inverse_is_kept_for_the_next_site_and_not_mixed_up() -> None:
+    state = scaled(InputStats.of(correlated().inputs), 0.01)
+    first, second = state.inverse(0.1), state.inverse(0.2)
+    assert state.inverse(0.1) is first and state.inverse(0.2) is second
+    assert not torch.equal(first, second)
+    assert torch.equal(state.matrix.diagonal(), torch.ones(40)), "the shift must not stay in the matrix"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undamped_energy_is_that_of_the_outputs(name: str) -> None:
+    weight, inputs = PROBLEMS[name]()
+    state = scaled(InputStats.of(inputs), 0.01)
+    exact = float((inputs.double() @ weight.double().T).square().sum())
+    assert state.undamped_energy(weight / state.scale) == pytest.approx(exact, rel=1e-4)
+
+
+def test_undamped_energy_of_zero_inputs_is_zero() -> None:
+    """Also to rounding: relative errors divide one such energy by another."""
+    state = scaled(InputStats.of(zero_inputs().inputs), 0.01)
+    assert [state.undamped_energy(normal(seed, 12, 40)) for seed in range(10)] == [0.0] * 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inverse_factor_squares_to_the_inverse(name: str) -> None:
+    stats = InputStats.of(inputs_of(name))
+    upper, damping, notes = inverse_factor(stats, 0.01)
+    hessian, lam = damped(stats, 0.01)
+    assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+    assert damping == lam and notes == []
+    inverse = torch.linalg.inv(hessian.double())
+    product = upper.double().T @ upper.double()
+    assert float((product - inverse).norm() / inverse.norm()) < 1e-6
+
+
+def test_the_factor_is_accurate_with_hardly_any_damping() -> None:
+    """1 / U_jj^2 is what the later inputs leave unexplained of input j: it must not drown in rounding."""
+    inputs = huge_range().inputs
+    upper, _, _ = inverse_factor(InputStats.of(inputs), 1e-6)
+    stats = InputStats.of(inputs)
+    hessian = stats.gram().double() + 1e-6 * float(stats.square.double().mean()) * torch.eye(40)
+    for j in (0, 20, 39):
+        exact = torch.linalg.inv(hessian[j:, j:])[0, 0]
+        assert float(upper[j, j].double().square() / exact) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("lowest", "raised"), [(-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
+def test_damping_is_raised_with_a_note(lowest: float, raised: float) -> None:
+    stats = handmade([lowest, 1.0, 2.0, 3.0, 1.5, 0.5])
+    upper, damping, notes = inverse_factor(stats, 0.01)
+    assert damping == pytest.approx(raised)
+    assert notes == [f"damping raised to {raised:g} of the mean diagonal"]
+    exact = torch.linalg.inv(stats.gram().double() + raised * torch.eye(6))
+    torch.testing.assert_close(upper.double().T @ upper.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+def test_hopeless_sums_are_refused() -> None:
+    with pytest.raises(SolveFailed, match="indefinite under any damping"):
+        inverse_factor(handmade([-50.0, 1.0, 2.0, 3.0]), 0.01)
+
+
+def test_a_shift_that_is_too_small_is_refused() -> None:
+    stats = handmade([-0.5, 1.0, 1.2, 1.4, 1.1, 0.9])
+    with pytest.raises(SolveFailed, match=r"not positive definite at rho = 0\.1"):
+        scaled(stats, 0.01).inverse(0.1)
+    assert bool(torch.isfinite(scaled(stats, 0.01).inverse(5.0)).all())

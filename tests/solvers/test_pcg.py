@@ -1,0 +1,197 @@
+"""The refit: optimal weights on a fixed support, against dense float64 solves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alps.solvers import METHODS, Refitted, get_method
+from alps.solvers.hessian import scaled
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
+from alps.solvers.pcg import refit
+from alps.stats import InputStats
+from problems import (
+    IN,
+    OUT,
+    PROBLEMS,
+    TOKENS,
+    best_on_support,
+    correlated,
+    correlated_inputs,
+    hessian64,
+    normal,
+    objective64,
+    random_mask,
+)
+
+LIVE = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_token", "rounded_weight", "one_output"]
+
+
+def unit_problem(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """H with unit diagonal, C and the dense weight, all float32, for correlated inputs."""
+    weight = normal(seed, OUT, IN)
+    state = scaled(InputStats.of(correlated_inputs(seed + 1, TOKENS, IN)), 0.01)
+    return state.matrix, weight @ state.matrix, weight
+
+
+def starts(weight: Tensor) -> dict[str, Tensor]:
+    return {
+        "dense": weight,
+        "zero": torch.zeros_like(weight),
+        "random": normal(77, *weight.shape),
+        "far": 100 * normal(78, *weight.shape),
+    }
+
+
+@pytest.mark.parametrize("start", ["dense", "zero", "random", "far"])
+def test_it_reaches_the_float64_optimum(start: str) -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    found = refit(H, C, mask, starts(weight)[start], 200, 1e-6)
+    best = best_on_support(weight, H.double(), mask)
+    assert found.residual <= 1e-6
+    # Rounding is relative to the largest iterate: a start far off leaves more of it.
+    far = max(1.0, float((starts(weight)[start] * mask).norm() / best.norm()))
+    assert float((found.weight.double() - best).norm() / best.norm()) < 1e-4 * far
+    excess = objective64(found.weight, weight, H.double()) / objective64(best, weight, H.double())
+    assert float(excess.max()) < 1 + 1e-5 * far
+
+
+@pytest.mark.parametrize("start", ["dense", "zero", "random", "far"])
+def test_every_step_lowers_the_objective_of_every_row(start: str) -> None:
+    H, C, weight = unit_problem(13)
+    mask = random_mask(6, OUT, IN, 0.3)
+    begin = starts(weight)[start]
+    best = objective64(best_on_support(weight, H.double(), mask), weight, H.double())
+    before = objective64(torch.where(mask, begin, 0.0), weight, H.double())
+    for steps in range(1, 9):
+        found = refit(H, C, mask, begin, steps, 0.0)
+        assert found.steps == steps
+        after = objective64(found.weight, weight, H.double())
+        unfinished = before > best * (1 + 1e-4)
+        assert bool((after < before)[unfinished].all())
+        assert bool((after <= before + 1e-5 * best).all())
+        before = after
+
+
+def test_the_preconditioner_takes_uneven_diagonals() -> None:
+    """Without scaling to unit diagonal a plain gradient would crawl: feature sizes differ by 1e4."""
+    weight = normal(8, OUT, IN)
+    inputs = normal(9, TOKENS, IN) * torch.logspace(-2, 2, IN)
+    H = inputs.T @ inputs + 1e-3 * torch.eye(IN)
+    mask = random_mask(7, OUT, IN)
+    found = refit(H, weight @ H, mask, torch.zeros_like(weight), 30, 1e-5)
+    best = best_on_support(weight, H.double(), mask)
+    size = H.double().diagonal().sqrt()
+    assert float(((found.weight.double() - best) * size).norm() / (best * size).norm()) < 1e-4
+
+
+def test_the_tolerance_stops_it_early() -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    loose = refit(H, C, mask, torch.zeros_like(weight), 100, 1e-1)
+    tight = refit(H, C, mask, torch.zeros_like(weight), 100, 1e-4)
+    assert 0 < loose.steps < tight.steps < 100
+    assert tight.residual <= 1e-4 < loose.residual <= 1e-1
+    none = refit(H, C, mask, torch.zeros_like(weight), 0, 1e-4)
+    assert none.steps == 0 and not bool(none.weight.any()) and none.residual == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6, 12])
+def test_the_reported_residual_is_true(steps: int) -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    found = refit(H, C, mask, weight, steps, 0.0)
+    masked = (C.double() - found.weight.double() @ H.double()) * mask
+    true = float((masked.norm(dim=1) / (C * mask).double().norm(dim=1)).max())
+    assert found.residual == pytest.approx(true, rel=1e-2, abs=1e-6)
+
+
+def test_rows_without_support_stay_zero_and_do_no_harm() -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    alone = refit(H, C[1:], mask[1:], weight[1:], 15, 0.0).weight
+    mask[0] = False
+    found = refit(H, C, mask, weight, 15, 0.0)
+    assert not bool(found.weight[0].any())
+    torch.testing.assert_close(found.weight[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_kept_at_all() -> None:
+    H, C, weight = unit_problem()
+    found = refit(H, C, torch.zeros_like(weight, dtype=torch.bool), weight, 10, 1e-5)
+    assert found.steps == 0 and found.residual == 0.0 and not bool(found.weight.any())
+
+
+def test_finished_rows_stay_where_they_are() -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    mask[0] = torch.arange(IN) == 4  # one entry: solved by the first step
+    mask[1] = True  # everything: the dense weight is the answer and the start
+    C[2] = 0.0  # zero is the answer
+    start = weight.clone()
+    start[2] = 0.0
+    found = refit(H, C, mask, start, 150, 0.0).weight
+    assert bool(torch.isfinite(found).all())
+    assert float(found[0, 4]) == pytest.approx(float(C[0, 4] / H[4, 4]), rel=1e-5)
+    torch.testing.assert_close(found[1], weight[1], rtol=1e-3, atol=1e-4)
+    assert not bool(found[2].any())
+    best = best_on_support(weight, H.double(), mask)
+    torch.testing.assert_close(found[3:].double(), best[3:], rtol=1e-3, atol=1e-4)
+
+
+def test_full_support_returns_the_dense_weight() -> None:
+    H, C, weight = unit_problem()
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    found = refit(H, C, everything, torch.zeros_like(weight), 200, 1e-6)
+    assert float((found.weight - weight).norm() / weight.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize("problem", LIVE)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_refitted_is_near_the_best_and_never_above_its_base(name: str, problem: str, pattern: Pattern) -> None:
+    weight, inputs = PROBLEMS[problem]()
+    stats = InputStats.of(inputs)
+    hessian, _ = hessian64(inputs)
+    base, method = get_method(name), get_method(name, refit=True)
+    before = base.solve(weight, base.prepare(stats), pattern)
+    after = method.solve(weight, method.prepare(stats), pattern)
+    assert torch.equal(before.mask, after.mask)
+    total = float(objective64(weight, torch.zeros_like(weight), hessian).sum())
+    raised = objective64(after.weight, weight, hessian) - objective64(before.weight, weight, hessian)
+    assert float(raised.max()) <= 1e-6 * total
+    best = best_on_support(weight, hessian, after.mask)
+    excess = objective64(after.weight, weight, hessian).sum() - objective64(best, weight, hessian).sum()
+    assert float(excess) <= 1e-5 * total
+
+
+def test_refitted_lowers_what_a_mask_alone_leaves() -> None:
+    weight, inputs = correlated()
+    stats = InputStats.of(inputs)
+    for name in ("magnitude", "wanda", "dsnot"):
+        info = get_method(name, refit=True)
+        record = info.solve(weight, info.prepare(stats), Unstructured(0.6)).info
+        assert record.error_before_refit is not None and record.error_after_refit is not None
+        assert record.error_after_refit < 0.8 * record.error_before_refit
+        assert record.refit_steps > 0
+
+
+@pytest.mark.parametrize("problem", LIVE)
+def test_refitted_reports_the_true_figures(problem: str) -> None:
+    weight, inputs = PROBLEMS[problem]()
+    method = Refitted(METHODS["wanda"]())
+    solution = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(0.6))
+    info = solution.info
+    hessian, damping = hessian64(inputs)
+    outputs = (inputs.double() @ weight.double().T).square().sum()
+    error = (inputs.double() @ (solution.weight.double() - weight.double()).T).square().sum() / outputs
+    assert info.error_after_refit == pytest.approx(float(error), rel=1e-3, abs=1e-6)
+    assert info.damping == pytest.approx(damping, rel=1e-6)
+    scale = hessian.diagonal().rsqrt()
+    right = (weight.double() @ hessian) * scale * solution.mask
+    masked = ((weight.double() - solution.weight.double()) @ hessian) * scale * solution.mask
+    true = float((masked.norm(dim=1) / right.norm(dim=1)).max())
+    assert info.refit_residual is not None and info.refit_residual <= method.tolerance
+    assert true <= method.tolerance + 1e-5

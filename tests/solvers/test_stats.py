@@ -1,0 +1,132 @@
+"""InputStats: what is summed equals dense float64 sums, in whatever pieces and dtypes it arrives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alps.stats import InputStats, Needs
+from problems import normal
+
+WIDTHS = (1, 7, 255, 256, 257, 600)
+
+
+def integers(seed: int, *shape: int) -> Tensor:
+    """Small whole numbers: all their sums are exact in float32, so equality may be asked for."""
+    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sums_of_whole_numbers_are_exact(width: int) -> None:
+    inputs = integers(width, 11, width)
+    exact = inputs.double()
+    stats = InputStats.of(inputs)
+    assert stats.tokens == 11
+    assert torch.equal(stats.total.double(), exact.sum(dim=0))
+    assert torch.equal(stats.square.double(), exact.square().sum(dim=0))
+    assert torch.equal(stats.gram().double(), exact.T @ exact)
+
+
+@pytest.mark.parametrize("width", [255, 257])
+def test_rounding_stays_that_of_float32(width: int) -> None:
+    inputs = normal(width, 200, width)
+    exact = inputs.double()
+    gram = InputStats.of(inputs).gram().double()
+    # The worst case of a float32 sum of 200 products; half precision anywhere would be far outside.
+    bound = 200 * 2.0**-24 * (exact.abs().T @ exact.abs())
+    assert bool(((gram - exact.T @ exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gram_is_symmetric_to_the_bit(width: int) -> None:
+    gram = InputStats.of(normal(width, 30, width)).gram()
+    assert torch.equal(gram, gram.T)
+
+
+def test_gram_is_a_fresh_copy() -> None:
+    stats = InputStats.of(integers(1, 5, 8))
+    before = stats.gram()
+    stats.gram().zero_()
+    assert torch.equal(stats.gram(), before) and bool(before.any())
+
+
+@pytest.mark.parametrize("width", [8, 257])
+def test_parts_add_up(width: int) -> None:
+    inputs = integers(2, 24, width)
+    whole = InputStats.of(inputs)
+    added = InputStats.of(inputs[:7]) + InputStats.of(inputs[7:])
+    updated = InputStats.zeros(width, Needs.GRAM)
+    updated.update(inputs[:20])
+    updated.update(inputs[20:])
+    for other in (added, updated, InputStats.of(inputs.reshape(2, 3, 4, width))):
+        assert other.tokens == whole.tokens == 24
+        assert torch.equal(other.total, whole.total)
+        assert torch.equal(other.square, whole.square)
+        assert torch.equal(other.gram(), whole.gram())
+
+
+def test_adding_leaves_the_parts_alone() -> None:
+    left, right = InputStats.of(integers(3, 4, 6)), InputStats.of(integers(4, 5, 6))
+    before = left.gram()
+    together = left + right
+    together.update(integers(5, 3, 6))
+    assert left.tokens == 4 and torch.equal(left.gram(), before)
+    assert together.tokens == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
+    # 300^2 overflows float16, and 40 * 300^2 = 3 600 000 needs more than bfloat16's 8 bits.
+    inputs = torch.cat([300 * torch.ones(39, 5), torch.full((1, 5), 299.0)]).to(dtype)
+    exact = inputs.double()
+    stats = InputStats.of(inputs)
+    for sums in (stats.total, stats.square, stats.gram()):
+        assert sums.dtype == torch.float32
+    assert torch.equal(stats.total.double(), exact.sum(dim=0))
+    assert torch.equal(stats.square.double(), exact.square().sum(dim=0))
+    assert torch.equal(stats.gram().double(), exact.T @ exact)
+
+
+def test_moments_agree_with_torch() -> None:
+    inputs = normal(6, 500, 9) * torch.linspace(0.1, 3, 9) + torch.linspace(-1, 1, 9)
+    stats = InputStats.of(inputs, Needs.MOMENTS)
+    exact = inputs.double()
+    torch.testing.assert_close(stats.mean().double(), exact.mean(dim=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.norms().double(), exact.norm(dim=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.variance().double(), exact.var(dim=0, correction=0), rtol=1e-4, atol=1e-6)
+
+
+def test_constant_inputs_have_no_negative_variance() -> None:
+    variance = InputStats.of(torch.full((1000, 4), 0.7), Needs.MOMENTS).variance()
+    assert bool((variance >= 0).all()) and float(variance.max()) < 1e-4
+
+
+def test_only_what_is_needed_is_held() -> None:
+    inputs = integers(7, 10, 5)
+    light = InputStats.of(inputs, Needs.MOMENTS)
+    assert light.upper is None
+    assert torch.equal(light.square, InputStats.of(inputs).square)
+    with pytest.raises(AssertionError, match="not collected"):
+        light.gram()
+    assert (light + light).upper is None
+
+
+def test_empty_sums_are_finite() -> None:
+    stats = InputStats.zeros(3, Needs.GRAM)
+    assert stats.tokens == 0 and stats.is_finite()
+    assert stats.mean().tolist() == stats.variance().tolist() == stats.norms().tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_are_noticed(bad: float) -> None:
+    inputs = integers(8, 10, 5)
+    assert InputStats.of(inputs).is_finite()
+    inputs[3, 2] = bad
+    assert not InputStats.of(inputs).is_finite()
+    assert not InputStats.of(inputs, Needs.MOMENTS).is_finite()
+
+
+def test_gradients_are_not_recorded() -> None:
+    inputs = integers(9, 4, 3).requires_grad_()
+    assert not InputStats.of(inputs).total.requires_grad
