@@ -19,6 +19,7 @@ from alps.report import EvaluationRecord
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
 _BATCH_TOKENS = 2048
+_LOSS_ROWS = 128
 
 
 def perplexity(
@@ -65,6 +66,8 @@ def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits
     losses = []
     for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
-        scores = row.float()
-        losses.append(scores.logsumexp(dim=-1) - scores.gather(1, targets[:, None]).squeeze(1))
-    return torch.stack(losses)
+        # A few rows of logits at a time: float32 copies of all of them would go through memory twice more.
+        for part, wanted in zip(torch.split(row, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True):
+            scores = part.float()
+            losses.append(scores.logsumexp(dim=-1) - scores.gather(1, wanted[:, None]).squeeze(1))
+    return torch.cat(losses).view(ids.shape[0], -1)
