@@ -78,11 +78,9 @@ def peak_device_bytes(device: torch.device) -> int:
 
 def provenance() -> dict[str, str]:
     """Versions, machine and commit under which a figure was produced."""
-    import alps
-
     facts = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {
-        "alps": alps.__version__,
+        "alps": version("alps-prune"),
         **facts,
         "python": platform.python_version(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

@@ -145,3 +145,41 @@ def test_equal_tensors_that_are_not_the_same_are_kept_apart(ids: Tensor) -> None
     first, second = (shared.stats for shared in seen.shared)
     assert first.tokens == second.tokens == ids.numel()
     assert torch.equal(first.gram(), second.gram())
+
+
+def test_a_site_that_first_receives_something_in_a_late_batch_is_not_forgotten(ids: Tensor) -> None:
+    class Routed(nn.Module):
+        """Sends the windows that begin with an even token to one map, the others to the other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            even = hidden[:, 0, 0] % 2 == 0
+            out = torch.zeros_like(hidden)
+            for chosen, linear in ((even, self.even), (~even, self.odd)):
+                if bool(chosen.any()):
+                    out[chosen] = linear(hidden[chosen])
+            return out
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(1))
+            self.layers = nn.ModuleList([Routed()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+            return self.layers[0](input_ids[..., None].float().expand(-1, -1, 8))
+
+    windows = ids[:4].clone()
+    windows[:, 0] = torch.tensor([2, 4, 3, 6])
+    model = Model()
+    blocks = find_blocks(model)
+    seen = observe(blocks[0], capture(model, blocks, windows, 1), Needs.GRAM, _CPU)
+    assert [([site.kind for site in shared.sites], shared.stats.tokens) for shared in seen.shared] == [
+        (["even"], 3 * windows.shape[1]),
+        (["odd"], windows.shape[1]),
+    ]
+    assert seen.unused == []
+    assert seen.shared[1].stats.total[0] == windows[2].sum()

@@ -41,31 +41,40 @@ class Observation:
 
 
 class _Collector:
-    """Hooks for one pass: the first batch finds out who shares an input, the others only watch one site each."""
+    """Hooks for one pass: a site's first batch finds out whose input it shares, later ones watch one site per input."""
 
     def __init__(self, needs: Needs, device: torch.device) -> None:
         self.needs, self.device = needs, device
         self.shared: list[SharedInput] = []
         self.seconds = 0.0
-        self._seen: list[Tensor] = []  # held during the first batch, so that identity means the same tensor
+        # Inputs of this batch that met a new site; held, so that identity means the same tensor.
+        self._met: list[tuple[Tensor, SharedInput]] = []
+
+    @property
+    def known(self) -> set[str]:
+        """Names of the sites that have received something."""
+        return {site.name for shared in self.shared for site in shared.sites}
 
     def first(self, site: Site, x: Tensor) -> None:
-        for tensor, shared in zip(self._seen, self.shared, strict=True):
+        """A site that was not known when the batch began receives `x`."""
+        for tensor, shared in self._met:
             if tensor is x and site not in shared.sites:
                 shared.sites.append(site)
                 return
         owner = next((shared for shared in self.shared if site in shared.sites), None)
         if owner is None:
             owner = SharedInput(InputStats.zeros(site.shape[1], self.needs, self.device), [site])
-            self._seen.append(x)
             self.shared.append(owner)
+        self._met.append((x, owner))
         self._add(owner, x)
 
     def later(self, site: Site, x: Tensor) -> None:
+        """The first site of a known input receives `x`."""
         self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
 
-    def end_first(self) -> None:
-        self._seen.clear()
+    def end_batch(self) -> None:
+        """Let go of the inputs of this batch."""
+        self._met.clear()
 
     def _add(self, shared: SharedInput, x: Tensor) -> None:
         start = self._now()
@@ -89,14 +98,15 @@ def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.devic
     """
     collector = _Collector(needs, device)
     with torch.no_grad():
-        with _watching(block.sites, collector.first):
-            inputs.run(block.index, block.module, 0, device)
-        collector.end_first()
-        with _watching([shared.sites[0] for shared in collector.shared], collector.later):
-            for batch in range(1, len(inputs.hidden)):
+        for batch in range(len(inputs.hidden)):
+            leaders = [shared.sites[0] for shared in collector.shared]
+            # In a mixture of experts a site may receive its first tokens in a late batch.
+            strangers = [site for site in block.sites if site.name not in collector.known]
+            with _watching(leaders, collector.later), _watching(strangers, collector.first):
                 inputs.run(block.index, block.module, batch, device)
-    seen = {site.name for shared in collector.shared for site in shared.sites}
-    return Observation(collector.shared, [site for site in block.sites if site.name not in seen], collector.seconds)
+            collector.end_batch()
+    unused = [site for site in block.sites if site.name not in collector.known]
+    return Observation(collector.shared, unused, collector.seconds)
 
 
 @contextmanager
