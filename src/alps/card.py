@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
+from alps.models.load import looks_local
 from alps.report import RunReport
 
 
 def model_card(report: RunReport) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read."""
+    local = looks_local(report.model)
+    title = Path(report.model).name if local else report.model
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": report.model,
+        # A hub refuses a base model that is not on a hub, and nobody else's folders are of interest.
+        **({} if local or "/" not in report.model else {"base_model": report.model}),
         "tags": ["pruned", "sparse", report.method],
     }
     lines = [
@@ -20,7 +26,7 @@ def model_card(report: RunReport) -> str:
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {report.model}, pruned to {report.pattern} with {report.method}",
+        f"# {title}, pruned to {report.pattern} with {report.method}",
         "",
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
         "layers are zero; everything else is unchanged. The files are an ordinary dense checkpoint with zeros in it: "

@@ -25,7 +25,7 @@ SPARSITY = 0.7
 TEXT = "python-docs"
 # Windows and tokens in each, for calibration and for evaluation.
 CALIBRATION = (32, 256)
-EVALUATION = (24, 512)
+EVALUATION = (16, 512)
 
 
 @dataclass(frozen=True)
