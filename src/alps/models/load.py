@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from alps.errors import ConfigError, UnsupportedModel
@@ -73,7 +74,9 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     check_model_path(name)
     source, extra = _source(name)
     if extra:
-        extra["quantization_config"] = GgufConfig(dequantize=True)
+        # Newer releases may leave a GGUF's weights packed; older ones know nothing but dense.
+        if hasattr(transformers, "GgufConfig"):
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
         extra["dtype"] = dtype or torch.bfloat16
     else:
         extra["dtype"] = dtype or "auto"
