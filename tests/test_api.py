@@ -91,7 +91,10 @@ def test_the_report_and_the_card_tell_what_was_done(checkpoint: Path, english_fi
     card = (out / "README.md").read_text()
     assert f"{report.zeros:,} of {report.entries:,} weights (50.00 %) in 21 linear layers" in card
     assert f"| {report.mean_error:.4f} |" in card and used.sha256[:12] in card
-    assert "library_name: transformers" in card.split("---")[1] and "quantization_config" not in (out / "config.json").read_text()
+    assert (
+        "library_name: transformers" in card.split("---")[1]
+        and "quantization_config" not in (out / "config.json").read_text()
+    )
 
 
 def test_settings_are_saved_and_reproduce_the_run(checkpoint: Path, english_file: Path, tmp_path: Path) -> None:

@@ -212,3 +212,15 @@ def test_as_a_module_in_a_new_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_demo_replaces_nothing_but_an_earlier_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALPS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    before = contents(tmp_path)
+    assert alps(monkeypatch, "demo", "--out", tmp_path / "mine") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert contents(tmp_path) == before

@@ -158,13 +158,19 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
 def write(
     loaded: Loaded, report: RunReport, out: Path, settings: PruneSettings | None = None, replaceable: str | None = None
 ) -> None:
-    """Write model, tokenizer, report, card and settings to `out`, which appears whole or not at all."""
+    """Write model, tokenizer, report, card and settings to `out`, which appears whole or not at all.
+
+    Args:
+        replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
+    """
     start = time.perf_counter()
     with new_directory(out, replaceable) as folder:
         save_model(loaded.model, loaded.tokenizer, folder)
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         (folder / "README.md").write_text(model_card(report))
+        if replaceable is not None:
+            (folder / replaceable).touch()
         if settings is not None:
             (folder / SETTINGS_NAME).write_text(settings.to_yaml())
 

@@ -18,11 +18,13 @@ from alps.data.text import load_text
 from alps.loaded import load
 from alps.models.packaged import NAME, packaged_model
 from alps.progress import Watcher
-from alps.report import REPORT_NAME, EvaluationRecord, RunReport
+from alps.report import EvaluationRecord, RunReport
 from alps.walk import Walk
 
 SPARSITY = 0.7
 TEXT = "python-docs"
+# Lies in what the demo writes: only such a directory is replaced by the next demo.
+MARKER = ".alps-demo"
 # Windows and tokens in each, for calibration and for evaluation.
 CALIBRATION = (32, 256)
 EVALUATION = (16, 512)
@@ -44,7 +46,7 @@ def demo(
     """Prune the packaged model to 70 % and write ALPS's result to `out`.
 
     Args:
-        out: directory to write; an earlier result of this program there is replaced.
+        out: directory to write; the result of an earlier demo there is replaced, anything else refused.
         quick: ALPS alone, without the methods it is compared with.
         device: as for `alps prune`.
         watcher: told after every site and batch.
@@ -53,7 +55,7 @@ def demo(
     Returns:
         The rows of the table, dense first and ALPS last, and ALPS's report.
     """
-    check_target(out, replaceable=REPORT_NAME)
+    check_target(out, replaceable=MARKER)
     packaged_model(tell)
     limit, seqlen = EVALUATION
     start = time.perf_counter()
@@ -84,5 +86,5 @@ def demo(
             pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),
         ]
         rows.append(DemoRow(method, pruned, report, seconds))
-    write(loaded, report, out, settings, replaceable=REPORT_NAME)
+    write(loaded, report, out, settings, replaceable=MARKER)
     return rows, report

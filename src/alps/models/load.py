@@ -61,7 +61,7 @@ def check_model_path(name: str) -> None:
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a causal language model on the CPU, in evaluation mode, with its cache off.
+    """Load a causal language model on the CPU, in evaluation mode.
 
     Args:
         name: directory, GGUF file, or hub name.
