@@ -224,3 +224,15 @@ def test_the_demo_replaces_nothing_but_an_earlier_demo(
     assert alps(monkeypatch, "demo", "--out", tmp_path / "mine") == 2
     assert "is not empty" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+def test_inspecting_a_dense_model_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path
+) -> None:
+    assert alps(monkeypatch, "inspect", stories, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sparsity"] == 0 and found["claimed"] is None and found["checks"] == []
+    reasons = [row["reason"] for row in found["dense"]]
+    assert reasons == ["embedding or output head"] + ["no zeros in it"] * 35
+    assert alps(monkeypatch, "inspect", stories) == 0
+    assert "Dense: 16 more, see --json" in capsys.readouterr().out

@@ -74,18 +74,19 @@ def inspect(directory: str) -> Inspection:
     claimed = None if report is None else parse_pattern(report.pattern)
     patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else _USUAL
     counts = {pattern: [0, 0] for pattern in patterns}
-    sites, names = [], set()
+    sites, unpruned = [], []
     for block in blocks:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
             sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
-            if zeros:
-                names.add(site.parameter_name)
+            if not zeros:
+                unpruned.append(DenseRecord(name=site.parameter_name, shape=site.shape, reason="no zeros in it"))
             for pattern, count in counts.items():
                 groups, bad = group_violations(weight, pattern)
                 count[0] += groups
                 count[1] += bad
+    elsewhere = dense_parameters(model, {site.parameter_name for block in blocks for site in block.sites})
     checks = [PatternCheck(pattern=str(p), groups=n, violations=bad) for p, (n, bad) in counts.items() if n]
     if report is None:
         checks = [check for check in checks if check.violations == 0]
@@ -93,7 +94,7 @@ def inspect(directory: str) -> Inspection:
         directory=directory,
         claimed=None if report is None else report.pattern,
         sites=sites,
-        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense_parameters(model, names)],
+        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in elsewhere] + unpruned,
         checks=checks,
     )
 

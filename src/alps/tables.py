@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from alps.demo import DemoRow
     from alps.inspection import Inspection
 
+_DENSE_LINES = 20
+
 
 def prune_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what was pruned, how well, at what cost, and where it is."""
@@ -104,7 +106,9 @@ def inspection_tables(findings: Inspection) -> list[RenderableType]:
         else f"Pattern {check.pattern}: BROKEN in {check.violations:,} of {check.groups:,} groups."
         for check in findings.checks
     ]
-    lines += [f"Dense: {row.name} {tuple(row.shape)}: {row.reason}" for row in findings.dense]
+    lines += [f"Dense: {row.name} {tuple(row.shape)}: {row.reason}" for row in findings.dense[:_DENSE_LINES]]
+    if len(findings.dense) > _DENSE_LINES:
+        lines.append(f"Dense: {len(findings.dense) - _DENSE_LINES} more, see --json")
     return [table, Text("\n".join(lines))]
 
 
