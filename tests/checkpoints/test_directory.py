@@ -7,12 +7,17 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alps.api import write
 from alps.checkpoints.directory import check_target, new_directory
 from alps.errors import CheckpointError
+from alps.loaded import Loaded
+from alps.report import RunReport
 
 
 def _fill(out: Path, content: str = "weights", replaceable: str | None = None) -> None:
@@ -178,3 +183,17 @@ def test_what_the_check_lets_pass_can_be_written(tmp_path: Path, case: str) -> N
         return
     _fill(out)
     assert (out / "model.bin").read_text() == "weights"
+
+
+def test_what_is_written_with_a_marker_can_be_replaced_by_the_same_call(
+    tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    loaded = Loaded("tiny", tiny_model("llama"), None)
+    report = RunReport(
+        model="tiny", architecture="Any", method="alps", pattern="70%", dtype="float32", device="cpu", calibration=None
+    )
+    for _ in range(2):
+        write(loaded, report, tmp_path / "out", replaceable=".marker")
+    assert (tmp_path / "out" / ".marker").is_file() and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(CheckpointError, match="not empty"):
+        write(loaded, report, tmp_path / "out")
