@@ -72,8 +72,28 @@ class InputStats:
     def gram(self) -> Tensor:
         """A fresh symmetric copy of X^T X, shape (in, in), float32."""
         assert self.upper is not None, "the Gram was not collected"
-        upper = self.upper.triu()
-        return upper + upper.triu(1).T
+        gram = self.upper.clone()
+        for start in range(0, len(gram), _PANEL):
+            stop = start + _PANEL
+            gram[start:stop, start:stop] = _mirrored(gram[start:stop, start:stop])
+            gram[stop:, start:stop] = gram[start:stop, stop:].T
+        return gram
+
+    def energy(self, delta: Tensor) -> float:
+        """||X delta^T||_F^2 = tr(delta G delta^T) for delta (out, in) in float32; never negative.
+
+        Products in float32, over the upper triangle alone; their sum in float64.
+        """
+        assert self.upper is not None, "the Gram was not collected"
+        total = 0.0
+        for start in range(0, len(self.upper), _PANEL):
+            stop = start + _PANEL
+            mine, rest = delta[:, start:stop], delta[:, stop:]
+            # What lies right of the diagonal block stands for its mirror image below it as well.
+            product = mine @ _mirrored(self.upper[start:stop, start:stop])
+            product.addmm_(rest, self.upper[start:stop, stop:].T, alpha=2)
+            total += float(product.mul_(mine).sum(dtype=torch.float64))
+        return max(total, 0.0)
 
     def norms(self) -> Tensor:
         """Euclidean norm of every input feature over the tokens, shape (in,)."""
@@ -91,3 +111,7 @@ class InputStats:
         """Whether no sum has met or become a NaN or an infinity."""
         sums = [self.total, self.square] + ([] if self.upper is None else [self.upper])
         return all(bool(torch.isfinite(s).all()) for s in sums)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    return upper.triu() + upper.triu(1).T

@@ -23,8 +23,8 @@ from alps.progress import Silent, Watcher
 from alps.report import LayerRecord, solve_record
 from alps.runtime import exact_float32
 from alps.solvers.base import Method, Solution
-from alps.solvers.objective import energy
 from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.selection import masked
 from alps.stats import InputStats, Needs
 
 # Calibration tokens per forward of a block.
@@ -121,14 +121,13 @@ class Walk:
     def _solve_shared(self, block: Block, shared: SharedInput) -> None:
         with self._timed("prepare"), _naming(shared.sites):
             state = self.method.prepare(shared.stats)
-            gram = shared.stats.gram() if self.measure_errors else None
         for site in shared.sites:
             dense = site.read().to(torch.float32).clone()
             with self._timed("solve"), _naming([site]):
                 solution = self.method.solve(dense, state, self.pattern)
-            self._write(block, site, dense, solution, gram)
+            self._write(block, site, dense, solution, shared.stats)
 
-    def _write(self, block: Block, site: Site, dense: Tensor, solution: Solution, gram: Tensor | None) -> None:
+    def _write(self, block: Block, site: Site, dense: Tensor, solution: Solution, stats: InputStats) -> None:
         stored = site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
@@ -137,12 +136,12 @@ class Walk:
         for phase, seconds in solution.info.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         error = magnitude_error = None
-        if gram is not None:
+        if self.measure_errors:
             with self._timed("errors"):
-                by_size = torch.where(keep_largest(dense.abs(), self.pattern), dense, 0.0)
-                reference = energy(dense, gram)
-                error = energy(stored.float() - dense, gram) / reference if reference > 0 else 0.0
-                magnitude_error = energy(by_size - dense, gram) / reference if reference > 0 else 0.0
+                by_size = masked(dense, keep_largest(dense.abs(), self.pattern))
+                reference = stats.energy(dense)
+                error = stats.energy(stored.float() - dense) / reference if reference > 0 else 0.0
+                magnitude_error = stats.energy(by_size - dense) / reference if reference > 0 else 0.0
         self.records.append(
             LayerRecord(
                 name=site.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class Observation:
     seconds: float
 
 
+class _AllSeen(Exception):
+    """Nothing that the rest of a block's forward computes is wanted."""
+
+
 class _Collector:
     """Hooks for one pass: a site's first batch finds out whose input it shares, later ones watch one site per input."""
 
@@ -47,6 +51,9 @@ class _Collector:
         self.needs, self.device = needs, device
         self.shared: list[SharedInput] = []
         self.seconds = 0.0
+        # How often each input's first site has received something in this batch.
+        self._received: dict[str, int] = {}
+        self._may_stop = False
         # Inputs of this batch that met a new site; held, so that identity means the same tensor.
         self._met: list[tuple[Tensor, SharedInput]] = []
 
@@ -69,17 +76,30 @@ class _Collector:
         self._add(owner, x)
 
     def later(self, site: Site, x: Tensor) -> None:
-        """The first site of a known input receives `x`."""
-        self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
+        """The first site of a known input receives `x`.
 
-    def end_batch(self) -> None:
-        """Let go of the inputs of this batch."""
+        Raises:
+            _AllSeen: when nothing more is to be expected in this batch.
+        """
+        self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
+        if self._may_stop and len(self._received) == len(self.shared):
+            raise _AllSeen
+
+    def end_batch(self, complete: bool) -> None:
+        """Let go of the inputs of this batch; `complete` when every site is known.
+
+        Once every input has been met exactly once in a batch, later batches may stop at their last input.
+        """
+        self._may_stop = complete and all(self._received.get(one.sites[0].name) == 1 for one in self.shared)
+        self._received.clear()
         self._met.clear()
 
     def _add(self, shared: SharedInput, x: Tensor) -> None:
         start = self._now()
         shared.stats.update(x)
         self.seconds += self._now() - start
+        name = shared.sites[0].name
+        self._received[name] = self._received.get(name, 0) + 1
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -89,6 +109,9 @@ class _Collector:
 
 def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.device) -> Observation:
     """Run `block` over all batches and sum up what its sites receive.
+
+    A batch ends at the last site's input, since nothing after it is wanted: a block that calls its sites once each
+    is not run to its end but for the first batch.
 
     Args:
         block: the block, already on `device`.
@@ -102,9 +125,10 @@ def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.devic
             leaders = [shared.sites[0] for shared in collector.shared]
             # In a mixture of experts a site may receive its first tokens in a late batch.
             strangers = [site for site in block.sites if site.name not in collector.known]
-            with _watching(leaders, collector.later), _watching(strangers, collector.first):
+            watching = _watching(leaders, collector.later), _watching(strangers, collector.first)
+            with watching[0], watching[1], suppress(_AllSeen):
                 inputs.run(block.index, block.module, batch, device)
-            collector.end_batch()
+            collector.end_batch(complete=all(site.name in collector.known for site in block.sites))
     unused = [site for site in block.sites if site.name not in collector.known]
     return Observation(collector.shared, unused, collector.seconds)
 

@@ -15,6 +15,7 @@ a smaller penalty are in the authors' code and not in the paper.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.selection import masked
 
 
 @dataclass(frozen=True)
@@ -66,36 +68,77 @@ class AdmmResult:
     trace: list[TracePoint]
 
 
-def run(hessian: ScaledHessian, dense: Tensor, C: Tensor, pattern: Pattern, settings: AdmmSettings) -> AdmmResult:
-    """Run the splitting from the magnitude projection of the scaled dense weight.
+class Steps(Protocol):
+    """The iterations themselves, which the schedule below drives.
+
+    Attributes:
+        mask: support of D, shape (out, in).
+    """
+
+    mask: Tensor
+
+    def restart(self) -> None:
+        """Go back to D = projection of the dense weight, V = 0."""
+
+    def step(self, rho: float) -> None:
+        """One W-step and one projection with the penalty rho."""
+
+    def gap(self) -> float:
+        """||W - D||_F / ||W||_F after the last step."""
+
+    def projected(self) -> Tensor:
+        """D, shape (out, in); the steps are over then."""
+
+
+class PlainSteps:
+    """The steps as published, in float32: what small sites take, and what `streaming.StreamingSteps` is held to."""
+
+    def __init__(self, hessian: ScaledHessian, dense: Tensor, C: Tensor, pattern: Pattern) -> None:
+        self._hessian, self._dense, self._C, self._pattern = hessian, dense, C, pattern
+        self.restart()
+
+    def restart(self) -> None:
+        self.mask = keep_largest(self._dense.abs(), self._pattern)
+        self._D, self._V = masked(self._dense, self.mask), torch.zeros_like(self._dense)
+        self._W = self._dense
+        self._inverse, self._rho = None, 0.0
+
+    def step(self, rho: float) -> None:
+        if self._inverse is None or rho != self._rho:
+            self._inverse, self._rho = self._hessian.inverse(rho), rho
+        self._W = w_step(self._inverse, self._C, self._D, self._V, rho)
+        self._D, self._V, self.mask = project(self._W, self._V, rho, self._pattern)
+
+    def gap(self) -> float:
+        return float((self._W - self._D).norm() / self._W.norm().clamp_min(1e-38))
+
+    def projected(self) -> Tensor:
+        return self._D
+
+
+def run(steps: Steps, k: int, settings: AdmmSettings) -> AdmmResult:
+    """Drive the splitting from the magnitude projection of the scaled dense weight until its support rests.
 
     Args:
-        hessian: H with unit diagonal and its shifted inverses.
-        dense: dense weight in scaled coordinates, shape (out, in).
-        C: right-hand side in scaled coordinates, shape (out, in).
-        pattern: what must be kept.
+        steps: the splitting, not yet begun.
+        k: number of entries that stay.
         settings: schedule and stopping rules.
     """
-    k = dense.numel() - pattern.pruned_count(dense.numel())
-    first_mask = keep_largest(dense.abs(), pattern)
-    first_D = torch.where(first_mask, dense, 0.0)
-    D, V, mask_at_check = first_D, torch.zeros_like(dense), first_mask
+    mask_at_check = steps.mask
     rho, grown, restarts, trace = settings.rho, False, 0, list[TracePoint]()
-    status, iteration, gap, mask = Status.MAX_ITERATIONS, 0, 0.0, first_mask
+    status, iteration, gap = Status.MAX_ITERATIONS, 0, 0.0
     for iteration in range(1, settings.max_iterations + 1):
-        W = w_step(hessian.inverse(rho), C, D, V, rho)
-        D, V, mask = project(W, V, rho, pattern)
+        steps.step(rho)
         if iteration % settings.check_every:
             continue
-        change = int((mask ^ mask_at_check).sum())
-        gap = float((W - D).norm() / W.norm().clamp_min(1e-38))
+        change, gap = int(torch.count_nonzero(steps.mask ^ mask_at_check)), steps.gap()
         trace.append(TracePoint(iteration, rho, change, gap))
-        mask_at_check = mask
         if not grown and change < settings.restart_share * k and restarts < settings.max_restarts:
             restarts, rho = restarts + 1, rho * settings.restart_factor
-            D, V, mask_at_check = first_D, torch.zeros_like(dense), first_mask
+            steps.restart()
+            mask_at_check = steps.mask
             continue
-        grown = True
+        mask_at_check, grown = steps.mask, True
         if change == 0:
             status = Status.CONVERGED
             break
@@ -103,7 +146,8 @@ def run(hessian: ScaledHessian, dense: Tensor, C: Tensor, pattern: Pattern, sett
             status = Status.SETTLED
             break
         rho = grow(rho, change / k, settings)
-    return AdmmResult(D, mask, status, iteration, restarts, gap, trace)
+    D = steps.projected()
+    return AdmmResult(D, steps.mask, status, iteration, restarts, gap, trace)
 
 
 def w_step(inverse: Tensor, C: Tensor, D: Tensor, V: Tensor, rho: float) -> Tensor:
@@ -118,7 +162,7 @@ def project(W: Tensor, V: Tensor, rho: float, pattern: Pattern) -> tuple[Tensor,
     """
     Z = torch.add(W, V, alpha=1 / rho)
     mask = keep_largest(Z.abs(), pattern)
-    D = torch.where(mask, Z, 0.0)
+    D = masked(Z, mask)
     return D, Z.sub_(D).mul_(rho), mask
 
 

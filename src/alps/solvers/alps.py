@@ -11,15 +11,24 @@ Meng, Behdin, Wang, Mazumder: ALPS, NeurIPS 2024, arXiv 2406.07831: Section 3 (s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from alps.solvers import admm
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.pattern import Pattern, keep_largest
-from alps.solvers.pcg import refit
+from alps.solvers.pcg import RefitResult, descend
+from alps.solvers.precision import has_fast_bfloat16
+from alps.solvers.reductions import inner
+from alps.solvers.selection import masked
+from alps.solvers.streaming import StreamingSteps
 from alps.stats import InputStats, Needs
+
+# From this many weights on, a site's time is in its products.
+_LARGE = 2**16
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,17 @@ class Alps(Method):
         admm: penalty schedule and stopping rules.
         refit_steps: conjugate-gradient steps on the final support; 0 leaves ADMM's own weights.
         refit_tolerance: the refit stops earlier once every row's masked residual is below this.
+        refit_gain: the refit stops earlier after a step that lowers the site's error by less than this share.
+        precision: of the factors of the products inside the splitting. `auto` takes bfloat16 for large sites where
+            the machine multiplies it faster than float32. The refit is float32 in any case.
     """
 
     damping: float = 0.01
     admm: admm.AdmmSettings = field(default_factory=admm.AdmmSettings)
     refit_steps: int = 10
     refit_tolerance: float = 1e-5
+    refit_gain: float = 3e-5
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def name(self) -> str:
@@ -55,17 +69,36 @@ class Alps(Method):
         if not bool(W.any()):
             info.status = Status.UNCHANGED
             return Solution(weight.clone(), keep_largest(W.abs(), pattern), info)
-        C = W @ state.matrix
         with info.timed("admm"):
-            split = admm.run(state, W, C, pattern, self.admm)
-        with info.timed("refit"):
-            refined = refit(state.matrix, C, split.mask, split.D, self.refit_steps, self.refit_tolerance)
-        reference = state.undamped_energy(W) or 1.0
+            split = admm.run(self._steps(state, W, pattern), W.numel() - pattern.pruned_count(W.numel()), self.admm)
         info.status, info.iterations, info.restarts = split.status, split.iterations, split.restarts
         info.trace, info.gap = split.trace, split.gap
-        info.error_before_refit = state.undamped_energy(split.D - W) / reference
-        info.error_after_refit = state.undamped_energy(refined.weight - W) / reference
-        info.refit_steps, info.refit_residual = refined.steps, refined.residual
         if split.status is Status.MAX_ITERATIONS:
             info.notes.append(f"the support was still changing after {split.iterations} iterations")
-        return Solution(refined.weight * state.scale, split.mask, info)
+        with info.timed("refit"):
+            refined = self._refit(state, W, split, info)
+        return Solution(refined.weight.mul_(state.scale), split.mask, info)
+
+    def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern) -> admm.Steps:
+        large = W.numel() >= _LARGE
+        low = self.precision == "bfloat16" or (self.precision == "auto" and large and has_fast_bfloat16(W.device))
+        if large or low:
+            return StreamingSteps(state, W, pattern, torch.bfloat16 if low else torch.float32)
+        return admm.PlainSteps(state, W, W @ state.matrix, pattern)
+
+    def _refit(self, state: ScaledHessian, W: Tensor, split: admm.AdmmResult, info: SolveInfo) -> RefitResult:
+        """Refine the projected weights on their support; notes both errors, which cost no product of their own."""
+        C = W @ state.matrix
+        reference = state.undamped(inner(C, W), W) or 1.0
+        right = masked(C, split.mask).norm(dim=1)
+        delta = W - split.D
+        R = torch.mm(delta, state.matrix, out=C)
+        energy = inner(R, delta)
+        info.error_before_refit = state.undamped(energy, delta) / reference
+        refined = descend(
+            state.matrix, R, split.mask, split.D, right, self.refit_steps, self.refit_tolerance, self.refit_gain * energy
+        )
+        delta = torch.sub(W, refined.weight, out=delta)
+        info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference
+        info.refit_steps, info.refit_residual = refined.steps, refined.residual
+        return refined

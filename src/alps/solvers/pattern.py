@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alps.errors import ConfigError
+from alps.solvers.selection import chunk_of, top_mask
 
 Scope = Literal["matrix", "row"]
 
@@ -134,46 +135,6 @@ def keep_largest(scores: Tensor, pattern: Pattern, scope: Scope = "matrix") -> T
     return top_mask(scores.reshape(-1), kept).reshape(scores.shape)
 
 
-def top_mask(scores: Tensor, kept: int) -> Tensor:
-    """Mask of exactly the `kept` largest of a vector of scores; among equals the first ones win."""
-    size = scores.numel()
-    if kept <= 0 or kept >= size:
-        return torch.full_like(scores, kept > 0, dtype=torch.bool)
-    threshold = _kth_largest(scores, kept)
-    assert not bool(threshold.isnan()), "scores hold NaN"
-    mask = scores >= threshold
-    surplus = int(mask.sum()) - kept
-    if surplus:
-        ties = (scores == threshold).nonzero().squeeze(1)
-        mask[ties[len(ties) - surplus :]] = False
-    return mask
-
-
-# Below this size a plain selection is fast enough; the stride is a prime, so that it never walks along a column.
-_SAMPLED_FROM, _STRIDE = 2**16, 61
-
-
-def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest entry, 1 <= k <= size, exactly.
-
-    A large vector is narrowed down first (Floyd and Rivest, Communications of the ACM 18(3), 1975): a sample
-    brackets the value, and only the entries inside the bracket are searched; a bracket that misses costs time,
-    never correctness.
-    """
-    size = scores.numel()
-    if size >= _SAMPLED_FROM:
-        sample = scores[::_STRIDE].sort(descending=True).values
-        position, share = k / size * len(sample), k / size
-        margin = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 1
-        high = sample[max(int(position - margin), 0)]
-        low = sample[min(int(position + margin) + 1, len(sample) - 1)]
-        above = int((scores > high).sum())
-        inside = scores[(scores >= low) & (scores <= high)]
-        if above < k <= above + len(inside):
-            return inside.kthvalue(len(inside) - (k - above) + 1).values
-    return scores.kthvalue(size - k + 1).values
-
-
 def _keep_in_rows(scores: Tensor, pattern: Unstructured) -> Tensor:
     rows, columns = scores.shape
     pruned = pattern.pruned_count(scores.numel())
@@ -187,13 +148,24 @@ def _keep_in_rows(scores: Tensor, pattern: Unstructured) -> Tensor:
 def _keep_in_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
     assert pattern.fits(scores.shape[1])
     groups = scores.reshape(-1, pattern.group)
-    # An entry's rank is the number of entries of its group that beat it; equals are beaten from the left.
-    members = groups.unbind(dim=1)
-    kept = []
-    for i, mine in enumerate(members):
-        rank = torch.zeros_like(mine, dtype=torch.int16)
-        for j, other in enumerate(members):
-            if j != i:
-                rank += (other >= mine) if j < i else (other > mine)
-        kept.append(rank < pattern.keep)
-    return torch.stack(kept, dim=1).reshape(scores.shape)
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
+    size = max(chunk_of(scores) // pattern.group, 1)
+    for part, answer in zip(groups.split(size), mask.split(size), strict=True):
+        # One contiguous row for each place in a group, so that every comparison runs over whole rows.
+        answer.copy_(_ranks(part.T.contiguous()).lt_(pattern.keep).T)
+    return mask.reshape(scores.shape)
+
+
+def _ranks(places: Tensor) -> Tensor:
+    """How many other places of its group beat each entry of `places` (group, groups); equals lose to their left."""
+    group = len(places)
+    # Until it is compared, a place counts as beaten by every place to its right.
+    rank = torch.arange(group - 1, -1, -1, device=places.device, dtype=torch.float32)[:, None]
+    rank = rank.repeat(1, places.shape[1])
+    loses = torch.empty_like(rank[0])
+    for i in range(group):
+        for j in range(i):
+            torch.ge(places[j], places[i], out=loses)
+            rank[i].add_(loses)
+            rank[j].sub_(loses)
+    return rank

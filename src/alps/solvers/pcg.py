@@ -17,14 +17,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alps.solvers.selection import masked
+
 
 @dataclass
 class RefitResult:
-    """Weights (out, in), steps taken, and the largest relative masked residual over the rows."""
+    """What conjugate gradients found.
+
+    Attributes:
+        weight: X, shape (out, in).
+        steps: steps taken.
+        residual: largest relative masked residual over the rows.
+        gain: by how much the steps lowered ||X - W||_H^2, summed over the rows.
+    """
 
     weight: Tensor
     steps: int
     residual: float
+    gain: float
 
 
 def refit(H: Tensor, C: Tensor, M: Tensor, start: Tensor, max_steps: int, tolerance: float) -> RefitResult:
@@ -40,26 +50,58 @@ def refit(H: Tensor, C: Tensor, M: Tensor, start: Tensor, max_steps: int, tolera
         max_steps: at most so many products with H, after the first.
         tolerance: stop once every row's masked residual is below this fraction of its masked right-hand side.
     """
-    X = torch.where(M, start, 0.0)
+    X = masked(start, M)
+    right = masked(C, M).norm(dim=1)
+    return descend(H, torch.addmm(C, X, H, alpha=-1), M, X, right, max_steps, tolerance)
+
+
+def descend(
+    H: Tensor,
+    R: Tensor,
+    M: Tensor,
+    X: Tensor,
+    right: Tensor,
+    max_steps: int,
+    tolerance: float,
+    least_gain: float = 0.0,
+) -> RefitResult:
+    """The steps of `refit`, from a residual that is known already.
+
+    Args:
+        H: Hessian, shape (in, in).
+        R: C - X H, shape (out, in); overwritten.
+        M: support, shape (out, in), boolean.
+        X: weights to begin with, zero off the support, shape (out, in); overwritten with the answer.
+        right: norm of every row's masked right-hand side, shape (out,).
+        max_steps, tolerance: see `refit`.
+        least_gain: stop after a step that lowers ||X - W||_H^2, summed over the rows, by no more than this.
+    """
+    kept = M.view(torch.uint8).to(X.dtype)
     inverse_diagonal = H.diagonal().reciprocal()
-    R = (C - X @ H).mul_(M)
-    scale = (C * M).norm(dim=1).clamp_min(torch.finfo(C.dtype).tiny)
-    Z = R * inverse_diagonal
-    P = Z.clone()
-    rz = (R * Z).sum(dim=1)
-    steps, residual = 0, float((R.norm(dim=1) / scale).max())
-    while steps < max_steps and residual > tolerance:
-        HP = (P @ H).mul_(M)
+    right = right.clamp_min(torch.finfo(X.dtype).tiny)
+    R.mul_(kept)
+    P = R * inverse_diagonal
+    rz = (R * P).sum(dim=1)
+    Z = torch.empty_like(R)
+    steps, residual, gain, last = 0, _worst(R, right), 0.0, float("inf")
+    while steps < max_steps and residual > tolerance and last > least_gain:
+        HP = torch.mm(P, H).mul_(kept)
         # A finished row has R = P = 0: its step is 0 / 0, to be read as 0.
-        alpha = _ratio(rz, (P * HP).sum(dim=1))
+        alpha = _ratio(rz, torch.mul(P, HP, out=Z).sum(dim=1))
         X.addcmul_(alpha[:, None], P)
         R.addcmul_(-alpha[:, None], HP)
+        del HP
+        last = float((alpha * rz).sum(dtype=torch.float64))
         torch.mul(R, inverse_diagonal, out=Z)
         rz_next = (R * Z).sum(dim=1)
         P.mul_(_ratio(rz_next, rz)[:, None]).add_(Z)
         rz = rz_next
-        steps, residual = steps + 1, float((R.norm(dim=1) / scale).max())
-    return RefitResult(X, steps, residual)
+        steps, residual, gain = steps + 1, _worst(R, right), gain + last
+    return RefitResult(X, steps, residual, gain)
+
+
+def _worst(R: Tensor, right: Tensor) -> float:
+    return float((R.norm(dim=1) / right).max())
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

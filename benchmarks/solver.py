@@ -1,0 +1,180 @@
+"""Layer problems of a real model: ALPS against another implementation of it and against SparseGPT, side by side.
+
+The inputs of every site of some blocks are collected from the dense model; then each method solves each problem in
+turn, so that a slow moment of the machine strikes all of them. The other implementation is fmchisel 0.1.2 (PyPI),
+which is not a dependency; without it its column is left out:
+
+    pip install --no-deps --target build/fmchisel fmchisel==0.1.2
+    python benchmarks/solver.py --calibration c4.jsonl --fmchisel build/fmchisel
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alps.data.text import load_text
+from alps.loaded import load
+from alps.models.blocks import find_blocks
+from alps.models.capture import capture
+from alps.models.observe import SharedInput, observe
+from alps.runtime import exact_float32, provenance
+from alps.solvers import Method, get_method
+from alps.solvers.objective import relative_error
+from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
+from alps.stats import InputStats, Needs
+
+Solver = Callable[[list[Tensor], InputStats, Pattern], list[Tensor]]
+
+
+@dataclass
+class Column:
+    """One contestant: seconds and relative errors by kind of site, in the order of the problems."""
+
+    solve: Solver
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+
+    def total(self) -> float:
+        """Seconds over all problems."""
+        return sum(map(sum, self.seconds.values()))
+
+    def mean_error(self) -> float:
+        """Mean relative error over all problems."""
+        return statistics.mean(e for errors in self.errors.values() for e in errors)
+
+
+def main() -> None:
+    """Solve every problem with every contestant and print one table."""
+    options = _options()
+    columns = {name: Column(_ours(name)) for name in options.methods.split(",")}
+    if options.fmchisel:
+        columns["fmchisel"] = Column(_theirs(_fmchisel(Path(options.fmchisel))))
+    pattern = parse_pattern(options.pattern)
+    tokens = 0
+    with exact_float32():
+        for kinds, weights, stats in problems(options):
+            tokens = stats.tokens
+            for column in columns.values():
+                _run(column, kinds, weights, stats, pattern)
+    facts = provenance()
+    print(
+        f"{options.model}, blocks {options.blocks}, {pattern}, {tokens} tokens of {options.calibration}, seed "
+        f"{options.seed}, {facts['machine']}, torch {facts['torch']}, commit {facts['commit']}\n"
+    )
+    print(table(columns))
+
+
+def problems(options: argparse.Namespace) -> Iterator[tuple[list[str], list[Tensor], InputStats]]:
+    """Kinds, dense weights (out, in) and shared input statistics, one item for every distinct input."""
+    loaded = load(options.model)
+    windows = loaded.calibration(
+        load_text(options.calibration, "calibration"), options.samples, options.seqlen, options.seed
+    )
+    wanted, cpu = set(map(int, options.blocks.split(","))), torch.device("cpu")
+    blocks = find_blocks(loaded.model)
+    inputs = capture(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
+    for block in blocks[: max(wanted) + 1]:
+        shared: list[SharedInput] = []
+        if block.index in wanted:
+            shared = observe(block, inputs, Needs.GRAM, cpu).shared
+        for one in shared:
+            yield [s.kind for s in one.sites], [s.read().float().clone() for s in one.sites], one.stats
+        with torch.no_grad():
+            inputs.hidden = [inputs.run(block.index, block.module, i, cpu) for i in range(len(inputs.hidden))]
+
+
+def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputStats, pattern: Pattern) -> None:
+    start = time.perf_counter()
+    answers = column.solve(weights, stats, pattern)
+    seconds = time.perf_counter() - start
+    gram, entries = stats.gram(), sum(weight.numel() for weight in weights)
+    for kind, weight, answer in zip(kinds, weights, answers, strict=True):
+        kept = weight.numel() - pattern.pruned_count(weight.numel())
+        assert int((answer != 0).sum()) <= kept, (kind, "keeps too many weights")
+        # Sites of one input are timed together, as they are solved; a site's share is by its size.
+        column.seconds.setdefault(kind, []).append(seconds * weight.numel() / entries)
+        column.errors.setdefault(kind, []).append(relative_error(answer, weight, gram))
+
+
+def _ours(name: str) -> Solver:
+    method: Method = get_method(name)
+
+    def solve(weights: list[Tensor], stats: InputStats, pattern: Pattern) -> list[Tensor]:
+        state = method.prepare(stats)
+        return [method.solve(weight, state, pattern).weight for weight in weights]
+
+    return solve
+
+
+def _theirs(module: ModuleType) -> Solver:
+    def solve(weights: list[Tensor], stats: InputStats, pattern: Pattern) -> list[Tensor]:
+        keep, group = (pattern.keep, pattern.group) if isinstance(pattern, SemiStructured) else (0, 0)
+        answers = []
+        for weight in weights:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight.data = weight
+            with torch.no_grad():
+                answer: Any = module.sparsify_weight(layer, {layer: stats.gram()}, pattern.sparsity, keep, group)
+            answers.append(answer[1])
+        return answers
+
+    return solve
+
+
+def _fmchisel(folder: Path) -> ModuleType:
+    """The one file of fmchisel that is needed, with a stand-in for the constant that it takes from llm-compressor."""
+    parts = "llmcompressor.modifiers.obcq.sgpt_sparsify".split(".")
+    for i in range(len(parts)):
+        sys.modules.setdefault(".".join(parts[: i + 1]), ModuleType(parts[i]))
+    sys.modules[".".join(parts)].__dict__["SGPT_PRECISION"] = torch.float32
+    path = folder / "fmchisel" / "pruning" / "alps" / "utils" / "alps_sparsify.py"
+    spec = importlib.util.spec_from_file_location("alps_sparsify", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise SystemExit(f"{path} does not exist: see the first lines of this script")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table(columns: dict[str, Column]) -> str:
+    """Seconds by kind and in total, how often the first column's, and the mean relative error."""
+    first = next(iter(columns.values()))
+    kinds = list(first.seconds)
+    heads = ["", *(f"{kind} s" for kind in kinds), "total s", "of the first", "mean error", "of the first"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, column in columns.items():
+        cells = [f"{sum(column.seconds[kind]):.2f}" for kind in kinds]
+        cells += [f"{column.total():.2f}", f"{column.total() / first.total():.2f}"]
+        cells += [f"{column.mean_error():.6f}", f"{column.mean_error() / first.mean_error():.4f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--blocks", default="0,5,15,25,29")
+    parser.add_argument("--pattern", default="0.7")
+    parser.add_argument("--methods", default="alps,sparsegpt")
+    parser.add_argument("--fmchisel", default="", help="folder into which fmchisel 0.1.2 was installed")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

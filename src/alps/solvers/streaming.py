@@ -1,0 +1,97 @@
+"""The iterations of ALPS's splitting for large sites: products of low precision, and one pass over memory each way.
+
+legend  Z      what is projected, W + V / rho                          (out, in)
+        M      support of the projection, 1 = kept                     (out, in)
+        D      projection, Z on M                                      (out, in)   Eq. 3
+        U      multiplier V / rho, Z off M                             (out, in)   Eq. 4
+        W      weights, free of the pattern                            (out, in)   Eq. 3
+        N      dense weight in scaled coordinates                      (out, in)
+        H      Hessian with unit diagonal                              (in, in)
+        rho    penalty                                                 scalar
+The same steps as in `admm.py`, where they are written as in ALPS (arXiv 2406.07831), Eq. 4. Because D and U share Z,
+one matrix holds both. With C = N H the W-step becomes
+
+    W = N + rho (D - U - N)(H + rho I)^{-1}
+
+and rho (H + rho I)^{-1} is at most 1 in norm: rounding the left factor to 8 bits moves W by no more than that rounding.
+In the published form the left factor holds N H, whose rounding would be multiplied by up to 1 / rho.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alps.solvers.hessian import ScaledHessian
+from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+from alps.solvers.selection import nearly_top
+
+
+# By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
+# at which the schedule takes a support to be settled.
+_SLACK = 2e-5
+
+
+class StreamingSteps:
+    """One splitting in progress; see `admm.Steps`.
+
+    Holds, beside what it is given, three matrices (out, in) in float32 and two of the products' dtype.
+    """
+
+    def __init__(self, hessian: ScaledHessian, dense: Tensor, pattern: Pattern, dtype: torch.dtype) -> None:
+        self._hessian, self._N, self._pattern, self._dtype = hessian, dense, pattern, dtype
+        self._Z, self._M, self._scratch = (torch.empty_like(dense) for _ in range(3))
+        self._left, self._product = (torch.empty_like(dense, dtype=dtype) for _ in range(2))
+        self.restart()
+
+    @property
+    def mask(self) -> Tensor:
+        """Support of D, shape (out, in); a fresh tensor."""
+        return self._M.bool()
+
+    def restart(self) -> None:
+        """D = projection of the dense weight, V = 0."""
+        self._project(self._N)
+        torch.mul(self._N, self._M, out=self._Z)
+        self._inverse: Tensor | None = None
+        self._rho = 0.0
+
+    def step(self, rho: float) -> None:
+        """One W-step and one projection with the penalty rho."""
+        # V stays when rho changes, so that U = V / rho is scaled.
+        rescale, Z, M = self._rho / rho, self._Z, self._M
+        if self._inverse is None or rho != self._rho:
+            self._inverse = None
+            self._inverse = self._hessian.inverse(rho, self._dtype)
+        self._rho = rho
+        # N - (D - U), where D - U is Z on the support and -rescale Z off it.
+        torch.add(self._N, Z, alpha=rescale, out=self._scratch)
+        self._left.copy_(self._scratch.addcmul_(M, Z, value=-1 - rescale))
+        torch.mm(self._left, self._inverse, out=self._product)
+        # W + U, where U is rescale Z off the support.
+        Z.addcmul_(M, Z, value=-1)
+        torch.add(self._weights(), Z, alpha=rescale, out=Z)
+        self._project(Z)
+
+    def gap(self) -> float:
+        """||W - D||_F / ||W||_F of the last step."""
+        W = self._weights()
+        size = float(W.norm())
+        return float(W.addcmul_(self._Z, self._M, value=-1).norm()) / max(size, 1e-38)
+
+    def projected(self) -> Tensor:
+        """D, shape (out, in), with exactly as many entries as the pattern keeps; the splitting is over then."""
+        self._project(self._Z, slack=0.0)
+        return self._Z.mul_(self._M)
+
+    def _weights(self) -> Tensor:
+        W = self._scratch.copy_(self._product)
+        return torch.add(self._N, W, alpha=-self._rho, out=W)
+
+    def _project(self, Z: Tensor, slack: float = _SLACK) -> None:
+        sizes = torch.abs(Z, out=self._scratch)
+        kept = Z.numel() - self._pattern.pruned_count(Z.numel())
+        if slack and isinstance(self._pattern, Unstructured) and 0 < kept < Z.numel():
+            nearly_top(sizes.view(-1), kept, slack, self._M.view(-1))
+        else:
+            self._M.copy_(keep_largest(sizes, self._pattern))
