@@ -109,7 +109,9 @@ def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputSt
 
 
 def _ours(name: str) -> Solver:
-    method: Method = get_method(name)
+    # A name may carry an effort: alps:high.
+    base, _, effort = name.partition(":")
+    method: Method = get_method(base, effort=effort or "normal")
 
     def solve(weights: list[Tensor], stats: InputStats, pattern: Pattern) -> list[Tensor]:
         state = method.prepare(stats)
@@ -135,7 +137,7 @@ def _theirs(module: ModuleType) -> Solver:
 
 def _fmchisel(folder: Path) -> ModuleType:
     """The one file of fmchisel that is needed, with a stand-in for the constant that it takes from llm-compressor."""
-    parts = "llmcompressor.modifiers.obcq.sgpt_sparsify".split(".")
+    parts = ["llmcompressor", "modifiers", "obcq", "sgpt_sparsify"]
     for i in range(len(parts)):
         sys.modules.setdefault(".".join(parts[: i + 1]), ModuleType(parts[i]))
     sys.modules[".".join(parts)].__dict__["SGPT_PRECISION"] = torch.float32
@@ -168,7 +170,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--blocks", default="0,5,15,25,29")
     parser.add_argument("--pattern", default="0.7")
-    parser.add_argument("--methods", default="alps,sparsegpt")
+    parser.add_argument("--methods", default="alps,alps:high,sparsegpt")
     parser.add_argument("--fmchisel", default="", help="folder into which fmchisel 0.1.2 was installed")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)

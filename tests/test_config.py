@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from alps.config import PruneSettings, load_settings
 from alps.errors import ConfigError
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT
-from alps.solvers.admm import AdmmSettings
+from alps.solvers.admm import EFFORTS, AdmmSettings
 from alps.solvers.pattern import SemiStructured, Unstructured
 
 
@@ -214,3 +216,24 @@ def test_settings_cannot_be_changed_afterwards() -> None:
     settings = PruneSettings(model="m", sparsity=0.5)
     with pytest.raises(ValueError, match="frozen"):
         settings.model = "other"
+
+
+def test_effort_reaches_the_schedule_and_options_go_on_top() -> None:
+    high = PruneSettings(model="m", sparsity=0.5, effort="high").build_method()
+    assert high == Alps(admm=EFFORTS["high"]) != Alps()
+    tuned = PruneSettings(model="m", sparsity=0.5, effort="high", options={"admm": {"rho": 0.3}}).build_method()
+    assert tuned == Alps(admm=replace(EFFORTS["high"], rho=0.3))
+    refitted = PruneSettings(model="m", sparsity=0.5, effort="high", refit=True).build_method()
+    assert refitted == Refitted(Alps(admm=EFFORTS["high"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "effort", "sentence"),
+    [
+        ("alps", "hihg", "Effort 'hihg' is unknown: choose one of normal, high. Did you mean 'high'?"),
+        ("wanda", "high", "Method 'wanda' knows no --effort high"),
+    ],
+)
+def test_an_effort_that_is_not_there_is_refused(method: str, effort: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        PruneSettings(model="m", sparsity=0.5, method=method, effort=effort).build_method()

@@ -74,6 +74,9 @@ def prune(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="Keep N of every M consecutive inputs, e.g. 2:4.")] = None,
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.  [default: alps]")] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="ALPS only: normal, or high for several times its iterations.  [default: normal]")
+    ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit", help="Optimal weights on the method's support, by PCG.")
     ] = None,
@@ -103,6 +106,7 @@ def prune(
         "sparsity": sparsity,
         "pattern": pattern,
         "method": method,
+        "effort": effort,
         "refit": refit,
         "calibration": calibration,
         "samples": samples,

@@ -28,6 +28,7 @@ class PruneSettings(BaseModel):
         pattern: N:M with the number kept first, or None when `sparsity` is given.
         method: a name of `alps.solvers.METHODS`.
         options: hyper-parameters of the method by name; nested for ALPS's `admm`.
+        effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refit: optimal weights on the method's support, by conjugate gradients.
         calibration: a text, see `alps.data.text.load_text`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
@@ -42,6 +43,7 @@ class PruneSettings(BaseModel):
     sparsity: float | None = None
     pattern: str | None = None
     method: str = "alps"
+    effort: str = "normal"
     options: dict[str, Any] = {}
     refit: bool = False
     calibration: str = "c4"
@@ -73,9 +75,11 @@ class PruneSettings(BaseModel):
         """The method with its options.
 
         Raises:
-            ConfigError: for an unknown method or option, or an option of the wrong kind.
+            ConfigError: for an unknown method, effort or option, or an option of the wrong kind.
         """
-        base = _with_options(get_method(self.method), self.options, f"options of method '{self.method}'")
+        base = _with_options(
+            get_method(self.method, effort=self.effort), self.options, f"options of method '{self.method}'"
+        )
         return Refitted(base) if self.refit else base
 
     def place(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,8 @@ class BlockInputs:
 def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_size: int) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.
 
-    Only what surrounds the blocks is computed (embeddings, masks, rotary tables), and one real call of the
-    first block, to learn whether blocks return a tensor or a tuple.
+    Only what comes before the blocks is computed (embeddings, masks, rotary tables), and in the first batch what
+    follows them and one real call of the first block, to learn how blocks are called and what they return.
 
     Args:
         model: a causal language model; it is called with `input_ids` and `use_cache=False`.
@@ -66,9 +66,14 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
     with torch.no_grad(), _replaced_forwards(blocks, recorder.forward):
         for batch in torch.split(windows, batch_size):
             recorder.begin()
-            model(input_ids=batch.to(device), use_cache=False)
+            with suppress(_BlocksDone):
+                model(input_ids=batch.to(device), use_cache=False)
             recorder.end()
     return BlockInputs(recorder.hidden, recorder.calls)
+
+
+class _BlocksDone(Exception):
+    """The last block has been reached: what follows it, the output head above all, is not wanted."""
 
 
 class _Recorder:
@@ -79,6 +84,7 @@ class _Recorder:
         self.calls: list[dict[int, Call]] = [{} for _ in blocks]
         self._model_name = model_name
         self._expected = 0
+        self._whole = False  # one forward has been seen from end to end
         self._passed_on: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states; None if bare
 
@@ -87,9 +93,10 @@ class _Recorder:
         self._expected, self._passed_on = 0, None
 
     def end(self) -> None:
-        """A forward of the model is over."""
+        """A forward of the model is over; the first one shows whether anything calls a block after the last."""
         if self._expected != len(self.calls):
             raise self._unwalkable(f"block {self._expected} is not called")
+        self._whole = True
 
     def forward(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of block `index`; `real` is what it replaces."""
@@ -107,6 +114,8 @@ class _Recorder:
                 self.hidden.append(states.detach())
             self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
             self._expected, self._passed_on = index + 1, states
+            if self._expected == len(self.calls) and self._whole:
+                raise _BlocksDone
             return states if self._rest is None else (states, *self._rest)
 
         return record

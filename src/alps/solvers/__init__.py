@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from alps.errors import ConfigError, did_you_mean
+from alps.solvers.admm import EFFORTS
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
 from alps.solvers.dsnot import DSnoT
@@ -23,18 +25,33 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def get_method(name: str, refit: bool = False) -> Method:
+def get_method(name: str, refit: bool = False, effort: str = "normal") -> Method:
     """The method of that name with its published defaults, followed by a refit of its weights if asked.
 
+    Args:
+        name: one of `METHODS`.
+        refit: optimal weights on the method's support.
+        effort: one of `admm.EFFORTS`; for ALPS alone, whose penalty may grow more slowly.
+
     Raises:
-        ConfigError: for a name that is not in `METHODS`.
+        ConfigError: for a name or an effort that does not exist, or an effort that the method does not know.
     """
     if name not in METHODS:
         raise ConfigError(
             f"Method '{name}' is unknown: choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
     method = METHODS[name]()
+    if effort not in EFFORTS:
+        raise ConfigError(
+            f"Effort '{effort}' is unknown: choose one of {', '.join(EFFORTS)}.{did_you_mean(effort, EFFORTS)}"
+        )
+    if effort != "normal":
+        if not isinstance(method, Alps):
+            raise ConfigError(
+                f"Method '{name}' knows no --effort {effort}: use it with --method alps, or leave it out."
+            )
+        method = replace(method, admm=EFFORTS[effort])
     return Refitted(method) if refit else method
 
 
-__all__ = ["METHODS", "Alps", "DSnoT", "Magnitude", "Method", "Refitted", "SparseGPT", "Wanda", "get_method"]
+__all__ = ["EFFORTS", "METHODS", "Alps", "DSnoT", "Magnitude", "Method", "Refitted", "SparseGPT", "Wanda", "get_method"]

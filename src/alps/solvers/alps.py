@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alps.solvers import admm
+from alps.solvers.admm import AdmmResult, Steps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.pattern import Pattern, keep_largest
@@ -79,14 +80,14 @@ class Alps(Method):
             refined = self._refit(state, W, split, info)
         return Solution(refined.weight.mul_(state.scale), split.mask, info)
 
-    def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern) -> admm.Steps:
+    def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern) -> Steps:
         large = W.numel() >= _LARGE
         low = self.precision == "bfloat16" or (self.precision == "auto" and large and has_fast_bfloat16(W.device))
         if large or low:
             return StreamingSteps(state, W, pattern, torch.bfloat16 if low else torch.float32)
         return admm.PlainSteps(state, W, W @ state.matrix, pattern)
 
-    def _refit(self, state: ScaledHessian, W: Tensor, split: admm.AdmmResult, info: SolveInfo) -> RefitResult:
+    def _refit(self, state: ScaledHessian, W: Tensor, split: AdmmResult, info: SolveInfo) -> RefitResult:
         """Refine the projected weights on their support; notes both errors, which cost no product of their own."""
         C = W @ state.matrix
         reference = state.undamped(inner(C, W), W) or 1.0
@@ -96,7 +97,14 @@ class Alps(Method):
         energy = inner(R, delta)
         info.error_before_refit = state.undamped(energy, delta) / reference
         refined = descend(
-            state.matrix, R, split.mask, split.D, right, self.refit_steps, self.refit_tolerance, self.refit_gain * energy
+            state.matrix,
+            R,
+            split.mask,
+            split.D,
+            right,
+            self.refit_steps,
+            self.refit_tolerance,
+            self.refit_gain * energy,
         )
         delta = torch.sub(W, refined.weight, out=delta)
         info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference

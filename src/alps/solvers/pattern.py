@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from alps.errors import ConfigError
-from alps.solvers.selection import chunk_of, top_mask
+from alps.solvers.selection import chunk_of
+from alps.solvers.selection import top_mask as top_mask
 
 Scope = Literal["matrix", "row"]
 
@@ -150,7 +151,7 @@ def _keep_in_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
     groups = scores.reshape(-1, pattern.group)
     mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
     size = max(chunk_of(scores) // pattern.group, 1)
-    for part, answer in zip(groups.split(size), mask.split(size), strict=True):
+    for part, answer in zip(torch.split(groups, size), torch.split(mask, size), strict=True):
         # One contiguous row for each place in a group, so that every comparison runs over whole rows.
         answer.copy_(_ranks(part.T.contiguous()).lt_(pattern.keep).T)
     return mask.reshape(scores.shape)

@@ -16,7 +16,7 @@ def rows_of(matrix: Tensor) -> int:
 def row_inner(A: Tensor, B: Tensor) -> Tensor:
     """Inner product of every row of A with that of B, both (rows, columns); summed in their dtype, shape (rows,)."""
     size = rows_of(A)
-    return torch.cat([(a * b).sum(dim=1) for a, b in zip(A.split(size), B.split(size), strict=True)])
+    return torch.cat([(a * b).sum(dim=1) for a, b in zip(torch.split(A, size), torch.split(B, size), strict=True)])
 
 
 def inner(A: Tensor, B: Tensor) -> float:
@@ -26,4 +26,4 @@ def inner(A: Tensor, B: Tensor) -> float:
 
 def column_squares(A: Tensor) -> Tensor:
     """Sum of the squares of every column of A (rows, columns), shape (columns,)."""
-    return torch.stack([a.square().sum(dim=0) for a in A.split(rows_of(A))]).sum(dim=0)
+    return torch.stack([a.square().sum(dim=0) for a in torch.split(A, rows_of(A))]).sum(dim=0)

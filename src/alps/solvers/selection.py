@@ -41,7 +41,7 @@ def top_mask(scores: Tensor, kept: int) -> Tensor:
     cut = _kth_largest(scores, kept)
     assert not bool(cut.isnan()), "scores hold NaN"
     mask = torch.empty_like(scores, dtype=torch.bool)
-    for part, answer in zip(scores.split(chunk_of(scores)), mask.split(chunk_of(scores)), strict=True):
+    for part, answer in zip(torch.split(scores, chunk_of(scores)), torch.split(mask, chunk_of(scores)), strict=True):
         answer.copy_(torch.ge(part, cut, out=torch.empty_like(part)))
     surplus = int(torch.count_nonzero(mask)) - kept
     if surplus:
@@ -85,7 +85,7 @@ def nearly_top(scores: Tensor, kept: int, slack: float, out: Tensor) -> Tensor:
 
 
 def _count(ones: Tensor) -> int:
-    return _total([part.sum() for part in ones.split(_COUNTABLE)])
+    return _total([part.sum() for part in torch.split(ones, _COUNTABLE)])
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
@@ -120,7 +120,7 @@ def _corrected(scores: Tensor, k: int, low: float, high: float, density: float) 
     if not 0 < density < float("inf"):
         return low, high
     middle = (low + high) / 2
-    parts = scores.split(chunk_of(scores))
+    parts = torch.split(scores, chunk_of(scores))
     above = _total([torch.gt(part, middle, out=torch.empty_like(part)).sum(dtype=torch.float32) for part in parts])
     # A fifth of the step, for a density that is not the sample's, and as much as uneven spacing may need.
     margin = (abs(above - k) / 5 + scores.numel() ** 0.5 / 10) / density
@@ -131,7 +131,7 @@ def _corrected(scores: Tensor, k: int, low: float, high: float, density: float) 
 def _bracketed(scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many entries are above `high`, and the entries from `low` to `high`."""
     above, inside = [], []
-    for part in scores.split(chunk_of(scores)):
+    for part in torch.split(scores, chunk_of(scores)):
         over = torch.gt(part, high, out=torch.empty_like(part))
         above.append(over.sum(dtype=torch.float32))
         within = torch.ge(part, low, out=torch.empty_like(part)).sub_(over)

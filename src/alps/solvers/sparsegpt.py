@@ -16,7 +16,8 @@ from torch import Tensor
 
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest, top_mask
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest
+from alps.solvers.selection import top_mask
 from alps.stats import InputStats, Needs
 
 

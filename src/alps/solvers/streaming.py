@@ -1,4 +1,4 @@
-"""The iterations of ALPS's splitting for large sites: products of low precision, and one pass over memory each way.
+"""The iterations of ALPS's splitting for large sites: products of low precision, few matrices, few passes over them.
 
 legend  Z      what is projected, W + V / rho                          (out, in)
         M      support of the projection, 1 = kept                     (out, in)
@@ -25,7 +25,6 @@ from torch import Tensor
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.pattern import Pattern, Unstructured, keep_largest
 from alps.solvers.selection import nearly_top
-
 
 # By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
 # at which the schedule takes a support to be settled.

@@ -1,0 +1,139 @@
+"""The least that pruning a model can cost on this machine: flops by phase over measured matrix rates.
+
+With `--report`, the seconds that a run of SmolLM2-135M took stand beside its floor. Example:
+
+    python benchmarks/floor.py --report pruned/report.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alps.runtime import exact_float32, provenance
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Blocks of a model, and for every distinct input of a block its size and the outputs of the sites it feeds."""
+
+    blocks: int
+    inputs: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+MODELS = {
+    "SmolLM2-135M": Shapes(30, ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))),
+    "LLaMA-3-8B": Shapes(32, ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))),
+    "OPT-30B": Shapes(48, ((7168, (7168,) * 3), (7168, (7168,)), (7168, (28672,)), (28672, (7168,)))),
+}
+
+# Where each phase's products run, as a key of the measured rates.
+_RATES = {
+    "forward": "bfloat16",
+    "gram": "float32",
+    "inverses": "float32",
+    "iterations": "bfloat16",
+    "refit": "float32",
+    "errors": "float32",
+}
+
+
+def flops(shapes: Shapes, tokens: int, penalties: int, iterations: int, steps: int) -> dict[str, float]:
+    """Flops of the matrix products of each phase; attention, norms and everything element by element left out.
+
+    Args:
+        shapes: the model.
+        tokens: calibration tokens.
+        penalties: distinct penalties for every input, each of which takes an inverse.
+        iterations: of the splitting, for every site.
+        steps: of the refit, for every site.
+    """
+    sums = dict.fromkeys(_RATES, 0.0)
+    last = shapes.inputs[-1]
+    for n, outputs in shapes.inputs:
+        product = 2.0 * sum(outputs) * n**2
+        # The pass that observes stops at the last site's input.
+        sums["forward"] += 2.0 * sum(outputs) * n * tokens * (1 if (n, outputs) == last else 2)
+        sums["gram"] += tokens * n**2
+        sums["inverses"] += penalties * 4 / 3 * n**3
+        sums["iterations"] += iterations * product
+        sums["refit"] += (steps + 2) * product
+        # Three energies over one triangle: the dense output, the answer's error, magnitude's.
+        sums["errors"] += 1.5 * product
+    return {phase: shapes.blocks * count for phase, count in sums.items()}
+
+
+def rates(size: int) -> dict[str, float]:
+    """Measured flops a second of square products."""
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        A, B = (torch.randn(size, size).to(dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(10):
+            start = time.perf_counter()
+            A @ B
+            best = min(best, time.perf_counter() - start)
+        found[name] = 2 * size**3 / best
+    return found
+
+
+def measured(report: Path) -> dict[str, float]:
+    """Seconds of a run by the phases above; `iterations` holds the inverses too, and all of a solve but its refit."""
+    seconds = json.loads(report.read_text())["seconds"]
+    return {
+        "forward": seconds["forward"],
+        "gram": seconds["gram"],
+        "iterations": seconds["prepare"] + seconds["solve"] - seconds["refit"],
+        "refit": seconds["refit"],
+        "errors": seconds["errors"],
+    }
+
+
+def table(counts: dict[str, float], speed: dict[str, float], found: dict[str, float]) -> str:
+    """Flops, floor and, where given, measured seconds of every phase."""
+    lines = ["| phase | TFLOP | rate | floor s | measured s |", "|---|---:|---|---:|---:|"]
+    floors = {phase: count / speed[_RATES[phase]] for phase, count in counts.items()}
+    for phase, count in counts.items():
+        seconds = f"{found[phase]:.1f}" if phase in found else ""
+        lines.append(f"| {phase} | {count / 1e12:.2f} | {_RATES[phase]} | {floors[phase]:.1f} | {seconds} |")
+    whole = f"{sum(found.values()):.1f}" if found else ""
+    lines.append(f"| all | {sum(counts.values()) / 1e12:.2f} | | {sum(floors.values()):.1f} | {whole} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the rates, print one table a model."""
+    options = _options()
+    with exact_float32():
+        speed = rates(options.rate_size)
+    facts = provenance()
+    print(
+        f"{facts['machine']}, torch {facts['torch']}, commit {facts['commit']}; "
+        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in speed.items())
+    )
+    for name, shapes in MODELS.items():
+        tokens = options.tokens if name == "SmolLM2-135M" else options.large_tokens
+        found = measured(Path(options.report)) if options.report and name == "SmolLM2-135M" else {}
+        counts = flops(shapes, tokens, options.penalties, options.iterations, options.steps)
+        print(f"\n### {name}, {tokens} tokens\n\n{table(counts, speed, found)}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", default="", help="report.json of an ALPS run of SmolLM2-135M with --tokens tokens")
+    parser.add_argument("--tokens", type=int, default=128 * 512, help="of SmolLM2-135M's calibration")
+    parser.add_argument("--large-tokens", type=int, default=128 * 2048, help="of the larger models'")
+    parser.add_argument("--penalties", type=int, default=11)
+    parser.add_argument("--iterations", type=int, default=33)
+    parser.add_argument("--steps", type=int, default=6, help="of the refit")
+    parser.add_argument("--rate-size", type=int, default=1536)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
