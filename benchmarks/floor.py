@@ -2,7 +2,8 @@
 
 With `--report`, the seconds that a run of SmolLM2-135M took stand beside its floor. Example:
 
-    python benchmarks/floor.py --report pruned/report.json
+    python benchmarks/model.py --calibration c4.jsonl --reports build/reports
+    python benchmarks/floor.py --report build/reports/alps.json
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from alps.runtime import exact_float32, provenance
+from alps.solvers.hessian import invert_
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,55 @@ def rates(size: int) -> dict[str, float]:
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         A, B = (torch.randn(size, size).to(dtype) for _ in range(2))
-        best = float("inf")
-        for _ in range(10):
-            start = time.perf_counter()
-            A @ B
-            best = min(best, time.perf_counter() - start)
-        found[name] = 2 * size**3 / best
+        found[name] = 2 * size**3 / _best(partial(torch.mm, A, B))
     return found
+
+
+def inverse_table(sizes: list[int]) -> str:
+    """Milliseconds of the ways to (H + rho I)^{-1} in float32, and from how many penalties on an eigenbasis pays."""
+    lines = ["| n | Cholesky inverse | by halves | eigh | rebuild, float32 | rebuild, bfloat16 | eigh pays from |"]
+    lines.append("|---|" + "---:|" * 6)
+    for n in sizes:
+        X = torch.randn(2 * n, n)
+        H = (X.T @ X / (2 * n)).add_(torch.eye(n), alpha=0.1)
+        values, Q = torch.linalg.eigh(H)
+        scaled = Q * values.rsqrt()
+        halves = _best(partial(_by_halves, H))
+        ways = [
+            _best(partial(_by_cholesky, H)),
+            halves,
+            eigen := _best(partial(torch.linalg.eigh, H), 3),
+            _best(partial(_rebuilt, scaled, torch.float32)),
+            rebuild := _best(partial(_rebuilt, scaled, torch.bfloat16)),
+        ]
+        pays = f"{eigen / (halves - rebuild):.0f}" if halves > rebuild else "never"
+        lines.append(f"| {n} | {' | '.join(f'{1e3 * way:.1f}' for way in ways)} | {pays} |")
+    return "\n".join(lines)
+
+
+def _by_halves(H: torch.Tensor) -> torch.Tensor:
+    inverse = H.clone()
+    assert invert_(inverse)
+    return inverse
+
+
+def _by_cholesky(H: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(H))
+
+
+def _rebuilt(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    low = scaled.to(dtype)
+    return low @ low.T
+
+
+def _best(work: Callable[[], object], repeats: int = 10) -> float:
+    """Seconds of the fastest call."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def measured(report: Path) -> dict[str, float]:
@@ -116,6 +162,8 @@ def main() -> None:
         f"{facts['machine']}, torch {facts['torch']}, commit {facts['commit']}; "
         + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in speed.items())
     )
+    if options.inverses:
+        print(f"\n### Inverses, ms\n\n{inverse_table([int(n) for n in options.inverses.split(',')])}")
     for name, shapes in MODELS.items():
         tokens = options.tokens if name == "SmolLM2-135M" else options.large_tokens
         found = measured(Path(options.report)) if options.report and name == "SmolLM2-135M" else {}
@@ -131,6 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--penalties", type=int, default=11)
     parser.add_argument("--iterations", type=int, default=33)
     parser.add_argument("--steps", type=int, default=6, help="of the refit")
+    parser.add_argument("--inverses", default="576,1536,3072", help="sizes at which to time them")
     parser.add_argument("--rate-size", type=int, default=1536)
     return parser.parse_args()
 

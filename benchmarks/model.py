@@ -40,6 +40,10 @@ def main() -> None:
             found.seconds.append(seconds)
             found.reports.append(report)
             print(f"{method}: {seconds:.1f} s", file=sys.stderr)
+    for method, found in runs.items() if options.reports else ():
+        folder = Path(options.reports)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{method}.json").write_text(json.dumps(found.reports[-1]))
     report = next(iter(runs.values())).reports[0]
     versions = report["versions"]
     print(
@@ -93,6 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--reports", default="", help="folder for the last report.json of every method")
     return parser.parse_args()
 
 

@@ -39,8 +39,8 @@ class StreamingSteps:
 
     def __init__(self, hessian: ScaledHessian, dense: Tensor, pattern: Pattern, dtype: torch.dtype) -> None:
         self._hessian, self._N, self._pattern, self._dtype = hessian, dense, pattern, dtype
-        self._Z, self._M, self._scratch = (torch.empty_like(dense) for _ in range(3))
-        self._left, self._product = (torch.empty_like(dense, dtype=dtype) for _ in range(2))
+        self._Z, self._M = torch.empty_like(dense), torch.empty_like(dense)
+        self._allocate()
         self.restart()
 
     @property
@@ -60,8 +60,7 @@ class StreamingSteps:
         # V stays when rho changes, so that U = V / rho is scaled.
         rescale, Z, M = self._rho / rho, self._Z, self._M
         if self._inverse is None or rho != self._rho:
-            self._inverse = None
-            self._inverse = self._hessian.inverse(rho, self._dtype)
+            self._inverse = self._fresh_inverse(rho)
         self._rho = rho
         # N - (D - U), where D - U is Z on the support and -rescale Z off it.
         torch.add(self._N, Z, alpha=rescale, out=self._scratch)
@@ -82,6 +81,21 @@ class StreamingSteps:
         """D, shape (out, in), with exactly as many entries as the pattern keeps; the splitting is over then."""
         self._project(self._Z, slack=0.0)
         return self._Z.mul_(self._M)
+
+    def _allocate(self) -> None:
+        self._scratch = torch.empty_like(self._N)
+        self._left, self._product = (torch.empty_like(self._N, dtype=self._dtype) for _ in range(2))
+
+    def _fresh_inverse(self, rho: float) -> Tensor:
+        rows, columns = self._N.shape
+        self._inverse = None
+        if columns <= rows:
+            return self._hessian.inverse(rho, self._dtype)
+        # The inverse, computed in float32, is larger than all buffers of a step: they make room for it.
+        del self._scratch, self._left, self._product
+        inverse = self._hessian.inverse(rho, self._dtype)
+        self._allocate()
+        return inverse
 
     def _weights(self) -> Tensor:
         W = self._scratch.copy_(self._product)
