@@ -183,3 +183,139 @@ def test_a_site_that_first_receives_something_in_a_late_batch_is_not_forgotten(i
     ]
     assert seen.unused == []
     assert seen.shared[1].stats.total[0] == windows[2].sum()
+
+
+class _Around(nn.Module):
+    """A causal model around one block of width 8: embedding, block, nothing."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 8)
+        self.layers = nn.ModuleList([block])
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        hidden: Tensor = self.layers[0](self.embed(input_ids))
+        return hidden
+
+
+class _Twice(nn.Module):
+    """Calls its first, its last or no site twice: on what it returned, or on the same tensor again."""
+
+    def __init__(self, twice: str, same: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.twice, self.same = twice, same
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for name, linear in (("first", self.first), ("last", self.last)):
+            out: Tensor = linear(hidden)
+            hidden = linear(hidden if self.same else out) if name == self.twice else out
+        return hidden
+
+
+def _all_inputs(model: nn.Module, ids: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+    """Everything that every linear map received in full forwards of all batches, call by call, float64."""
+    received: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            received.setdefault(name, []).append(args[0].detach().double().flatten(0, -2))
+
+        return keep
+
+    maps = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in maps]
+    with torch.no_grad():
+        for batch in torch.split(ids, batch_size):
+            model(input_ids=batch)
+    for handle in handles:
+        handle.remove()
+    return received
+
+
+def _check_sums(model: nn.Module, ids: Tensor, batch_size: int) -> dict[str, int]:
+    """Assert that the sums of the first block are those of full forwards; tokens of every site."""
+    real = _all_inputs(model, ids, batch_size)
+    blocks = find_blocks(model)
+    seen = observe(blocks[0], capture(model, blocks, ids, batch_size), Needs.GRAM, _CPU)
+    tokens = {}
+    for shared in seen.shared:
+        for site in shared.sites:
+            x = torch.cat(real[site.name])
+            tokens[site.kind] = shared.stats.tokens
+            assert shared.stats.tokens == len(x)
+            for got, expected in ((shared.stats.gram(), x.T @ x), (shared.stats.total, x.sum(dim=0))):
+                scale = float(expected.abs().max())
+                torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * scale)
+    assert seen.unused == []
+    return tokens
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("twice", ["first", "last", "none"])
+def test_a_site_that_is_called_twice_gets_both_inputs_in_every_batch(ids: Tensor, twice: str, same: bool) -> None:
+    tokens = _check_sums(_Around(_Twice(twice, same)), ids, 2)
+    assert tokens == {name: ids.numel() * (2 if name == twice else 1) for name in ("first", "last")}
+
+
+class _Mixture(nn.Module):
+    """Two maps that share the windows between them by their first token, then one for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even, self.odd, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        even = hidden[:, 0, 0] % 2 == 0
+        mixed = torch.zeros_like(hidden)
+        for chosen, linear in ((even, self.even), (~even, self.odd)):
+            if bool(chosen.any()):
+                mixed[chosen] = linear(hidden[chosen])
+        out: Tensor = self.out(mixed)
+        return out
+
+
+class _Counted(_Around):
+    """Feeds the block the token ids themselves."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        hidden: Tensor = self.layers[0](input_ids[..., None].float().expand(-1, -1, 8))
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "firsts",
+    [[2, 3, 4, 6, 5, 8], [2, 3, 5, 7, 2, 2], [2, 2, 3, 3, 2, 3], [2, 3, 2, 3, 2, 3], [2, 4, 2, 4, 3, 3]],
+    ids=["both, even, both", "both, odd, even", "even, odd, both", "both always", "odd at the end"],
+)
+def test_nothing_is_skipped_where_sites_meet_tokens_in_only_some_batches(ids: Tensor, firsts: list[int]) -> None:
+    """A batch in which every site was met teaches nothing about the next one."""
+    windows = ids[:6].clone()
+    windows[:, 0] = torch.tensor(firsts)
+    tokens = _check_sums(_Counted(_Mixture()), windows, 2)
+    odd = sum(first % 2 for first in firsts)
+    width = windows.shape[1]
+    assert tokens == {"even": (6 - odd) * width, "odd": odd * width, "out": 6 * width}
+
+
+def test_later_batches_stop_at_the_last_input(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 2)
+    runs: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def forwarded(*_args: Any) -> None:
+            runs[name] = runs.get(name, 0) + 1
+
+        return forwarded
+
+    handles = [site.module.register_forward_hook(count(site.name)) for site in blocks[0].sites]
+    handles.append(blocks[0].module.register_forward_hook(count("block")))
+    seen = observe(blocks[0], inputs, Needs.GRAM, _CPU)
+    for handle in handles:
+        handle.remove()
+    batches, last = len(inputs.hidden), {site.name for site in seen.shared[-1].sites}
+    assert batches == 4 and len(last) == 1
+    assert runs == {site.name: 1 if site.name in last else batches for site in blocks[0].sites} | {"block": 1}
+    assert all(shared.stats.tokens == ids.numel() for shared in seen.shared)

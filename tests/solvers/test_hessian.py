@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from alps.errors import SolveFailed
-from alps.solvers.hessian import damped, damping_of, inverse_factor, scaled
+from alps.solvers import hessian as hessian_module
+from alps.solvers.hessian import ScaledHessian, damped, damping_of, inverse_factor, invert_, scaled
 from alps.stats import InputStats
-from problems import PROBLEMS, correlated, hessian64, huge_range, normal, zero_inputs
+from problems import PROBLEMS, correlated, correlated_inputs, hessian64, huge_range, normal, zero_inputs
 
 NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_range", "huge_token", "one_input"]
 
@@ -140,3 +143,75 @@ def test_a_shift_that_is_too_small_is_refused() -> None:
     with pytest.raises(SolveFailed, match=r"not positive definite at rho = 0\.1"):
         scaled(stats, 0.01).inverse(0.1)
     assert bool(torch.isfinite(scaled(stats, 0.01).inverse(5.0)).all())
+
+
+def unit_diagonal(inputs: Tensor) -> Tensor:
+    """The Gram scaled to unit diagonal, + 0.1 I, in float64."""
+    gram = inputs.double().T @ inputs.double()
+    scale = gram.diagonal().rsqrt()
+    return gram * scale * scale[:, None] + 0.1 * torch.eye(len(scale), dtype=torch.float64)
+
+
+# Condition numbers of 15 and of 100; halving costs up to five times the error of one Cholesky inverse, as measured.
+@pytest.mark.parametrize(("make", "limit"), [(normal, 1e-6), (correlated_inputs, 3e-5)], ids=["white", "correlated"])
+@pytest.mark.parametrize("size", [1, 2, 319, 320, 321, 500, 700])
+def test_invert_is_the_inverse_at_every_depth_of_halving(
+    size: int, make: Callable[[int, int, int], Tensor], limit: float
+) -> None:
+    exact = unit_diagonal(make(size, 2 * size + 8, size))
+    found = exact.float()
+    assert invert_(found)
+    inverse = torch.linalg.inv(exact)
+    assert float((found.double() - inverse).norm() / inverse.norm()) < limit
+    assert float((found - found.T).norm() / found.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 320, 500, 700])
+@pytest.mark.parametrize("place", ["first half", "second half", "Schur complement"])
+def test_invert_says_that_a_matrix_is_not_definite(place: str, size: int) -> None:
+    """In the last case both diagonal blocks are the identity: only the halves together are indefinite."""
+    matrix = torch.eye(size)
+    if place == "Schur complement":
+        matrix[0, -1] = matrix[-1, 0] = 1.5
+    else:
+        index = 0 if place == "first half" else -1
+        matrix[index, index] = -1.0
+    assert not invert_(matrix)
+
+
+def test_a_large_indefinite_matrix_is_refused() -> None:
+    matrix = torch.eye(400)
+    matrix[0, -1] = matrix[-1, 0] = 1.5
+    state = ScaledHessian(matrix.clone(), torch.ones(400), 0.0)
+    with pytest.raises(SolveFailed, match=r"not positive definite at rho = 0\.1"):
+        state.inverse(0.1)
+    assert torch.equal(state.matrix, matrix), "the attempt must not spoil the matrix"
+    assert bool(torch.isfinite(state.inverse(1.0)).all())
+
+
+def test_a_bfloat16_inverse_is_the_float32_one_rounded() -> None:
+    state = scaled(InputStats.of(correlated().inputs), 0.01)
+    low, full = state.inverse(0.1, torch.bfloat16), state.inverse(0.1)
+    assert low.dtype == torch.bfloat16 and full.dtype == torch.float32
+    assert torch.equal(low, full.bfloat16())
+    assert state.inverse(0.1, torch.bfloat16) is low and state.inverse(0.1) is full
+
+
+def test_inverses_beyond_the_cache_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = scaled(InputStats.of(correlated().inputs), 0.01)
+    monkeypatch.setattr(hessian_module, "_CACHE_BYTES", 2 * 40 * 40 * 4)
+    kept, also, beyond = (state.inverse(rho) for rho in (0.1, 0.2, 0.3))
+    assert state.inverse(0.1) is kept and state.inverse(0.2) is also
+    again = state.inverse(0.3)
+    assert again is not beyond and torch.equal(again, beyond)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undamped_takes_the_share_of_the_damping_out(name: str) -> None:
+    weight, inputs = PROBLEMS[name]()
+    state = scaled(InputStats.of(inputs), 0.01)
+    hessian, damping = hessian64(inputs)
+    delta = weight.double()
+    exact = float(((delta @ hessian) * delta).sum())
+    share = damping * float(delta.square().sum())
+    assert state.undamped(exact, weight / state.scale) == pytest.approx(exact - share, rel=1e-4)

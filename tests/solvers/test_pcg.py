@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from alps.solvers import METHODS, Refitted, get_method
 from alps.solvers.hessian import scaled
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.solvers.pcg import refit
+from alps.solvers.pcg import descend, refit
 from alps.stats import InputStats
 from problems import (
     IN,
@@ -196,3 +198,45 @@ def test_refitted_reports_the_true_figures(problem: str) -> None:
     true = float((masked.norm(dim=1) / right.norm(dim=1)).max())
     assert info.refit_residual is not None and info.refit_residual <= method.tolerance
     assert true <= method.tolerance + 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("start", ["dense", "zero", "random", "far"])
+def test_the_gain_is_the_true_decrease(start: str, steps: int) -> None:
+    H, C, weight = unit_problem(23)
+    mask = random_mask(8, OUT, IN, 0.4)
+    begin = torch.where(mask, starts(weight)[start], 0.0)
+    found = refit(H, C, mask, begin, steps, 0.0)
+    before, after = (objective64(X, weight, H.double()).sum() for X in (begin, found.weight))
+    assert found.steps == steps
+    assert found.gain == pytest.approx(float(before - after), rel=1e-3)
+
+
+def test_no_step_gains_nothing() -> None:
+    H, C, weight = unit_problem()
+    mask = random_mask(5, OUT, IN)
+    assert refit(H, C, mask, weight, 0, 0.0).gain == 0.0
+    assert refit(H, C, torch.zeros_like(mask), weight, 5, 0.0).gain == 0.0
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 7])
+def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> None:
+    H, C, weight = unit_problem(33)
+    mask = random_mask(9, OUT, IN, 0.4)
+    right = (C * mask).norm(dim=1)
+    totals = [refit(H, C, mask, weight, steps, 0.0).gain for steps in range(10)]
+    gains = [after - before for before, after in pairwise(totals)]
+    least = gains[at - 1] * (1 + 1e-9)
+    X = torch.where(mask, weight, 0.0)
+    found = descend(H, C - X @ H, mask, X, right, 10, 0.0, least)
+    assert found.steps == next(i for i, gain in enumerate(gains, 1) if gain <= least)
+    assert found.gain == pytest.approx(totals[found.steps], rel=1e-5)
+    assert found.weight is X, "the answer overwrites the start"
+
+
+def test_without_a_least_gain_the_steps_go_on() -> None:
+    H, C, weight = unit_problem(33)
+    mask = random_mask(9, OUT, IN, 0.4)
+    right = (C * mask).norm(dim=1)
+    X = torch.where(mask, weight, 0.0)
+    assert descend(H, C - X @ H, mask, X, right, 10, 0.0).steps == 10

@@ -130,3 +130,44 @@ def test_bad_numbers_are_noticed(bad: float) -> None:
 def test_gradients_are_not_recorded() -> None:
     inputs = integers(9, 4, 3).requires_grad_()
     assert not InputStats.of(inputs).total.requires_grad
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_energy_of_whole_numbers_is_exact(width: int) -> None:
+    inputs, delta = integers(width, 11, width), integers(width + 1, 5, width)
+    exact = (inputs.double() @ delta.double().T).square().sum()
+    assert InputStats.of(inputs).energy(delta) == float(exact)
+
+
+@pytest.mark.parametrize("width", [7, 257])
+def test_energy_rounds_as_float32_does(width: int) -> None:
+    inputs, delta = normal(width, 200, width), normal(width + 1, 12, width)
+    exact = (inputs.double() @ delta.double().T).square().sum()
+    assert InputStats.of(inputs).energy(delta) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [7, 257])
+def test_energy_is_never_negative(width: int) -> None:
+    """Changes that no output sees: their energy is rounding, of either sign."""
+    direction = normal(1, width)
+    stats = InputStats.of(normal(2, 50, 1) * direction)
+    changes = (normal(seed, 4, width) for seed in range(20))
+    unseen = [change - (change @ direction)[:, None] * direction / direction.square().sum() for change in changes]
+    energies = [stats.energy(change) for change in unseen]
+    assert min(energies) == 0.0
+    assert max(energies) < 1e-6 * stats.energy(normal(0, 4, width))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_below_the_diagonal_is_read(width: int) -> None:
+    stats, delta = InputStats.of(integers(width, 11, width)), integers(width + 1, 5, width)
+    gram, energy = stats.gram(), stats.energy(delta)
+    assert stats.upper is not None
+    stats.upper.masked_fill_(torch.ones(width, width).tril(-1).bool(), torch.nan)
+    assert torch.equal(stats.gram(), gram)
+    assert stats.energy(delta) == energy
+
+
+def test_energy_needs_a_gram() -> None:
+    with pytest.raises(AssertionError, match="not collected"):
+        InputStats.of(integers(7, 10, 5), Needs.MOMENTS).energy(integers(8, 3, 5))

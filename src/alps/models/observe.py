@@ -111,7 +111,8 @@ def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.devic
     """Run `block` over all batches and sum up what its sites receive.
 
     A batch ends at the last site's input, since nothing after it is wanted: a block that calls its sites once each
-    is not run to its end but for the first batch.
+    is not run to its end but for the first batch. A block that then calls a site a second time in a later batch only,
+    which no decoder is known to do, would have that call overlooked.
 
     Args:
         block: the block, already on `device`.

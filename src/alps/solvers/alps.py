@@ -76,8 +76,9 @@ class Alps(Method):
         info.trace, info.gap = split.trace, split.gap
         if split.status is Status.MAX_ITERATIONS:
             info.notes.append(f"the support was still changing after {split.iterations} iterations")
+        del W
         with info.timed("refit"):
-            refined = self._refit(state, W, split, info)
+            refined = self._refit(state, weight, split, info)
         return Solution(refined.weight.mul_(state.scale), split.mask, info)
 
     def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern) -> Steps:
@@ -87,26 +88,21 @@ class Alps(Method):
             return StreamingSteps(state, W, pattern, torch.bfloat16 if low else torch.float32)
         return admm.PlainSteps(state, W, W @ state.matrix, pattern)
 
-    def _refit(self, state: ScaledHessian, W: Tensor, split: AdmmResult, info: SolveInfo) -> RefitResult:
+    def _refit(self, state: ScaledHessian, weight: Tensor, split: AdmmResult, info: SolveInfo) -> RefitResult:
         """Refine the projected weights on their support; notes both errors, which cost no product of their own."""
+        W = weight / state.scale
         C = W @ state.matrix
         reference = state.undamped(inner(C, W), W) or 1.0
         right = masked(C, split.mask).norm(dim=1)
-        delta = W - split.D
+        delta = W.sub_(split.D)
         R = torch.mm(delta, state.matrix, out=C)
         energy = inner(R, delta)
         info.error_before_refit = state.undamped(energy, delta) / reference
-        refined = descend(
-            state.matrix,
-            R,
-            split.mask,
-            split.D,
-            right,
-            self.refit_steps,
-            self.refit_tolerance,
-            self.refit_gain * energy,
-        )
-        delta = torch.sub(W, refined.weight, out=delta)
+        # The steps need the room.
+        del W, C, delta
+        least = self.refit_gain * energy
+        refined = descend(state.matrix, R, split.mask, split.D, right, self.refit_steps, self.refit_tolerance, least)
+        delta = torch.div(weight, state.scale, out=R).sub_(refined.weight)
         info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference
         info.refit_steps, info.refit_residual = refined.steps, refined.residual
         return refined

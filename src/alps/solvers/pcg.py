@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alps.solvers.reductions import row_inner
 from alps.solvers.selection import masked
 
 
@@ -81,19 +82,18 @@ def descend(
     right = right.clamp_min(torch.finfo(X.dtype).tiny)
     R.mul_(kept)
     P = R * inverse_diagonal
-    rz = (R * P).sum(dim=1)
-    Z = torch.empty_like(R)
+    rz = row_inner(R, P)
+    buffer = torch.empty_like(R)
     steps, residual, gain, last = 0, _worst(R, right), 0.0, float("inf")
     while steps < max_steps and residual > tolerance and last > least_gain:
-        HP = torch.mm(P, H).mul_(kept)
+        HP = torch.mm(P, H, out=buffer).mul_(kept)
         # A finished row has R = P = 0: its step is 0 / 0, to be read as 0.
-        alpha = _ratio(rz, torch.mul(P, HP, out=Z).sum(dim=1))
+        alpha = _ratio(rz, row_inner(P, HP))
         X.addcmul_(alpha[:, None], P)
         R.addcmul_(-alpha[:, None], HP)
-        del HP
         last = float((alpha * rz).sum(dtype=torch.float64))
-        torch.mul(R, inverse_diagonal, out=Z)
-        rz_next = (R * Z).sum(dim=1)
+        Z = torch.mul(R, inverse_diagonal, out=buffer)
+        rz_next = row_inner(R, Z)
         P.mul_(_ratio(rz_next, rz)[:, None]).add_(Z)
         rz = rz_next
         steps, residual, gain = steps + 1, _worst(R, right), gain + last

@@ -34,7 +34,7 @@ _SLACK = 2e-5
 class StreamingSteps:
     """One splitting in progress; see `admm.Steps`.
 
-    Holds, beside what it is given, three matrices (out, in) in float32 and two of the products' dtype.
+    Holds, beside what it is given, three matrices (out, in) in float32, and two in bfloat16 or a fourth.
     """
 
     def __init__(self, hessian: ScaledHessian, dense: Tensor, pattern: Pattern, dtype: torch.dtype) -> None:
@@ -64,7 +64,9 @@ class StreamingSteps:
         self._rho = rho
         # N - (D - U), where D - U is Z on the support and -rescale Z off it.
         torch.add(self._N, Z, alpha=rescale, out=self._scratch)
-        self._left.copy_(self._scratch.addcmul_(M, Z, value=-1 - rescale))
+        self._scratch.addcmul_(M, Z, value=-1 - rescale)
+        if self._left is not self._scratch:
+            self._left.copy_(self._scratch)
         torch.mm(self._left, self._inverse, out=self._product)
         # W + U, where U is rescale Z off the support.
         Z.addcmul_(M, Z, value=-1)
@@ -84,7 +86,9 @@ class StreamingSteps:
 
     def _allocate(self) -> None:
         self._scratch = torch.empty_like(self._N)
-        self._left, self._product = (torch.empty_like(self._N, dtype=self._dtype) for _ in range(2))
+        self._product = torch.empty_like(self._N, dtype=self._dtype)
+        low = self._dtype is not torch.float32
+        self._left = torch.empty_like(self._product) if low else self._scratch
 
     def _fresh_inverse(self, rho: float) -> Tensor:
         rows, columns = self._N.shape
