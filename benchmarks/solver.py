@@ -30,7 +30,7 @@ from alps.models.blocks import find_blocks
 from alps.models.capture import capture
 from alps.models.observe import SharedInput, observe
 from alps.runtime import exact_float32, provenance
-from alps.solvers import Method, get_method
+from alps.solvers import Alps, Method, get_method
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
 from alps.stats import InputStats, Needs
@@ -109,9 +109,12 @@ def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputSt
 
 
 def _ours(name: str) -> Solver:
-    # A name may carry an effort: alps:high.
-    base, _, effort = name.partition(":")
-    method: Method = get_method(base, effort=effort or "normal")
+    # A name may carry an effort or, for ALPS, a precision: alps:high, alps:float32.
+    base, _, variant = name.partition(":")
+    if variant in ("float32", "bfloat16"):
+        method: Method = Alps(precision=variant)
+    else:
+        method = get_method(base, effort=variant or "normal")
 
     def solve(weights: list[Tensor], stats: InputStats, pattern: Pattern) -> list[Tensor]:
         state = method.prepare(stats)
@@ -170,7 +173,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--blocks", default="0,5,15,25,29")
     parser.add_argument("--pattern", default="0.7")
-    parser.add_argument("--methods", default="alps,alps:high,sparsegpt")
+    parser.add_argument("--methods", default="alps,alps:float32,alps:high,sparsegpt")
     parser.add_argument("--fmchisel", default="", help="folder into which fmchisel 0.1.2 was installed")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
