@@ -109,12 +109,11 @@ def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputSt
 
 
 def _ours(name: str) -> Solver:
-    # A name may carry an effort or, for ALPS, a precision: alps:high, alps:float32.
-    base, _, variant = name.partition(":")
-    if variant in ("float32", "bfloat16"):
-        method: Method = Alps(precision=variant)
-    else:
-        method = get_method(base, effort=variant or "normal")
+    # A name may carry an effort, as in alps:high; alps:float32 does without products of low precision.
+    base, _, effort = name.partition(":")
+    method: Method = (
+        Alps(precision="float32") if name == "alps:float32" else get_method(base, effort=effort or "normal")
+    )
 
     def solve(weights: list[Tensor], stats: InputStats, pattern: Pattern) -> list[Tensor]:
         state = method.prepare(stats)
