@@ -215,3 +215,17 @@ def test_undamped_takes_the_share_of_the_damping_out(name: str) -> None:
     exact = float(((delta @ hessian) * delta).sum())
     share = damping * float(delta.square().sum())
     assert state.undamped(exact, weight / state.scale) == pytest.approx(exact - share, rel=1e-4)
+
+
+def test_a_penalty_below_rounding_is_inverted_in_float64() -> None:
+    """All inputs twice: a singular matrix of unit diagonal, which float32 cannot tell from an indefinite one."""
+    inputs = correlated_inputs(21, 2000, 200)
+    state = scaled(InputStats.of(torch.cat([inputs, inputs], dim=1)), 0.0)
+    eye = torch.eye(400, dtype=torch.float64)
+    assert not invert_(state.matrix + 1e-5 * eye.float())
+    # Symmetric to float32's rounding alone, which so nearly singular a matrix magnifies: the lower triangle is taken.
+    lower = state.matrix.double().tril(-1)
+    exact = torch.linalg.inv(lower + lower.T + (1 + 1e-5) * eye)
+    assert float((state.inverse(1e-5).double() - exact).norm() / exact.norm()) < 1e-6
+    with pytest.raises(SolveFailed, match="not positive definite at rho = 1e-08"):
+        state.inverse(1e-8)

@@ -63,13 +63,20 @@ class ScaledHessian:
         if (rho, dtype) not in self._inverses:
             shifted = self.matrix.clone()
             shifted.diagonal().add_(rho)
-            if not invert_(shifted):
-                raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
-            inverse = shifted.to(dtype)
+            inverse = (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
             if (len(self._inverses) + 1) * inverse.nbytes > _CACHE_BYTES:
                 return inverse
             self._inverses[rho, dtype] = inverse
         return self._inverses[rho, dtype]
+
+    def _inverse64(self, rho: float) -> Tensor:
+        """By Cholesky in float64: for a penalty so small that float32's rounding outweighs it."""
+        shifted = self.matrix.double()
+        shifted.diagonal().add_(rho)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed):
+            raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
+        return torch.cholesky_inverse(factor).float()
 
     def undamped_energy(self, delta: Tensor) -> float:
         """||X (delta E)^T||_F^2 for `delta` (out, in) in scaled coordinates: the damping's share taken out."""
@@ -96,9 +103,11 @@ def invert_(A: Tensor) -> bool:
     n = len(A)
     if n <= _DIRECT:
         factor, failed = torch.linalg.cholesky_ex(A)
+        if int(failed):
+            return False
         # A lone Cholesky inverse is symmetric only to rounding; products with it do not care.
         A.copy_(torch.cholesky_inverse(factor))
-        return not int(failed)
+        return True
     half = n // 64 * 32
     A11, A12, A22 = A[:half, :half], A[:half, half:], A[half:, half:]
     if not invert_(A11):
