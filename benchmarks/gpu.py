@@ -21,6 +21,7 @@ from alps.models.blocks import find_blocks
 from alps.runtime import exact_float32, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
+from alps.solvers.objective import relative_error
 from alps.solvers.pattern import parse_pattern
 from alps.stats import InputStats
 from alps.walk import Walk
@@ -97,7 +98,7 @@ def site_row(
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
     info = found[0].info
     out_size, in_size = weight.shape
-    error = stats.energy(found[0].weight - weight) / stats.energy(weight)
+    error = relative_error(found[0].weight, weight, stats)
     share = ""
     if info.iterations:
         product = 2 * out_size * in_size**2

@@ -16,17 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alps.data.text import load_text
-from alps.loaded import load
-from alps.models.blocks import find_blocks
-from alps.models.capture import capture
-from alps.models.observe import observe
 from alps.runtime import exact_float32, provenance
 from alps.solvers import METHODS, Alps, Method, Refitted, get_method
 from alps.solvers.hessian import damped
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import parse_pattern
-from alps.stats import InputStats, Needs
+from alps.stats import InputStats
+from layers import calibration_options, captured
 
 _SUPPORTS = ("magnitude", "wanda", "dsnot", "dsnot-sparsegpt", "sparsegpt", "alps")
 
@@ -48,21 +44,11 @@ def main() -> None:
 
 def layer_problem(options: argparse.Namespace) -> tuple[Tensor, InputStats]:
     """The dense weight (out, in) in float32 of one site, and the statistics of its inputs in the dense model."""
-    loaded = load(options.model)
-    text = load_text(options.calibration, "calibration")
-    windows = loaded.calibration(text, options.samples, options.seqlen, options.seed)
-    blocks = find_blocks(loaded.model)
-    inputs = capture(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
-    cpu = torch.device("cpu")
-    for block in blocks:
-        if options.site in [site.name for site in block.sites]:
-            for shared in observe(block, inputs, Needs.GRAM, cpu).shared:
-                for site in shared.sites:
-                    if site.name == options.site:
-                        return site.read().float().clone(), shared.stats
-        with torch.no_grad():
-            inputs.hidden = [inputs.run(block.index, block.module, i, cpu) for i in range(len(inputs.hidden))]
-    raise SystemExit(f"no site {options.site}: try one of {', '.join(s.name for s in blocks[0].sites)}")
+    for shared in captured(options, lambda block: any(site.name == options.site for site in block.sites)):
+        for site in shared.sites:
+            if site.name == options.site:
+                return site.read().float().clone(), shared.stats
+    raise SystemExit(f"no site {options.site}: try one such as model.layers.0.self_attn.k_proj")
 
 
 def exact_weights(weight: Tensor, mask: Tensor, stats: InputStats) -> Tensor:
@@ -79,7 +65,6 @@ def exact_weights(weight: Tensor, mask: Tensor, stats: InputStats) -> Tensor:
 
 def supports_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
     """Relative error of each method's support with optimal weights."""
-    gram = stats.gram()
     lines = ["### A. Optimal weights on each method's support: relative error", ""]
     lines += [
         f"| pattern | {' | '.join(_SUPPORTS)} | ALPS / SparseGPT |",
@@ -89,7 +74,7 @@ def supports_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> st
         errors = {}
         for name in _SUPPORTS:
             mask = _solve(METHODS[name](), weight, stats, pattern)[1]
-            errors[name] = relative_error(exact_weights(weight, mask, stats), weight, gram)
+            errors[name] = relative_error(exact_weights(weight, mask, stats), weight, stats)
         ratio = errors["alps"] / errors["sparsegpt"]
         lines.append(f"| {pattern} | {' | '.join(f'{e:.3e}' for e in errors.values())} | {ratio:.3f} |")
     return "\n".join(lines) + "\n"
@@ -97,7 +82,6 @@ def supports_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> st
 
 def refit_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
     """Error and seconds: as published, after 10 PCG steps, after PCG to a tolerance, after an exact solve."""
-    gram = stats.gram()
     lines = ["### B. No refit, PCG, exact: relative error (seconds of the refit alone)", ""]
     lines += [
         "| pattern | support | no refit | PCG, 10 steps | PCG, to 1e-4 | exact solve |",
@@ -107,15 +91,15 @@ def refit_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
         for name in ("magnitude", "sparsegpt", "alps"):
             plain: Method = replace(Alps(), refit_steps=0) if name == "alps" else get_method(name)
             pruned, mask, _ = _solve(plain, weight, stats, pattern)
-            cells = [f"{relative_error(pruned, weight, gram):.3e}"]
+            cells = [f"{relative_error(pruned, weight, stats):.3e}"]
             for steps, tolerance in ((10, 0.0), (1000, 1e-4)):
                 refined, _, seconds = _solve(
                     Refitted(plain, max_steps=steps, tolerance=tolerance), weight, stats, pattern
                 )
-                cells.append(f"{relative_error(refined, weight, gram):.3e} ({seconds:.2f})")
+                cells.append(f"{relative_error(refined, weight, stats):.3e} ({seconds:.2f})")
             start = time.perf_counter()
             exact = exact_weights(weight, mask, stats)
-            cells.append(f"{relative_error(exact, weight, gram):.3e} ({time.perf_counter() - start:.1f})")
+            cells.append(f"{relative_error(exact, weight, stats):.3e} ({time.perf_counter() - start:.1f})")
             lines.append(f"| {pattern} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -128,13 +112,9 @@ def _solve(method: Method, weight: Tensor, stats: InputStats, pattern: str) -> t
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    calibration_options(parser)
     parser.add_argument("--site", default="model.layers.0.self_attn.k_proj")
-    parser.add_argument("--calibration", required=True)
     parser.add_argument("--patterns", default="0.5,0.6,0.7,0.8,0.9,2:4")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

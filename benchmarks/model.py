@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layers import calibration_options, markdown
+
 _PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "errors")
 
 
@@ -73,7 +75,7 @@ def prune(options: argparse.Namespace, method: str) -> tuple[float, dict[str, An
 def table(runs: dict[str, Runs]) -> str:
     """Wall seconds and how often every other method's, then the phases, the mean error and the peak memory."""
     heads = ["method", "wall s", *(f"of {name}" for name in runs), *(f"{p} s" for p in _PHASES), "mean error", "GiB"]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    rows = []
     walls = {method: statistics.median(found.seconds) for method, found in runs.items()}
     for method, found in runs.items():
         cells = [f"{walls[method]:.1f}", *(f"{walls[method] / walls[other]:.2f}" for other in runs)]
@@ -82,19 +84,15 @@ def table(runs: dict[str, Runs]) -> str:
         errors = [site["error"] for site in found.reports[0]["sites"]]
         cells.append(f"{statistics.mean(errors):.4f}")
         cells.append(f"{max(r['peak_host_bytes'] for r in found.reports) / 2**30:.2f}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return markdown(heads, rows)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", required=True)
+    calibration_options(parser, samples=128)
     parser.add_argument("--methods", default="alps,sparsegpt,wanda")
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--reports", default="", help="folder for the last report.json of every method")

@@ -15,7 +15,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.data.text import load_text
-from alps.loaded import load
-from alps.models.blocks import find_blocks
-from alps.models.capture import capture
-from alps.models.observe import SharedInput, observe
 from alps.runtime import exact_float32, provenance
 from alps.solvers import Alps, Method, get_method
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
-from alps.stats import InputStats, Needs
+from alps.stats import InputStats
+from layers import calibration_options, captured, markdown
 
 Solver = Callable[[list[Tensor], InputStats, Pattern], list[Tensor]]
 
@@ -62,12 +58,14 @@ def main() -> None:
     if options.fmchisel:
         columns["fmchisel"] = Column(_theirs(_fmchisel(Path(options.fmchisel))))
     pattern = parse_pattern(options.pattern)
-    tokens = 0
+    tokens, wanted = 0, set(map(int, options.blocks.split(",")))
     with exact_float32():
-        for kinds, weights, stats in problems(options):
-            tokens = stats.tokens
+        for shared in captured(options, lambda block: block.index in wanted):
+            tokens = shared.stats.tokens
+            kinds = [site.kind for site in shared.sites]
+            weights = [site.read().float().clone() for site in shared.sites]
             for column in columns.values():
-                _run(column, kinds, weights, stats, pattern)
+                _run(column, kinds, weights, shared.stats, pattern)
     facts = provenance()
     print(
         f"{options.model}, blocks {options.blocks}, {pattern}, {tokens} tokens of {options.calibration}, seed "
@@ -76,36 +74,17 @@ def main() -> None:
     print(table(columns))
 
 
-def problems(options: argparse.Namespace) -> Iterator[tuple[list[str], list[Tensor], InputStats]]:
-    """Kinds, dense weights (out, in) and shared input statistics, one item for every distinct input."""
-    loaded = load(options.model)
-    windows = loaded.calibration(
-        load_text(options.calibration, "calibration"), options.samples, options.seqlen, options.seed
-    )
-    wanted, cpu = set(map(int, options.blocks.split(","))), torch.device("cpu")
-    blocks = find_blocks(loaded.model)
-    inputs = capture(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
-    for block in blocks[: max(wanted) + 1]:
-        shared: list[SharedInput] = []
-        if block.index in wanted:
-            shared = observe(block, inputs, Needs.GRAM, cpu).shared
-        for one in shared:
-            yield [s.kind for s in one.sites], [s.read().float().clone() for s in one.sites], one.stats
-        with torch.no_grad():
-            inputs.hidden = [inputs.run(block.index, block.module, i, cpu) for i in range(len(inputs.hidden))]
-
-
 def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputStats, pattern: Pattern) -> None:
     start = time.perf_counter()
     answers = column.solve(weights, stats, pattern)
     seconds = time.perf_counter() - start
-    gram, entries = stats.gram(), sum(weight.numel() for weight in weights)
+    entries = sum(weight.numel() for weight in weights)
     for kind, weight, answer in zip(kinds, weights, answers, strict=True):
         kept = weight.numel() - pattern.pruned_count(weight.numel())
         assert int((answer != 0).sum()) <= kept, (kind, "keeps too many weights")
         # Sites of one input are timed together, as they are solved; a site's share is by its size.
         column.seconds.setdefault(kind, []).append(seconds * weight.numel() / entries)
-        column.errors.setdefault(kind, []).append(relative_error(answer, weight, gram))
+        column.errors.setdefault(kind, []).append(relative_error(answer, weight, stats))
 
 
 def _ours(name: str) -> Solver:
@@ -157,26 +136,22 @@ def table(columns: dict[str, Column]) -> str:
     first = next(iter(columns.values()))
     kinds = list(first.seconds)
     heads = ["", *(f"{kind} s" for kind in kinds), "total s", "of the first", "mean error", "of the first"]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    rows = []
     for name, column in columns.items():
         cells = [f"{sum(column.seconds[kind]):.2f}" for kind in kinds]
         cells += [f"{column.total():.2f}", f"{column.total() / first.total():.2f}"]
         cells += [f"{column.mean_error():.6f}", f"{column.mean_error() / first.mean_error():.4f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown(heads, rows)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", required=True)
+    calibration_options(parser)
     parser.add_argument("--blocks", default="0,5,15,25,29")
     parser.add_argument("--pattern", default="0.7")
     parser.add_argument("--methods", default="alps,alps:float32,alps:high,sparsegpt")
     parser.add_argument("--fmchisel", default="", help="folder into which fmchisel 0.1.2 was installed")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

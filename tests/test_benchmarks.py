@@ -74,3 +74,40 @@ def test_model_prints_every_method(tmp_path: Path, stories: Path, english_file: 
     assert rows[0][1:4] == ["wall s", "of alps", "of wanda"] and float(rows[2][2]) == 1.0
     errors = [float(row[rows[0].index("mean error")]) for row in rows[2:]]
     assert 0 < errors[0] < errors[1] < 1
+
+
+def test_floor_counts_the_products_of_smollm2(tmp_path: Path) -> None:
+    """Flops of 30 blocks at 65,536 tokens, counted site by site instead of input by input."""
+    options = "--rate-size 64 --inverses 512 --penalties 11 --iterations 33 --steps 6"
+    rows = run(tmp_path, "floor.py", *options.split())
+    assert rows[2][0] == "512" and all(float(cell) > 0 for cell in rows[2][1:6])
+    found = {row[0]: float(row[1]) for row in rows[5:12]}
+    sites = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    tokens = 128 * 512
+    products = 30 * sum(2 * m * n * n for m, n in sites)
+    passes = 30 * sum(2 * m * n * tokens * (1 if n == 1536 else 2) for m, n in sites)
+    inputs = (576, 576, 576, 1536)
+    exact = {
+        "forward": passes,
+        "gram": 30 * tokens * sum(n * n for n in inputs),
+        "inverses": 30 * 11 * sum(4 * n**3 // 3 for n in inputs),
+        "iterations": 33 * products,
+        "refit": 8 * products,
+        "errors": 3 * products / 2,
+    }
+    for phase, flops in exact.items():
+        assert abs(found[phase] - flops / 1e12) <= 0.006, phase
+
+
+def test_layer_prints_both_tables(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    rows = run(
+        tmp_path,
+        "layer.py",
+        *("--model", str(stories), "--calibration", str(english_file), "--patterns", "0.5"),
+        *SMALL,
+    )
+    supports = [float(cell) for cell in rows[2][1:7]]
+    assert 0 < min(supports) == supports[5], "ALPS's support is the best"
+    for row in rows[5:]:
+        published, steps, exact = (float(row[i].split()[0]) for i in (2, 3, 5))
+        assert 0 < exact <= steps * 1.001 and steps <= published * 1.001 < 1.001

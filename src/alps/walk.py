@@ -23,6 +23,7 @@ from alps.progress import Silent, Watcher
 from alps.report import LayerRecord, solve_record
 from alps.runtime import exact_float32
 from alps.solvers.base import Method, Solution
+from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, keep_largest
 from alps.solvers.selection import masked
 from alps.stats import InputStats, Needs
@@ -139,9 +140,7 @@ class Walk:
         if self.measure_errors:
             with self._timed("errors"):
                 by_size = masked(dense, keep_largest(dense.abs(), self.pattern))
-                reference = stats.energy(dense)
-                error = stats.energy(stored.float() - dense) / reference if reference > 0 else 0.0
-                magnitude_error = stats.energy(by_size - dense) / reference if reference > 0 else 0.0
+                error, magnitude_error = relative_errors([stored.float(), by_size], dense, stats)
         self.records.append(
             LayerRecord(
                 name=site.name,

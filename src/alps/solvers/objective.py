@@ -9,16 +9,19 @@ ALPS (arXiv 2406.07831), the relative error of Table 1:
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
-
-def energy(delta: Tensor, gram: Tensor) -> float:
-    """||X delta^T||_F^2 = tr(delta G delta^T) for delta (out, in); products in the inputs' dtype, sum in float64."""
-    return float(((delta @ gram) * delta).sum(dtype=torch.float64).clamp_min(0))
+from alps.stats import InputStats
 
 
-def relative_error(pruned: Tensor, dense: Tensor, gram: Tensor) -> float:
-    """Relative reconstruction error of `pruned` against `dense`, both (out, in); 0 when the dense output is 0."""
-    reference = energy(dense, gram)
-    return energy(pruned - dense, gram) / reference if reference > 0 else 0.0
+def relative_errors(pruned: Sequence[Tensor], dense: Tensor, stats: InputStats) -> list[float]:
+    """Relative reconstruction errors of `pruned` against `dense`, all (out, in); 0 when the dense output is 0."""
+    reference = stats.energy(dense)
+    return [stats.energy(one - dense) / reference if reference > 0 else 0.0 for one in pruned]
+
+
+def relative_error(pruned: Tensor, dense: Tensor, stats: InputStats) -> float:
+    """`relative_errors` of one matrix."""
+    return relative_errors([pruned], dense, stats)[0]
