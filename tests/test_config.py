@@ -49,14 +49,14 @@ def test_overrides_beat_the_file_and_none_is_no_override(tmp_path: Path) -> None
 
 
 def test_no_file_is_needed() -> None:
-    assert load_settings(None, {"model": "m", "pattern": "2:4"}).target() == SemiStructured(2, 4)
+    assert load_settings(None, {"model": "m", "pattern": "2:4"}).build_pattern() == SemiStructured(2, 4)
 
 
 def test_a_target_given_as_a_flag_replaces_the_files(tmp_path: Path) -> None:
     by_sparsity = _yaml(tmp_path, "model: m\nsparsity: 0.7\n")
-    assert load_settings(by_sparsity, {"pattern": "4:8"}).target() == SemiStructured(4, 8)
+    assert load_settings(by_sparsity, {"pattern": "4:8"}).build_pattern() == SemiStructured(4, 8)
     by_pattern = _yaml(tmp_path, "model: m\npattern: '2:4'\n")
-    assert load_settings(by_pattern, {"sparsity": 0.25}).target() == Unstructured(0.25)
+    assert load_settings(by_pattern, {"sparsity": 0.25}).build_pattern() == Unstructured(0.25)
 
 
 @pytest.mark.parametrize("written", ["2:4", "'2:4'", '"2:4"', "4:8", "1:4", "2:40"])
@@ -64,11 +64,11 @@ def test_a_pattern_means_what_it_says_with_or_without_quotes(tmp_path: Path, wri
     # YAML 1.1 reads a bare 2:4 as the number 2 * 60 + 4.
     keep, group = (int(number) for number in written.strip("'\"").split(":"))
     settings = load_settings(_yaml(tmp_path, f"model: m\npattern: {written}\n"), {})
-    assert settings.target() == SemiStructured(keep, group)
+    assert settings.build_pattern() == SemiStructured(keep, group)
 
 
 def test_a_whole_number_is_a_sparsity(tmp_path: Path) -> None:
-    assert load_settings(_yaml(tmp_path, "model: m\nsparsity: 0\n"), {}).target() == Unstructured(0.0)
+    assert load_settings(_yaml(tmp_path, "model: m\nsparsity: 0\n"), {}).build_pattern() == Unstructured(0.0)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, line: str, complaint
 )
 def test_a_target_that_cannot_be_is_refused(values: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings(None, {"model": "m", **values}).target()
+        load_settings(None, {"model": "m", **values}).build_pattern()
     assert complaint in str(caught.value)
 
 

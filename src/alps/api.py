@@ -98,7 +98,7 @@ def prune(
 
 def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None]) -> RunReport:
     """What `alps prune` does: check everything that can be checked, then load, prune and write."""
-    target, method = settings.target(), settings.build_method()
+    target, method = settings.build_pattern(), settings.build_method()
     parse_dtype(settings.dtype)
     if settings.model != PACKAGED:
         check_model_path(settings.model)
@@ -129,7 +129,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
     start = time.perf_counter()
     model = loaded.model
     blocks = find_blocks(model)
-    check_fit(blocks, walk.pattern)
+    check_fit(blocks, walk.pattern, walk.patterns)
     if windows is not None:
         loaded.check_ids(windows)
     training = model.training

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from alps import __version__
 from alps.api import evaluate, prune_directory
-from alps.config import load_settings
+from alps.budgets import BUDGETS
+from alps.config import PRESETS, load_settings
 from alps.errors import AlpsError
 from alps.loaded import load
 from alps.progress import ConsoleWatcher
@@ -80,6 +81,21 @@ def prune(
     refit: Annotated[
         bool | None, typer.Option("--refit", help="Optimal weights on the method's support, by PCG.")
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="block, or sequential: every site on inputs that feel the pruning before it.  [by preset]"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="What a site reproduces: pruned, dense, or a share between 0 and 1.  [by preset]"),
+    ] = None,
+    match: Annotated[
+        int | None, typer.Option(help="Epochs of tuning every pruned block to the dense one's outputs.  [by preset]")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="A text or .jsonl file, or wikitext2, c4, ptb, python-docs.  [default: c4]"),
@@ -108,6 +124,11 @@ def prune(
         "method": method,
         "effort": effort,
         "refit": refit,
+        "order": order,
+        "target": target,
+        "match": match,
+        "budget": budget,
+        "preset": preset,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,

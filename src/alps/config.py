@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
@@ -19,6 +20,14 @@ from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pa
 SETTINGS_NAME = "alps.yaml"
 
 
+# What each word asks for beyond the defaults of `PruneSettings`; docs/presets.md has the measurements behind them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "fast": {},
+    "best": {},
+}
+
+
 class PruneSettings(BaseModel):
     """What `alps prune` was asked to do. Unknown keys are refused.
 
@@ -30,6 +39,10 @@ class PruneSettings(BaseModel):
         options: hyper-parameters of the method by name; nested for ALPS's `admm`.
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refit: optimal weights on the method's support, by conjugate gradients.
+        order: `block` or `sequential`, see `alps.walk.Walk`.
+        target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
+        match: epochs of block matching, see `alps.matching`; 0 for none.
+        budget: where the zeros go, one of `alps.budgets.BUDGETS`.
         calibration: a text, see `alps.data.text.load_text`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
@@ -46,6 +59,10 @@ class PruneSettings(BaseModel):
     effort: str = "normal"
     options: dict[str, Any] = {}
     refit: bool = False
+    order: Literal["block", "sequential"] = "block"
+    target: str | float = "pruned"
+    match: int = Field(default=0, ge=0)
+    budget: str = "uniform"
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=2)
@@ -55,7 +72,7 @@ class PruneSettings(BaseModel):
     offload: bool = False
     errors: bool = True
 
-    def target(self) -> Pattern:
+    def build_pattern(self) -> Pattern:
         """The pattern asked for.
 
         Raises:
@@ -81,6 +98,21 @@ class PruneSettings(BaseModel):
             get_method(self.method, effort=self.effort), self.options, f"options of method '{self.method}'"
         )
         return Refitted(base) if self.refit else base
+
+    def target_share(self) -> float:
+        """Share of the dense target.
+
+        Raises:
+            ConfigError: for anything but `pruned`, `dense` or a number between 0 and 1.
+        """
+        named = {"pruned": 0.0, "dense": 1.0}
+        try:
+            share = named[self.target] if self.target in named else float(self.target)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise ConfigError(f"Target '{self.target}' is wrong: write pruned, dense, or a share between 0 and 1.")
+        return share
 
     def place(self) -> torch.device:
         """The device to run on.

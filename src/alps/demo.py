@@ -77,7 +77,7 @@ def demo(
         )
         loaded = load(NAME)
         windows = loaded.calibration(text, *CALIBRATION, settings.seed)
-        walk = Walk(settings.build_method(), settings.target(), settings.place(), watcher=watcher)
+        walk = Walk(settings.build_method(), settings.build_pattern(), settings.place(), watcher=watcher)
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
         pruned = evaluate(loaded, [TEXT], seqlen, limit, device, watcher)[0]

@@ -19,6 +19,7 @@ class Needs(IntEnum):
     NOTHING = 0
     MOMENTS = 1
     GRAM = 2
+    DRIFT = 3
 
 
 @dataclass
@@ -31,19 +32,24 @@ class InputStats:
         square: sum of the squared rows, shape (in,); the diagonal of the Gram.
         upper: the Gram X^T X, shape (in, in), of which only the upper triangle is valid; None where it
             was not asked for. Read it through `gram()`.
+        drift: (X_d - X)^T X, shape (in, in), with the dense model's inputs X_d of the same tokens; None where it
+            was not asked for. The difference is summed, since it is what pruning has done so far: X_d^T X itself
+            would lose it in the rounding of X^T X.
     """
 
     tokens: int
     total: Tensor
     square: Tensor
     upper: Tensor | None
+    drift: Tensor | None = None
 
     @classmethod
     def zeros(cls, size: int, needs: Needs, device: torch.device | str = "cpu") -> InputStats:
-        """Empty sums for inputs of `size` features, with the Gram only where `needs` asks for it."""
+        """Empty sums for inputs of `size` features, with the Gram and the drift only where `needs` asks for them."""
         vector = torch.zeros(size, dtype=torch.float32, device=device)
         gram = torch.zeros(size, size, dtype=torch.float32, device=device) if needs >= Needs.GRAM else None
-        return cls(0, vector, vector.clone(), gram)
+        drift = torch.zeros(size, size, dtype=torch.float32, device=device) if needs >= Needs.DRIFT else None
+        return cls(0, vector, vector.clone(), gram, drift)
 
     @classmethod
     def of(cls, inputs: Tensor, needs: Needs = Needs.GRAM) -> InputStats:
@@ -52,8 +58,13 @@ class InputStats:
         stats.update(inputs)
         return stats
 
-    def update(self, inputs: Tensor) -> None:
-        """Add the tokens of `inputs`, shape (..., in), any float dtype; summed in float32."""
+    def update(self, inputs: Tensor, dense: Tensor | None = None) -> None:
+        """Add the tokens of `inputs`, shape (..., in), any float dtype; summed in float32.
+
+        Args:
+            inputs: X, what the site receives.
+            dense: X_d, what it receives in the dense model, of the same shape; asked for with the drift only.
+        """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         self.tokens += rows.shape[0]
         self.total += rows.sum(dim=0)
@@ -62,12 +73,18 @@ class InputStats:
             for start in range(0, rows.shape[1], _PANEL):
                 panel = slice(start, start + _PANEL)
                 self.upper[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
+        if self.drift is not None:
+            assert dense is not None and dense.shape == inputs.shape
+            away = dense.detach().reshape(rows.shape).to(torch.float32) - rows
+            self.drift.addmm_(away.T, rows)
 
     def __add__(self, other: InputStats) -> InputStats:
-        """The sums over both sets of tokens; both must hold a Gram, or neither."""
-        assert (self.upper is None) == (other.upper is None)
+        """The sums over both sets of tokens; both must hold the same sums."""
+        assert (self.upper is None) == (other.upper is None) and (self.drift is None) == (other.drift is None)
         upper = None if self.upper is None or other.upper is None else self.upper + other.upper
-        return InputStats(self.tokens + other.tokens, self.total + other.total, self.square + other.square, upper)
+        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
+        total, square = self.total + other.total, self.square + other.square
+        return InputStats(self.tokens + other.tokens, total, square, upper, drift)
 
     def gram(self) -> Tensor:
         """A fresh symmetric copy of X^T X, shape (in, in), float32."""
@@ -109,8 +126,8 @@ class InputStats:
 
     def is_finite(self) -> bool:
         """Whether no sum has met or become a NaN or an infinity."""
-        sums = [self.total, self.square] + ([] if self.upper is None else [self.upper])
-        return all(bool(torch.isfinite(s).all()) for s in sums)
+        sums = [self.total, self.square, self.upper, self.drift]
+        return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
 
 
 def _mirrored(upper: Tensor) -> Tensor:

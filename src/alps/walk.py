@@ -1,24 +1,29 @@
 """The walk: blocks in order, each pruned on what the already pruned ones before it produce.
 
 For every block: one pass over the calibration batches collects the inputs of its sites, the sites are solved and
-written back, a second pass turns the batches into the inputs of the next block.
+written back, a second pass turns the batches into the inputs of the next block. In sequential order there is a pass
+for every input of a block, so that each site is solved on what the pruned ones before it leave of its inputs. With a
+dense target or block matching the dense model walks beside: a second set of activations, and a dense copy of one block.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, SolveFailed
+from alps.matching import Matching, MatchRecord, match
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs, capture
-from alps.models.observe import SharedInput, observe
-from alps.models.sites import Site
+from alps.models.observe import DenseStream, Observation, SharedInput, discover, observe
+from alps.models.sites import Site, find_sites
 from alps.progress import Silent, Watcher
 from alps.report import LayerRecord, solve_record
 from alps.runtime import exact_float32
@@ -26,6 +31,7 @@ from alps.solvers.base import Method, Solution
 from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, keep_largest
 from alps.solvers.selection import masked
+from alps.solvers.target import correction, retarget
 from alps.stats import InputStats, Needs
 
 # Calibration tokens per forward of a block.
@@ -41,6 +47,12 @@ class Walk:
         device: where a block is run and solved; it is brought there and back.
         offload: keep the activations between blocks on the CPU.
         measure_errors: collect the Gram for every method, so that its error and magnitude's can be told.
+        order: `block` observes all inputs of a block before anything in it is pruned; `sequential` observes each
+            input once all sites before it are pruned.
+        target: share of the dense target, see `alps.solvers.target`; 0 reproduces the dense weight on the pruned
+            prefix's inputs, 1 the dense model's own outputs.
+        matching: tune every pruned block to the dense block's outputs, or None.
+        patterns: of single sites by name, in place of `pattern`.
         watcher: told after every site.
         records: one for every site, in the order in which they were solved.
         seconds: wall time by phase.
@@ -51,14 +63,27 @@ class Walk:
     device: torch.device
     offload: bool = False
     measure_errors: bool = True
+    order: Literal["block", "sequential"] = "block"
+    target: float = 0.0
+    matching: Matching | None = None
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Silent)
+    target_damping: float = 0.01
     records: list[LayerRecord] = field(default_factory=list)
+    matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def needs(self) -> Needs:
         """What is collected of every input."""
+        if self.target:
+            return Needs.DRIFT
         return Needs.GRAM if self.measure_errors else self.method.needs
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether calibration windows are needed."""
+        return self.needs is not Needs.NOTHING or self.matching is not None
 
     def run(self, model: nn.Module, blocks: list[Block], windows: Tensor | None) -> None:
         """Prune every site of `blocks` in place.
@@ -72,11 +97,11 @@ class Walk:
             ConfigError: when the pattern does not fit a site.
             SolveFailed: when activations or answers are not finite; names the block or site.
         """
-        check_fit(blocks, self.pattern)
+        check_fit(blocks, self.pattern, self.patterns)
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
             with exact_float32():
-                if self.needs is Needs.NOTHING:
+                if not self.reads_inputs:
                     self._without_inputs(blocks)
                 else:
                     assert windows is not None
@@ -93,23 +118,54 @@ class Walk:
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._timed("capture"):
-            inputs = capture(model, blocks, windows, max(_BATCH_TOKENS // windows.shape[1], 1))
+            batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens
+            inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1))
             storage = torch.device("cpu") if self.offload else self.device
             inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
+        walks_dense = self.target > 0 or self.matching is not None
+        dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
         for block in blocks:
             with self._on_device(block):
-                self._prune_block(block, inputs)
+                dense = None if dense_inputs is None else DenseStream(_twin(block), dense_inputs)
+                for seen in self._observations(block, inputs, dense):
+                    self._solve_observed(block, seen)
+                if dense is not None and (self.matching is not None or block is not blocks[-1]):
+                    self._advance(dense.block, dense.inputs)
+                if self.matching is not None:
+                    assert dense is not None
+                    with self._timed("match"):
+                        self.matches.append(match(block, inputs, dense.inputs.hidden, self.matching, self.device))
                 if block is not blocks[-1]:
-                    with self._timed("forward"), torch.no_grad():
-                        for batch in range(len(inputs.hidden)):
-                            output = inputs.run(block.index, block.module, batch, self.device)
-                            inputs.hidden[batch] = output.to(inputs.hidden[batch].device)
+                    self._advance(block, inputs)
 
-    def _prune_block(self, block: Block, inputs: BlockInputs) -> None:
+    def _advance(self, block: Block, inputs: BlockInputs) -> None:
+        """Turn the inputs of a block into those of the next."""
         with self._timed("forward"):
-            seen = observe(block, inputs, self.needs, self.device)
+            inputs.advance(block.index, block.module, self.device)
+
+    def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
+        """What the sites of a block receive: all at once, or each input after the sites before it are pruned."""
+        if self.order == "block":
+            yield self._observe(block, inputs, dense, [])
+            return
+        with self._timed("forward"):
+            groups = discover(block, inputs, self.device)
+        for group in groups:
+            yield self._observe(block, inputs, dense, [group])
+        found = {site.name for group in groups for site in group}
+        if rest := [site for site in block.sites if site.name not in found]:
+            yield self._observe(Block(block.index, block.name, block.module, rest), inputs, dense, [])
+
+    def _observe(
+        self, block: Block, inputs: BlockInputs, dense: DenseStream | None, groups: list[list[Site]]
+    ) -> Observation:
+        with self._timed("forward"):
+            seen = observe(block, inputs, self.needs, self.device, groups, dense)
         self.seconds["forward"] -= seen.seconds
         self.seconds["gram"] = self.seconds.get("gram", 0.0) + seen.seconds
+        return seen
+
+    def _solve_observed(self, block: Block, seen: Observation) -> None:
         for shared in seen.shared:
             if not shared.stats.is_finite():
                 names = ", ".join(site.name for site in shared.sites)
@@ -120,15 +176,20 @@ class Walk:
             self._solve_shared(block, shared)
 
     def _solve_shared(self, block: Block, shared: SharedInput) -> None:
+        shift = None
         with self._timed("prepare"), _naming(shared.sites):
             state = self.method.prepare(shared.stats)
+            if self.target:
+                shift = correction(shared.stats, self.target, self.target_damping)
         for site in shared.sites:
-            dense = site.read().to(torch.float32).clone()
+            aim = site.read().to(torch.float32).clone()
+            if shift is not None:
+                aim = retarget(aim, shift)
             with self._timed("solve"), _naming([site]):
-                solution = self.method.solve(dense, state, self.pattern)
-            self._write(block, site, dense, solution, shared.stats)
+                solution = self.method.solve(aim, state, self.patterns.get(site.name, self.pattern))
+            self._write(block, site, aim, solution, shared.stats)
 
-    def _write(self, block: Block, site: Site, dense: Tensor, solution: Solution, stats: InputStats) -> None:
+    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, stats: InputStats) -> None:
         stored = site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
@@ -139,8 +200,9 @@ class Walk:
         error = magnitude_error = None
         if self.measure_errors:
             with self._timed("errors"):
-                by_size = masked(dense, keep_largest(dense.abs(), self.pattern))
-                error, magnitude_error = relative_errors([stored.float(), by_size], dense, stats)
+                pattern = self.patterns.get(site.name, self.pattern)
+                by_size = masked(aim, keep_largest(aim.abs(), pattern))
+                error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
         self.records.append(
             LayerRecord(
                 name=site.name,
@@ -175,13 +237,18 @@ class Walk:
             block.module.to(home)
 
 
-def check_fit(blocks: list[Block], pattern: Pattern) -> None:
+def _twin(block: Block) -> Block:
+    module = copy.deepcopy(block.module)
+    return Block(block.index, block.name, module, find_sites(block.name, module))
+
+
+def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Pattern]) -> None:
     """Refuse a pattern whose groups do not divide the inputs of every site.
 
     Raises:
         ConfigError: naming the sites.
     """
-    misfits = [site for block in blocks for site in block.sites if not pattern.fits(site.shape[1])]
+    misfits = [site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])]
     if misfits:
         names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""

@@ -44,6 +44,12 @@ class BlockInputs:
         hidden = self.hidden[batch].to(device)
         return self.calls[index][hidden.shape[0]].run(block, hidden)
 
+    def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
+        """Turn the inputs of block `index` into those of the next, batch by batch, each where it was."""
+        with torch.no_grad():
+            for batch in range(len(self.hidden)):
+                self.hidden[batch] = self.run(index, block, batch, device).to(self.hidden[batch].device)
+
 
 def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_size: int) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.
@@ -63,7 +69,7 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
     """
     device = next(model.parameters()).device
     recorder = _Recorder(type(model).__name__, blocks)
-    with torch.no_grad(), _replaced_forwards(blocks, recorder.forward):
+    with torch.no_grad(), replaced_forwards(blocks, recorder.forward):
         for batch in torch.split(windows, batch_size):
             recorder.begin()
             with suppress(_BlocksDone):
@@ -160,7 +166,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 
 @contextmanager
-def _replaced_forwards(
+def replaced_forwards(
     blocks: Sequence[Block], recorder: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Give every block's instance another `forward` for the time of the body; its class stays untouched."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.errors import UnsupportedModel
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.sites import Site
@@ -40,6 +41,32 @@ class Observation:
     seconds: float
 
 
+@dataclass
+class DenseStream:
+    """The dense model beside the pruned one: a dense copy of the block, and what it receives there.
+
+    Attributes:
+        block: dense twin of the observed block, with the same site names.
+        inputs: its hidden states and arguments, in the same batches.
+    """
+
+    block: Block
+    inputs: BlockInputs
+
+    def received(self, names: set[str], batch: int, device: torch.device, once: bool) -> dict[str, list[Tensor]]:
+        """What the named sites receive in one batch, call by call; with `once` the pass ends at the last of them."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def note(site: Site, x: Tensor) -> None:
+            found[site.name].append(x)
+            if once and all(found.values()):
+                raise _AllSeen
+
+        with _watching([site for site in self.block.sites if site.name in names], note), suppress(_AllSeen):
+            self.inputs.run(self.block.index, self.block.module, batch, device)
+        return found
+
+
 class _AllSeen(Exception):
     """Nothing that the rest of a block's forward computes is wanted."""
 
@@ -47,15 +74,24 @@ class _AllSeen(Exception):
 class _Collector:
     """Hooks for one pass: a site's first batch finds out whose input it shares, later ones watch one site per input."""
 
-    def __init__(self, needs: Needs, device: torch.device) -> None:
+    def __init__(self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = ()) -> None:
         self.needs, self.device = needs, device
-        self.shared: list[SharedInput] = []
+        self.shared = [
+            SharedInput(InputStats.zeros(group[0].shape[1], needs, device), list(group)) for group in groups
+        ]
         self.seconds = 0.0
+        # What the dense model's sites receive in this batch.
+        self.dense: dict[str, list[Tensor]] = {}
         # How often each input's first site has received something in this batch.
         self._received: dict[str, int] = {}
-        self._may_stop = False
+        self._may_stop = bool(groups)
         # Inputs of this batch that met a new site; held, so that identity means the same tensor.
         self._met: list[tuple[Tensor, SharedInput]] = []
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a batch may end at its last input."""
+        return self._may_stop
 
     @property
     def known(self) -> set[str]:
@@ -85,21 +121,35 @@ class _Collector:
         if self._may_stop and len(self._received) == len(self.shared):
             raise _AllSeen
 
+    def received_once(self, shared: SharedInput) -> bool:
+        """Whether an input has been met exactly once since the batch began."""
+        return self._received.get(shared.sites[0].name) == 1
+
     def end_batch(self, complete: bool) -> None:
         """Let go of the inputs of this batch; `complete` when every site is known.
 
         Once every input has been met exactly once in a batch, later batches may stop at their last input.
         """
-        self._may_stop = complete and all(self._received.get(one.sites[0].name) == 1 for one in self.shared)
+        self._may_stop = complete and all(self.received_once(one) for one in self.shared)
         self._received.clear()
         self._met.clear()
 
     def _add(self, shared: SharedInput, x: Tensor) -> None:
         start = self._now()
-        shared.stats.update(x)
-        self.seconds += self._now() - start
         name = shared.sites[0].name
-        self._received[name] = self._received.get(name, 0) + 1
+        count = self._received.get(name, 0)
+        shared.stats.update(x, self._twin(name, count, x) if self.needs >= Needs.DRIFT else None)
+        self.seconds += self._now() - start
+        self._received[name] = count + 1
+
+    def _twin(self, name: str, call: int, x: Tensor) -> Tensor:
+        calls = self.dense[name]
+        if call >= len(calls) or calls[call].shape != x.shape:
+            raise UnsupportedModel(
+                f"Site {name} receives other tokens in the pruned model than in the dense one, so that their inputs "
+                "cannot be compared: use --target pruned."
+            )
+        return calls[call]
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -107,7 +157,14 @@ class _Collector:
         return time.perf_counter()
 
 
-def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.device) -> Observation:
+def observe(
+    block: Block,
+    inputs: BlockInputs,
+    needs: Needs,
+    device: torch.device,
+    groups: Sequence[Sequence[Site]] = (),
+    dense: DenseStream | None = None,
+) -> Observation:
     """Run `block` over all batches and sum up what its sites receive.
 
     A batch ends at the last site's input, since nothing after it is wanted: a block that calls its sites once each
@@ -119,19 +176,41 @@ def observe(block: Block, inputs: BlockInputs, needs: Needs, device: torch.devic
         inputs: hidden states and arguments of this block.
         needs: what to collect.
         device: where the forward runs and the sums live.
+        groups: the sites to watch, as `discover` grouped them: each group shares one input and is called once in a
+            batch. Without it all sites are watched, and who shares what is found out.
+        dense: the dense model's side of the same batches, needed for `Needs.DRIFT`.
+
+    Raises:
+        UnsupportedModel: when a site receives other tokens in the dense model.
     """
-    collector = _Collector(needs, device)
+    collector = _Collector(needs, device, groups)
+    wanted = [site for group in groups for site in group] or block.sites
     with torch.no_grad():
         for batch in range(len(inputs.hidden)):
             leaders = [shared.sites[0] for shared in collector.shared]
             # In a mixture of experts a site may receive its first tokens in a late batch.
-            strangers = [site for site in block.sites if site.name not in collector.known]
+            strangers = [site for site in wanted if site.name not in collector.known]
+            if needs >= Needs.DRIFT:
+                assert dense is not None, "the drift is measured against a dense stream"
+                names = {site.name for site in leaders + strangers}
+                collector.dense = dense.received(names, batch, device, once=collector.may_stop)
             watching = _watching(leaders, collector.later), _watching(strangers, collector.first)
             with watching[0], watching[1], suppress(_AllSeen):
                 inputs.run(block.index, block.module, batch, device)
-            collector.end_batch(complete=all(site.name in collector.known for site in block.sites))
-    unused = [site for site in block.sites if site.name not in collector.known]
+            collector.end_batch(complete=all(site.name in collector.known for site in wanted))
+    unused = [site for site in wanted if site.name not in collector.known]
     return Observation(collector.shared, unused, collector.seconds)
+
+
+def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[list[Site]]:
+    """Which sites share an input, in the order of the forward, as seen in the first batch.
+
+    Sites that receive nothing in that batch, or something more than once, are left out.
+    """
+    collector = _Collector(Needs.NOTHING, device)
+    with torch.no_grad(), _watching(block.sites, collector.first):
+        inputs.run(block.index, block.module, 0, device)
+    return [shared.sites for shared in collector.shared if collector.received_once(shared)]
 
 
 @contextmanager

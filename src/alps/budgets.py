@@ -1,0 +1,177 @@
+"""Where the zeros go: one total, spread unevenly over the sites.
+
+legend  p    sparsity asked for over all sites                          scalar
+        p_s  sparsity of site s                                         scalar
+        n_s  weights of site s                                          scalar
+        E_s  predicted relative error of site s over its sparsity       function
+        c_s  weight of that error                                       scalar
+Every budget but OWL's minimises sum_s c_s E_s(p_s) under sum_s n_s p_s = p sum_s n_s with a floor and a cap on every
+p_s: at the optimum all sites inside the limits lose equally much by one more zero. `error` weighs all sites alike;
+`loss` weighs a site by how far the model's answers move when it is pruned alone, per unit of its error: mean KL to the
+dense model's answers on a few calibration windows, no gradients. OWL (Yin et al., arXiv 2310.05175): a block's sparsity
+falls with its share of outliers, entries of |W_ij| ||X_j|| above `_OUTLIER` times the mean of their site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alps.models.blocks import Block
+from alps.models.capture import capture
+from alps.models.observe import observe
+from alps.models.probe import Probe
+from alps.models.sites import Site
+from alps.solvers.curves import POINTS, ErrorCurve, error_curve, inverse_diagonal, removal_costs
+from alps.solvers.objective import relative_error
+from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+from alps.solvers.selection import masked
+from alps.stats import Needs
+
+BUDGETS = ("uniform", "owl", "error", "loss")
+_OUTLIER = 5.0
+_OWL_RANGE = 0.08
+_DAMPING = 0.01
+# Sparsities stay within this distance of the one asked for.
+REACH = 0.15
+# Windows and tokens on which the model's answers are compared.
+_PROBE_WINDOWS, _PROBE_TOKENS = 2, 256
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class SiteReading:
+    """What is known of a site before anything is pruned.
+
+    Attributes:
+        site, block: the site, and the index of its block.
+        curve: its predicted error over sparsity.
+        outliers: share of its weights times input norms that stand out.
+        norms: of its inputs, shape (in,).
+        cut_error: its relative error when it is cut by Wanda's score at the sparsity asked for.
+    """
+
+    site: Site
+    block: int
+    curve: ErrorCurve
+    outliers: float
+    norms: Tensor
+    cut_error: float
+
+
+def allocate(curves: Sequence[ErrorCurve], weights: Sequence[float], sparsity: float, reach: float) -> list[int]:
+    """Zeros for every site that minimise the weighted errors; they sum up to round(sparsity * entries) exactly.
+
+    Args:
+        curves: of the sites.
+        weights: c_s, none negative.
+        sparsity: p.
+        reach: every p_s stays within [p - reach, p + reach], and within [0, 1].
+    """
+    sizes = torch.tensor([curve.entries for curve in curves], dtype=torch.float64)
+    grid = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    low, high = max(sparsity - reach, 0.0), min(sparsity + reach, 1.0)
+    # Marginal loss of a zero, over the sparsity; a running maximum keeps it from falling where scores tie.
+    slopes = torch.stack([w * c.errors.diff() / c.entries for c, w in zip(curves, weights, strict=True)])
+    slopes = slopes.cummax(dim=1).values * (POINTS - 1)
+
+    def shares(price: float) -> Tensor:
+        return grid[torch.searchsorted(slopes, torch.full((len(curves), 1), price, dtype=torch.float64)).squeeze(1)]
+
+    wanted = round(sparsity * int(sizes.sum()))
+    bottom, top = 0.0, float(slopes.max()) * 2 + 1
+    for _ in range(200):
+        price = (bottom + top) / 2
+        if float((shares(price).clamp(low, high) * sizes).sum()) < wanted:
+            bottom = price
+        else:
+            top = price
+    return _exact((shares(bottom).clamp(low, high) * sizes), (shares(top).clamp(low, high) * sizes), sizes, wanted)
+
+
+def _exact(below: Tensor, above: Tensor, sizes: Tensor, wanted: int) -> list[int]:
+    """Counts between two solutions on either side of the total that meet it exactly."""
+    gap = float((above - below).sum())
+    mixed = below + (above - below) * ((wanted - float(below.sum())) / gap if gap > 0 else 0.0)
+    counts = [round(float(count)) for count in mixed]
+    for index in sorted(range(len(counts)), key=lambda i: -float(sizes[i])) * 2:
+        missing = wanted - sum(counts)
+        counts[index] = min(max(counts[index] + missing, 0), int(sizes[index]))
+    assert sum(counts) == wanted
+    return counts
+
+
+def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, sparsity: float) -> dict[str, Pattern]:
+    """Patterns of all sites under a budget.
+
+    Args:
+        model: dense, in evaluation mode.
+        blocks: its decoder blocks.
+        windows: calibration token ids (windows, tokens).
+        name: one of `BUDGETS`.
+        sparsity: over all sites.
+    """
+    if name == "uniform":
+        return {}
+    readings = list(_readings(model, blocks, windows, Unstructured(sparsity)))
+    if name == "owl":
+        counts = _owl_counts(readings, sparsity)
+    else:
+        weights = [1.0] * len(readings)
+        if name == "loss":
+            weights = _divergences(model, blocks, windows[:_PROBE_WINDOWS, :_PROBE_TOKENS], readings, sparsity)
+        counts = allocate([r.curve for r in readings], weights, sparsity, REACH)
+    return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
+
+
+def _readings(model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern) -> Iterator[SiteReading]:
+    inputs = capture(model, blocks, windows, max(_BATCH_TOKENS // windows.shape[1], 1))
+    device = inputs.hidden[0].device
+    for block in blocks:
+        for shared in observe(block, inputs, Needs.GRAM, device).shared:
+            diagonal, norms = inverse_diagonal(shared.stats, _DAMPING), shared.stats.norms()
+            for site in shared.sites:
+                weight = site.read().float()
+                scores = weight.abs() * norms
+                cut = masked(weight, keep_largest(scores, pattern))
+                yield SiteReading(
+                    site=site,
+                    block=block.index,
+                    curve=error_curve(weight, removal_costs(weight, diagonal), shared.stats),
+                    outliers=float((scores > _OUTLIER * scores.mean()).float().mean()),
+                    norms=norms,
+                    cut_error=relative_error(cut, weight, shared.stats),
+                )
+        inputs.advance(block.index, block.module, device)
+
+
+def _divergences(
+    model: nn.Module, blocks: list[Block], windows: Tensor, readings: Sequence[SiteReading], sparsity: float
+) -> list[float]:
+    """KL per unit of relative error of every site, from cutting it alone by Wanda's score."""
+    probe = Probe(model, blocks, windows)
+    found = []
+    for reading in readings:
+        dense = reading.site.read().clone()
+        scores = dense.float().abs() * reading.norms
+        reading.site.write(masked(dense.float(), keep_largest(scores, Unstructured(sparsity))))
+        found.append(max(probe.divergence(reading.block), 0.0) / max(reading.cut_error, 1e-12))
+        reading.site.read().copy_(dense)
+    return found
+
+
+def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:
+    """Zeros by OWL: densities of the blocks spread over twice `_OWL_RANGE` around the mean, by outliers."""
+    sizes = torch.tensor([r.curve.entries for r in readings], dtype=torch.float64)
+    owner = torch.tensor([r.block for r in readings])
+    outliers = torch.tensor([r.outliers for r in readings], dtype=torch.float64)
+    blocks = int(owner.max()) + 1
+    inside = torch.zeros(blocks, dtype=torch.float64).index_add(0, owner, sizes)
+    share = torch.zeros(blocks, dtype=torch.float64).index_add(0, owner, sizes * outliers) / inside
+    spread = (share - share.min()) / (share.max() - share.min()).clamp_min(1e-12) * 2 * _OWL_RANGE
+    density = 1 - sparsity + spread - (spread * inside).sum() / inside.sum()
+    zeros = (1 - density.clamp(0, 1))[owner] * sizes
+    return _exact(zeros, zeros, sizes, round(sparsity * float(sizes.sum())))

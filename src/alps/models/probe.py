@@ -1,0 +1,77 @@
+"""Ask the whole model what a change inside one block does to its answers, by replaying what comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alps.models.blocks import Block
+from alps.models.capture import BlockInputs, capture, replaced_forwards
+
+# Rows of logits that are held in float32 at a time.
+_ROWS = 256
+
+
+class Head:
+    """Everything of a model that comes after its blocks, as a function of the last block's output."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+        self._model, self._blocks = model, blocks
+        self._hidden: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
+
+        def stand_in(index: int, real: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                passed = args[0] if args else kwargs["hidden_states"]
+                return hidden if index == len(self._blocks) - 1 else passed
+
+            return forward
+
+        with replaced_forwards(self._blocks, stand_in):
+            logits: Tensor = self._model(input_ids=ids.to(hidden.device), use_cache=False).logits
+        return logits
+
+
+class Probe:
+    """The dense model's states on a few windows, against which changed blocks are measured.
+
+    Attributes:
+        states: inputs of every block, and after them the output of the last, (windows, tokens, features) each.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> None:
+        """Run the model once over `windows` (windows, tokens), all in one batch."""
+        self._blocks, self._ids = blocks, windows
+        self._head = Head(model, blocks)
+        inputs = capture(model, blocks, windows, len(windows))
+        self._calls = inputs.calls
+        self.states = [inputs.hidden[0]]
+        with torch.no_grad():
+            for block in blocks:
+                self.states.append(self._run(block, self.states[-1]))
+            self._reference = self._log_probabilities(self.states[-1])
+
+    def divergence(self, first: int) -> float:
+        """Mean KL(model as it was || model as it is now) per token in nats, with blocks before `first` unchanged."""
+        with torch.no_grad():
+            hidden = self.states[first]
+            for block in self._blocks[first:]:
+                hidden = self._run(block, hidden)
+            now = self._log_probabilities(hidden)
+            total = 0.0
+            for before, after in zip(self._reference.split(_ROWS), now.split(_ROWS), strict=True):
+                then = before.float()
+                total += float((then.exp() * (then - after.float())).sum(dtype=torch.float64))
+        return total / len(now)
+
+    def _run(self, block: Block, hidden: Tensor) -> Tensor:
+        return BlockInputs([hidden], self._calls).run(block.index, block.module, 0, hidden.device)
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        logits = self._head(hidden, self._ids)
+        return torch.cat([rows.float().log_softmax(dim=-1).half() for rows in logits.flatten(0, -2).split(_ROWS)])

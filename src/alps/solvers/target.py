@@ -1,0 +1,48 @@
+"""What a site is asked to reproduce: its dense weight on its inputs, or the dense model's own outputs.
+
+legend  W      dense weight                                             (out, in)
+        X      inputs from the pruned prefix, X_d from the dense model  (tokens, in)
+        G      Gram X^T X                                               (in, in)
+        lam    damping, `fraction` * mean(diag(G))                      scalar
+        H      G + lam I                                                (in, in)
+        t      share of the dense target, 0 to 1                        scalar
+        W*     minimiser of the layer problem without a pattern         (out, in)
+The problem is min ||X W_hat^T - Y||^2 + lam ||W_hat - W||^2 with Y = X W^T + t (X_d - X) W^T. Its right-hand side is
+C = W H + t W (X_d - X)^T X, and up to a constant its objective is ||W_hat - W*||_H^2 with W* = C H^{-1}: the problem
+that every method solves for its dense weight, with W* in the dense weight's place. t = 0 is ALPS (arXiv 2406.07831);
+fitting the dense outputs from the pruned inputs is done in GPTAQ (arXiv 2504.02692) and DuoGPT (arXiv 2506.20194).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alps.errors import SolveFailed
+from alps.solvers.hessian import damped
+from alps.stats import InputStats
+
+
+def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
+    """t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all sites of one input.
+
+    Args:
+        stats: sums of the inputs with their drift.
+        share: t.
+        fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight.
+
+    Raises:
+        SolveFailed: when the Hessian is not positive definite.
+    """
+    assert stats.drift is not None, "the drift was not collected"
+    hessian, _ = damped(stats, fraction)
+    # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
+    factor, failed = torch.linalg.cholesky_ex(hessian.double())
+    if int(failed):
+        raise SolveFailed("the Hessian is not positive definite: raise the damping, or use --target pruned")
+    return share * torch.cholesky_solve(stats.drift.double().T, factor).T.float()
+
+
+def retarget(weight: Tensor, shift: Tensor) -> Tensor:
+    """W* for a dense weight (out, in) and the `correction` (in, in) of its inputs."""
+    return torch.addmm(weight, weight, shift)
