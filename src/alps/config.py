@@ -30,7 +30,7 @@ class PruneSettings(BaseModel):
         options: hyper-parameters of the method by name; nested for ALPS's `admm`.
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refit: optimal weights on the method's support, by conjugate gradients.
-        calibration: a text, see `alps.data.text.load_text`.
+        calibration: text, `self` or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
         offload: keep activations on the CPU between blocks.
