@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,7 +71,9 @@ def test_whatever_changes_the_windows_misses_the_cache(
     windows(Loaded("tiny", tiny.model, None))
     assert len(list(cache.iterdir())) == 6
     for package in ("torch", "transformers"):
-        monkeypatch.setattr(generated, "version", lambda name, changed=package: "9" if name == changed else "1")
+        monkeypatch.setattr(
+            generated, "version", lambda name, changed=package: "9" if name == changed else version(name)
+        )
         windows(tiny)
     hot = TemperatureSchedule(9.0, 9.0, 1)
     monkeypatch.setattr(generated, "TemperatureSchedule", lambda: hot)
