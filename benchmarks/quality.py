@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from alps.api import evaluate, run
-from alps.data.text import load_text
+from alps.data.mix import load_calibration
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
 from alps.runtime import pick_device
@@ -62,10 +62,10 @@ def measure(options: argparse.Namespace, method: str, pattern: str, seed: int) -
 def _pruned(
     options: argparse.Namespace, loaded: Loaded, method: str, pattern: str, seed: int, watcher: ConsoleWatcher
 ) -> Run:
-    text = load_text(options.calibration, "calibration")
-    windows = loaded.calibration(text, options.samples, options.seqlen, seed)
+    source, device = load_calibration(options.calibration, options.samples), pick_device(options.device)
+    windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
     chosen = get_method(method.removesuffix("+refit"), refit=method.endswith("+refit"))
-    walk = Walk(chosen, parse_pattern(pattern), pick_device(options.device), watcher=watcher)
+    walk = Walk(chosen, parse_pattern(pattern), device, watcher=watcher)
     report = run(loaded, walk, windows, seed)
     worse = [s.name for s in report.sites if (s.error or 0) > (s.magnitude_error or 0)]
     return {

@@ -76,6 +76,18 @@ def test_model_prints_every_method(tmp_path: Path, stories: Path, english_file: 
     assert 0 < errors[0] < errors[1] < 1
 
 
+def test_quality_takes_a_mix_with_samples_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stories: Path, english_file: Path
+) -> None:
+    monkeypatch.setenv("ALPS_CACHE", str(english_file.parent))
+    results = english_file.parent / "quality.jsonl"
+    files = ("--text", str(english_file), "--results", str(results), "--calibration", f"{english_file}:1,self:1")
+    sizes = ("--patterns", "0.5", "--methods", "wanda", "--windows", "2", "--eval-seqlen", "32")
+    rows = run(tmp_path, "quality.py", "--model", str(stories), *files, *sizes, *SMALL)
+    assert rows[2][:2] == ["wanda", "1"] and 0 < float(rows[2][2]) < 1
+    assert len(list((english_file.parent / "generated").iterdir())) == 1
+
+
 def test_floor_counts_the_products_of_smollm2(tmp_path: Path) -> None:
     """Flops of 30 blocks at 65,536 tokens, counted site by site instead of input by input."""
     options = "--rate-size 64 --inverses 512 --penalties 11 --iterations 33 --steps 6"

@@ -125,6 +125,12 @@ WRONG = {
     "text too short": (["{model}", "{tmp}/out", "--samples", "5000"], "enough for"),
     "windows too long": (["{model}", "{tmp}/out", "--seqlen", "1024"], "longer than the 512"),
     "unknown text": (["{model}", "{tmp}/out", "--calibration", "wikitext"], "Did you mean 'wikitext2'?"),
+    "mix without a weight": (["{model}", "{tmp}/out", "--calibration", "{text},self:1"], "has no weight"),
+    "mix with a part of none": (
+        ["{model}", "{tmp}/out", "--calibration", "{text}:1,self:0.01"],
+        "'self' of the calibration mix gets none of 4 windows",
+    ),
+    "unknown text in a mix": (["{model}", "{tmp}/out", "--calibration", "{text}:1,slef:1"], "Did you mean 'self'?"),
     "empty text": (["{model}", "{tmp}/out", "--calibration", "{tmp}/empty.txt"], "is empty"),
     "OUT not empty": (["{model}", "{tmp}"], "not empty"),
     "OUT a file": (["{model}", "{text}"], "is a file"),
@@ -180,6 +186,7 @@ def _lay_traps(folder: Path, stories: Path) -> None:
         (["{model}", "--text", "{text}", "--seqlen", "200000"], "longer than the 512"),
         (["{model}", "--text", "{short}", "--seqlen", "256"], "too few for one window"),
         (["{model}", "--text", "nowhere.txt", "--seqlen", "64"], "neither a file nor one of"),
+        (["{model}", "--text", "self", "--seqlen", "64"], "one of wikitext2, c4, ptb, python-docs.\n"),
         (["nowhere/at/all", "--text", "{text}"], "neither an existing directory"),
     ],
 )

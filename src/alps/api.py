@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alps.card import model_card
 from alps.checkpoints.directory import check_target, new_directory
 from alps.config import SETTINGS_NAME, PruneSettings
-from alps.data.text import load_text
+from alps.data.mix import load_calibration
 from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.evaluation.perplexity import perplexity
@@ -22,7 +22,7 @@ from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
 from alps.progress import Silent, Watcher
-from alps.report import REPORT_NAME, CalibrationRecord, DenseRecord, EvaluationRecord, RunReport
+from alps.report import REPORT_NAME, CalibrationPart, CalibrationRecord, DenseRecord, EvaluationRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
@@ -53,10 +53,10 @@ def prune(
         model: a model in memory, which is pruned in place, or what `alps prune` takes as MODEL.
         pattern: `Unstructured(0.7)`, `SemiStructured(2, 4)`, or 0.7, "2:4".
         method: a method object or its name.
-        calibration: token ids (windows, tokens), or a text as `alps prune --calibration` takes it (then a model in
+        calibration: token ids (windows, tokens), or what `alps prune --calibration` takes (for a text, a model in
             memory needs its `tokenizer`). None only for a method that reads no inputs, with `measure_errors` off.
         tokenizer: of a model in memory; saved with it, too.
-        samples, seqlen, seed: windows to draw when `calibration` is a text.
+        samples, seqlen, seed: windows to draw unless `calibration` is token ids.
         out: directory to write; needed when `model` is a name, since the pruned model would be lost.
         device: where blocks are solved; `auto` is the first GPU, or the device a model in memory is on.
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
@@ -87,7 +87,8 @@ def prune(
     if isinstance(calibration, Tensor):
         windows = loaded.token_ids(calibration)
     elif calibration is not None:
-        windows = loaded.calibration(load_text(str(calibration), "calibration"), samples, seqlen, seed)
+        source = load_calibration(str(calibration), samples)
+        windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
     walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
@@ -104,13 +105,14 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
         check_model_path(settings.model)
     check_target(out)
     walk = Walk(method, target, settings.place(), settings.offload, settings.errors, watcher)
-    text = None if walk.needs is Needs.NOTHING else load_text(settings.calibration, "calibration")
+    source = None if walk.needs is Needs.NOTHING else load_calibration(settings.calibration, settings.samples)
     start = time.perf_counter()
     loaded = load(settings.model, settings.dtype, tell)
     seconds = time.perf_counter() - start
     windows = None
-    if text is not None:
-        windows = loaded.calibration(text, settings.samples, settings.seqlen, settings.seed)
+    if source is not None:
+        drawn = (settings.samples, settings.seqlen, settings.seed)
+        windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
     report = run(loaded, walk, windows, settings.seed)
     report.add_seconds("load", seconds)
     write(loaded, report, out, settings)
@@ -202,4 +204,5 @@ def _calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord
         tokens=windows.tokens,
         seed=seed,
         sha256=windows.sha256,
+        parts=[CalibrationPart(source=name, windows=n) for name, n in windows.parts or [(windows.source, count)]],
     )

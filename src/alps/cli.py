@@ -98,7 +98,10 @@ def prune(
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="A text or .jsonl file, or wikitext2, c4, ptb, python-docs.  [default: c4]"),
+        typer.Option(
+            help="A text or .jsonl file, wikitext2, c4, ptb, python-docs, or self (the model's own samples); "
+            "mixed as SPEC:WEIGHT,SPEC:WEIGHT.  [default: c4]"
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each.  [default: 2048]")] = None,

@@ -43,7 +43,7 @@ class PruneSettings(BaseModel):
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
         match: epochs of block matching, see `alps.matching`; 0 for none.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
-        calibration: a text, see `alps.data.text.load_text`.
+        calibration: text, `self` or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
         offload: keep activations on the CPU between blocks.

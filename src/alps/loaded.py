@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.data.mix import Mix, Part, combine
 from alps.data.text import Text, load_text
 from alps.data.windows import Windows, calibration_windows, evaluation_windows
 from alps.errors import ConfigError
+from alps.generated import generated_windows
 from alps.models.load import load_model, load_tokenizer, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.packaged import packaged_model
+from alps.progress import Watcher
 
 
 @dataclass
@@ -25,16 +28,48 @@ class Loaded:
     model: nn.Module
     tokenizer: Any
 
-    def calibration(self, text: Text, samples: int, seqlen: int, seed: int) -> Windows:
-        """Seeded calibration windows from a text.
+    def calibration(
+        self,
+        source: Text | Mix,
+        samples: int,
+        seqlen: int,
+        seed: int,
+        device: torch.device | None = None,
+        watcher: Watcher | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Windows:
+        """Seeded calibration windows from a text, from the model itself, or from a mix of such sources.
+
+        Args:
+            source: where they come from.
+            samples, seqlen, seed: windows, tokens in each, and how they are drawn.
+            device: where the model samples; None for where it is.
+            watcher: told of the sampling.
+            tell: is given one line before a sampling.
 
         Raises:
-            ConfigError: without a tokenizer, for a text that is too short, or windows longer than the model takes.
+            ConfigError: for text without a tokenizer, a text that is too short, windows longer than the model takes,
+                or a model that cannot be sampled.
+            UnsupportedModel: for sampling from a model without a key-value cache.
         """
-        if self.tokenizer is None:
-            raise ConfigError("Calibration by text needs the model's tokenizer: pass it, or token ids as a tensor.")
+        mix = source if isinstance(source, Mix) else Mix((Part(source),))
+        if samples < 1 or seqlen < 1:
+            raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
+        if self.tokenizer is None and any(part.text is not None for part in mix.parts):
+            raise ConfigError(
+                "Calibration by text needs the model's tokenizer: pass it, or token ids as a tensor, or use 'self'."
+            )
         self.check_length(seqlen)
-        return calibration_windows(text, self.tokenizer, samples, seqlen, seed)
+        counts, seeds = mix.counts(samples), mix.seeds(seed)
+        drawn: dict[int, Windows] = {}
+        # Texts first: one that is too short is told before the model samples for minutes.
+        for i in sorted(range(len(counts)), key=lambda i: mix.parts[i].text is None):
+            sizes = (counts[i], seqlen, seeds[i])
+            if (text := mix.parts[i].text) is not None:
+                drawn[i] = calibration_windows(text, self.tokenizer, *sizes)
+            else:
+                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, watcher, tell)
+        return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
     def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
         """Consecutive windows of a text given by path or name.

@@ -56,8 +56,15 @@ class DenseRecord(_Record):
     reason: str
 
 
+class CalibrationPart(_Record):
+    """A source of calibration windows, and how many are its."""
+
+    source: str
+    windows: int
+
+
 class CalibrationRecord(_Record):
-    """The calibration windows: source, count, length, seed, hash of the token ids."""
+    """The calibration windows: source, count, length, seed, hash of the token ids; parts, also where there is one."""
 
     source: str
     windows: int
@@ -65,6 +72,7 @@ class CalibrationRecord(_Record):
     tokens: int
     seed: int | None
     sha256: str
+    parts: list[CalibrationPart] = []
 
 
 class EvaluationRecord(_Record):

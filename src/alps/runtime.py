@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
@@ -33,6 +34,11 @@ def pick_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
         raise ConfigError(f"Device '{name}' cannot be used here ({reason}): choose auto, cpu or cuda:N.") from None
     return device
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed in [0, 2^63) for one of several independent random streams under the same `seed`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little") >> 1
 
 
 @contextmanager

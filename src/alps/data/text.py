@@ -16,6 +16,8 @@ from typing import Literal
 from alps.errors import ConfigError, did_you_mean
 
 Split = Literal["calibration", "evaluation"]
+# A calibration without text: windows that the dense model samples, see `alps.data.mix`.
+SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,25 @@ def load_text(spec: str, split: Split) -> Text:
     if spec in _CORPORA:
         text = Text(spec, _CORPORA[spec](split))
     elif spec.startswith("wikitext2:"):
-        path = _existing(spec.removeprefix("wikitext2:"), spec)
+        path = _existing(spec.removeprefix("wikitext2:"), spec, split)
         text = Text(f"wikitext2:{path.name}", _wikitext_rows(_read(path)))
     else:
-        path = _existing(spec, spec)
+        path = _existing(spec, spec, split)
         text = Text(path.name, _json_rows(path) if path.suffix == ".jsonl" else [_read(path)])
     if not any(row.strip() for row in text.rows):
         raise ConfigError(f"Text '{spec}' is empty: give a file with some text in it.")
     return text
 
 
-def _existing(name: str, spec: str) -> Path:
+def _existing(name: str, spec: str, split: Split) -> Path:
     path = Path(name).expanduser()
     try:
         found = path.is_file()
     except OSError:  # too long for a path
         found = False
     if not found:
-        raise ConfigError(
-            f"Text '{spec}' is neither a file nor one of {', '.join(_CORPORA)}.{did_you_mean(spec, _CORPORA)}"
-        )
+        known = [*_CORPORA, *([SELF] if split == "calibration" else [])]
+        raise ConfigError(f"Text '{spec}' is neither a file nor one of {', '.join(known)}.{did_you_mean(spec, known)}")
     return path
 
 

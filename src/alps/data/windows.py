@@ -24,12 +24,14 @@ class Windows:
         ids: int64 token ids.
         source: name of the text.
         available: whole windows that the text would have given.
+        parts: source and windows of every part of a mix; empty for a single source.
         sha256: of the ids as little-endian int64: equal hashes are equal calibrations.
     """
 
     ids: Tensor
     source: str
     available: int
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -86,13 +88,14 @@ def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | Non
 
 
 def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:
-    separator = _separator(tokenizer)
+    separator = document_separator(tokenizer)
     pieces = tokenizer([row for row in rows if row.strip()], add_special_tokens=False, verbose=False).input_ids
     stream = [token for piece in pieces for token in ([*piece, separator] if separator is not None else piece)]
     return torch.tensor(stream, dtype=torch.int64)
 
 
-def _separator(tokenizer: Any) -> int | None:
+def document_separator(tokenizer: Any) -> int | None:
+    """The token between two documents; None for a tokenizer without any."""
     vocabulary = tokenizer.get_vocab()
     for word in _SEPARATORS:
         if word in vocabulary:
