@@ -1,4 +1,4 @@
-"""Perplexity and layer errors of every method: prune, evaluate, one JSON line a run, Markdown tables at the end.
+"""Perplexity, divergence from the dense model and layer errors of every method: one JSON line a run, then tables.
 
 A run that is already in the results file is not done again, so that the script can be stopped and started. Example:
 
@@ -21,6 +21,7 @@ from alps.api import evaluate, run
 from alps.data.mix import load_calibration
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
+from alps.report import ComparisonRecord
 from alps.runtime import pick_device
 from alps.solvers import get_method
 from alps.solvers.pattern import parse_pattern
@@ -33,27 +34,31 @@ def main() -> None:
     """Do what is missing, then print the tables of everything in the results file."""
     options = _options()
     path = Path(options.results)
+    dense: Loaded | None = None
     for pattern in options.patterns.split(","):
         for seed in map(int, options.seeds.split(",")):
             for method in options.methods.split(","):
                 key = {"method": method, "pattern": pattern, "seed": seed}
                 if not any(key.items() <= row.items() for row in _read(path)):
-                    row = {**key, **measure(options, method, pattern, seed)}
+                    dense = dense or load(options.model)
+                    row = {**key, **measure(options, method, pattern, seed, dense)}
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     print(tables(_read(path)))
 
 
-def measure(options: argparse.Namespace, method: str, pattern: str, seed: int) -> Run:
+def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, dense: Loaded) -> Run:
     """One run: load, prune (unless dense), evaluate; what it was measured on travels with the figures."""
     watcher = ConsoleWatcher(Console(stderr=True), every_seconds=60)
-    loaded = load(options.model)
+    loaded, reference = (dense, None) if method == "dense" else (load(options.model), dense)
     row: Run = {"model": options.model, "seqlen": options.seqlen, "samples": options.samples}
     if method != "dense":
         row |= _pruned(options, loaded, method, pattern, seed, watcher)
     start = time.perf_counter()
-    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, watcher)
+    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, watcher, reference)
     row["perplexity"] = {record.text: record.perplexity for record in found}
+    row["kl"] = {record.text: record.kl for record in found if isinstance(record, ComparisonRecord)}
+    row["agreement"] = {record.text: record.agreement for record in found if isinstance(record, ComparisonRecord)}
     row["predicted_tokens"] = {record.text: record.predicted_tokens for record in found}
     row["evaluation_seconds"] = time.perf_counter() - start
     return row
@@ -94,6 +99,7 @@ def tables(rows: list[Run]) -> str:
             "of magnitude's",
             "sites above magnitude",
             *texts,
+            *(f"KL {text}" for text in texts),
             "prune s",
             "GiB",
         ]
@@ -107,14 +113,17 @@ def tables(rows: list[Run]) -> str:
 
 def _cells(rows: list[Run], texts: list[str]) -> list[str]:
     perplexities = [_spread([row["perplexity"][text] for row in rows], ".1f") for text in texts]
+    # Lines written before divergences were measured have none.
+    known = [[row["kl"][text] for row in rows if text in row.get("kl", {})] for text in texts]
+    measured = [*perplexities, *(_spread(values, ".3f") if values else "" for values in known)]
     if "mean_error" not in rows[0]:
-        return ["", "", "", *perplexities, "", ""]
+        return ["", "", "", *measured, "", ""]
     errors = [row["mean_error"] for row in rows]
     ratios = [row["mean_error"] / row["mean_magnitude_error"] for row in rows]
     above = "/".join(str(row["sites_above_magnitude"]) for row in rows)
     seconds = _spread([row["seconds"]["total"] for row in rows], ".0f")
     memory = f"{max(row['peak_host_bytes'] for row in rows) / 2**30:.2f}"
-    return [_spread(errors, ".4f"), _spread(ratios, ".3f"), above, *perplexities, seconds, memory]
+    return [_spread(errors, ".4f"), _spread(ratios, ".3f"), above, *measured, seconds, memory]
 
 
 def _spread(values: list[float], form: str) -> str:

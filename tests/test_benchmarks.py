@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -123,3 +124,59 @@ def test_layer_prints_both_tables(tmp_path: Path, stories: Path, english_file: P
     for row in rows[5:]:
         published, steps, exact = (float(row[i].split()[0]) for i in (2, 3, 5))
         assert 0 < exact <= steps * 1.001 and steps <= published * 1.001 < 1.001
+
+
+def test_quality_prints_the_divergence_and_lines_without_it(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    results = english_file.parent / "quality.jsonl"
+    old = {"method": "dense", "pattern": "2:4", "seed": 0, "perplexity": {"english.txt": 9.04}}
+    results.write_text(json.dumps(old) + "\n")
+    options = ["--model", stories, "--calibration", english_file, "--text", english_file, "--results", results]
+    sizes = "--patterns 0.5 --methods dense,magnitude --samples 2 --seqlen 32 --windows 3 --eval-seqlen 64"
+    rows = run(tmp_path, "quality.py", *map(str, options), *sizes.split())
+    heads, divergence = rows[0], rows[0].index("KL english.txt")
+    assert heads[5:7] == ["english.txt", "KL english.txt"] and len({len(row) for row in rows}) == 1
+    assert [row[0] for row in rows] == ["method", "---", "dense", "method", "---", "dense", "magnitude"]
+    assert rows[2][divergence] == rows[5][divergence] == "" and rows[2][5] == "9.0"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert lines[0] == old and lines[1]["kl"] == {} and lines[2]["method"] == "magnitude"
+    assert lines[2]["kl"]["english.txt"] > 0.01 and 0 < lines[2]["agreement"]["english.txt"] < 1
+    assert rows[6][divergence] == f"{lines[2]['kl']['english.txt']:.3f}"
+    assert float(rows[6][5]) > float(rows[5][5]) > 1
+
+
+def test_zeroshot_prints_every_checkpoint_and_scores_nothing_twice(tmp_path: Path, stories: Path) -> None:
+    """Lines that are there are printed without lm-eval, other limits left out; the mean's error adds in squares."""
+    results = tmp_path.parent / "zeroshot.jsonl"
+    figures: dict[tuple[str, str], tuple[float, float | None]] = {
+        ("a", "piqa"): (0.5, 0.03),
+        ("a", "winogrande"): (0.7, 0.04),
+        ("b", "piqa"): (0.25, 0.02),
+    }
+    figures |= {("b", "winogrande"): (0.5, None)}
+    lines = []
+    for (model, task), (value, error) in figures.items():
+        metrics = {"acc": {"value": value, "stderr": error}}
+        lines.append({"model": model, "task": task, "limit": 7, "metrics": metrics, "items": 7})
+        lines.append({"model": model, "task": task, "limit": 500, "metrics": {}, "items": 500})
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = f"a b --tasks piqa,winogrande --limit 7 --results {results}"
+    rows = run(tmp_path, "zeroshot.py", *options.split())
+    results.unlink()
+    assert rows[2:] == [
+        ["items", "7", "7", ""],
+        ["a", "50.0 ± 3.0", "70.0 ± 4.0", "60.0 ± 2.5"],
+        ["b", "25.0 ± 2.0", "50.0 ± 0.0", "37.5 ± 1.0"],
+    ]
+
+
+def test_zeroshot_scores_a_checkpoint(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data = english_file.parent
+    item = {"goal": "a fish", "sol1": "swims in the sea", "sol2": "zzzz", "label": 0}
+    (data / "piqa.jsonl").write_text("\n".join([json.dumps(item)] * 3))
+    options = f"{stories} --tasks piqa --task-data {data} --limit 2 --results {data / 'scores.jsonl'}"
+    rows = run(tmp_path, "zeroshot.py", *options.split())
+    (line,) = [json.loads(line) for line in (data / "scores.jsonl").read_text().splitlines()]
+    assert line["items"] == line["limit"] == 2 and line["lm_eval"] and "torch" in line["versions"]
+    accuracy = line["metrics"]["acc"]
+    assert rows[3][1] == f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f}"

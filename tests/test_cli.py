@@ -67,6 +67,20 @@ def test_prune_inspect_eval(
     rows = json.loads(capsys.readouterr().out)
     assert [row["predicted_tokens"] for row in rows] == [5 * 63, 5 * 63]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] > 1
+    assert list(rows[0]) == ["model", "text", "windows", "seqlen", "predicted_tokens", "loss", "perplexity"]
+
+    options = ["--text", text, "--seqlen", 64, "--windows", 5]
+    assert alps(monkeypatch, "eval", out, *options, "--reference", stories) == 0
+    printed = capsys.readouterr()
+    (compared,) = json.loads(printed.out)
+    assert {key: compared[key] for key in rows[0]} == rows[0]
+    assert alps(monkeypatch, "eval", stories, *options) == 0
+    dense = json.loads(capsys.readouterr().out)[0]
+    assert compared["reference_perplexity"] == dense["perplexity"]
+    assert compared["reference"] == str(stories) and compared["kl"] > 0 and 0 < compared["agreement"] < 1
+    for figure in ("perplexity", "reference_perplexity"):
+        assert f"{compared[figure]:.3f}" in printed.err
+    assert f"{compared['kl']:.5f}" in printed.err and f"{compared['agreement']:.2%}" in printed.err
 
 
 def test_inspect_counts_broken_groups(
@@ -188,6 +202,19 @@ def _lay_traps(folder: Path, stories: Path) -> None:
         (["{model}", "--text", "nowhere.txt", "--seqlen", "64"], "neither a file nor one of"),
         (["{model}", "--text", "self", "--seqlen", "64"], "one of wikitext2, c4, ptb, python-docs.\n"),
         (["nowhere/at/all", "--text", "{text}"], "neither an existing directory"),
+        (["{model}"], "nothing to measure: give --text, --tasks or both"),
+        (["{model}", "--text", "{text}", "--seqlen", "64", "--reference", "nowhere/at/all"], "neither an existing"),
+        (["{model}", "--tasks", "piqa", "--reference", "{model}"], "--reference has no effect without --text"),
+        (["{model}", "--tasks", "piqa", "--windows", "3"], "--windows has no effect without --text"),
+        (["{model}", "--text", "{text}", "--limit", "3"], "--limit has no effect without --tasks"),
+        (["{model}", "--text", "{text}", "--task-data", "x"], "--task-data has no effect without --tasks"),
+        (["{model}", "--text", "{text}", "--batch-size", "2"], "--batch-size has no effect without --tasks"),
+        (["{model}", "--tasks", ","], "No task is named"),
+        # A model that does not exist: tasks are checked before it is loaded.
+        (["nowhere/at/all", "--tasks", "piqa", "--task-data", "{text}"], "is not a directory"),
+        (["nowhere/at/all", "--tasks", "piqa,pica", "--task-data", "{tmp}"], "piqa.jsonl', which does not exist"),
+        (["nowhere/at/all", "--tasks", "pica", "--task-data", "{tmp}"], "Did you mean 'piqa'?"),
+        (["nowhere/at/all", "--tasks", "winogrande", "--task-data", "{tmp}"], "Line 1 of "),
     ],
 )
 def test_wrong_evaluations(
@@ -200,7 +227,8 @@ def test_wrong_evaluations(
 ) -> None:
     short = text.parent / "short.txt"
     short.write_text("Too short.")
-    filled = [word.format(model=stories, text=text, short=short) for word in arguments]
+    (text.parent / "winogrande.jsonl").write_text('{"sentence": "a _", "option1": "b"}')
+    filled = [word.format(model=stories, text=text, short=short, tmp=text.parent) for word in arguments]
     assert alps(monkeypatch, "eval", *filled) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from alps.api import evaluate, prune
+from alps.api import evaluate, evaluate_tasks, prune
 from alps.errors import AlpsError
 from alps.loaded import load
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
@@ -23,6 +23,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "prune",
 ]

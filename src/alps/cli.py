@@ -15,11 +15,14 @@ from alps import __version__
 from alps.api import evaluate, prune_directory
 from alps.budgets import BUDGETS
 from alps.config import PRESETS, load_settings
-from alps.errors import AlpsError
+from alps.errors import AlpsError, ConfigError
+from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.loaded import load
 from alps.progress import ConsoleWatcher
+from alps.report import EvaluationRecord, TaskRecord
+from alps.runtime import pick_device
 from alps.solvers import METHODS
-from alps.tables import demo_table, evaluation_table, inspection_tables, prune_summary
+from alps.tables import demo_table, evaluation_table, inspection_tables, prune_summary, task_table
 
 app = typer.Typer(
     help="Prune large language models in one shot, and see what it did to them.",
@@ -150,23 +153,57 @@ def prune(
 def evaluate_command(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, as MODEL of `alps prune`.")],
     text: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A text or .jsonl file, wikitext2:FILE for a raw WikiText-2 file, or wikitext2, c4, ptb, "
             "python-docs. May be given several times."
         ),
-    ],
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The dense checkpoint: how far DIR's predictions on the texts are from its.")
+    ] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks, separated by commas, e.g. piqa,arc_easy; needs lm-eval.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of local items, TASK.jsonl each.  [default: lm-eval's, from the hub]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N items of each task.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a forward of a task.  [default: 8]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
 ) -> None:
-    """Perplexity of DIR on each text: a table on stderr, JSON on stdout."""
+    """Perplexity of DIR on each text, and its score in each task: tables on stderr, JSON on stdout."""
+    _check_needed("--text", text, {"--reference": reference, "--windows": windows})
+    _check_needed("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--batch-size": batch_size})
+    if not text and tasks is None:
+        raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
     _, watcher, tell = _consoles()
+    errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
+    place = pick_device(device)
+    wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
     loaded = load(directory, dtype, tell)
-    rows = evaluate(loaded, text, seqlen, windows, device, watcher)
-    Console(stderr=True).print(evaluation_table(rows))
+    if text:
+        dense = None if reference is None else load(reference, dtype, tell)
+        found = evaluate(loaded, text, seqlen, windows, device, watcher, dense)
+        errors.print(evaluation_table(found))
+        rows += found
+    if wanted is not None:
+        scores = score_tasks(loaded, wanted, place, batch_size or 8)
+        errors.print(task_table(scores))
+        rows += scores
     print(json.dumps([row.model_dump() for row in rows], indent=1))
+
+
+def _check_needed(option: str, value: object, given: dict[str, object]) -> None:
+    """Refuse options that would have no effect."""
+    for name, used in given.items():
+        if used is not None and not value:
+            raise ConfigError(f"{name} has no effect without {option}: give {option} too, or leave {name} out.")
 
 
 @app.command("inspect")

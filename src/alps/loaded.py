@@ -82,6 +82,21 @@ class Loaded:
         self.check_ids(windows)
         return windows
 
+    def check_same(self, windows: Windows, text: str, limit: int | None) -> None:
+        """Refuse to be compared on windows that another model's tokenizer cut from a text.
+
+        Raises:
+            ConfigError: unless this model's own tokenizer, if it has one, cuts the same windows.
+        """
+        if self.tokenizer is None:
+            self.check_length(windows.ids.shape[1])
+            self.check_ids(windows)
+        elif not torch.equal(self.evaluation(text, windows.ids.shape[1], limit).ids, windows.ids):
+            raise ConfigError(
+                f"The tokenizer of '{self.name}' cuts '{windows.source}' into other tokens than the model's: "
+                "give the dense model that this one was pruned from."
+            )
+
     def check_length(self, seqlen: int) -> None:
         """Refuse windows that are longer than the model's positions."""
         config = getattr(self.model, "config", None)

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from alps.report import EvaluationRecord, RunReport
+from alps.report import ComparisonRecord, Estimate, EvaluationRecord, RunReport, TaskRecord
 
 if TYPE_CHECKING:
     from alps.demo import DemoRow
@@ -74,13 +74,44 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
 
 
 def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
-    """Perplexities of one model on several texts."""
+    """Perplexities of one model on several texts, beside those of a reference where they were compared."""
+    compared = any(isinstance(row, ComparisonRecord) for row in rows)
+    more = ("reference", "ratio", "KL nats", "agreement") if compared else ()
     table = Table()
-    for heading in ("model", "text", "windows", "seqlen", "perplexity"):
-        table.add_column(heading, justify="left" if heading in ("model", "text") else "right")
+    for heading in ("model", "text", "windows", "seqlen", "perplexity", *more):
+        _add_column(table, heading, heading not in ("model", "text"))
     for row in rows:
-        table.add_row(row.model, row.text, str(row.windows), str(row.seqlen), f"{row.perplexity:.3f}")
+        cells = [row.model, row.text, str(row.windows), str(row.seqlen), f"{row.perplexity:.3f}"]
+        if isinstance(row, ComparisonRecord):
+            cells += [f"{row.reference_perplexity:.3f}", f"{row.ratio:.4f}", f"{row.kl:.5f}", f"{row.agreement:.2%}"]
+        table.add_row(*cells)
     return table
+
+
+def task_table(rows: Sequence[TaskRecord]) -> Table:
+    """Scores of one model in several tasks: accuracies in per cent, other metrics as they are."""
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+    table = Table()
+    for heading in ("model", "task", "items", "shots", *metrics):
+        _add_column(table, heading, heading not in ("model", "task"))
+    for row in rows:
+        items = "" if row.items is None else str(row.items)
+        cells = [_estimate(metric, row.metrics.get(metric)) for metric in metrics]
+        table.add_row(row.model, row.task, items, str(row.num_fewshot), *cells)
+    return table
+
+
+def _add_column(table: Table, heading: str, figures: bool) -> None:
+    """A narrow terminal shortens names, and figures last."""
+    table.add_column(heading, justify="right" if figures else "left", no_wrap=figures)
+
+
+def _estimate(metric: str, found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    scale, form = (100.0, ".1f") if metric.startswith("acc") else (1.0, ".4g")
+    value = f"{scale * found.value:{form}}"
+    return value if found.stderr is None else f"{value} ± {scale * found.stderr:{form}}"
 
 
 def inspection_tables(findings: Inspection) -> list[RenderableType]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from alps.errors import ConfigError, did_you_mean
 
@@ -81,7 +81,12 @@ def _read(path: Path) -> str:
     return text
 
 
-def _json_rows(path: Path) -> list[str]:
+def read_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """The values of a JSON lines file, each with its line number; blank lines are skipped.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or a line that is not JSON.
+    """
     rows = []
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
@@ -90,6 +95,13 @@ def _json_rows(path: Path) -> list[str]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise ConfigError(f"Line {number} of '{path}' is not JSON: every line must be an object.") from None
+        rows.append((number, row))
+    return rows
+
+
+def _json_rows(path: Path) -> list[str]:
+    rows = []
+    for number, row in read_json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ConfigError(f"Line {number} of '{path}' has no string field 'text'.")
         if not row["text"].isprintable() and any("\ud800" <= letter <= "\udfff" for letter in row["text"]):

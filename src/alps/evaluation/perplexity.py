@@ -19,7 +19,8 @@ from alps.report import EvaluationRecord
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
 _BATCH_TOKENS = 2048
-_LOSS_ROWS = 128
+# Rows of logits that are in float32 at a time.
+LOSS_ROWS = 128
 
 
 def perplexity(
@@ -37,12 +38,12 @@ def perplexity(
     watcher = watcher or Silent()
     training = model.training
     model = model.to(device).eval()
-    batches = torch.split(windows.ids, max(_BATCH_TOKENS // windows.ids.shape[1], 1))
+    parts = batches(windows)
     total = torch.zeros((), dtype=torch.float64)
-    watcher.start(f"{name} on {windows.source}", len(batches))
+    watcher.start(f"{name} on {windows.source}", len(parts))
     try:
         with torch.inference_mode():
-            for batch in batches:
+            for batch in parts:
                 total += window_losses(model, batch.to(device)).sum(dtype=torch.float64).cpu()
                 watcher.step("")
     finally:
@@ -61,13 +62,22 @@ def perplexity(
     )
 
 
+def batches(windows: Windows) -> tuple[Tensor, ...]:
+    """The windows (windows, seqlen) in batches of one forward each."""
+    return torch.split(windows.ids, max(_BATCH_TOKENS // windows.ids.shape[1], 1))
+
+
 def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """Next-token losses in nats for windows (batch, seqlen): float32, shape (batch, seqlen - 1)."""
-    logits = model(input_ids=ids, use_cache=False).logits
+    return token_losses(model(input_ids=ids, use_cache=False).logits, ids)
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """The same from logits (batch, seqlen, vocabulary) in any float dtype."""
     losses = []
     for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
         # A few rows of logits at a time: float32 copies of all of them would go through memory twice more.
-        for part, wanted in zip(torch.split(row, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True):
+        for part, wanted in zip(torch.split(row, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
             scores = part.float()
             losses.append(scores.logsumexp(dim=-1) - scores.gather(1, wanted[:, None]).squeeze(1))
     return torch.cat(losses).view(ids.shape[0], -1)

@@ -1,0 +1,205 @@
+"""Zero-shot tasks, scored by EleutherAI's lm-eval on a model in memory.
+
+With a folder of local files (see `definitions`) nothing is fetched: items are read and checked here and handed to
+lm-eval as in-memory data. Without one, the names are those of lm-eval's own tasks, whose data come from the hub.
+lm-eval is an extra, and is imported when a task is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from alps.errors import ConfigError, did_you_mean
+from alps.evaluation.definitions import DEFINITIONS, Document, read_documents
+from alps.loaded import Loaded
+from alps.report import Estimate, TaskRecord
+
+# For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
+_RESAMPLES = 1000
+# Before it, lm-eval looks up tasks in memory among its own.
+_OLDEST = "0.4.12"
+_INSTALL = f'pip install "lm-eval>={_OLDEST}" accelerate'
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks that can be scored: names of lm-eval's own, or documents by name.
+
+    Attributes:
+        limit: first items of lm-eval's own tasks; documents are already cut to it.
+        index: lm-eval's `TaskManager`, which knows its own tasks, or none.
+    """
+
+    names: tuple[str, ...]
+    documents: Mapping[str, list[Document]] | None
+    limit: int | None
+    index: Any
+
+
+def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | None = None) -> TaskSet:
+    """Check everything that can be checked before a model is loaded.
+
+    Args:
+        names: of tasks; with a `folder`, keys of `definitions.DEFINITIONS`.
+        folder: holds NAME.jsonl for every task; None for lm-eval's own tasks, from the hub.
+        limit: score only the first items of each task.
+
+    Raises:
+        ConfigError: for no name, an unknown one, data that cannot be used, or without lm-eval.
+    """
+    wanted = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not wanted:
+        raise ConfigError(f"No task is named: give some, separated by commas, such as {','.join(DEFINITIONS)}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"A limit of {limit} items leaves nothing to score: give at least 1.")
+    documents = None if folder is None else {name: read_documents(name, folder, limit) for name in wanted}
+    for package in ("lm_eval", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            name = package.replace("_", "-")
+            raise ConfigError(f"Tasks need the package {name} ({error}): {_INSTALL}") from None
+    if Version(version("lm-eval")) < Version(_OLDEST):
+        raise ConfigError(f"Tasks need lm-eval {_OLDEST} or newer, and {version('lm-eval')} is installed: {_INSTALL}")
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager(include_defaults=documents is None)
+    for name in wanted:
+        if documents is None and name not in index.all_tasks:
+            near = did_you_mean(name, index.all_tasks)
+            raise ConfigError(f"Task '{name}' is not one of lm-eval's {len(index.all_tasks)}.{near}")
+    return TaskSet(wanted, documents, limit, index)
+
+
+def score_tasks(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int = 8) -> list[TaskRecord]:
+    """Score a causal language model on tasks, in their order.
+
+    Args:
+        loaded: model, moved to `device` and left there, and its tokenizer.
+        tasks: from `find_tasks`.
+        batch_size: sequences in a forward.
+
+    Raises:
+        ConfigError: without a tokenizer, for an empty batch, or when data cannot be fetched from the hub.
+    """
+    if loaded.tokenizer is None:
+        raise ConfigError("Tasks need the model's tokenizer: pass it with the model.")
+    if batch_size < 1:
+        raise ConfigError(f"Batches of {batch_size} sequences hold nothing: give at least 1.")
+    training = loaded.model.training
+    try:
+        with _apart():
+            found = _scores(loaded, tasks, device, batch_size)
+    except (OSError, ImportError) as error:
+        if tasks.documents is not None:
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ConfigError(
+            f"Tasks {', '.join(tasks.names)} cannot be taken from the hub ({reason}): "
+            "give local files with --task-data."
+        ) from error
+    finally:
+        loaded.model.train(training)
+    return [_record(loaded.name, name, row, found) for name, row in found["results"].items()]
+
+
+def local_task(name: str, documents: list[Document]) -> Any:
+    """lm-eval's task object for documents in memory; nothing is written or fetched."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    definition = DEFINITIONS[name]
+    return ConfigurableTask(
+        config={
+            "task": name,
+            **definition.config,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+            "test_split": "test",
+            "metric_list": [{"metric": metric} for metric in definition.metrics],
+            "num_fewshot": 0,
+            "metadata": {"version": 1.0},
+        }
+    )
+
+
+def _scores(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int) -> Any:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _without_remarks():
+        # A copy, since lm-eval may give the tokenizer a padding token.
+        model = HFLM(loaded.model.to(device), tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
+        wanted = [local_task(*one) for one in tasks.documents.items()] if tasks.documents else list(tasks.names)
+    return simple_evaluate(
+        model,
+        tasks=wanted,
+        task_manager=tasks.index,
+        limit=tasks.limit if tasks.documents is None else None,
+        bootstrap_iters=_RESAMPLES,
+        log_samples=False,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
+
+
+def _record(model: str, task: str, row: Mapping[str, Any], found: Mapping[str, Any]) -> TaskRecord:
+    metrics = {}
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = row.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else key
+            metrics[name] = Estimate(value=value, stderr=error if isinstance(error, float) else None)
+    return TaskRecord(
+        model=model,
+        task=task,
+        metrics=metrics,
+        items=found["n-samples"].get(task, {}).get("effective"),
+        num_fewshot=found["n-shot"].get(task, 0),
+        lm_eval=version("lm-eval"),
+    )
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """What lm-eval does to a process: it prints on stdout, which is for results; forks to resample, which a process
+    with a GPU must not; and draws names from the caller's random numbers.
+    """
+    before, state = os.environ.get("DISABLE_MULTIPROC"), random.getstate()
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        random.setstate(state)
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """lm-eval warns of what is meant here: a model in memory, tasks in memory. Its later warnings are shown."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
