@@ -35,7 +35,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune"]
+    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "recover"]
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
         done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -55,9 +55,12 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
 
 
 def test_options_named_in_the_readme_exist() -> None:
-    done = subprocess.run([sys.executable, "-m", "alps", "prune", "--help"], capture_output=True, text=True)
+    helps = [
+        subprocess.run([sys.executable, "-m", "alps", name, "--help"], capture_output=True, text=True).stdout
+        for name in ("prune", "recover")
+    ]
     for option in set(re.findall(r"`(--[a-z-]+)", README)) - {"--quick", "--text"}:
-        assert option in done.stdout, option
+        assert any(option in text for text in helps), option
 
 
 def test_the_file_tree_is_the_one_on_disk() -> None:
