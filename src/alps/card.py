@@ -19,19 +19,22 @@ def model_card(report: RunReport) -> str:
         "pipeline_tag": "text-generation",
         # A hub refuses a base model that is not on a hub, and nobody else's folders are of interest.
         **({} if local or "/" not in report.model else {"base_model": report.model}),
-        "tags": ["pruned", "sparse", report.method],
+        "tags": ["pruned", "sparse", report.method, *(["distilled"] if report.recovery else [])],
     }
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}, pruned to {report.pattern} with {report.method}",
+        f"# {title}, pruned to {report.pattern} with {report.method}"
+        + (", then recovered by distillation" if report.recovery else ""),
         "",
+        *_recovered(report),
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
-        "layers are zero; everything else is unchanged. The files are an ordinary dense checkpoint with zeros in it: "
-        "it loads with `AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is "
-        "packed or compressed.",
+        f"layers are zero; {'pruning left everything else' if report.recovery else 'everything else is'} unchanged. "
+        "The files are an ordinary dense checkpoint with zeros in it: it loads with "
+        "`AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is packed or "
+        "compressed.",
         "",
         "| | |",
         "|---|---|",
@@ -58,3 +61,24 @@ def model_card(report: RunReport) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _recovered(report: RunReport) -> list[str]:
+    """What is to be known before any other figure of a card: that these weights were trained after pruning."""
+    if not report.recovery:
+        return []
+    rows = [
+        f"| {run.steps} | {run.tokens:,} | {run.lr:g} | {run.calibration.source} | {run.kl_before:.4f} | "
+        f"{run.kl_after:.4f} |"
+        for run in report.recovery
+    ]
+    return [
+        "**Recovered by distillation, not one-shot.** After pruning, the kept weights, norms and biases were trained "
+        "towards the dense model; the zeros stayed where they were. Compare this checkpoint with recovered ones only. "
+        "Errors and perplexities further below are those of the one-shot run before.",
+        "",
+        "| steps | tokens | learning rate | text | held-back KL before | after |",
+        "|---:|---:|---:|---|---:|---:|",
+        *rows,
+        "",
+    ]

@@ -15,7 +15,7 @@ from alps.report import DenseRecord, RunReport
 from alps.solvers.pattern import SemiStructured, parse_pattern
 
 # Patterns looked for in a directory that has no report of its own.
-_USUAL = (SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4), SemiStructured(8, 16))
+USUAL_PATTERNS = (SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4), SemiStructured(8, 16))
 
 
 class SiteZeros(BaseModel):
@@ -72,7 +72,7 @@ def inspect(directory: str) -> Inspection:
     model = load_model(directory)
     blocks = find_blocks(model)
     claimed = None if report is None else parse_pattern(report.pattern)
-    patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else _USUAL
+    patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else USUAL_PATTERNS
     counts = {pattern: [0, 0] for pattern in patterns}
     sites, unpruned = [], []
     for block in blocks:

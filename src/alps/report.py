@@ -129,6 +129,56 @@ class TaskRecord(_Record):
     lm_eval: str
 
 
+class RecoveryCheck(_Record):
+    """Divergence on the held-back windows after so many steps (None: not finite), and on the last training batch."""
+
+    step: int
+    kl: float | None
+    training_kl: float | None
+
+
+class RecoveryReport(_Record):
+    """One recovery by distillation: not a part of the one-shot run, and never to be compared with one.
+
+    Attributes:
+        dense, pruned: the teacher and the student as the user named them.
+        minutes, lr, batch_tokens: as asked for; `minutes` is None when steps were asked for.
+        steps, tokens, seconds: what was done: optimiser steps, tokens trained on (repeated ones count again), wall time
+            of training and checks.
+        stopped: why it ended.
+        best_step: the step whose weights were kept; 0 when no check was better than the start.
+        trained_entries: kept weights, norms and biases that were trained.
+        zeros: of all sites, counted afterwards; as many as before.
+        kl_before, kl_after: mean over tokens of KL(dense || pruned), in nats, on the held-back windows, at the start
+            and for the weights kept.
+        checks: all of them.
+        calibration: all windows drawn; the last `held_back_windows` of them were not trained on.
+    """
+
+    dense: str
+    pruned: str
+    minutes: float | None
+    lr: float
+    batch_tokens: int
+    stopped: str
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    trained_entries: int
+    zeros: int
+    kl_before: float
+    kl_after: float
+    checks: list[RecoveryCheck]
+    calibration: CalibrationRecord
+    held_back_windows: int
+    dtype: str
+    device: str
+    peak_host_bytes: int
+    peak_device_bytes: int
+    versions: dict[str, str]
+
+
 class RunReport(_Record):
     """Everything about one pruning run.
 
@@ -142,6 +192,8 @@ class RunReport(_Record):
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
         evaluations: perplexities measured in the same run, dense and pruned, if any.
+        recovery: distillations since, in order. Everything else is as the one-shot run left it: the zeros still hold,
+            the errors are those of the weights before.
     """
 
     model: str
@@ -158,6 +210,7 @@ class RunReport(_Record):
     peak_device_bytes: int = 0
     versions: dict[str, str] = {}
     evaluations: list[EvaluationRecord] = []
+    recovery: list[RecoveryReport] = []
 
     @property
     def entries(self) -> int:

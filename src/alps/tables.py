@@ -50,6 +50,23 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     return Text("\n".join(lines))
 
 
+def recovery_summary(report: RunReport, out: Path) -> Text:
+    """A few lines on what the last recovery did, and where it is."""
+    last = report.recovery[-1]
+    memory = f"{last.peak_host_bytes / 2**30:.2f} GiB"
+    if last.peak_device_bytes:
+        memory += f", {last.peak_device_bytes / 2**30:.2f} GiB on {last.device}"
+    lines = [
+        f"Recovered by distillation, not one-shot: {last.steps} steps, {last.tokens:,} tokens, lr {last.lr:g}, "
+        f"{last.seconds:.0f} s ({last.stopped}).",
+        f"KL to the dense model on {last.held_back_windows} held-back windows: {last.kl_before:.4f} before, "
+        f"{last.kl_after:.4f} after (step {last.best_step}).",
+        f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
+        f"Written to {out}: weights, tokenizer, report.json, README.md.",
+    ]
+    return Text("\n".join(lines))
+
+
 def demo_table(rows: Sequence[DemoRow]) -> Table:
     """Dense and pruned perplexities side by side."""
     first = rows[0].evaluation

@@ -1,0 +1,127 @@
+"""Masked training: float32 masters of the kept weights alone, so that a pruned weight cannot come back.
+
+A pruned entry has no master, no gradient and no moment, and nothing is ever written to it. The model itself holds the
+weights as they will be stored, so that every loss is that of the checkpoint that would be written now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+_CLIP = 1.0
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A parameter to train.
+
+    Attributes:
+        parameter: of a model, in the dtype in which it computes.
+        mask: boolean, shape of the parameter, True = kept; None trains every entry, and lets it become zero.
+        stored: dtype in which a checkpoint keeps the parameter.
+    """
+
+    parameter: nn.Parameter
+    mask: Tensor | None
+    stored: torch.dtype
+
+    def take(self, dense: Tensor) -> Tensor:
+        """The kept entries of a tensor of the parameter's shape, as a vector."""
+        return dense.flatten() if self.mask is None else dense.masked_select(self.mask)
+
+    def put(self, values: Tensor) -> None:
+        """Write the kept entries; all others are left alone."""
+        with torch.no_grad():
+            if self.mask is None:
+                self.parameter.copy_(values.view_as(self.parameter))
+            else:
+                self.parameter.masked_scatter_(self.mask, values.to(self.parameter.dtype))
+
+    def rounded(self, master: Tensor) -> Tensor:
+        """The master as it is stored. A kept weight that rounds to zero becomes the smallest normal number instead:
+        it would join the pruned ones otherwise."""
+        values = master.to(self.stored)
+        if self.mask is None:
+            return values
+        return values.masked_fill_(values == 0, torch.finfo(self.stored).tiny)
+
+
+class Masters:
+    """float32 masters of parameters and AdamW on them; use as a context, which gives the model's flags back.
+
+    Within the context only the tuned parameters take gradients, and each gradient is moved to its master as soon as a
+    backward pass has it: gradients of several passes add up in float32, and no dense ones stay in memory.
+    """
+
+    def __init__(self, model: nn.Module, tuned: Sequence[Tuned], rate: float) -> None:
+        self._model, self._rate = model, rate
+        self._tuned = [entry for entry in tuned if entry.mask is None or bool(entry.mask.any())]
+        self._masters = [entry.take(entry.parameter.detach()).float().clone() for entry in self._tuned]
+        for master in self._masters:
+            master.grad = torch.zeros_like(master)
+        fused = all(master.device.type in ("cpu", "cuda") for master in self._masters)
+        self._adam = torch.optim.AdamW(self._masters, lr=rate, betas=_BETAS, weight_decay=0.0, fused=fused)
+
+    @property
+    def entries(self) -> int:
+        """Weights that are trained."""
+        return sum(master.numel() for master in self._masters)
+
+    def __enter__(self) -> Masters:
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        self._model.requires_grad_(False)
+        self._hooks = []
+        for entry, master in zip(self._tuned, self._masters, strict=True):
+            entry.parameter.requires_grad_(True)
+            self._hooks.append(entry.parameter.register_post_accumulate_grad_hook(_mover(entry, master)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def step(self, share: float) -> bool:
+        """Clip the gradients, take one step of Adam at this share of its largest size, and publish the weights.
+
+        Returns:
+            False, with nothing changed, when a gradient is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self._masters, _CLIP)
+        if not bool(norm.isfinite()):
+            return False
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate * share
+        self._adam.step()
+        for entry, master in zip(self._tuned, self._masters, strict=True):
+            assert master.grad is not None
+            master.grad.zero_()
+            entry.put(entry.rounded(master))
+        return True
+
+    def snapshot(self) -> list[Tensor]:
+        """The trained entries as they are now, in the dtype in which they are stored."""
+        return [entry.take(entry.parameter.detach()).to(entry.stored, copy=True) for entry in self._tuned]
+
+    def restore(self, kept: list[Tensor]) -> None:
+        """Put a snapshot back into the model; the masters stay where they are, so training ends with this."""
+        for entry, values in zip(self._tuned, kept, strict=True):
+            entry.put(values)
+
+
+def _mover(entry: Tuned, master: Tensor) -> Callable[[Tensor], None]:
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None and master.grad is not None
+        master.grad.add_(entry.take(parameter.grad))
+        parameter.grad = None
+
+    return move
