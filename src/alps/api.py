@@ -159,6 +159,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         device=str(walk.device),
         calibration=None if windows is None else _calibration_record(windows, seed),
         sites=walk.records,
+        matches=walk.matches,
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense],
         seconds={**walk.seconds, "total": time.perf_counter() - start},
         peak_host_bytes=peak_host_bytes(),

@@ -11,15 +11,19 @@ in 3BASiL (arXiv 2603.01376).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from alps.errors import SolveFailed
+from alps.masters import Masters, Tuned
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
+from alps.report import MatchRecord
+
+Loss = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,33 +31,22 @@ class Matching:
     """How blocks are tuned.
 
     Attributes:
-        epochs: passes over the calibration windows; 0 measures the loss only.
-        rate: Adam's step size for weights, at its largest.
-        norm_rate: the same for norms and biases; 0 leaves them as they are.
-        held_back: share of the windows kept apart, on which the best epoch is chosen.
+        epochs: passes over the calibration windows.
+        rate: Adam's step size, at its largest.
         floor: the step size falls along a cosine to this share of the largest.
+        held_back: share of the windows kept apart, on which the best state is chosen.
         tokens: in a step.
-        decay: AdamW's pull towards zero.
+        norms: tune norms and biases, too.
+        checks: how often in an epoch the held-back windows are looked at.
     """
 
-    epochs: int = 4
+    epochs: int = 1
     rate: float = 1e-4
-    norm_rate: float = 0.0
-    held_back: float = 0.125
     floor: float = 0.1
+    held_back: float = 0.0625
     tokens: int = 2048
-    decay: float = 0.0
-
-
-@dataclass
-class MatchRecord:
-    """One block: its loss on the held-back windows before and after, the epochs run and the one that was kept."""
-
-    block: int
-    before: float
-    after: float
-    epochs: int
-    best_epoch: int
+    norms: bool = True
+    checks: int = 2
 
 
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -64,7 +57,12 @@ def relative_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def match(
-    block: Block, inputs: BlockInputs, targets: Sequence[Tensor], settings: Matching, device: torch.device
+    block: Block,
+    inputs: BlockInputs,
+    targets: Sequence[Tensor],
+    settings: Matching,
+    device: torch.device,
+    seed: int = 0,
 ) -> MatchRecord:
     """Tune a pruned block in place.
 
@@ -74,88 +72,70 @@ def match(
         targets: the dense block's outputs on the dense model's inputs, batch by batch.
         settings: see `Matching`.
         device: where to compute.
+        seed: shuffles the batches.
 
     Returns:
         What became of the loss; the block is left as it was unless the loss on the held-back windows fell.
+
+    Raises:
+        SolveFailed: when the loss is not finite before anything was tuned.
     """
-    tuned = _Masters(block, settings)
-    held = min(max(round(len(targets) * settings.held_back), 1), len(targets) - 1) if len(targets) > 1 else 0
-    check = list(range(len(targets) - held, len(targets))) or [0]
-    train = list(range(len(targets) - held))
-    generator = torch.Generator().manual_seed(block.index)
 
     def loss_of(batch: int) -> Tensor:
-        return relative_loss(inputs.run(block.index, block.module, batch, device), targets[batch].to(device))
+        output = inputs.run(block.index, block.module, batch, device)
+        return relative_loss(output, targets[batch].to(device))
 
-    def checked() -> float:
+    with torch.enable_grad(), Masters(block.module, list(_tuned(block, settings.norms)), settings.rate) as masters:
+        return _Tuning(block.index, masters, loss_of, len(targets), settings, seed).run()
+
+
+def _tuned(block: Block, norms: bool) -> list[Tuned]:
+    weights = {id(site.module.weight) for site in block.sites}
+    return [
+        Tuned(parameter, parameter.detach() != 0 if id(parameter) in weights else None, parameter.dtype)
+        for parameter in block.module.parameters()
+        if id(parameter) in weights or (norms and parameter.ndim == 1)
+    ]
+
+
+@dataclass
+class _Tuning:
+    """The steps on one block, the checks on its held-back batches, and the best state."""
+
+    index: int
+    masters: Masters
+    loss_of: Callable[[int], Tensor]
+    batches: int
+    settings: Matching
+    seed: int
+
+    def run(self) -> MatchRecord:
+        held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
+        self._held_back = list(range(self.batches - held, self.batches)) or [0]
+        training = list(range(self.batches - held))
+        best = before = self._check()
+        if not math.isfinite(before):
+            raise SolveFailed(f"Block {self.index}: its outputs are not finite: run with --dtype bfloat16 or float32.")
+        kept, best_step, step = self.masters.snapshot(), 0, 0
+        generator = torch.Generator().manual_seed(self.seed)
+        total = self.settings.epochs * len(training)
+        due = max(len(training) // self.settings.checks, 1)
+        for _ in range(self.settings.epochs):
+            for batch in torch.randperm(len(training), generator=generator).tolist():
+                self.loss_of(training[batch]).backward()  # type: ignore[no-untyped-call]
+                self.masters.step(self._share(step / total))
+                step += 1
+                if step % due == 0 or step == total:
+                    now = self._check()
+                    if now < best:
+                        best, best_step, kept = now, step, self.masters.snapshot()
+        self.masters.restore(kept)
+        return MatchRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
+
+    def _share(self, done: float) -> float:
+        floor = self.settings.floor
+        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+    def _check(self) -> float:
         with torch.no_grad():
-            return sum(float(loss_of(batch)) for batch in check) / len(check)
-
-    best = before = checked()
-    best_epoch, epoch = 0, 0
-    kept = tuned.snapshot()
-    total = settings.epochs * len(train)
-    with _training(block.module):
-        for epoch in range(1, settings.epochs + 1):
-            for step, number in enumerate(torch.randperm(len(train), generator=generator).tolist()):
-                done = ((epoch - 1) * len(train) + step) / max(total, 1)
-                share = settings.floor + (1 - settings.floor) * (1 + math.cos(math.pi * done)) / 2
-                loss_of(train[number]).backward()
-                tuned.step(share)
-            now = checked()
-            if now < best:
-                best, best_epoch = now, epoch
-                kept = tuned.snapshot()
-    tuned.restore(kept)
-    return MatchRecord(block.index, before, best, epoch, best_epoch)
-
-
-class _Masters:
-    """float32 masters of a block's tuned parameters, their supports, and Adam."""
-
-    def __init__(self, block: Block, settings: Matching) -> None:
-        weights = {id(site.module.weight) for site in block.sites}
-        self._all = list(block.module.parameters())
-        for parameter in self._all:
-            parameter.requires_grad_(False)
-        self._tuned = [p for p in self._all if id(p) in weights or (settings.norm_rate and p.ndim == 1)]
-        self._masters = [p.detach().float().clone() for p in self._tuned]
-        self._masks = [(p != 0).to(p.dtype) if id(p) in weights else None for p in self._tuned]
-        rates = [settings.rate if id(p) in weights else settings.norm_rate for p in self._tuned]
-        groups = [{"params": [m], "lr": r, "rate": r} for m, r in zip(self._masters, rates, strict=True)]
-        self._adam = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay)
-        for parameter in self._tuned:
-            parameter.requires_grad_(True)
-
-    def step(self, share: float) -> None:
-        """One step of Adam at this share of its largest size."""
-        for parameter, master, mask in zip(self._tuned, self._masters, self._masks, strict=True):
-            assert parameter.grad is not None
-            master.grad = (parameter.grad if mask is None else parameter.grad.mul_(mask)).float()
-            parameter.grad = None
-        for group in self._adam.param_groups:
-            group["lr"] = group["rate"] * share
-        self._adam.step()
-        self._publish()
-
-    def _publish(self) -> None:
-        with torch.no_grad():
-            for parameter, master in zip(self._tuned, self._masters, strict=True):
-                parameter.copy_(master)
-
-    def snapshot(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self._tuned]
-
-    def restore(self, kept: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self._tuned, kept, strict=True):
-                parameter.copy_(value)
-        for parameter in self._all:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-
-
-@contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    with torch.enable_grad():
-        yield
+            return sum(float(self.loss_of(batch)) for batch in self._held_back) / len(self._held_back)

@@ -75,6 +75,22 @@ class CalibrationRecord(_Record):
     parts: list[CalibrationPart] = []
 
 
+class MatchRecord(_Record):
+    """Block matching of one block.
+
+    Attributes:
+        block: its index.
+        before, after: loss on the held-back windows; equal when nothing was gained.
+        steps, best_step: steps of Adam taken, and after which one the weights were kept; 0 for none.
+    """
+
+    block: int
+    before: float
+    after: float
+    steps: int
+    best_step: int
+
+
 class EvaluationRecord(_Record):
     """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential."""
 
@@ -204,6 +220,7 @@ class RunReport(_Record):
     device: str
     calibration: CalibrationRecord | None
     sites: list[LayerRecord] = []
+    matches: list[MatchRecord] = []
     dense: list[DenseRecord] = []
     seconds: dict[str, float] = {}
     peak_host_bytes: int = 0

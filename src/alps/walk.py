@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, SolveFailed
-from alps.matching import Matching, MatchRecord, match
+from alps.matching import Matching, match
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs, capture
 from alps.models.observe import DenseStream, Observation, SharedInput, discover, observe
 from alps.models.sites import Site, find_sites
 from alps.progress import Silent, Watcher
-from alps.report import LayerRecord, solve_record
+from alps.report import LayerRecord, MatchRecord, solve_record
 from alps.runtime import exact_float32
 from alps.solvers.base import Method, Solution
 from alps.solvers.objective import relative_errors
