@@ -38,6 +38,7 @@ class PruneSettings(BaseModel):
         method: a name of `alps.solvers.METHODS`.
         options: hyper-parameters of the method by name; nested for ALPS's `admm`.
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
+        refine: exchanges of entries after ALPS's refit, for a smaller error; see `alps.solvers.exchange`.
         refit: optimal weights on the method's support, by conjugate gradients.
         order: `block` or `sequential`, see `alps.walk.Walk`.
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
@@ -57,6 +58,7 @@ class PruneSettings(BaseModel):
     pattern: str | None = None
     method: str = "alps"
     effort: str = "normal"
+    refine: bool = False
     options: dict[str, Any] = {}
     refit: bool = False
     order: Literal["block", "sequential"] = "block"
@@ -95,7 +97,9 @@ class PruneSettings(BaseModel):
             ConfigError: for an unknown method, effort or option, or an option of the wrong kind.
         """
         base = _with_options(
-            get_method(self.method, effort=self.effort), self.options, f"options of method '{self.method}'"
+            get_method(self.method, effort=self.effort, refine=self.refine),
+            self.options,
+            f"options of method '{self.method}'",
         )
         return Refitted(base) if self.refit else base
 
