@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from alps.models.blocks import find_blocks
 from alps.models.capture import BlockInputs, capture
-from alps.models.observe import DenseStream, discover, observe
+from alps.models.observe import discover, observe
+from alps.models.streams import DenseStream
 from alps.solvers import get_method
 from alps.solvers.hessian import damping_of
 from alps.solvers.pattern import SemiStructured

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,10 @@ from alps.errors import ConfigError, SolveFailed
 from alps.matching import Matching, match
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs, capture
-from alps.models.observe import DenseStream, Observation, SharedInput, discover, observe
+from alps.models.observe import Observation, SharedInput
+from alps.models.order import Order, observations
 from alps.models.sites import Site, find_sites
+from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
 from alps.report import LayerRecord, MatchRecord, solve_record
 from alps.runtime import exact_float32
@@ -63,7 +64,7 @@ class Walk:
     device: torch.device
     offload: bool = False
     measure_errors: bool = True
-    order: Literal["block", "sequential"] = "block"
+    order: Order = "block"
     target: float = 0.0
     matching: Matching | None = None
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
@@ -130,7 +131,8 @@ class Walk:
                 for seen in self._observations(block, inputs, dense):
                     self._solve_observed(block, seen)
                 if dense is not None and (self.matching is not None or block is not blocks[-1]):
-                    self._advance(dense.block, dense.inputs)
+                    with self._timed("forward"):
+                        dense.advance(self.device)
                 if self.matching is not None:
                     assert dense is not None
                     with self._timed("match"):
@@ -144,26 +146,15 @@ class Walk:
             inputs.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
-        """What the sites of a block receive: all at once, or each input after the sites before it are pruned."""
-        if self.order == "block":
-            yield self._observe(block, inputs, dense, [])
-            return
-        with self._timed("forward"):
-            groups = discover(block, inputs, self.device)
-        for group in groups:
-            yield self._observe(block, inputs, dense, [group])
-        found = {site.name for group in groups for site in group}
-        if rest := [site for site in block.sites if site.name not in found]:
-            yield self._observe(Block(block.index, block.name, block.module, rest), inputs, dense, [])
-
-    def _observe(
-        self, block: Block, inputs: BlockInputs, dense: DenseStream | None, groups: list[list[Site]]
-    ) -> Observation:
-        with self._timed("forward"):
-            seen = observe(block, inputs, self.needs, self.device, groups, dense)
-        self.seconds["forward"] -= seen.seconds
-        self.seconds["gram"] = self.seconds.get("gram", 0.0) + seen.seconds
-        return seen
+        steps = observations(block, inputs, self.needs, self.device, self.order, dense)
+        while True:
+            with self._timed("forward"):
+                seen = next(steps, None)
+            if seen is None:
+                return
+            self.seconds["forward"] -= seen.seconds
+            self.seconds["gram"] = self.seconds.get("gram", 0.0) + seen.seconds
+            yield seen
 
     def _solve_observed(self, block: Block, seen: Observation) -> None:
         for shared in seen.shared:

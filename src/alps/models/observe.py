@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alps.errors import UnsupportedModel
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.sites import Site
+from alps.models.streams import AllSeen, DenseStream, watching
 from alps.stats import InputStats, Needs
 
 
@@ -39,36 +39,6 @@ class Observation:
     shared: list[SharedInput]
     unused: list[Site]
     seconds: float
-
-
-@dataclass
-class DenseStream:
-    """The dense model beside the pruned one: a dense copy of the block, and what it receives there.
-
-    Attributes:
-        block: dense twin of the observed block, with the same site names.
-        inputs: its hidden states and arguments, in the same batches.
-    """
-
-    block: Block
-    inputs: BlockInputs
-
-    def received(self, names: set[str], batch: int, device: torch.device, once: bool) -> dict[str, list[Tensor]]:
-        """What the named sites receive in one batch, call by call; with `once` the pass ends at the last of them."""
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-        def note(site: Site, x: Tensor) -> None:
-            found[site.name].append(x)
-            if once and all(found.values()):
-                raise _AllSeen
-
-        with _watching([site for site in self.block.sites if site.name in names], note), suppress(_AllSeen):
-            self.inputs.run(self.block.index, self.block.module, batch, device)
-        return found
-
-
-class _AllSeen(Exception):
-    """Nothing that the rest of a block's forward computes is wanted."""
 
 
 class _Collector:
@@ -115,11 +85,11 @@ class _Collector:
         """The first site of a known input receives `x`.
 
         Raises:
-            _AllSeen: when nothing more is to be expected in this batch.
+            AllSeen: when nothing more is to be expected in this batch.
         """
         self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
         if self._may_stop and len(self._received) == len(self.shared):
-            raise _AllSeen
+            raise AllSeen
 
     def received_once(self, shared: SharedInput) -> bool:
         """Whether an input has been met exactly once since the batch began."""
@@ -194,8 +164,8 @@ def observe(
                 assert dense is not None, "the drift is measured against a dense stream"
                 names = {site.name for site in leaders + strangers}
                 collector.dense = dense.received(names, batch, device, once=collector.may_stop)
-            watching = _watching(leaders, collector.later), _watching(strangers, collector.first)
-            with watching[0], watching[1], suppress(_AllSeen):
+            hooks = watching(leaders, collector.later), watching(strangers, collector.first)
+            with hooks[0], hooks[1], suppress(AllSeen):
                 inputs.run(block.index, block.module, batch, device)
             collector.end_batch(complete=all(site.name in collector.known for site in wanted))
     unused = [site for site in wanted if site.name not in collector.known]
@@ -208,24 +178,6 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
     Sites that receive nothing in that batch, or something more than once, are left out.
     """
     collector = _Collector(Needs.NOTHING, device)
-    with torch.no_grad(), _watching(block.sites, collector.first):
+    with torch.no_grad(), watching(block.sites, collector.first):
         inputs.run(block.index, block.module, 0, device)
     return [shared.sites for shared in collector.shared if collector.received_once(shared)]
-
-
-@contextmanager
-def _watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Call `callback(site, input)` before every forward of a site for the time of the body."""
-
-    def hook(site: Site) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            callback(site, args[0] if args else next(iter(kwargs.values())))
-
-        return before
-
-    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
