@@ -17,11 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.api import evaluate, run
+from alps.api import run
+from alps.assessment import evaluate
 from alps.data.mix import load_calibration
+from alps.evaluation.records import ComparisonRecord
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
-from alps.report import ComparisonRecord
 from alps.runtime import pick_device
 from alps.solvers import get_method
 from alps.solvers.pattern import parse_pattern

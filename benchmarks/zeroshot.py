@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alps.api import evaluate_tasks
+from alps.assessment import evaluate_tasks
 from alps.loaded import Loaded, load
 from alps.runtime import provenance
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import yaml
 
 from alps.card import model_card
-from alps.report import EvaluationRecord, LayerRecord, RunReport
+from alps.evaluation.records import EvaluationRecord
+from alps.report import LayerRecord, RunReport
 
 
 def report(model: str) -> RunReport:

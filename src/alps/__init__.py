@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from alps.api import evaluate, evaluate_tasks, prune
+from alps.api import prune
+from alps.assessment import evaluate, evaluate_tasks
 from alps.errors import AlpsError
 from alps.loaded import load
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda

@@ -1,9 +1,9 @@
-"""The same jobs as the command line's, for Python: prune a model in memory or on disk, evaluate one."""
+"""The same job as the command line's, for Python: prune a model in memory or on disk."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,14 @@ from alps.config import SETTINGS_NAME, PruneSettings
 from alps.data.mix import load_calibration
 from alps.data.windows import Windows
 from alps.errors import ConfigError
-from alps.evaluation.divergence import divergence
-from alps.evaluation.perplexity import perplexity
-from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.loaded import Loaded, load
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
 from alps.progress import Silent, Watcher
-from alps.report import (
-    REPORT_NAME,
-    CalibrationPart,
-    CalibrationRecord,
-    DenseRecord,
-    EvaluationRecord,
-    RunReport,
-    TaskRecord,
-)
+from alps.records import calibration_record
+from alps.report import REPORT_NAME, DenseRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
@@ -157,7 +147,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         pattern=str(walk.pattern),
         dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
         device=str(walk.device),
-        calibration=None if windows is None else _calibration_record(windows, seed),
+        calibration=None if windows is None else calibration_record(windows, seed),
         sites=walk.records,
         matches=walk.matches,
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense],
@@ -186,69 +176,3 @@ def write(
             (folder / replaceable).touch()
         if settings is not None:
             (folder / SETTINGS_NAME).write_text(settings.to_yaml())
-
-
-def evaluate(
-    loaded: Loaded,
-    texts: Sequence[str],
-    seqlen: int = 2048,
-    windows: int | None = None,
-    device: str = "auto",
-    watcher: Watcher | None = None,
-    reference: Loaded | None = None,
-) -> list[EvaluationRecord]:
-    """Perplexity of a loaded model on each text; see `alps.evaluation.perplexity` for the convention.
-
-    Args:
-        reference: the dense model, to compare with on the same windows: every record is then a `ComparisonRecord`,
-            see `alps.evaluation.divergence`.
-
-    Raises:
-        ConfigError: for a text that is missing or too short, windows longer than the model takes, or a reference with
-            another tokenizer or vocabulary.
-    """
-    place = pick_device(device)
-    cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
-    if reference is None:
-        return [perplexity(loaded.model, one, loaded.name, place, watcher) for one in cut]
-    for one, text in zip(cut, texts, strict=True):
-        reference.check_same(one, text, windows)
-    names = (loaded.name, reference.name)
-    return [divergence(loaded.model, reference.model, one, names, place, watcher) for one in cut]
-
-
-def evaluate_tasks(
-    loaded: Loaded,
-    tasks: Sequence[str],
-    task_data: str | Path | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    batch_size: int = 8,
-) -> list[TaskRecord]:
-    """Zero-shot accuracies of a loaded model, by lm-eval (`pip install lm-eval accelerate`).
-
-    Args:
-        tasks: names; with `task_data` those of `alps.evaluation.definitions.DEFINITIONS`, else lm-eval's own.
-        task_data: folder of local files, NAME.jsonl for every task; nothing is then fetched.
-        limit: score only the first items of each task.
-        batch_size: sequences in a forward.
-
-    Raises:
-        ConfigError: for an unknown task, data that cannot be used or fetched, or without lm-eval or a tokenizer.
-    """
-    place = pick_device(device)
-    found = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
-    return score_tasks(loaded, found, place, batch_size)
-
-
-def _calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
-    count, seqlen = windows.ids.shape
-    return CalibrationRecord(
-        source=windows.source,
-        windows=count,
-        seqlen=seqlen,
-        tokens=windows.tokens,
-        seed=seed,
-        sha256=windows.sha256,
-        parts=[CalibrationPart(source=name, windows=n) for name, n in windows.parts or [(windows.source, count)]],
-    )

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alps.api import evaluate, run, write
+from alps.api import run, write
+from alps.assessment import evaluate
 from alps.checkpoints.directory import check_target
 from alps.config import PruneSettings
 from alps.data.text import load_text
+from alps.evaluation.records import EvaluationRecord
 from alps.loaded import load
 from alps.models.packaged import NAME, packaged_model
 from alps.progress import Watcher
-from alps.report import EvaluationRecord, RunReport
+from alps.report import RunReport
 from alps.walk import Walk
 
 SPARSITY = 0.7

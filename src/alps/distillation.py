@@ -14,7 +14,7 @@ from alps.divergence import kl_divergence
 from alps.errors import ConfigError
 from alps.masters import Masters
 from alps.progress import Watcher
-from alps.report import RecoveryCheck
+from alps.records import RecoveryCheck
 
 # Tokens per forward and backward pass.
 _PASS_TOKENS = 1024

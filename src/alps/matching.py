@@ -21,7 +21,7 @@ from alps.errors import SolveFailed
 from alps.masters import Masters, Tuned
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
-from alps.report import MatchRecord
+from alps.records import MatchRecord
 
 Loss = Callable[[Tensor, int], Tensor]
 

@@ -22,7 +22,7 @@ from alps.masters import Masters, Tuned
 from alps.models.blocks import find_blocks
 from alps.pairs import check_pair, count_zeros
 from alps.progress import Watcher
-from alps.report import CalibrationRecord, RecoveryReport
+from alps.records import RecoveryReport, calibration_record
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 
 _MOST_HELD_BACK = 8
@@ -127,14 +127,7 @@ def recover(
         kl_before=before,
         kl_after=run.best,
         checks=run.checks,
-        calibration=CalibrationRecord(
-            source=windows.source,
-            windows=settings.samples,
-            seqlen=settings.seqlen,
-            tokens=windows.tokens,
-            seed=settings.seed,
-            sha256=windows.sha256,
-        ),
+        calibration=calibration_record(windows, settings.seed),
         held_back_windows=settings.held_back,
         dtype=str(next(pruned.model.parameters()).dtype).removeprefix("torch."),
         device=str(device),

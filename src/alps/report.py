@@ -7,19 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from alps.errors import CheckpointError
+from alps.evaluation.records import EvaluationRecord
+from alps.records import CalibrationRecord, MatchRecord, MatchRun, Record, RecoveryReport
 from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LayerRecord(_Record):
+class LayerRecord(Record):
     """One site.
 
     Attributes:
@@ -48,7 +46,7 @@ class LayerRecord(_Record):
         return self.zeros / self.entries
 
 
-class DenseRecord(_Record):
+class DenseRecord(Record):
     """A parameter with two or more dimensions that was left dense, and why."""
 
     name: str
@@ -56,146 +54,7 @@ class DenseRecord(_Record):
     reason: str
 
 
-class CalibrationPart(_Record):
-    """A source of calibration windows, and how many are its."""
-
-    source: str
-    windows: int
-
-
-class CalibrationRecord(_Record):
-    """The calibration windows: source, count, length, seed, hash of the token ids; parts, also where there is one."""
-
-    source: str
-    windows: int
-    seqlen: int
-    tokens: int
-    seed: int | None
-    sha256: str
-    parts: list[CalibrationPart] = []
-
-
-class MatchRecord(_Record):
-    """Block matching of one block.
-
-    Attributes:
-        block: its index.
-        before, after: loss on the held-back windows; equal when nothing was gained.
-        steps, best_step: steps of Adam taken, and after which one the weights were kept; 0 for none.
-    """
-
-    block: int
-    before: float
-    after: float
-    steps: int
-    best_step: int
-
-
-class EvaluationRecord(_Record):
-    """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential."""
-
-    model: str
-    text: str
-    windows: int
-    seqlen: int
-    predicted_tokens: int
-    loss: float
-    perplexity: float
-
-
-class ComparisonRecord(EvaluationRecord):
-    """A perplexity beside that of a reference, the dense model, on the same windows.
-
-    Attributes:
-        reference: its name; reference_perplexity: on the same tokens; ratio: perplexity / reference_perplexity.
-        kl: mean over predicted tokens of KL(reference || model), nats.
-        agreement: fraction of them for which both models' most likely token is the same.
-    """
-
-    reference: str
-    reference_perplexity: float
-    ratio: float
-    kl: float
-    agreement: float
-
-
-class Estimate(_Record):
-    """A figure and its standard error; None where there is none, as for a single item."""
-
-    value: float
-    stderr: float | None
-
-
-class TaskRecord(_Record):
-    """One zero-shot task.
-
-    Attributes:
-        model, task: their names.
-        metrics: by name, as lm-eval calls them: acc, acc_norm, perplexity.
-        items: scored; None for a group of lm-eval's, which has only an average.
-        num_fewshot: examples in the prompt.
-        lm_eval: version of the package that scored it.
-    """
-
-    model: str
-    task: str
-    metrics: dict[str, Estimate]
-    items: int | None
-    num_fewshot: int
-    lm_eval: str
-
-
-class RecoveryCheck(_Record):
-    """Divergence on the held-back windows after so many steps (None: not finite), and on the last training batch."""
-
-    step: int
-    kl: float | None
-    training_kl: float | None
-
-
-class RecoveryReport(_Record):
-    """One recovery by distillation: not a part of the one-shot run, and never to be compared with one.
-
-    Attributes:
-        dense, pruned: the teacher and the student as the user named them.
-        minutes, lr, batch_tokens: as asked for; `minutes` is None when steps were asked for.
-        steps, tokens, seconds: what was done: optimiser steps, tokens trained on (repeated ones count again), wall time
-            of training and checks.
-        stopped: why it ended.
-        best_step: the step whose weights were kept; 0 when no check was better than the start.
-        trained_entries: kept weights, norms and biases that were trained.
-        zeros: of all sites, counted afterwards; as many as before.
-        kl_before, kl_after: mean over tokens of KL(dense || pruned), in nats, on the held-back windows, at the start
-            and for the weights kept.
-        checks: all of them.
-        calibration: all windows drawn; the last `held_back_windows` of them were not trained on.
-    """
-
-    dense: str
-    pruned: str
-    minutes: float | None
-    lr: float
-    batch_tokens: int
-    stopped: str
-    steps: int
-    best_step: int
-    tokens: int
-    seconds: float
-    trained_entries: int
-    zeros: int
-    kl_before: float
-    kl_after: float
-    checks: list[RecoveryCheck]
-    calibration: CalibrationRecord
-    held_back_windows: int
-    dtype: str
-    device: str
-    peak_host_bytes: int
-    peak_device_bytes: int
-    versions: dict[str, str]
-
-
-class RunReport(_Record):
+class RunReport(Record):
     """Everything about one pruning run.
 
     Attributes:
@@ -203,6 +62,8 @@ class RunReport(_Record):
         method, pattern: what was asked for.
         calibration: None for a method that reads no inputs.
         sites, dense: what was pruned, and what was not with the reason.
+        matches: block matching, every block of the run itself and then of every one of `match_runs`, in order.
+        match_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
         seconds: wall time by phase: load, capture, forward (both passes of every block), gram, prepare, solve
             (admm, refit, sweep, select, swap inside it), errors, write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
@@ -219,15 +80,16 @@ class RunReport(_Record):
     dtype: str
     device: str
     calibration: CalibrationRecord | None
-    sites: list[LayerRecord] = []
-    matches: list[MatchRecord] = []
-    dense: list[DenseRecord] = []
-    seconds: dict[str, float] = {}
+    sites: list[LayerRecord] = Field(default_factory=list)
+    matches: list[MatchRecord] = Field(default_factory=list)
+    match_runs: list[MatchRun] = Field(default_factory=list)
+    dense: list[DenseRecord] = Field(default_factory=list)
+    seconds: dict[str, float] = Field(default_factory=dict)
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
-    versions: dict[str, str] = {}
-    evaluations: list[EvaluationRecord] = []
-    recovery: list[RecoveryReport] = []
+    versions: dict[str, str] = Field(default_factory=dict)
+    evaluations: list[EvaluationRecord] = Field(default_factory=list)
+    recovery: list[RecoveryReport] = Field(default_factory=list)
 
     @property
     def entries(self) -> int:

@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from alps.report import ComparisonRecord, Estimate, EvaluationRecord, RunReport, TaskRecord
+from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
+from alps.report import RunReport
 
 if TYPE_CHECKING:
     from alps.demo import DemoRow

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from alps.errors import ConfigError, SolveFailed
 from alps.matching import Matching, match
-from alps.models.blocks import Block
+from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.observe import Observation, SharedInput
 from alps.models.order import Order, observations
 from alps.models.sites import Site, find_sites
 from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
-from alps.report import LayerRecord, MatchRecord, solve_record
+from alps.records import MatchRecord
+from alps.report import LayerRecord, solve_record
 from alps.runtime import exact_float32
 from alps.solvers.base import Method, Solution
 from alps.solvers.objective import relative_errors
@@ -112,7 +113,7 @@ class Walk:
 
     def _without_inputs(self, blocks: list[Block]) -> None:
         for block in blocks:
-            with self._on_device(block):
+            with on_device(block, self.device):
                 for site in block.sites:
                     empty = InputStats.zeros(site.shape[1], Needs.NOTHING, self.device)
                     self._solve_shared(block, SharedInput(empty, [site]))
@@ -126,7 +127,7 @@ class Walk:
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
         for block in blocks:
-            with self._on_device(block):
+            with on_device(block, self.device):
                 dense = None if dense_inputs is None else DenseStream(_twin(block), dense_inputs)
                 for seen in self._observations(block, inputs, dense):
                     self._solve_observed(block, seen)
@@ -217,16 +218,6 @@ class Walk:
             torch.cuda.synchronize(self.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    @contextmanager
-    def _on_device(self, block: Block) -> Iterator[None]:
-        """Bring a block to the device for the time of the body."""
-        home = next(block.module.parameters()).device
-        block.module.to(self.device)
-        try:
-            yield
-        finally:
-            block.module.to(home)
-
 
 def _twin(block: Block) -> Block:
     module = copy.deepcopy(block.module)
@@ -239,7 +230,9 @@ def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Patt
     Raises:
         ConfigError: naming the sites.
     """
-    misfits = [site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])]
+    misfits = [
+        site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])
+    ]
     if misfits:
         names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""

@@ -14,8 +14,8 @@ from torch import Tensor
 import alps
 from alps.errors import ConfigError
 from alps.evaluation.divergence import token_divergences
+from alps.evaluation.records import ComparisonRecord, EvaluationRecord
 from alps.loaded import Loaded
-from alps.report import ComparisonRecord, EvaluationRecord
 
 
 def _other(model: Any, scale: float = 0.05) -> Any:

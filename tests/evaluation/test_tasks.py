@@ -22,8 +22,8 @@ import alps
 from alps import cli
 from alps.errors import ConfigError
 from alps.evaluation.definitions import DEFINITIONS, read_documents
+from alps.evaluation.records import TaskRecord
 from alps.evaluation.tasks import find_tasks, local_task
-from alps.report import TaskRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
 

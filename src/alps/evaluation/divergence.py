@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
+from alps.evaluation.records import ComparisonRecord
 from alps.progress import Silent, Watcher
-from alps.report import ComparisonRecord
 
 
 def divergence(

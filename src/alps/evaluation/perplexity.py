@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from alps.data.windows import Windows
+from alps.evaluation.records import EvaluationRecord
 from alps.progress import Silent, Watcher
-from alps.report import EvaluationRecord
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
 _BATCH_TOKENS = 2048

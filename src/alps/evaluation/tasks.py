@@ -25,8 +25,8 @@ from packaging.version import Version
 
 from alps.errors import ConfigError, did_you_mean
 from alps.evaluation.definitions import DEFINITIONS, Document, read_documents
+from alps.evaluation.records import Estimate, TaskRecord
 from alps.loaded import Loaded
-from alps.report import Estimate, TaskRecord
 
 # For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
 _RESAMPLES = 1000

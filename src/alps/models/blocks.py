@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from alps.errors import UnsupportedModel
@@ -27,6 +30,17 @@ class DenseParameter:
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+@contextmanager
+def on_device(block: Block, device: torch.device) -> Iterator[None]:
+    """Bring a block to the device for the time of the body."""
+    home = next(block.module.parameters()).device
+    block.module.to(device)
+    try:
+        yield
+    finally:
+        block.module.to(home)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

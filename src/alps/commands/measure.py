@@ -1,0 +1,90 @@
+"""`alps eval` and `alps inspect`: what a checkpoint is worth, and what is in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from alps.assessment import evaluate
+from alps.commands.consoles import consoles
+from alps.errors import ConfigError
+from alps.evaluation.records import EvaluationRecord, TaskRecord
+from alps.evaluation.tasks import find_tasks, score_tasks
+from alps.loaded import load
+from alps.runtime import pick_device
+from alps.tables import evaluation_table, inspection_tables, task_table
+
+
+def evaluate_command(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, as MODEL of `alps prune`.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text or .jsonl file, wikitext2:FILE for a raw WikiText-2 file, or wikitext2, c4, ptb, "
+            "python-docs. May be given several times."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The dense checkpoint: how far DIR's predictions on the texts are from its.")
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks, separated by commas, e.g. piqa,arc_easy; needs lm-eval.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of local items, TASK.jsonl each.  [default: lm-eval's, from the hub]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N items of each task.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a forward of a task.  [default: 8]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Perplexity of DIR on each text, and its score in each task: tables on stderr, JSON on stdout."""
+    _check_needed("--text", text, {"--reference": reference, "--windows": windows})
+    _check_needed("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--batch-size": batch_size})
+    if not text and tasks is None:
+        raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
+    _, watcher, tell = consoles()
+    errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
+    place = pick_device(device)
+    wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
+    loaded = load(directory, dtype, tell)
+    if text:
+        dense = None if reference is None else load(reference, dtype, tell)
+        found = evaluate(loaded, text, seqlen, windows, device, watcher, dense)
+        errors.print(evaluation_table(found))
+        rows += found
+    if wanted is not None:
+        scores = score_tasks(loaded, wanted, place, batch_size or 8)
+        errors.print(task_table(scores))
+        rows += scores
+    print(json.dumps([row.model_dump() for row in rows], indent=1))
+
+
+def _check_needed(option: str, value: object, given: dict[str, object]) -> None:
+    """Refuse options that would have no effect."""
+    for name, used in given.items():
+        if used is not None and not value:
+            raise ConfigError(f"{name} has no effect without {option}: give {option} too, or leave {name} out.")
+
+
+def inspect_command(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory, pruned by anything.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Sparsity by block and site, whether N:M groups hold, and what was left dense and why."""
+    from alps.inspection import inspect
+
+    findings = inspect(directory)
+    if as_json:
+        print(json.dumps({"sparsity": findings.sparsity, **findings.model_dump()}, indent=1))
+        return
+    for table in inspection_tables(findings):
+        Console().print(table, soft_wrap=True)

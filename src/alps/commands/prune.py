@@ -1,0 +1,96 @@
+"""`alps prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alps.api import prune_directory
+from alps.budgets import BUDGETS
+from alps.commands.consoles import consoles
+from alps.config import PRESETS, load_settings
+from alps.solvers import METHODS
+from alps.tables import prune_summary
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name (owner/name), or smollm2-135m.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create for the pruned checkpoint.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of every linear layer's weights to remove, e.g. 0.7.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Keep N of every M consecutive inputs, e.g. 2:4.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.  [default: alps]")] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="ALPS only: normal, or high for several times its iterations.  [default: normal]")
+    ] = None,
+    refine: Annotated[
+        bool | None, typer.Option("--refine", help="ALPS only: exchange entries afterwards, for a smaller error.")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit", help="Optimal weights on the method's support, by PCG.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="block, or sequential: every site on inputs that feel the pruning before it.  [by preset]"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="What a site reproduces: pruned, dense, or a share between 0 and 1.  [by preset]"),
+    ] = None,
+    match: Annotated[
+        int | None, typer.Option(help="Epochs of tuning every pruned block to the dense one's outputs.  [by preset]")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A text or .jsonl file, wikitext2, c4, ptb, python-docs, or self (the model's own samples); "
+            "mixed as SPEC:WEIGHT,SPEC:WEIGHT.  [default: c4]"
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each.  [default: 2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the windows.  [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.  [default: auto]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.  [default: auto]")
+    ] = None,
+    offload: Annotated[
+        bool | None, typer.Option("--offload", help="Keep activations on the CPU between blocks.")
+    ] = None,
+    errors: Annotated[
+        bool | None,
+        typer.Option("--errors/--no-errors", help="Measure every site's error.  [default: errors]"),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of these settings; flags override it.")] = None,
+) -> None:
+    """Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card."""
+    given: dict[str, Any] = {
+        "model": model,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "method": method,
+        "effort": effort,
+        "refine": refine,
+        "refit": refit,
+        "order": order,
+        "target": target,
+        "match": match,
+        "budget": budget,
+        "preset": preset,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+        "errors": errors,
+    }
+    console, watcher, tell = consoles()
+    report = prune_directory(load_settings(config, given), out, watcher, tell)
+    console.print(prune_summary(report, out), soft_wrap=True)

@@ -1,0 +1,50 @@
+"""`alps recover` and `alps match`: weights that change after pruning, while the zeros stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alps.commands.consoles import consoles
+from alps.tables import recovery_summary
+
+
+def recover(
+    dense: Annotated[str, typer.Argument(help="The dense model, as MODEL of `alps prune`.")],
+    pruned: Annotated[str, typer.Argument(help="A directory that was pruned from it.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create for the recovered checkpoint.")],
+    minutes: Annotated[float | None, typer.Option(help="Train for so long, checks included.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Take so many steps instead; repeatable to the bit.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text, as in `alps prune`.  [default: c4]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows; an eighth, at most 8, is held back.  [default: 512]")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each.  [default: 512]")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a step.  [default: 2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws and shuffles the windows.  [default: 0]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 1e-4]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.  [default: auto]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (the checkpoints'), float32, bfloat16, float16.  [default: auto]")
+    ] = None,
+) -> None:
+    """Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot."""
+    from alps.recovered import recover_directory, recover_settings
+
+    given: dict[str, Any] = {
+        "minutes": minutes,
+        "steps": steps,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "batch_tokens": batch_tokens,
+        "seed": seed,
+        "lr": lr,
+        "device": device,
+        "dtype": dtype,
+    }
+    console, watcher, tell = consoles()
+    report = recover_directory(dense, pruned, out, recover_settings(given), watcher, tell)
+    console.print(recovery_summary(report, out), soft_wrap=True)
