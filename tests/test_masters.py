@@ -37,7 +37,7 @@ def test_steps_are_those_of_adam_on_masked_gradients_of_a_whole_batch() -> None:
                 loss = loss + nn.functional.linear(_inputs(step, part).double(), weight, bias).square().sum()
             assert layer.weight.grad is None
             adam.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             assert weight.grad is not None
             weight.grad *= mask
             norm = torch.nn.utils.clip_grad_norm_([weight, bias], 1.0)

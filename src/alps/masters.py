@@ -27,7 +27,7 @@ class Tuned:
         stored: dtype in which a checkpoint keeps the parameter.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     mask: Tensor | None
     stored: torch.dtype
 
@@ -79,7 +79,8 @@ class Masters:
         self._hooks = []
         for entry, master in zip(self._tuned, self._masters, strict=True):
             entry.parameter.requires_grad_(True)
-            self._hooks.append(entry.parameter.register_post_accumulate_grad_hook(_mover(entry, master)))
+            hook = entry.parameter.register_post_accumulate_grad_hook(_mover(entry, master))  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
         return self
 
     def __exit__(

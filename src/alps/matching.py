@@ -4,8 +4,9 @@ legend  Y    output of the pruned block on the pruned prefix's inputs     (token
         Y_d  output of the dense block on the dense model's inputs        (tokens, features)
 The loss is the mean over tokens of ||Y - Y_d||^2 / ||Y_d||^2: relative to every token's own size, since a single
 token with a massive activation can hold 98 % of the energy of a block's output (Sun et al., arXiv 2402.17762). The
-supports stay as they are. Block-wise reconstruction of pruned models: EBFT (arXiv 2402.12419), transformer matching
-in 3BASiL (arXiv 2603.01376).
+supports stay as they are. After the last block, where the head reads, it is the mean over tokens of KL(dense || pruned)
+between the predictions. Block-wise reconstruction of pruned models: EBFT (arXiv 2402.12419), transformer matching in
+3BASiL (arXiv 2603.01376).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alps.divergence import kl_divergence
 from alps.errors import SolveFailed
 from alps.masters import Masters, Tuned
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
+from alps.models.probe import Head
 from alps.records import MatchRecord
-
-Loss = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class Matching:
     checks: int = 2
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What follows the last block, and the token ids of every batch that its masks are made from."""
+
+    head: Head
+    ids: Sequence[Tensor]
+
+    def loss(self, output: Tensor, target: Tensor, batch: int) -> Tensor:
+        """Mean over tokens of KL(dense || pruned) in nats; both (windows, tokens, features)."""
+        with torch.no_grad():
+            wanted = self.head(target, self.ids[batch]).flatten(0, -2)
+        logits = self.head(output, self.ids[batch]).flatten(0, -2)
+        return kl_divergence(logits, wanted, len(logits))
+
+
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ||output - target||^2 / ||target||^2; tensors (..., features), computed in float32."""
     wanted = target.float()
@@ -63,6 +79,7 @@ def match(
     settings: Matching,
     device: torch.device,
     seed: int = 0,
+    predictions: Predictions | None = None,
 ) -> MatchRecord:
     """Tune a pruned block in place.
 
@@ -73,6 +90,7 @@ def match(
         settings: see `Matching`.
         device: where to compute.
         seed: shuffles the batches.
+        predictions: for the last block: compare what the head makes of the outputs.
 
     Returns:
         What became of the loss; the block is left as it was unless the loss on the held-back windows fell.
@@ -83,9 +101,12 @@ def match(
 
     def loss_of(batch: int) -> Tensor:
         output = inputs.run(block.index, block.module, batch, device)
-        return relative_loss(output, targets[batch].to(device))
+        target = targets[batch].to(device)
+        return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch)
 
-    with torch.enable_grad(), Masters(block.module, list(_tuned(block, settings.norms)), settings.rate) as masters:
+    # Nothing outside the block may take a gradient, the head least of all.
+    whole = block.module if predictions is None else predictions.head.model
+    with torch.enable_grad(), Masters(whole, list(_tuned(block, settings.norms)), settings.rate) as masters:
         return _Tuning(block.index, masters, loss_of, len(targets), settings, seed).run()
 
 

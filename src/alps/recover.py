@@ -51,7 +51,7 @@ class RecoverSettings(BaseModel):
     seqlen: int = Field(default=512, ge=2)
     batch_tokens: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
-    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, SolveFailed
-from alps.matching import Matching, match
+from alps.matching import Matching, Predictions, match
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.observe import Observation, SharedInput
 from alps.models.order import Order, observations
+from alps.models.probe import Head
 from alps.models.sites import Site, find_sites
 from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
@@ -124,6 +125,7 @@ class Walk:
             inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1))
             storage = torch.device("cpu") if self.offload else self.device
             inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
+        predictions = Predictions(Head(model, blocks), windows.split(inputs.hidden[0].shape[0]))
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
         for block in blocks:
@@ -137,7 +139,9 @@ class Walk:
                 if self.matching is not None:
                     assert dense is not None
                     with self._timed("match"):
-                        self.matches.append(match(block, inputs, dense.inputs.hidden, self.matching, self.device))
+                        ending = predictions if block is blocks[-1] else None
+                        targets = dense.inputs.hidden
+                        self.matches.append(match(block, inputs, targets, self.matching, self.device, 0, ending))
                 if block is not blocks[-1]:
                     self._advance(block, inputs)
 

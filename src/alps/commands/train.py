@@ -24,7 +24,7 @@ def recover(
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each.  [default: 512]")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a step.  [default: 2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws and shuffles the windows.  [default: 0]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 1e-4]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 3e-4]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.  [default: auto]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto (the checkpoints'), float32, bfloat16, float16.  [default: auto]")

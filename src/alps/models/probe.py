@@ -19,8 +19,7 @@ class Head:
     """Everything of a model that comes after its blocks, as a function of the last block's output."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
-        self._model, self._blocks = model, blocks
-        self._hidden: Tensor | None = None
+        self.model, self._blocks = model, blocks
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
@@ -32,8 +31,10 @@ class Head:
 
             return forward
 
+        home = next(self.model.parameters()).device
+        hidden = hidden.to(home)
         with replaced_forwards(self._blocks, stand_in):
-            logits: Tensor = self._model(input_ids=ids.to(hidden.device), use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids.to(home), use_cache=False).logits
         return logits
 
 
