@@ -150,9 +150,7 @@ def test_the_best_state_is_kept_when_later_ones_are_worse(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeros_stay_zeros_and_kept_weights_stay_kept(
-    case: Callable[..., Case], kind: str, dtype: torch.dtype
-) -> None:
+def test_zeros_stay_zeros_and_kept_weights_stay_kept(case: Callable[..., Case], kind: str, dtype: torch.dtype) -> None:
     one = case(kind, dtype)
     before = one.bits()
     record = one.match()
