@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import alps as run_alps
-from test_cli import contents
-from test_recover import mean_kl, same, weights
 from torch import Tensor, nn
 
 import alps
@@ -25,10 +22,13 @@ from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded
 from alps.matched import MatchSettings, match_directory, match_pair, match_settings
-from alps.models.blocks import Block, find_blocks
+from alps.models.blocks import Block, find_blocks, on_device
 from alps.progress import Silent
 from alps.records import MatchRecord, MatchRun
 from alps.report import RunReport
+from test_cli import alps as run_alps
+from test_cli import contents
+from test_recover import mean_kl, same, weights
 
 # Five batches of 32 windows, of which the last is held back.
 SETTINGS = MatchSettings(epochs=2, rate=3e-3, samples=160, seqlen=64, device="cpu")
@@ -135,14 +135,14 @@ def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[...
 def test_one_block_of_each_model_is_on_the_device_at_a_time(
     dense: Loaded, pruned: Loaded, source: Mix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, order, real = [], list[str](), matched.on_device
+    there, order = list[Block](), list[str]()
 
     @contextmanager
     def spy(block: Block, device: torch.device) -> Iterator[None]:
         there.append(block)
         assert len(there) == 1
         order.append("pruned" if block.module in list(student.model.modules()) else "dense")
-        with real(block, device):
+        with on_device(block, device):
             yield
         there.remove(block)
 

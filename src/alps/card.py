@@ -91,8 +91,8 @@ def _matched(report: RunReport) -> list[str]:
     if not report.matches:
         return []
     lines = [
-        "**Blocks matched.** After pruning, the kept weights, norms and biases of every block were tuned to the outputs "
-        "of the dense model's block; the zeros stayed where they were. Errors further below are those before.",
+        "**Blocks matched.** After pruning, the kept weights, norms and biases of every block were tuned to the "
+        "outputs of the dense model's block; the zeros stayed where they were. Errors further below are those before.",
         "",
     ]
     if not report.match_runs:
