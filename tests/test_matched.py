@@ -22,7 +22,9 @@ from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded
 from alps.matched import MatchSettings, match_directory, match_pair, match_settings
+from alps.matching import Matching, match
 from alps.models.blocks import Block, find_blocks, on_device
+from alps.models.capture import BlockInputs
 from alps.progress import Silent
 from alps.records import MatchRecord, MatchRun
 from alps.report import RunReport
@@ -111,10 +113,21 @@ def test_equal_settings_give_equal_weights_and_another_seed_does_not(
     assert same(found[0], found[1]) and same(found[0], found[3]) and not same(found[0], found[2])
 
 
-def test_few_windows_still_leave_some_to_hold_back(dense: Loaded, pruned: Loaded, source: Mix) -> None:
+def test_few_windows_still_leave_some_to_hold_back(
+    dense: Loaded, pruned: Loaded, source: Mix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(
+        block: Block, inputs: BlockInputs, targets: list[Tensor], how: Matching, device: torch.device, seed: int
+    ) -> MatchRecord:
+        seen.append(([len(target) for target in targets], seed))
+        return match(block, inputs, targets, how, device, seed)
+
+    monkeypatch.setattr(matched, "match", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.
-    records, _ = match_pair(dense, clone(pruned), SMALL, source, Silent())
-    assert {record.steps for record in records} == {1}
+    match_pair(dense, clone(pruned), SMALL.model_copy(update={"seed": 5}), source, Silent())
+    assert seen == [([4, 4], 5)] * 5
 
 
 def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[..., Any], word_tokenizer: Any) -> None:
