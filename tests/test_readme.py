@@ -38,7 +38,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "recover"]
+    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "recover", "match"]
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
         done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -58,7 +58,8 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
 
 
 def test_options_named_in_the_readme_exist() -> None:
-    helped = "".join(CliRunner().invoke(app, [name, "--help"]).output for name in ("prune", "eval", "demo", "recover"))
+    names = ("prune", "eval", "demo", "recover", "match")
+    helped = "".join(CliRunner().invoke(app, [name, "--help"]).output for name in names)
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in helped, option
 

@@ -89,7 +89,7 @@ def prune(
     elif calibration is not None:
         source = load_calibration(str(calibration), samples)
         windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
-    walk = Walk(chosen, target, place, offload, measure_errors, watcher or Silent())
+    walk = Walk(chosen, target, place, offload, measure_errors, watcher=watcher or Silent())
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
     if out is not None:
@@ -104,7 +104,7 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
     if settings.model != PACKAGED:
         check_model_path(settings.model)
     check_target(out)
-    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, watcher)
+    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, watcher=watcher)
     source = None if walk.needs is Needs.NOTHING else load_calibration(settings.calibration, settings.samples)
     start = time.perf_counter()
     loaded = load(settings.model, settings.dtype, tell)

@@ -13,6 +13,7 @@ from alps.report import RunReport
 def model_card(report: RunReport) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read."""
     local = looks_local(report.model)
+    unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
     title = Path(report.model).name if local else report.model
     front = {
         "library_name": "transformers",
@@ -30,8 +31,9 @@ def model_card(report: RunReport) -> str:
         + (", then recovered by distillation" if report.recovery else ""),
         "",
         *_recovered(report),
+        *_matched(report),
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
-        f"layers are zero; {'pruning left everything else' if report.recovery else 'everything else is'} unchanged. "
+        f"layers are zero; {unchanged} unchanged. "
         "The files are an ordinary dense checkpoint with zeros in it: it loads with "
         "`AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is packed or "
         "compressed.",
@@ -82,3 +84,30 @@ def _recovered(report: RunReport) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _matched(report: RunReport) -> list[str]:
+    """That the kept weights were tuned block by block, and on what where that was a step of its own."""
+    if not report.matches:
+        return []
+    lines = [
+        "**Blocks matched.** After pruning, the kept weights, norms and biases of every block were tuned to the "
+        "outputs of the dense model's block; the zeros stayed where they were. Errors further below are those before.",
+        "",
+    ]
+    if not report.match_runs:
+        return lines
+    rows = report.matches[-sum(run.blocks for run in report.match_runs) :]
+    lines += [
+        "| blocks | epochs | rate | matched on | mean held-back loss before | after |",
+        "|---:|---:|---:|---|---:|---:|",
+    ]
+    for run in report.match_runs:
+        mine, rows = rows[: run.blocks], rows[run.blocks :]
+        before, after = sum(row.before for row in mine) / run.blocks, sum(row.after for row in mine) / run.blocks
+        used = run.calibration
+        lines.append(
+            f"| {run.blocks} | {run.epochs} | {run.rate:g} | {used.source}: {used.windows} windows of {used.seqlen} "
+            f"tokens, seed {used.seed}, sha256 {used.sha256[:12]} | {before:.4f} | {after:.4f} |"
+        )
+    return [*lines, ""]

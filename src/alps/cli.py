@@ -11,7 +11,7 @@ from alps import __version__
 from alps.commands.demo import demo
 from alps.commands.measure import evaluate_command, inspect_command
 from alps.commands.prune import prune
-from alps.commands.train import recover
+from alps.commands.train import match_command, recover
 from alps.errors import AlpsError
 
 app = typer.Typer(
@@ -53,4 +53,5 @@ app.command()(prune)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command()(recover)
+app.command("match")(match_command)
 app.command()(demo)

@@ -104,19 +104,26 @@ def match(
         target = targets[batch].to(device)
         return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch)
 
+    tuning = _Tuning(block.index, loss_of, len(targets), settings, seed)
+    tuned = _tuned(block, settings.norms)
+    if not tuned:
+        return tuning.untouched()
     # Nothing outside the block may take a gradient, the head least of all.
     whole = block.module if predictions is None else predictions.head.model
-    with torch.enable_grad(), Masters(whole, list(_tuned(block, settings.norms)), settings.rate) as masters:
-        return _Tuning(block.index, masters, loss_of, len(targets), settings, seed).run()
+    with torch.enable_grad(), Masters(whole, tuned, settings.rate) as masters:
+        return tuning.run(masters)
 
 
 def _tuned(block: Block, norms: bool) -> list[Tuned]:
+    """Sites with a weight left, with their masks, and all norms and biases if wanted."""
     weights = {id(site.module.weight) for site in block.sites}
-    return [
-        Tuned(parameter, parameter.detach() != 0 if id(parameter) in weights else None, parameter.dtype)
-        for parameter in block.module.parameters()
-        if id(parameter) in weights or (norms and parameter.ndim == 1)
-    ]
+    found = []
+    for parameter in block.module.parameters():
+        if id(parameter) in weights and bool(parameter.any()):
+            found.append(Tuned(parameter, parameter.detach() != 0, parameter.dtype))
+        elif norms and parameter.ndim == 1:
+            found.append(Tuned(parameter, None, parameter.dtype))
+    return found
 
 
 @dataclass
@@ -124,39 +131,50 @@ class _Tuning:
     """The steps on one block, the checks on its held-back batches, and the best state."""
 
     index: int
-    masters: Masters
     loss_of: Callable[[int], Tensor]
     batches: int
     settings: Matching
     seed: int
 
-    def run(self) -> MatchRecord:
-        held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
-        self._held_back = list(range(self.batches - held, self.batches)) or [0]
-        training = list(range(self.batches - held))
-        best = before = self._check()
-        if not math.isfinite(before):
-            raise SolveFailed(f"Block {self.index}: its outputs are not finite: run with --dtype bfloat16 or float32.")
-        kept, best_step, step = self.masters.snapshot(), 0, 0
+    def __post_init__(self) -> None:
+        self._held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
+
+    def untouched(self) -> MatchRecord:
+        """The record of a block without anything to tune."""
+        before = self._before()
+        return MatchRecord(block=self.index, before=before, after=before, steps=0, best_step=0)
+
+    def run(self, masters: Masters) -> MatchRecord:
+        training = list(range(self.batches - self._held))
+        best = before = self._before()
+        kept, best_step, step = masters.snapshot(), 0, 0
         generator = torch.Generator().manual_seed(self.seed)
         total = self.settings.epochs * len(training)
         due = max(len(training) // self.settings.checks, 1)
         for _ in range(self.settings.epochs):
             for batch in torch.randperm(len(training), generator=generator).tolist():
                 self.loss_of(training[batch]).backward()  # type: ignore[no-untyped-call]
-                self.masters.step(self._share(step / total))
+                masters.step(self._share(step / total))
                 step += 1
                 if step % due == 0 or step == total:
                     now = self._check()
                     if now < best:
-                        best, best_step, kept = now, step, self.masters.snapshot()
-        self.masters.restore(kept)
+                        best, best_step, kept = now, step, masters.snapshot()
+        masters.restore(kept)
         return MatchRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
 
     def _share(self, done: float) -> float:
         floor = self.settings.floor
         return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
 
+    def _before(self) -> float:
+        loss = self._check()
+        if not math.isfinite(loss):
+            raise SolveFailed(f"Block {self.index}: its outputs are not finite: run with --dtype bfloat16 or float32.")
+        return loss
+
     def _check(self) -> float:
+        # A single batch is trained on and looked at, too.
+        held_back = range(self.batches - self._held, self.batches) if self._held else [0]
         with torch.no_grad():
-            return sum(float(self.loss_of(batch)) for batch in self._held_back) / len(self._held_back)
+            return sum(float(self.loss_of(batch)) for batch in held_back) / len(held_back)

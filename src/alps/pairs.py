@@ -1,12 +1,60 @@
-"""Whether a dense model and a pruned one belong together."""
+"""A dense checkpoint and one pruned from it: whether they belong together, and what a job on both writes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
+from alps.card import model_card
+from alps.checkpoints.directory import check_target, new_directory
 from alps.errors import ConfigError
+from alps.inspection import USUAL_PATTERNS, group_violations
 from alps.loaded import Loaded
-from alps.models.blocks import find_blocks
+from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.load import check_model_path, parse_dtype
+from alps.models.packaged import NAME as PACKAGED
+from alps.models.save import save_model
+from alps.models.sites import Site
+from alps.report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
+from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def read_settings(kind: type[_Settings], given: dict[str, Any]) -> _Settings:
+    """Settings from the values that are not None.
+
+    Raises:
+        ConfigError: for a value of the wrong kind or range, or an unknown name.
+    """
+    try:
+        return kind.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"Setting '{key}' is wrong: {first['msg'].lower()}, not {first['input']!r}.") from None
+
+
+def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -> RunReport | None:
+    """Check what can be checked before anything is loaded.
+
+    Returns:
+        The report of the pruned directory; None when it has none.
+
+    Raises:
+        ConfigError, CheckpointError: for an unknown device or dtype, a model that is not there, a target that cannot be
+            written, or a file that is not such a report.
+    """
+    parse_dtype(dtype)
+    pick_device(device)
+    for name in (dense, pruned):
+        if name != PACKAGED:
+            check_model_path(name)
+    check_target(out)
+    return RunReport.read(Path(pruned))
 
 
 def check_pair(dense: Loaded, pruned: Loaded) -> None:
@@ -35,6 +83,52 @@ def count_zeros(model: nn.Module) -> int:
     return sum(int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites)
 
 
+def describe(pruned: Loaded, dense: str, device: str) -> RunReport:
+    """The report of a model that something else has pruned: the counts that its weights show, and nothing more."""
+    sites = [(block.index, site) for block in find_blocks(pruned.model) for site in block.sites]
+    records = [
+        LayerRecord(
+            name=site.name,
+            block=index,
+            kind=site.kind,
+            shape=site.shape,
+            entries=site.module.weight.numel(),
+            zeros=int((site.read() == 0).sum()),
+            error=None,
+            magnitude_error=None,
+            solve={"notes": []},
+        )
+        for index, site in sites
+    ]
+    left = dense_parameters(pruned.model, {site.parameter_name for _, site in sites})
+    report = RunReport(
+        model=dense,
+        architecture=type(pruned.model).__name__,
+        method="unknown",
+        pattern="",
+        dtype=str(sites[0][1].dtype).removeprefix("torch."),
+        device=device,
+        calibration=None,
+        sites=records,
+        dense=[DenseRecord(name=row.name, shape=row.shape, reason=row.reason) for row in left],
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(pick_device(device)),
+        versions=provenance(),
+    )
+    return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
+
+
+def write_changed(pruned: Loaded, report: RunReport, out: Path) -> None:
+    """Write a changed model to `out`, which appears whole or not at all.
+
+    The times of the one-shot run stay its own: saving is not added to them.
+    """
+    with new_directory(out) as folder:
+        save_model(pruned.model, pruned.tokenizer, folder)
+        (folder / REPORT_NAME).write_text(report.to_json())
+        (folder / "README.md").write_text(model_card(report))
+
+
 def _model_difference(dense: nn.Module, pruned: nn.Module) -> str | None:
     if type(dense) is not type(pruned):
         return f"one is a {type(dense).__name__}, the other a {type(pruned).__name__}"
@@ -56,3 +150,11 @@ def _vocabulary_difference(dense: Loaded, pruned: Loaded) -> str | None:
     if not different:
         return None
     return f"their tokenizers differ in {different[0]!r}"
+
+
+def _pattern(sites: list[Site], sparsity: float) -> str:
+    """The first of the usual N:M that holds in every group, else the share of zeros."""
+    for pattern in USUAL_PATTERNS:
+        if all(group_violations(site.read(), pattern)[1] == 0 for site in sites):
+            return str(pattern)
+    return f"{100 * sparsity:.4g}%"

@@ -68,6 +68,24 @@ def recovery_summary(report: RunReport, out: Path) -> Text:
     return Text("\n".join(lines))
 
 
+def match_summary(report: RunReport, out: Path) -> Text:
+    """A few lines on what the last block matching did, and where it is."""
+    last = report.match_runs[-1]
+    rows = report.matches[-last.blocks :]
+    memory = f"{last.peak_host_bytes / 2**30:.2f} GiB"
+    if last.peak_device_bytes:
+        memory += f", {last.peak_device_bytes / 2**30:.2f} GiB on {last.device}"
+    before, after = (sum(values) / len(rows) for values in ([r.before for r in rows], [r.after for r in rows]))
+    lines = [
+        f"Matched to the dense model block by block: {sum(row.after < row.before for row in rows)} of {len(rows)} "
+        f"blocks gained, mean relative loss on held-back windows {before:.4f} before, {after:.4f} after; "
+        f"{last.seconds:.0f} s.",
+        f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
+        f"Written to {out}: weights, tokenizer, report.json, README.md.",
+    ]
+    return Text("\n".join(lines))
+
+
 def demo_table(rows: Sequence[DemoRow]) -> Table:
     """Dense and pruned perplexities side by side."""
     first = rows[0].evaluation

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from alps.commands.consoles import consoles
-from alps.tables import recovery_summary
+from alps.tables import match_summary, recovery_summary
 
 
 def recover(
@@ -48,3 +48,42 @@ def recover(
     console, watcher, tell = consoles()
     report = recover_directory(dense, pruned, out, recover_settings(given), watcher, tell)
     console.print(recovery_summary(report, out), soft_wrap=True)
+
+
+def match_command(
+    dense: Annotated[str, typer.Argument(help="The dense model, as MODEL of `alps prune`.")],
+    pruned: Annotated[str, typer.Argument(help="A directory that was pruned from it, by anything.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create for the matched checkpoint.")],
+    epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: 1]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 1e-4]")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="As in `alps prune`; self is sampled from DENSE.  [default: c4]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows; the last are held back.  [default: 128]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each.  [default: 2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws and shuffles the windows.  [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.  [default: auto]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (the checkpoints'), float32, bfloat16, float16.  [default: auto]")
+    ] = None,
+    offload: Annotated[
+        bool | None, typer.Option("--offload", help="Keep activations on the CPU between blocks.")
+    ] = None,
+) -> None:
+    """Tune the kept weights of PRUNED, block by block, to the outputs of DENSE's blocks, and write OUT; zeros stay."""
+    from alps.matched import match_directory, match_settings
+
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "rate": rate,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+    }
+    console, watcher, tell = consoles()
+    report = match_directory(dense, pruned, out, match_settings(given), watcher, tell)
+    console.print(match_summary(report, out), soft_wrap=True)
