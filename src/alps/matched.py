@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from alps.data.mix import Mix, load_calibration
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
-from alps.matching import Matching, match
+from alps.matching import Matching, Predictions, match
 from alps.models.blocks import find_blocks, on_device
 from alps.models.capture import BlockInputs, capture
+from alps.models.probe import Head
 from alps.pairs import check_pair, check_request, count_zeros, describe, read_settings, write_changed
 from alps.progress import Watcher
 from alps.records import MatchRecord, MatchRun, calibration_record
@@ -161,11 +162,13 @@ def _match_blocks(
         with exact_float32():
             targets = _captured(capture(dense, models, ids, batch), storage)
             inputs = _captured(capture(pruned, tuned, ids, batch), storage)
+            predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))
             for model, block in zip(models, tuned, strict=True):
                 with on_device(model, device):
                     targets.advance(model.index, model.module, device)
                 with on_device(block, device):
-                    records.append(match(block, inputs, targets.hidden, matching, device, settings.seed))
+                    ending = predictions if block is tuned[-1] else None
+                    records.append(match(block, inputs, targets.hidden, matching, device, settings.seed, ending))
                     if block is not tuned[-1]:
                         inputs.advance(block.index, block.module, device)
                 watcher.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")

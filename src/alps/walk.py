@@ -125,7 +125,7 @@ class Walk:
             inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1))
             storage = torch.device("cpu") if self.offload else self.device
             inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
-        predictions = Predictions(Head(model, blocks), windows.split(inputs.hidden[0].shape[0]))
+        predictions = Predictions(Head(model, blocks), torch.split(windows, inputs.hidden[0].shape[0]))
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
         for block in blocks:
@@ -143,12 +143,8 @@ class Walk:
                         targets = dense.inputs.hidden
                         self.matches.append(match(block, inputs, targets, self.matching, self.device, 0, ending))
                 if block is not blocks[-1]:
-                    self._advance(block, inputs)
-
-    def _advance(self, block: Block, inputs: BlockInputs) -> None:
-        """Turn the inputs of a block into those of the next."""
-        with self._timed("forward"):
-            inputs.advance(block.index, block.module, self.device)
+                    with self._timed("forward"):
+                        inputs.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
         steps = observations(block, inputs, self.needs, self.device, self.order, dense)

@@ -46,9 +46,7 @@ class _Collector:
 
     def __init__(self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = ()) -> None:
         self.needs, self.device = needs, device
-        self.shared = [
-            SharedInput(InputStats.zeros(group[0].shape[1], needs, device), list(group)) for group in groups
-        ]
+        self.shared = [SharedInput(InputStats.zeros(group[0].shape[1], needs, device), list(group)) for group in groups]
         self.seconds = 0.0
         # What the dense model's sites receive in this batch.
         self.dense: dict[str, list[Tensor]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,24 @@ class Head:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self.model, self._blocks = model, blocks
+        self._bare: bool | None = None  # whether a block returns its hidden states alone
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
+        home = next(self.model.parameters()).device
+        answer = hidden.to(home)
 
-        def stand_in(index: int, real: Any) -> Any:
+        def stand_in(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if self._bare is None:
+                    with torch.no_grad():
+                        self._bare = torch.is_tensor(real(*args, **kwargs))
                 passed = args[0] if args else kwargs["hidden_states"]
-                return hidden if index == len(self._blocks) - 1 else passed
+                states = answer if index == len(self._blocks) - 1 else passed
+                return states if self._bare else (states,)
 
             return forward
 
-        home = next(self.model.parameters()).device
-        hidden = hidden.to(home)
         with replaced_forwards(self._blocks, stand_in):
             logits: Tensor = self.model(input_ids=ids.to(home), use_cache=False).logits
         return logits
@@ -65,7 +70,7 @@ class Probe:
                 hidden = self._run(block, hidden)
             now = self._log_probabilities(hidden)
             total = 0.0
-            for before, after in zip(self._reference.split(_ROWS), now.split(_ROWS), strict=True):
+            for before, after in zip(torch.split(self._reference, _ROWS), torch.split(now, _ROWS), strict=True):
                 then = before.float()
                 total += float((then.exp() * (then - after.float())).sum(dtype=torch.float64))
         return total / len(now)
@@ -74,5 +79,5 @@ class Probe:
         return BlockInputs([hidden], self._calls).run(block.index, block.module, 0, hidden.device)
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden, self._ids)
-        return torch.cat([rows.float().log_softmax(dim=-1).half() for rows in logits.flatten(0, -2).split(_ROWS)])
+        logits = self._head(hidden, self._ids).flatten(0, -2)
+        return torch.cat([rows.float().log_softmax(dim=-1).half() for rows in torch.split(logits, _ROWS)])
