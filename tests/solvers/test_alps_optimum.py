@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.solvers import METHODS
+from alps.solvers import METHODS, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
 from alps.stats import InputStats
 from problems import correlated_inputs, hessian64, normal, objective64
@@ -92,14 +92,14 @@ def test_alps_is_near_the_optimum_and_never_below(
     assert sum(mine <= least * (1 + 1e-4) for mine, least, _ in pairs) >= hits
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "alps+refine"])
 def test_no_method_is_below_the_optimum(name: str) -> None:
     pattern = Unstructured(0.5)
     masks = every_support(2, 5, pattern)
     for seed in range(10):
         weight, inputs = problem(seed, 2, 5)
         hessian, _ = hessian64(inputs)
-        method = METHODS[name]()
+        method = get_method(name.removesuffix("+refine"), refine=name.endswith("+refine"))
         solution = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern)
         found = float(objective64(solution.weight, weight, hessian).sum())
         assert found >= optimum(weight, hessian, masks) * (1 - 1e-6)

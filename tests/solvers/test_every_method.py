@@ -15,7 +15,7 @@ from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
 from alps.stats import InputStats, Needs
 from problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
 
-ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")]
+ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")] + ["alps+refine"]
 PATTERNS: list[Pattern] = [
     Unstructured(0.5),
     Unstructured(0.7),
@@ -35,7 +35,8 @@ def problem_of(name: str) -> Problem:
 
 
 def method_of(name: str) -> Method:
-    return get_method(name.removesuffix("+refit"), refit=name.endswith("+refit"))
+    base, _, extra = name.partition("+")
+    return get_method(base, refit=extra == "refit", refine=extra == "refine")
 
 
 def solve(name: str, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solution:

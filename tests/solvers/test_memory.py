@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alps.solvers import Alps, hessian, selection
+from alps.solvers import Alps, exchange, hessian, selection
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
 from alps.stats import InputStats
 from problems import correlated_inputs, normal
@@ -72,7 +72,12 @@ def test_the_count_is_of_what_is_alive() -> None:
 
 
 def peak_of(
-    out_size: int, in_size: int, precision: Precision, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+    out_size: int,
+    in_size: int,
+    precision: Precision,
+    pattern: Pattern,
+    monkeypatch: pytest.MonkeyPatch,
+    refine: int = 0,
 ) -> tuple[int, int]:
     """Most bytes alive in a `prepare` and a `solve`, and those of the weight and the statistics among them.
 
@@ -83,7 +88,7 @@ def peak_of(
     monkeypatch.setattr(selection, "_CPU_CHUNK", 2**12)
     weight, stats = normal(1, out_size, in_size), InputStats.of(correlated_inputs(2, 2 * in_size, in_size))
     assert stats.upper is not None
-    method = Alps(precision=precision)
+    method = Alps(precision=precision, refine=refine)
     with LiveBytes([weight, stats.upper, stats.total, stats.square]) as live:
         inputs = live.now
         solution = method.solve(weight, method.prepare(stats), pattern)
@@ -108,3 +113,14 @@ def test_a_solve_stays_within_its_matrices(
     # ten times as large as the site: an inverse has half a matrix of workspace.
     if in_size < 4 * out_size:
         assert peak <= 1.02 * limit(out_size, in_size)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize(("out_size", "in_size"), [(128, 128), (96, 448)])
+def test_exchanges_hold_no_more_than_the_solve_before_them(
+    out_size: int, in_size: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The share of the site sets the batch of rows, not the pieces that were shrunk.
+    monkeypatch.setattr(exchange, "_CHUNKS", 2**20)
+    plain, refined = (peak_of(out_size, in_size, "float32", pattern, monkeypatch, refine) for refine in (0, 1))
+    assert refined <= plain

@@ -60,7 +60,7 @@ class Alps(Method):
 
     @property
     def name(self) -> str:
-        return "alps"
+        return "alps+refine" if self.refine else "alps"
 
     @property
     def needs(self) -> Needs:

@@ -160,5 +160,7 @@ class Tableau:
 
 def _block(H: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """H[first, second] of every row: (rows, a, b), by flat positions, which is three times as fast as by pairs."""
-    at = first[:, :, None] * len(H) + second[:, None, :]
+    # Half the room of int64 where that many entries can be counted.
+    kind = torch.int32 if H.numel() < 2**31 else torch.int64
+    at = (first * len(H)).to(kind)[:, :, None] + second.to(kind)[:, None, :]
     return H.reshape(-1).index_select(0, at.view(-1)).view(at.shape)
