@@ -63,7 +63,7 @@ def exchange(H: Tensor, W: Tensor, D: Tensor, M: Tensor, worth: Tensor, pattern:
         done, ran, live = done + int(moved.sum()), ran + 1, live[moved > 0]
         if not isinstance(pattern, SemiStructured):
             pairs, touched, extra = _across(H, W, D, M, worth, pattern, offers)
-            done, live = done + pairs + extra, torch.cat([live, touched]).unique()
+            done, live = done + pairs + extra, torch.unique(torch.cat([live, touched]))
     return Exchanged(done, ran)
 
 
@@ -100,7 +100,7 @@ def _search_rows(
     hit = part[better]
     D[hit], M[hit] = after[better], mask[better]
     row.offer(offers, part, row.sound & (better | (count == 0)))
-    return count * better
+    return torch.mul(count, better)
 
 
 def _candidates(d: Tensor, m: Tensor, R: Tensor, worth: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
