@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alps.budgets import check_budget, check_fit
 from alps.card import model_card
 from alps.checkpoints.directory import check_target, new_directory
-from alps.config import SETTINGS_NAME, PruneSettings
+from alps.config import SETTINGS_NAME, PruneSettings, parse_target
 from alps.data.mix import load_calibration
 from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
+from alps.matching import Matching
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.load import check_model_path, parse_dtype
+from alps.models.order import Order
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
 from alps.progress import Silent, Watcher
@@ -26,8 +29,7 @@ from alps.report import REPORT_NAME, DenseRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
-from alps.stats import Needs
-from alps.walk import Walk, check_fit
+from alps.walk import Walk
 
 
 def prune(
@@ -45,6 +47,10 @@ def prune(
     dtype: str = "auto",
     offload: bool = False,
     measure_errors: bool = True,
+    order: Order = "block",
+    target: str | float = "pruned",
+    match: int = 0,
+    budget: str = "uniform",
     watcher: Watcher | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -62,13 +68,16 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
+        order, target, match, budget: as in `alps.config.PruneSettings`.
         watcher: told after every site.
 
     Raises:
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
             A model in memory may be left partly pruned by `SolveFailed`.
     """
-    target = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
+    wanted = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
+    share = parse_target(target)
+    check_budget(budget, wanted)
     chosen = get_method(method) if isinstance(method, str) else method
     if out is not None:
         check_target(Path(out))
@@ -89,7 +98,9 @@ def prune(
     elif calibration is not None:
         source = load_calibration(str(calibration), samples)
         windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
-    walk = Walk(chosen, target, place, offload, measure_errors, watcher=watcher or Silent())
+    matching = Matching(epochs=match) if match else None
+    walk = Walk(chosen, wanted, place, offload, measure_errors, order, share, matching, budget)
+    walk.watcher = watcher or Silent()
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
     if out is not None:
@@ -104,8 +115,10 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
     if settings.model != PACKAGED:
         check_model_path(settings.model)
     check_target(out)
-    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, watcher=watcher)
-    source = None if walk.needs is Needs.NOTHING else load_calibration(settings.calibration, settings.samples)
+    check_budget(settings.budget, target)
+    steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
+    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, *steps, watcher=watcher)
+    source = None if not walk.reads_inputs else load_calibration(settings.calibration, settings.samples)
     start = time.perf_counter()
     loaded = load(settings.model, settings.dtype, tell)
     seconds = time.perf_counter() - start
@@ -126,7 +139,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         ConfigError: when the pattern does not fit, windows are missing, or their ids are not the model's.
         UnsupportedModel, SolveFailed: see `Walk.run`.
     """
-    if windows is None and walk.needs is not Needs.NOTHING:
+    if windows is None and walk.reads_inputs:
         raise ConfigError(f"Method {walk.method.name} with measured errors needs calibration text or token ids.")
     start = time.perf_counter()
     model = loaded.model

@@ -14,12 +14,13 @@ falls with its share of outliers, entries of |W_ij| ||X_j|| above `_OUTLIER` tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from alps.errors import ConfigError, did_you_mean
 from alps.models.blocks import Block
 from alps.models.capture import capture
 from alps.models.observe import observe
@@ -36,10 +37,12 @@ _OUTLIER = 5.0
 _OWL_RANGE = 0.08
 _DAMPING = 0.01
 # Sparsities stay within this distance of the one asked for.
-REACH = 0.15
+_REACH = 0.15
 # Windows and tokens on which the model's answers are compared.
 _PROBE_WINDOWS, _PROBE_TOKENS = 2, 256
 _BATCH_TOKENS = 4096
+# Calibration tokens that curves and outliers are read from.
+_PLAN_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,39 @@ def _exact(below: Tensor, above: Tensor, sizes: Tensor, wanted: int) -> list[int
     return counts
 
 
-def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, sparsity: float) -> dict[str, Pattern]:
+def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Pattern]) -> None:
+    """Refuse a pattern whose groups do not divide the inputs of every site.
+
+    Raises:
+        ConfigError: naming the sites.
+    """
+    misfits = [
+        site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])
+    ]
+    if misfits:
+        names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ConfigError(
+            f"Pattern {pattern} does not divide the number of inputs of {names}{more}: "
+            "choose a group size that does, or an unstructured sparsity."
+        )
+
+
+def check_budget(name: str, pattern: Pattern) -> None:
+    """Refuse a budget that does not exist, or that the pattern leaves no room for.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if name not in BUDGETS:
+        raise ConfigError(
+            f"Budget '{name}' is unknown: choose one of {', '.join(BUDGETS)}.{did_you_mean(name, BUDGETS)}"
+        )
+    if name != "uniform" and not isinstance(pattern, Unstructured):
+        raise ConfigError(f"Budget '{name}' moves zeros between sites, which {pattern} forbids: use --budget uniform.")
+
+
+def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, pattern: Pattern) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
     Args:
@@ -112,10 +147,17 @@ def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, spar
         blocks: its decoder blocks.
         windows: calibration token ids (windows, tokens).
         name: one of `BUDGETS`.
-        sparsity: over all sites.
+        pattern: over all sites; unstructured unless the budget is uniform.
+
+    Raises:
+        ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
     """
-    if name == "uniform":
+    check_budget(name, pattern)
+    if name == "uniform" or pattern.keeps_all:
         return {}
+    assert isinstance(pattern, Unstructured)
+    sparsity = pattern.sparsity
+    windows = windows[: max(_PLAN_TOKENS // windows.shape[1], 1)]
     readings = list(_readings(model, blocks, windows, Unstructured(sparsity)))
     if name == "owl":
         counts = _owl_counts(readings, sparsity)
@@ -123,7 +165,7 @@ def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, spar
         weights = [1.0] * len(readings)
         if name == "loss":
             weights = _divergences(model, blocks, windows[:_PROBE_WINDOWS, :_PROBE_TOKENS], readings, sparsity)
-        counts = allocate([r.curve for r in readings], weights, sparsity, REACH)
+        counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
 
 

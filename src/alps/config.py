@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alps.errors import ConfigError, did_you_mean
+from alps.matching import Matching
 from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
@@ -23,8 +24,8 @@ SETTINGS_NAME = "alps.yaml"
 # What each word asks for beyond the defaults of `PruneSettings`; docs/presets.md has the measurements behind them.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "fast": {},
-    "best": {},
+    "fast": {"order": "block", "target": 0.4},
+    "best": {"order": "sequential", "target": 0.4, "match": 1, "budget": "loss"},
 }
 
 
@@ -40,6 +41,7 @@ class PruneSettings(BaseModel):
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refine: exchanges of entries after ALPS's refit, for a smaller error; see `alps.solvers.exchange`.
         refit: optimal weights on the method's support, by conjugate gradients.
+        preset: one of `PRESETS`; what it says holds where nothing else is said.
         order: `block` or `sequential`, see `alps.walk.Walk`.
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
         match: epochs of block matching, see `alps.matching`; 0 for none.
@@ -61,6 +63,7 @@ class PruneSettings(BaseModel):
     refine: bool = False
     options: dict[str, Any] = {}
     refit: bool = False
+    preset: str = "paper"
     order: Literal["block", "sequential"] = "block"
     target: str | float = "pruned"
     match: int = Field(default=0, ge=0)
@@ -104,19 +107,12 @@ class PruneSettings(BaseModel):
         return Refitted(base) if self.refit else base
 
     def target_share(self) -> float:
-        """Share of the dense target.
+        """Share of the dense target; see `parse_target`."""
+        return parse_target(self.target)
 
-        Raises:
-            ConfigError: for anything but `pruned`, `dense` or a number between 0 and 1.
-        """
-        named = {"pruned": 0.0, "dense": 1.0}
-        try:
-            share = named[self.target] if self.target in named else float(self.target)
-        except ValueError:
-            share = math.nan
-        if not 0 <= share <= 1:
-            raise ConfigError(f"Target '{self.target}' is wrong: write pruned, dense, or a share between 0 and 1.")
-        return share
+    def matching(self) -> Matching | None:
+        """Block matching, if it is asked for."""
+        return Matching(epochs=self.match) if self.match else None
 
     def place(self) -> torch.device:
         """The device to run on.
@@ -129,6 +125,22 @@ class PruneSettings(BaseModel):
     def to_yaml(self) -> str:
         """The resolved settings, one key a line."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def parse_target(target: str | float) -> float:
+    """Share of the dense target for what a user wrote.
+
+    Raises:
+        ConfigError: for anything but `pruned`, `dense` or a number between 0 and 1.
+    """
+    try:
+        share = {"pruned": 0.0, "dense": 1.0}.get(str(target), math.nan)
+        share = float(target) if math.isnan(share) else share
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ConfigError(f"Target '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
+    return share
 
 
 def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings:
@@ -144,10 +156,24 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
     for key, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
         if key in given and other not in given:
             values.pop(other, None)
+    chosen = {**values, **given}
     try:
-        return PruneSettings.model_validate({**values, **given})
+        return PruneSettings.model_validate({**_preset(chosen), **chosen})
     except ValidationError as error:
         raise ConfigError(_sentence(error, str(path) if path else "the command line")) from None
+
+
+def _preset(chosen: dict[str, Any]) -> dict[str, Any]:
+    name = chosen.get("preset", "paper")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(
+            f"Preset '{name}' is unknown: choose one of {', '.join(PRESETS)}.{did_you_mean(str(name), PRESETS)}"
+        )
+    preset = dict(PRESETS[name])
+    if chosen.get("pattern") is not None:
+        # N:M fixes the share of zeros of every group.
+        preset.pop("budget", None)
+    return preset
 
 
 class _Loader(yaml.SafeLoader):

@@ -42,7 +42,7 @@ class Matching:
     """
 
     epochs: int = 1
-    rate: float = 1e-4
+    rate: float = 1e-3
     floor: float = 0.1
     held_back: float = 0.0625
     tokens: int = 2048

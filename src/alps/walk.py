@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alps.errors import ConfigError, SolveFailed
+from alps.budgets import check_budget, check_fit, plan
+from alps.errors import SolveFailed
 from alps.matching import Matching, Predictions, match
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
@@ -55,7 +56,8 @@ class Walk:
         target: share of the dense target, see `alps.solvers.target`; 0 reproduces the dense weight on the pruned
             prefix's inputs, 1 the dense model's own outputs.
         matching: tune every pruned block to the dense block's outputs, or None.
-        patterns: of single sites by name, in place of `pattern`.
+        budget: how the zeros are spread over the sites, see `alps.budgets`.
+        patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
         watcher: told after every site.
         records: one for every site, in the order in which they were solved.
         seconds: wall time by phase.
@@ -69,6 +71,7 @@ class Walk:
     order: Order = "block"
     target: float = 0.0
     matching: Matching | None = None
+    budget: str = "uniform"
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Silent)
     target_damping: float = 0.01
@@ -86,7 +89,7 @@ class Walk:
     @property
     def reads_inputs(self) -> bool:
         """Whether calibration windows are needed."""
-        return self.needs is not Needs.NOTHING or self.matching is not None
+        return self.needs is not Needs.NOTHING or self.matching is not None or self.budget != "uniform"
 
     def run(self, model: nn.Module, blocks: list[Block], windows: Tensor | None) -> None:
         """Prune every site of `blocks` in place.
@@ -97,10 +100,11 @@ class Walk:
             windows: calibration token ids (windows, tokens); None only when nothing is collected.
 
         Raises:
-            ConfigError: when the pattern does not fit a site.
+            ConfigError: when the pattern does not fit a site, or the budget not the pattern.
             SolveFailed: when activations or answers are not finite; names the block or site.
         """
         check_fit(blocks, self.pattern, self.patterns)
+        check_budget(self.budget, self.pattern)
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
             with exact_float32():
@@ -108,6 +112,9 @@ class Walk:
                     self._without_inputs(blocks)
                 else:
                     assert windows is not None
+                    if self.budget != "uniform":
+                        with self._timed("budget"):
+                            self.patterns = plan(model, blocks, windows, self.budget, self.pattern)
                     self._with_inputs(model, blocks, windows)
         finally:
             self.watcher.finish()
@@ -222,24 +229,6 @@ class Walk:
 def _twin(block: Block) -> Block:
     module = copy.deepcopy(block.module)
     return Block(block.index, block.name, module, find_sites(block.name, module))
-
-
-def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Pattern]) -> None:
-    """Refuse a pattern whose groups do not divide the inputs of every site.
-
-    Raises:
-        ConfigError: naming the sites.
-    """
-    misfits = [
-        site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])
-    ]
-    if misfits:
-        names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ConfigError(
-            f"Pattern {pattern} does not divide the number of inputs of {names}{more}: "
-            "choose a group size that does, or an unstructured sparsity."
-        )
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class ErrorCurve:
 
     Attributes:
         entries: weights of the site.
-        errors: at `POINTS` sparsities from 0 to 1, evenly spaced; float64, never falling, and convex.
+        errors: at `POINTS` sparsities from 0 to 1, evenly spaced; float64, never falling, and convex
+            up to the rounding of counts.
     """
 
     entries: int
