@@ -66,7 +66,7 @@ class SiteReading:
 
 
 def allocate(curves: Sequence[ErrorCurve], weights: Sequence[float], sparsity: float, reach: float) -> list[int]:
-    """Zeros for every site that minimise the weighted errors; they sum up to round(sparsity * entries) exactly.
+    """Zeros for every site that minimise the weighted errors; as many in all as a uniform budget has.
 
     Args:
         curves: of the sites.
@@ -84,7 +84,7 @@ def allocate(curves: Sequence[ErrorCurve], weights: Sequence[float], sparsity: f
     def shares(price: float) -> Tensor:
         return grid[torch.searchsorted(slopes, torch.full((len(curves), 1), price, dtype=torch.float64)).squeeze(1)]
 
-    wanted = round(sparsity * int(sizes.sum()))
+    wanted = _uniform_total(curves, sparsity)
     bottom, top = 0.0, float(slopes.max()) * 2 + 1
     for _ in range(200):
         price = (bottom + top) / 2
@@ -93,6 +93,10 @@ def allocate(curves: Sequence[ErrorCurve], weights: Sequence[float], sparsity: f
         else:
             top = price
     return _exact((shares(bottom).clamp(low, high) * sizes), (shares(top).clamp(low, high) * sizes), sizes, wanted)
+
+
+def _uniform_total(curves: Sequence[ErrorCurve], sparsity: float) -> int:
+    return sum(Unstructured(sparsity).pruned_count(curve.entries) for curve in curves)
 
 
 def _exact(below: Tensor, above: Tensor, sizes: Tensor, wanted: int) -> list[int]:
@@ -216,4 +220,4 @@ def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:
     spread = (share - share.min()) / (share.max() - share.min()).clamp_min(1e-12) * 2 * _OWL_RANGE
     density = 1 - sparsity + spread - (spread * inside).sum() / inside.sum()
     zeros = (1 - density.clamp(0, 1))[owner] * sizes
-    return _exact(zeros, zeros, sizes, round(sparsity * float(sizes.sum())))
+    return _exact(zeros, zeros, sizes, _uniform_total([r.curve for r in readings], sparsity))

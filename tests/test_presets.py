@@ -1,0 +1,108 @@
+"""Presets and the settings they stand for: what wins over what, and the whole command with all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from alps.cli import app
+from alps.config import PRESETS, load_settings, parse_target
+from alps.errors import ConfigError
+from alps.matching import Matching
+
+
+def test_a_preset_yields_to_the_file_and_the_file_to_a_flag(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nsparsity: 0.7\npreset: best\nmatch: 3\nbudget: owl\n")
+    settings = load_settings(path, {"budget": "error"})
+    assert (settings.preset, settings.order, settings.match, settings.budget) == ("best", "sequential", 3, "error")
+    assert settings.target_share() == PRESETS["best"]["target"]
+    assert settings.matching() == Matching(epochs=3)
+
+
+def test_the_paper_is_what_one_gets_unasked() -> None:
+    plain, named = ({"model": "m", "sparsity": 0.5, **extra} for extra in ({}, {"preset": "paper"}))
+    settings = load_settings(None, plain)
+    assert settings == load_settings(None, named)
+    assert (settings.order, settings.target_share(), settings.matching(), settings.budget) == (
+        "block",
+        0.0,
+        None,
+        "uniform",
+    )
+
+
+def test_a_preset_leaves_nm_uniform_and_a_user_is_told() -> None:
+    assert load_settings(None, {"model": "m", "pattern": "2:4", "preset": "best"}).budget == "uniform"
+    assert load_settings(None, {"model": "m", "sparsity": 0.7, "preset": "best"}).budget == "loss"
+
+
+def test_a_saved_preset_reads_back_as_it_was(tmp_path: Path) -> None:
+    settings = load_settings(None, {"model": "m", "sparsity": 0.7, "preset": "best", "target": "dense"})
+    (tmp_path / "alps.yaml").write_text(settings.to_yaml())
+    assert load_settings(tmp_path / "alps.yaml", {}) == settings
+
+
+@pytest.mark.parametrize(("written", "share"), [("pruned", 0.0), ("dense", 1.0), ("0.25", 0.25), (0.5, 0.5), (1, 1.0)])
+def test_targets(written: str | float, share: float) -> None:
+    assert parse_target(written) == share
+
+
+@pytest.mark.parametrize("written", ["half", "nan", "1.01", -0.1, ""])
+def test_targets_that_cannot_be_are_refused(written: str | float) -> None:
+    with pytest.raises(ConfigError, match=f"Target '{written}' is wrong: write pruned, dense"):
+        parse_target(written)
+
+
+def _arguments(stories: Path, english_file: Path, out: Path, *more: str) -> list[str]:
+    windows = ["--calibration", str(english_file), "--samples", "6", "--seqlen", "32"]
+    return ["prune", str(stories), str(out), *windows, *more]
+
+
+def test_the_best_preset_from_end_to_end(stories: Path, english_file: Path, tmp_path: Path) -> None:
+    reports = {}
+    for preset in ("paper", "best"):
+        out = tmp_path / preset
+        done = CliRunner().invoke(app, _arguments(stories, english_file, out, "--sparsity", "0.6", "--preset", preset))
+        assert done.exit_code == 0, done.output
+        reports[preset] = json.loads((out / "report.json").read_text())
+    plain, best = reports["paper"], reports["best"]
+    assert (
+        best["summary"]["zeros"]
+        == plain["summary"]["zeros"]
+        == sum(round(0.6 * site["entries"]) for site in plain["sites"])
+    )
+    stored = load_file(tmp_path / "best" / "model.safetensors")
+    shares = []
+    for site in best["sites"]:
+        zeros = int((stored[f"{site['name']}.weight"] == 0).sum())
+        assert zeros == site["zeros"]
+        shares.append(zeros / site["entries"])
+    assert max(shares) - min(shares) > 0.05
+    assert len(best["matches"]) == 5 and plain["matches"] == []
+    assert all(match["after"] <= match["before"] for match in best["matches"])
+    assert {"match", "budget"} <= set(best["seconds"]) and "match" not in plain["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--sparsity", "0.6", "--preset", "bets"), "Did you mean 'best'"),
+        (("--sparsity", "0.6", "--order", "backwards"), "Setting 'order'"),
+        (("--sparsity", "0.6", "--target", "2"), "Target '2' is wrong"),
+        (("--sparsity", "0.6", "--match", "-1"), "Setting 'match'"),
+        (("--sparsity", "0.6", "--budget", "lots"), "Budget 'lots' is unknown"),
+        (("--pattern", "2:4", "--budget", "loss"), "moves zeros between sites"),
+    ],
+    ids=str,
+)
+def test_wrong_choices_are_one_sentence(
+    stories: Path, english_file: Path, tmp_path: Path, flags: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        CliRunner().invoke(app, _arguments(stories, english_file, tmp_path / "out", *flags), catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
