@@ -89,7 +89,7 @@ def test_refine_exchanges_entries_and_lowers_the_error(
     out, sizes = text.parent / "refined", ["--samples", 4, "--seqlen", 64, "--calibration", text]
     assert alps(monkeypatch, "prune", stories, out, "--pattern", "2:4", "--refine", *sizes) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["method"] == "alps+refine" and report["zeros"] == 113280
+    assert report["method"] == "alps+refine" and report["summary"]["zeros"] == 113280
     infos = [site["solve"] for site in report["sites"]]
     assert all(info["exchanges"] > 0 and 1 <= info["exchange_rounds"] <= 2 for info in infos)
     # On each site's own inputs, those of the pruned prefix.

@@ -22,7 +22,7 @@ from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded
 from alps.matched import MatchSettings, match_directory, match_pair, match_settings
-from alps.matching import Matching, match
+from alps.matching import Matching, Predictions, match
 from alps.models.blocks import Block, find_blocks, on_device
 from alps.models.capture import BlockInputs
 from alps.progress import Silent
@@ -119,10 +119,17 @@ def test_few_windows_still_leave_some_to_hold_back(
     seen = []
 
     def spy(
-        block: Block, inputs: BlockInputs, targets: list[Tensor], how: Matching, device: torch.device, seed: int
+        block: Block,
+        inputs: BlockInputs,
+        targets: list[Tensor],
+        how: Matching,
+        device: torch.device,
+        seed: int,
+        ending: Predictions | None,
     ) -> MatchRecord:
         seen.append(([len(target) for target in targets], seed))
-        return match(block, inputs, targets, how, device, seed)
+        assert (ending is not None) == (block.index == 4), "the last of five blocks answers by its predictions"
+        return match(block, inputs, targets, how, device, seed, ending)
 
     monkeypatch.setattr(matched, "match", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.
