@@ -1,6 +1,7 @@
 """Perplexity, divergence from the dense model and layer errors of every method: one JSON line a run, then tables.
 
-A run that is already in the results file is not done again, so that the script can be stopped and started. Example:
+A method may also be a preset of ALPS: paper, fast, best. A run that is already in the results file is not done again,
+so that the script can be stopped and started. Example:
 
     python benchmarks/quality.py --calibration c4.jsonl --text wikitext2:test.txt --text c4-validation.jsonl \
         --methods alps,sparsegpt --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
@@ -19,13 +20,12 @@ from rich.console import Console
 
 from alps.api import run
 from alps.assessment import evaluate
+from alps.config import PRESETS, PruneSettings, load_settings
 from alps.data.mix import load_calibration
 from alps.evaluation.records import ComparisonRecord
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
 from alps.runtime import pick_device
-from alps.solvers import get_method
-from alps.solvers.pattern import parse_pattern
 from alps.walk import Walk
 
 Run = dict[str, Any]
@@ -70,8 +70,10 @@ def _pruned(
 ) -> Run:
     source, device = load_calibration(options.calibration, options.samples), pick_device(options.device)
     windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
-    chosen = get_method(method.removesuffix("+refit"), refit=method.endswith("+refit"))
-    walk = Walk(chosen, parse_pattern(pattern), device, watcher=watcher)
+    asked = _asked(options.model, method, pattern)
+    walk = Walk(asked.build_method(), asked.build_pattern(), device, watcher=watcher)
+    walk.order, walk.target = asked.order, asked.target_share()
+    walk.matching, walk.budget = asked.matching(), asked.budget
     report = run(loaded, walk, windows, seed)
     worse = [s.name for s in report.sites if (s.error or 0) > (s.magnitude_error or 0)]
     return {
@@ -85,6 +87,13 @@ def _pruned(
         "calibration_sha256": report.calibration.sha256 if report.calibration else None,
         "versions": report.versions,
     }
+
+
+def _asked(model: str, method: str, pattern: str) -> PruneSettings:
+    """Settings for a method, with or without `+refit`, or a preset of ALPS."""
+    aim = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    how = {"preset": method} if method in PRESETS else {"method": method.removesuffix("+refit")}
+    return load_settings(None, {"model": model, **aim, **how, "refit": method.endswith("+refit")})
 
 
 def tables(rows: list[Run]) -> str:
