@@ -64,8 +64,8 @@ class RunReport(Record):
         sites, dense: what was pruned, and what was not with the reason.
         matches: block matching, every block of the run itself and then of every one of `match_runs`, in order.
         match_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
-        seconds: wall time by phase: load, budget, match, capture, forward (both passes of every block), gram, prepare, solve
-            (admm, refit, sweep, select, swap inside it), errors, write, save, total.
+        seconds: wall time by phase: load, budget, capture, forward (all passes of every block), gram, prepare, solve
+            (admm, refit, sweep, select, swap inside it), match, errors, write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
         evaluations: perplexities measured in the same run, dense and pruned, if any.
