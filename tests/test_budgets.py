@@ -129,6 +129,20 @@ def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor
     assert walk.seconds["budget"] > 0
 
 
+def test_a_site_without_influence_pays_only_where_the_loss_is_asked(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    # Relative errors do not see the scale of a site, the model's answers do.
+    muted = next(site for site in blocks[1].sites if site.kind == "down_proj")
+    muted.write(muted.read() * 1e-3)
+    by_loss, by_error = (plan(model, blocks, ids, name, Unstructured(0.6))[muted.name] for name in ("loss", "error"))
+    size = muted.read().numel()
+    assert by_loss.pruned_count(size) == pytest.approx(0.75 * size, abs=size * 0.01)
+    assert by_error.pruned_count(size) < 0.72 * size
+
+
 def test_owl_gives_blocks_with_outliers_fewer_zeros(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     with torch.no_grad():

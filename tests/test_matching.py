@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import alps
 from alps.errors import SolveFailed
-from alps.matching import Matching, match, relative_loss
+from alps.matching import Matching, Predictions, match, relative_loss
 from alps.models.blocks import Block, find_blocks
 from alps.models.capture import BlockInputs, capture
+from alps.models.probe import Head
 from alps.records import MatchRecord
 
 CPU = torch.device("cpu")
@@ -218,3 +219,36 @@ def test_outputs_that_are_not_finite_stop_the_run(case: Callable[..., Case]) -> 
     one.targets[7][0, 0, 0] = torch.inf
     with pytest.raises(SolveFailed, match="Block 0: its outputs are not finite"):
         one.match()
+
+
+def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
+    tiny_model: Callable[..., Any], kind: str
+) -> None:
+    ids = torch.randint(2, 64, (24, 16), generator=torch.Generator().manual_seed(5))
+    dense, model = tiny_model(kind), tiny_model(kind)
+    last = find_blocks(model)[-1]
+    for site in last.sites:
+        weight = site.read()
+        site.write(weight * (weight.abs() > weight.abs().median()))
+    sides = []
+    for one in (dense, model):
+        blocks = find_blocks(one)
+        inputs = capture(one, blocks, ids, 3)
+        for block in blocks[: -1 if one is model else None]:
+            inputs.advance(block.index, block.module, CPU)
+        sides.append(inputs)
+    outside = {name: p.detach().clone() for name, p in model.named_parameters() if last.name not in name}
+
+    def divergence() -> float:
+        with torch.no_grad():
+            p, q = (one(input_ids=ids[-3:]).logits.double().log_softmax(-1) for one in (dense, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    before = divergence()
+    predictions = Predictions(Head(model, find_blocks(model)), torch.split(ids, 3))
+    record = match(last, sides[1], sides[0].hidden, FAST, CPU, 0, predictions)
+    assert record.before == pytest.approx(before, rel=1e-4)
+    assert record.after == pytest.approx(divergence(), rel=1e-4) and record.after < 0.95 * before
+    for name, value in outside.items():
+        assert torch.equal(value, model.get_parameter(name)), name
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())

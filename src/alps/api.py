@@ -140,7 +140,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         UnsupportedModel, SolveFailed: see `Walk.run`.
     """
     if windows is None and walk.reads_inputs:
-        raise ConfigError(f"Method {walk.method.name} with measured errors needs calibration text or token ids.")
+        raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
     start = time.perf_counter()
     model = loaded.model
     blocks = find_blocks(model)

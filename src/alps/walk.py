@@ -55,6 +55,7 @@ class Walk:
             input once all sites before it are pruned.
         target: share of the dense target, see `alps.solvers.target`; 0 reproduces the dense weight on the pruned
             prefix's inputs, 1 the dense model's own outputs.
+        target_damping: what draws the dense target back to the dense weight, as a share of the Gram's mean diagonal.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.divergence import kl_divergence
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs, capture, replaced_forwards
-
-# Rows of logits that are held in float32 at a time.
-_ROWS = 256
 
 
 class Head:
@@ -60,7 +58,7 @@ class Probe:
         with torch.no_grad():
             for block in blocks:
                 self.states.append(self._run(block, self.states[-1]))
-            self._reference = self._log_probabilities(self.states[-1])
+            self._reference = self._logits(self.states[-1])
 
     def divergence(self, first: int) -> float:
         """Mean KL(model as it was || model as it is now) per token in nats, with blocks before `first` unchanged."""
@@ -68,16 +66,11 @@ class Probe:
             hidden = self.states[first]
             for block in self._blocks[first:]:
                 hidden = self._run(block, hidden)
-            now = self._log_probabilities(hidden)
-            total = 0.0
-            for before, after in zip(torch.split(self._reference, _ROWS), torch.split(now, _ROWS), strict=True):
-                then = before.float()
-                total += float((then.exp() * (then - after.float())).sum(dtype=torch.float64))
-        return total / len(now)
+            now = self._logits(hidden)
+            return float(kl_divergence(now, self._reference, len(now)))
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         return BlockInputs([hidden], self._calls).run(block.index, block.module, 0, hidden.device)
 
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden, self._ids).flatten(0, -2)
-        return torch.cat([rows.float().log_softmax(dim=-1).half() for rows in torch.split(logits, _ROWS)])
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden, self._ids).flatten(0, -2)
