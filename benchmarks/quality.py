@@ -1,10 +1,11 @@
 """Perplexity, divergence from the dense model and layer errors of every method: one JSON line a run, then tables.
 
-A method may also be a preset of ALPS: paper, fast, best. A run that is already in the results file is not done again,
-so that the script can be stopped and started. Example:
+A method may also be a preset of ALPS (paper, fast, best), and settings of `alps prune` may follow either, each after a
+plus: `alps+order=sequential+target=0.4`, `best+match=0`, `wanda+refit`. A run that is already in the results file is
+not done again, so that the script can be stopped and started. Example:
 
     python benchmarks/quality.py --calibration c4.jsonl --text wikitext2:test.txt --text c4-validation.jsonl \
-        --methods alps,sparsegpt --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
+        --methods alps,best,sparsegpt+target=0.4 --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
-from alps.api import run
+from alps.api import run, write
 from alps.assessment import evaluate
 from alps.config import PRESETS, PruneSettings, load_settings
 from alps.data.mix import load_calibration
@@ -68,13 +70,17 @@ def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, d
 def _pruned(
     options: argparse.Namespace, loaded: Loaded, method: str, pattern: str, seed: int, watcher: ConsoleWatcher
 ) -> Run:
-    source, device = load_calibration(options.calibration, options.samples), pick_device(options.device)
+    asked, device = _asked(options, method, pattern), pick_device(options.device)
+    source = load_calibration(asked.calibration, options.samples)
     windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
-    asked = _asked(options.model, method, pattern)
+    start = time.process_time()
     walk = Walk(asked.build_method(), asked.build_pattern(), device, watcher=watcher)
     walk.order, walk.target = asked.order, asked.target_share()
     walk.matching, walk.budget = asked.matching(), asked.budget
     report = run(loaded, walk, windows, seed)
+    cpu_seconds = time.process_time() - start
+    if options.save:
+        write(loaded, report, Path(options.save) / f"{method}-{pattern}-{seed}".replace(":", "of"))
     worse = [s.name for s in report.sites if (s.error or 0) > (s.magnitude_error or 0)]
     return {
         "sparsity": report.sparsity,
@@ -83,17 +89,21 @@ def _pruned(
         "sites_above_magnitude": len(worse),
         "sites": len(report.sites),
         "seconds": report.seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_host_bytes": report.peak_host_bytes,
         "calibration_sha256": report.calibration.sha256 if report.calibration else None,
         "versions": report.versions,
     }
 
 
-def _asked(model: str, method: str, pattern: str) -> PruneSettings:
-    """Settings for a method, with or without `+refit`, or a preset of ALPS."""
+def _asked(options: argparse.Namespace, method: str, pattern: str) -> PruneSettings:
+    """Settings of a method or preset with what follows it after plus signs: KEY=VALUE, or a key alone for true."""
+    name, *words = method.split("+")
     aim = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    how = {"preset": method} if method in PRESETS else {"method": method.removesuffix("+refit")}
-    return load_settings(None, {"model": model, **aim, **how, "refit": method.endswith("+refit")})
+    pairs = [word.partition("=") for word in words]
+    more = {key: yaml.safe_load(value) if equals else True for key, equals, value in pairs}
+    start = {"preset" if name in PRESETS else "method": name}
+    return load_settings(None, {"model": options.model, "calibration": options.calibration, **aim, **start, **more})
 
 
 def tables(rows: list[Run]) -> str:
@@ -111,6 +121,7 @@ def tables(rows: list[Run]) -> str:
             *texts,
             *(f"KL {text}" for text in texts),
             "prune s",
+            "CPU s",
             "GiB",
         ]
         lines = [f"\n### {pattern}\n", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
@@ -127,13 +138,23 @@ def _cells(rows: list[Run], texts: list[str]) -> list[str]:
     known = [[row["kl"][text] for row in rows if text in row.get("kl", {})] for text in texts]
     measured = [*perplexities, *(_spread(values, ".3f") if values else "" for values in known)]
     if "mean_error" not in rows[0]:
-        return ["", "", "", *measured, "", ""]
+        return ["", "", "", *measured, "", "", ""]
     errors = [row["mean_error"] for row in rows]
     ratios = [row["mean_error"] / row["mean_magnitude_error"] for row in rows]
     above = "/".join(str(row["sites_above_magnitude"]) for row in rows)
     seconds = _spread([row["seconds"]["total"] for row in rows], ".0f")
+    # Lines written before CPU time was taken have none.
+    spent = [row["cpu_seconds"] for row in rows if "cpu_seconds" in row]
     memory = f"{max(row['peak_host_bytes'] for row in rows) / 2**30:.2f}"
-    return [_spread(errors, ".4f"), _spread(ratios, ".3f"), above, *measured, seconds, memory]
+    return [
+        _spread(errors, ".4f"),
+        _spread(ratios, ".3f"),
+        above,
+        *measured,
+        seconds,
+        _spread(spent, ".0f") if spent else "",
+        memory,
+    ]
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -158,6 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--eval-seqlen", type=int, default=1024)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--save", help="folder for the pruned checkpoints; without it they are not kept")
     parser.add_argument("--results", default="quality.jsonl")
     return parser.parse_args()
 
