@@ -17,18 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from alps.api import run, write
+from alps.api import build_walk, run, write
 from alps.assessment import evaluate
-from alps.config import PRESETS, PruneSettings, load_settings
+from alps.comparison import method_settings
+from alps.config import PruneSettings, load_settings
 from alps.data.mix import load_calibration
 from alps.evaluation.records import ComparisonRecord
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
 from alps.runtime import pick_device
-from alps.walk import Walk
 
 Run = dict[str, Any]
 
@@ -74,10 +73,7 @@ def _pruned(
     source = load_calibration(asked.calibration, options.samples)
     windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
     start = time.process_time()
-    walk = Walk(asked.build_method(), asked.build_pattern(), device, watcher=watcher)
-    walk.order, walk.target = asked.order, asked.target_share()
-    walk.matching, walk.budget = asked.matching(), asked.budget
-    report = run(loaded, walk, windows, seed)
+    report = run(loaded, build_walk(asked, watcher), windows, seed)
     cpu_seconds = time.process_time() - start
     if options.save:
         write(loaded, report, Path(options.save) / f"{method}-{pattern}-{seed}".replace(":", "of"))
@@ -97,13 +93,9 @@ def _pruned(
 
 
 def _asked(options: argparse.Namespace, method: str, pattern: str) -> PruneSettings:
-    """Settings of a method or preset with what follows it after plus signs: KEY=VALUE, or a key alone for true."""
-    name, *words = method.split("+")
     aim = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    pairs = [word.partition("=") for word in words]
-    more = {key: yaml.safe_load(value) if equals else True for key, equals, value in pairs}
-    start = {"preset" if name in PRESETS else "method": name}
-    return load_settings(None, {"model": options.model, "calibration": options.calibration, **aim, **start, **more})
+    shared = {"model": options.model, "calibration": options.calibration, "device": options.device}
+    return load_settings(None, {**shared, **aim, **method_settings(method)})
 
 
 def tables(rows: list[Run]) -> str:

@@ -67,7 +67,7 @@ def test_prune_inspect_eval(
     rows = json.loads(capsys.readouterr().out)
     assert [row["predicted_tokens"] for row in rows] == [5 * 63, 5 * 63]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] > 1
-    assert list(rows[0]) == ["model", "text", "windows", "seqlen", "predicted_tokens", "loss", "perplexity"]
+    assert list(rows[0]) == ["model", "text", "windows", "seqlen", "predicted_tokens", "loss", "perplexity", "sha256"]
 
     options = ["--text", text, "--seqlen", 64, "--windows", 5]
     assert alps(monkeypatch, "eval", out, *options, "--reference", stories) == 0

@@ -38,7 +38,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "recover", "match"]
+    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "compare", "recover", "match"]
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
         done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -108,16 +108,27 @@ def prune(
     return report
 
 
+def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
+    """The walk that settings ask for, on no model yet.
+
+    Raises:
+        ConfigError: for settings that contradict each other or do not exist, or a device that is not here.
+    """
+    pattern, method = settings.build_pattern(), settings.build_method()
+    check_budget(settings.budget, pattern)
+    steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
+    walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
+    walk.watcher = watcher or Silent()
+    return walk
+
+
 def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None]) -> RunReport:
     """What `alps prune` does: check everything that can be checked, then load, prune and write."""
-    target, method = settings.build_pattern(), settings.build_method()
     parse_dtype(settings.dtype)
     if settings.model != PACKAGED:
         check_model_path(settings.model)
+    walk = build_walk(settings, watcher)
     check_target(out)
-    check_budget(settings.budget, target)
-    steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
-    walk = Walk(method, target, settings.place(), settings.offload, settings.errors, *steps, watcher=watcher)
     source = None if not walk.reads_inputs else load_calibration(settings.calibration, settings.samples)
     start = time.perf_counter()
     loaded = load(settings.model, settings.dtype, tell)

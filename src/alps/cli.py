@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from alps import __version__
+from alps.commands.compare import compare_command
 from alps.commands.demo import demo
 from alps.commands.measure import evaluate_command, inspect_command
 from alps.commands.prune import prune
@@ -29,8 +30,8 @@ def run() -> None:
     except AlpsError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "Interrupted: nothing was written.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -54,4 +55,5 @@ app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command()(recover)
 app.command("match")(match_command)
+app.command("compare")(compare_command)
 app.command()(demo)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -17,6 +16,7 @@ from alps.matching import Matching
 from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
+from alps.yamls import read_yaml, sentence
 
 SETTINGS_NAME = "alps.yaml"
 
@@ -151,7 +151,7 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
     Raises:
         ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind.
     """
-    values = _read_yaml(path) if path else {}
+    values = read_yaml(path) if path else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     for key, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
         if key in given and other not in given:
@@ -160,7 +160,9 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
     try:
         return PruneSettings.model_validate({**_preset(chosen), **chosen})
     except ValidationError as error:
-        raise ConfigError(_sentence(error, str(path) if path else "the command line")) from None
+        raise ConfigError(
+            sentence(error, str(path) if path else "the command line", PruneSettings.model_fields)
+        ) from None
 
 
 def _preset(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -174,42 +176,6 @@ def _preset(chosen: dict[str, Any]) -> dict[str, Any]:
         # N:M fixes the share of zeros of every group.
         preset.pop("budget", None)
     return preset
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which `2:4` is a text: 1.1 reads it as a number to the base of 60."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"Configuration '{path}' cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"Configuration '{path}' is not valid YAML{where}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"Configuration '{path}' must be a mapping of settings, one 'key: value' a line.")
-    return values
-
-
-def _sentence(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"Setting '{key}' in {where} is unknown.{did_you_mean(key, PruneSettings.model_fields)}"
-    if first["type"] == "missing":
-        return f"Setting '{key}' is missing in {where}."
-    return f"Setting '{key}' in {where} is wrong: {first['msg'].lower()}, not {first['input']!r}."
 
 
 def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:

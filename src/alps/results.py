@@ -37,7 +37,8 @@ class SiteResult(Record):
 
     Attributes:
         name, block, kind, entries, zeros: as in `alps.report.LayerRecord`.
-        error: relative reconstruction error, None when it was not measured.
+        error, magnitude_error: relative reconstruction error, and what magnitude pruning would have left on the same
+            inputs; None when they were not measured.
         trace: the checks of the solve.
     """
 
@@ -47,6 +48,7 @@ class SiteResult(Record):
     entries: int
     zeros: int
     error: float | None
+    magnitude_error: float | None = None
     trace: list[Check] = Field(default_factory=list)
 
 
@@ -146,6 +148,7 @@ def _site(site: LayerRecord, traced: bool) -> SiteResult:
         entries=site.entries,
         zeros=site.zeros,
         error=site.error,
+        magnitude_error=site.magnitude_error,
         trace=[Check.model_validate(point) for point in site.solve["trace"]] if traced else [],
     )
 

@@ -113,6 +113,7 @@ def _record(sums: _Sums, windows: Windows, names: tuple[str, str]) -> Comparison
         predicted_tokens=predicted,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
+        sha256=windows.sha256,
         reference=names[1],
         reference_perplexity=math.exp(min(reference_loss, 700.0)),
         ratio=math.exp(min(loss - reference_loss, 700.0)),

@@ -59,6 +59,7 @@ def perplexity(
         predicted_tokens=predicted,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
+        sha256=windows.sha256,
     )
 
 

@@ -6,7 +6,10 @@ from alps.records import Record
 
 
 class EvaluationRecord(Record):
-    """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential."""
+    """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential.
+
+    `sha256` is of the windows' token ids; None in records of versions that did not take it.
+    """
 
     model: str
     text: str
@@ -15,6 +18,7 @@ class EvaluationRecord(Record):
     predicted_tokens: int
     loss: float
     perplexity: float
+    sha256: str | None = None
 
 
 class ComparisonRecord(EvaluationRecord):
