@@ -22,7 +22,7 @@ from alps import cli
 from alps.errors import ConfigError
 from alps.evaluation.definitions import DEFINITIONS, read_documents
 from alps.evaluation.records import TaskRecord
-from alps.evaluation.tasks import find_tasks, local_task
+from alps.evaluation.tasks import _record, find_tasks, local_task
 from made_up import Row, made_up
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
@@ -154,6 +154,16 @@ def test_scores_are_lm_evals_to_the_last_item(task: str, records: dict[str, Task
     right = sum(sample["acc"] for sample in samples)
     assert len(samples) == record.items and record.metrics["acc"].value == right / len(samples)
     assert 0 < right < len(samples) and record.num_fewshot == 0
+
+
+def test_mmlu_by_name_has_a_row_for_every_subject_and_group(own: Any) -> None:
+    """As the hub's tasks are recorded: a group has an average and no items of its own."""
+    rows = {name: _record("m", name, row, own) for name, row in own["results"].items() if name.startswith("mmlu")}
+    assert len(rows) == 57 + 4 + 1 and {"mmlu", "mmlu_stem", "mmlu_anatomy"} <= rows.keys()
+    assert rows["mmlu"].items is None and rows["mmlu_anatomy"].items == 2
+    subjects = [row for row in rows.values() if row.items is not None]
+    right = sum(row.metrics["acc"].value * row.items for row in subjects if row.items)
+    assert len(subjects) == 57 and rows["mmlu"].metrics["acc"].value == pytest.approx(right / MMLU_ITEMS)
 
 
 def test_hellaswag_may_be_preprocessed(data: Path, tmp_path: Path) -> None:
