@@ -195,7 +195,13 @@ def test_zeroshot_scores_a_checkpoint(tmp_path: Path, stories: Path, english_fil
 def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_file: Path, name: str) -> None:
     recipe = english_file.parent / f"{name}.yaml"
     text = (ROOT / "benchmarks" / "paper" / f"{name}.yaml").read_text()
-    for key, small in (("windows", "[1]"), ("widths", "[32]"), ("inputs", "24"), ("iterations", "[5, 10]")):
+    for key, small in (
+        ("windows", "[1]"),
+        ("widths", "[32]"),
+        ("blocks", "[4, 128]"),
+        ("inputs", "24"),
+        ("iterations", "[5, 10]"),
+    ):
         text = re.sub(rf"^{key}: .*$", f"{key}: {small}", text, flags=re.MULTILINE)
     recipe.write_text(text)
     site = ("--site", "model.layers.1.self_attn.k_proj")
@@ -219,6 +225,8 @@ def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_fi
         assert first[1:3] == ["32 x 64", "1.0"] and float(first[6]) == pytest.approx(
             float(first[4]) / float(first[5]), rel=2e-3
         )
+        assert next(row for row in rows if row[0] == "block of 128")[3:] == first[3:7]
+        assert next(row for row in rows if row[0] == "block of 4")[4] == first[4]
         inside = next(row for row in rows if row[0] == "first 32 inputs")
         assert inside[1] == "32 x 32" and float(inside[3]) < float(first[3])
 

@@ -33,17 +33,16 @@ def dependence(recipe: Dependence, problems: dict[str, Problem]) -> str:
     rank = spearman([row[3] for row in sites.values()], [row[6] for row in sites.values()])
     more = {f"{count} windows": _windows(recipe, first, count) for count in recipe.windows}
     narrow = {f"first {width} inputs": narrowed(problems[first], width) for width in recipe.widths}
+    varied = {f"damping {one:g}": _row(problems[first], recipe.sparsity, damping=one) for one in recipe.dampings}
+    varied |= {f"block of {one}": _row(problems[first], recipe.sparsity, block=one) for one in recipe.blocks}
     made = {name: made_up(gram) for name, gram in grams(recipe.inputs).items()}
     parts = [
         f"### ALPS / SparseGPT at {recipe.sparsity:g}, optimal weights on both supports",
         markdown([*_HEADS, "random weights"], [_line(name, row) for name, row in sites.items()]),
         "" if rank is None else f"Rank correlation of VIF and ratio over {len(sites)} sites: {rank:.2f}.",
-        f"#### {first}: by calibration windows, by damping, by inputs",
+        f"#### {first}: by calibration windows, by inputs, by damping, by SparseGPT's block of columns",
         markdown(_HEADS, [_line(name, _row(problem, recipe.sparsity)) for name, problem in (more | narrow).items()]),
-        markdown(
-            _HEADS,
-            [_line(f"damping {d:g}", _row(problems[first], recipe.sparsity, d)) for d in recipe.dampings],
-        ),
+        markdown(_HEADS, [_line(name, row) for name, row in varied.items()]),
         f"#### Random weights on made-up inputs: {recipe.inputs} of equal size",
         markdown(_HEADS, [_line(name, _row(problem, recipe.sparsity)) for name, problem in made.items()]),
     ]
@@ -55,11 +54,11 @@ def dependence(recipe: Dependence, problems: dict[str, Problem]) -> str:
 Row = tuple[int, int, float, float, float, float, float]
 
 
-def _row(problem: Problem, sparsity: float, damping: float = 0.01) -> Row:
+def _row(problem: Problem, sparsity: float, damping: float = 0.01, block: int = 128) -> Row:
     weight, stats = problem
     rows, columns = weight.shape
     errors = []
-    for method in (Alps(damping=damping), SparseGPT(damping=damping)):
+    for method in (Alps(damping=damping), SparseGPT(damping=damping, block=block)):
         mask = support(method, problem, Unstructured(sparsity))
         errors.append(relative_error(exact_weights(problem, mask, damping), *problem))
     ratio = errors[0] / errors[1]

@@ -94,13 +94,14 @@ class Penalties(LayerRecipe):
 
 
 class Dependence(LayerRecipe):
-    """ALPS's support over SparseGPT's, site by site, and on the first site by tokens, damping and inputs.
+    """ALPS's support over SparseGPT's, site by site, and on the first site by what may matter.
 
     Attributes:
         sparsity: one fraction of zeros.
         windows: calibration windows to try on the first site, besides `samples`.
         dampings: ridges to try on the first site, as fractions of the Gram's mean diagonal.
         widths: numbers of inputs, the first of the first site's, to try.
+        blocks: columns of SparseGPT's mask selections to try on the first site.
         inputs: how many the made-up problems have.
         paper: ALPS's and SparseGPT's figure at that sparsity.
     """
@@ -110,6 +111,7 @@ class Dependence(LayerRecipe):
     windows: list[int]
     dampings: list[Annotated[float, Field(gt=0)]]
     widths: list[int]
+    blocks: list[Annotated[int, Field(ge=1)]]
     inputs: int = Field(ge=3)
     paper: Published
 
