@@ -1,8 +1,10 @@
 """The splitting of ALPS under its own schedule and under penalties that never grow, watched as it goes.
 
-legend  D    the sparse iterate                     (out, in)
+legend  W    weights, free of the pattern           (out, in)
+        D    weights, under the pattern             (out, in)
+        V    multiplier of W = D                    (out, in)
         rho  penalty on ||W - D||^2                 scalar
-        k    number of entries that stay            scalar
+        s    entries by which D's support changed   scalar
 """
 
 from __future__ import annotations
@@ -14,91 +16,101 @@ import torch
 from torch import Tensor
 
 from alps.solvers import admm
-from alps.solvers.admm import AdmmSettings, PlainSteps
+from alps.solvers.admm import AdmmSettings, project, w_step
 from alps.solvers.hessian import scaled
-from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Pattern
+from alps.solvers.objective import relative_errors
+from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.selection import masked
 from layers import Problem, exact_weights
 
 
 @dataclass(frozen=True)
+class Look:
+    """What there was after an iteration.
+
+    Attributes:
+        error: relative error of D.
+        pruned_error: relative error of W with all but its largest entries set to zero.
+        change: s of that iteration over all entries of the matrix; None where the loop has ended before.
+    """
+
+    error: float
+    pruned_error: float
+    change: float | None
+
+
+@dataclass(frozen=True)
 class Course:
-    """What a run of the splitting looked like.
+    """A run of the splitting.
 
     Attributes:
         name: `schedule`, or `rho` and its value.
-        errors: relative errors of D after the iterations asked for; D rests where the loop has ended.
-        changes: entries that came into the support or left it in that iteration, over k, as the schedule counts them;
-            None where the loop has ended.
+        looks: after the iterations asked for; everything rests where the loop has ended.
         optimal: relative error of the optimal weights on the last support.
         end: how the loop ended.
     """
 
     name: str
-    errors: list[float]
-    changes: list[float | None]
+    looks: list[Look]
     optimal: float
     end: str
 
 
 class Watched:
-    """The steps as published, in float32, with a note of D and its support after some iterations.
+    """The steps as published, in float32, with a look after some iterations.
 
     Iterations count from the beginning, restarts included, as the schedule counts them.
     """
 
     def __init__(self, problem: Problem, pattern: Pattern, wanted: Sequence[int]) -> None:
-        self._problem, self._wanted = problem, set(wanted)
+        self._problem, self._pattern, self._wanted = problem, pattern, set(wanted)
         weight, stats = problem
-        state = scaled(stats, 0.01)
-        self._scale, W = state.scale, weight / state.scale
-        self._inner = PlainSteps(state, W, W @ state.matrix, pattern)
-        self.kept = W.numel() - pattern.pruned_count(W.numel())
-        self.iteration, self.noted = 0, dict[int, tuple[float, float]]()
-
-    @property
-    def mask(self) -> Tensor:
-        return self._inner.mask
+        self._hessian = scaled(stats, 0.01)
+        self._dense = weight / self._hessian.scale
+        self._C = self._dense @ self._hessian.matrix
+        self.iteration, self.looks = 0, dict[int, Look]()
+        self.restart()
 
     def restart(self) -> None:
-        self._inner.restart()
+        self.mask = keep_largest(self._dense.abs(), self._pattern)
+        self._W, self._D, self._V = self._dense, masked(self._dense, self.mask), torch.zeros_like(self._dense)
 
     def step(self, rho: float) -> None:
-        before = self._inner.mask
-        self._inner.step(rho)
+        before = self.mask
+        self._W = w_step(self._hessian.inverse(rho), self._C, self._D, self._V, rho)
+        self._D, self._V, self.mask = project(self._W, self._V, rho, self._pattern)
         self.iteration += 1
         if self.iteration in self._wanted:
-            change = int(torch.count_nonzero(self._inner.mask ^ before)) / self.kept
-            self.noted[self.iteration] = self.error(), change
+            change = int(torch.count_nonzero(self.mask ^ before)) / self.mask.numel()
+            self.looks[self.iteration] = replace(self.look(), change=change)
 
     def gap(self) -> float:
-        return self._inner.gap()
+        return float((self._W - self._D).norm() / self._W.norm())
 
     def projected(self) -> Tensor:
-        return self._inner.projected()
+        return self._D
 
-    def error(self) -> float:
-        """Relative error of D as it stands, in the coordinates of the weight."""
-        return relative_error(self._inner.projected() * self._scale, *self._problem)
+    def look(self) -> Look:
+        """Both errors as they stand, in the coordinates of the weight."""
+        pruned = masked(self._W, keep_largest(self._W.abs(), self._pattern))
+        both = [one * self._hessian.scale for one in (self._D, pruned)]
+        return Look(*relative_errors(both, *self._problem), change=None)
 
 
 def courses(problem: Problem, pattern: Pattern, iterations: Sequence[int], fixed: Sequence[float]) -> list[Course]:
     """The schedule's course, then that of every fixed penalty."""
     last = max(iterations)
     runs = {"schedule": replace(AdmmSettings(), max_iterations=last)}
-    # Without a look at the support there is no growth, no restart, and no early end.
+    # Without a check of the support there is no growth, no restart, and no early end.
     runs |= {f"rho {rho:g}": AdmmSettings(rho=rho, check_every=last + 1, max_iterations=last) for rho in fixed}
     return [_course(name, settings, problem, pattern, iterations) for name, settings in runs.items()]
 
 
 def _course(name: str, settings: AdmmSettings, problem: Problem, pattern: Pattern, iterations: Sequence[int]) -> Course:
     steps = Watched(problem, pattern, iterations)
-    result = admm.run(steps, steps.kept, settings)
-    rest = steps.error()
-    return Course(
-        name=name,
-        errors=[steps.noted[t][0] if t in steps.noted else rest for t in iterations],
-        changes=[steps.noted[t][1] if t in steps.noted else None for t in iterations],
-        optimal=relative_error(exact_weights(problem, result.mask), *problem),
-        end=f"{result.status} after {result.iterations} iterations, {result.restarts} restarts",
-    )
+    entries = problem[0].numel()
+    result = admm.run(steps, entries - pattern.pruned_count(entries), settings)
+    rest = steps.look()
+    optimal = relative_errors([exact_weights(problem, result.mask)], *problem)[0]
+    end = f"{result.status} after {result.iterations} iterations, {result.restarts} restarts"
+    return Course(name, [steps.looks.get(t, rest) for t in iterations], optimal, end)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from alps.solvers import Alps, Method, Refitted, get_method
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import Unstructured
 from layers import Problem, exact_weights, markdown, support
-from paper.penalties import Course, courses
+from paper.penalties import courses
 from paper.recipe import Penalties, Published, Refits, Supports
 
 
@@ -111,41 +111,46 @@ def _refit(recipe: Refits, name: str, problem: Problem, sparsity: float) -> list
 def _refit_cells(figures: Sequence[float]) -> list[str]:
     before, pcg, pcg_seconds, exact, exact_seconds = figures
     cells = [f"{before:.2e}", f"{pcg:.2e}", f"{pcg_seconds:.3g}", f"{exact:.2e}", f"{exact_seconds:.3g}"]
-    return [*cells, f"{pcg / exact:.3f}", f"{exact_seconds / pcg_seconds:.2g}"]
+    return [*cells, f"{pcg / exact:.3f}", f"{exact_seconds / pcg_seconds:.1f}"]
 
 
 def penalties(recipe: Penalties, problem: Problem) -> str:
-    """Two tables a sparsity: errors of the sparse iterate, and changes of its support, after some iterations."""
+    """Errors of both iterates, and changes of the support, after some iterations: three tables a sparsity."""
     parts = []
     for sparsity in recipe.sparsity:
         found = courses(problem, Unstructured(sparsity), recipe.iterations, recipe.fixed)
-        beside = sparsity == recipe.paper_sparsity
+        errors, changes = (recipe.errors, recipe.changes) if sparsity == recipe.paper_sparsity else (None, None)
         heads = ["after iteration", "", *map(str, recipe.iterations)]
-        errors = [[*map(_scientific, course.errors), _scientific(course.optimal)] for course in found]
-        changes = [list(map(_share, course.changes)) for course in found]
         parts += [
-            f"**{sparsity:g}: relative error of the sparse iterate; last, with optimal weights on the last support**",
-            _beside([*heads, "optimal weights"], found, errors, recipe.errors if beside else None, _scientific),
-            f"**{sparsity:g}: entries that came into the support or left it in that iteration, of all kept**",
-            _beside(heads, found, changes, recipe.changes if beside else None, _share),
-            "\n".join(f"- {course.name}: {course.end}." for course in found),
+            f"**{sparsity:g}: relative error of D, and of optimal weights on its last support**",
+            _beside(
+                [*heads, "optimal weights"],
+                {one.name: [*(look.error for look in one.looks), one.optimal] for one in found},
+                errors,
+                _scientific,
+            ),
+            f"**{sparsity:g}: relative error of W, all but its largest entries set to zero**",
+            _beside(heads, {one.name: [look.pruned_error for look in one.looks] for one in found}, errors, _scientific),
+            f"**{sparsity:g}: entries that came into D's support or left it in that iteration, of all weights**",
+            _beside(heads, {one.name: [look.change for look in one.looks] for one in found}, changes, _share),
+            "\n".join(f"- {one.name}: {one.end}." for one in found),
         ]
     return "\n\n".join(parts)
 
 
 def _beside(
     heads: Sequence[str],
-    found: Sequence[Course],
-    cells: Sequence[list[str]],
+    measured: Mapping[str, Sequence[float | None]],
     paper: Published | None,
     form: Callable[[float | None], str],
 ) -> str:
+    """A row a course, by name; the paper's figures below each, for heads that are iterations."""
     rows = []
-    for course, measured in zip(found, cells, strict=True):
-        rows.append([course.name, "measured", *measured])
-        if paper is not None and course.name in paper.columns:
-            theirs = [form(paper.figure(course.name, float(key))) for key in heads[2 : 2 + len(course.errors)]]
-            rows.append([course.name, "paper", *theirs, *[""] * (len(measured) - len(theirs))])
+    for name, figures in measured.items():
+        rows.append([name, "measured", *map(form, figures)])
+        if paper is not None and name in paper.columns:
+            theirs = [paper.figure(name, float(head)) if head.isdigit() else None for head in heads[2:]]
+            rows.append([name, "paper", *("" if one is None else form(one) for one in theirs)])
     return markdown(heads, rows) + (f"\n\nPaper: {paper.source}." if paper is not None else "")
 
 
