@@ -117,7 +117,7 @@ def test_optimal_weights_are_those_of_least_squares() -> None:
 
 
 def splitting(weight: Tensor, stats: InputStats, kept: int, rho: float, steps: int) -> list[tuple[float, float, float]]:
-    """Errors of D and of W pruned, and s over all entries, after every step of the splitting, written out in float64."""
+    """Errors of D and of W pruned, and s over all entries, after every step of the splitting, in plain float64."""
     X = inputs().double()
     H = X.T @ X + damping_of(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
     E = H.diagonal().rsqrt()
@@ -134,8 +134,8 @@ def splitting(weight: Tensor, stats: InputStats, kept: int, rho: float, steps: i
         W = torch.linalg.solve(H + rho * torch.eye(len(H), dtype=torch.float64), (W0 @ H - V + rho * D).T).T
         old, D = D, largest(W + V / rho)
         V = V + rho * (W - D)
-        errors = [plain_error((one * E).float(), weight) for one in (D, largest(W))]
-        course.append((*errors, float(((D != 0) ^ (old != 0)).sum()) / D.numel()))
+        error, pruned_error = (plain_error((one * E).float(), weight) for one in (D, largest(W)))
+        course.append((error, pruned_error, float(((D != 0) ^ (old != 0)).sum()) / D.numel()))
     return course
 
 

@@ -94,7 +94,8 @@ class Watched:
         """Both errors as they stand, in the coordinates of the weight."""
         pruned = masked(self._W, keep_largest(self._W.abs(), self._pattern))
         both = [one * self._hessian.scale for one in (self._D, pruned)]
-        return Look(*relative_errors(both, *self._problem), change=None)
+        error, pruned_error = relative_errors(both, *self._problem)
+        return Look(error, pruned_error, change=None)
 
 
 def courses(problem: Problem, pattern: Pattern, iterations: Sequence[int], fixed: Sequence[float]) -> list[Course]:
