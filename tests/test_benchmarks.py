@@ -222,11 +222,11 @@ def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_fi
         assert [row[2] for row in rows if row[:2] == ["schedule", "paper"]] == ["1.63e-01"] * 2 + ["20.2 %"]
     else:
         first = next(row for row in rows if row[0] == site[1])
-        assert first[1:3] == ["32 x 64", "1.0"] and float(first[6]) == pytest.approx(
-            float(first[4]) / float(first[5]), rel=2e-3
+        assert first[1:3] == ["32 x 64", "1.0"] and float(first[8]) == pytest.approx(
+            float(first[6]) / float(first[7]), rel=2e-3
         )
-        assert next(row for row in rows if row[0] == "block of 128")[3:] == first[3:7]
-        assert next(row for row in rows if row[0] == "block of 4")[4] == first[4]
+        assert next(row for row in rows if row[0] == "block of 128")[3:] == first[3:9]
+        assert next(row for row in rows if row[0] == "block of 4")[6] == first[6]
         inside = next(row for row in rows if row[0] == "first 32 inputs")
         assert inside[1] == "32 x 32" and float(inside[3]) < float(first[3])
 

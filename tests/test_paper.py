@@ -21,7 +21,7 @@ from alps.solvers.pattern import Unstructured
 from alps.stats import InputStats
 from alps.yamls import read_yaml
 from layers import Problem, exact_weights, support
-from paper.dependence import grams, inflation, made_up, narrowed, spearman
+from paper.dependence import grams, inflation, made_up, narrowed, row, spearman
 from paper.penalties import courses
 from paper.published import PUBLISHED, Figures, beside_the_paper
 from paper.recipe import load_recipe
@@ -239,6 +239,21 @@ def test_made_up_inputs_have_the_inflation_of_the_book() -> None:
     assert found["half of each common to all"] == pytest.approx(1 / (1 - 0.25 * 39 / 20), rel=1e-4)
 
 
+def test_a_row_holds_what_the_inputs_are_like() -> None:
+    weight, stats = problem(30)
+    found = row((weight, stats), 0.7)
+    X = inputs().double()
+    H = X.T @ X + damping_of(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
+    R = H / torch.outer(H.diagonal().sqrt(), H.diagonal().sqrt())
+    assert found.condition == pytest.approx(float(torch.linalg.cond(R)), rel=1e-3)
+    sizes = sorted(X.square().mean(dim=0).tolist())
+    assert found.spread == pytest.approx(sizes[-1] / sizes[11], rel=1e-4)
+    assert found.size == (30, 24) and found.tokens == pytest.approx(400 / 24)
+    mask = support(get_method("sparsegpt"), (weight, stats), Unstructured(0.7))
+    assert found.sparsegpt == pytest.approx(plain_error(exact_weights((weight, stats), mask), weight), rel=1e-4)
+    assert found.ratio == found.alps / found.sparsegpt
+
+
 def test_fewer_inputs_are_the_first_ones() -> None:
     X = inputs()
     weight, stats = narrowed((torch.randn(3, X.shape[1]), InputStats.of(X)), 9)
@@ -250,7 +265,7 @@ def test_fewer_inputs_are_the_first_ones() -> None:
 def test_spearman() -> None:
     assert spearman([1.0, 2.0, 9.0], [0.3, 0.2, 0.1]) == pytest.approx(-1)
     assert spearman([1.0, 2.0, 9.0, 10.0], [1.0, 3.0, 2.0, 4.0]) == pytest.approx(0.8)
-    assert spearman([1.0], [2.0]) is None
+    assert spearman([5.0, 1.0, 3.0], [2.0, 0.0, 1.0]) == pytest.approx(1)
 
 
 def result(model: str, method: str, seed: int, perplexities: dict[str, float], accuracy: float | None = None) -> Result:

@@ -4,12 +4,14 @@ legend  H    damped Gram                                              (in, in)
         R    H scaled to unit diagonal                                (in, in)
         VIF  (R^{-1})_jj = 1 / (1 - R_j^2): how many times harder to replace an input is when the others may not
              help; 1 when no other input tells anything about it      (in,)
+Condition is that of R; spread is the largest mean square of an input over the median one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,53 +24,90 @@ from alps.stats import InputStats
 from layers import Problem, exact_weights, layer_problems, markdown, support
 from paper.recipe import Dependence
 
-_HEADS = ["", "out x in", "tokens / input", "VIF", "ALPS", "SparseGPT", "ratio"]
+_HEADS = ["", "out x in", "tokens / input", "VIF", "condition", "spread", "ALPS", "SparseGPT", "ratio"]
 
 
 def dependence(recipe: Dependence, problems: dict[str, Problem]) -> str:
     """The ratio at every site, with its own and with random weights; at the first site, by what it may depend on."""
     ours = {key: recipe.paper.figure(key, recipe.sparsity) for key in ("alps", "sparsegpt")}
     first = next(iter(problems))
-    sites = {name: (*_row(problem, recipe.sparsity), _random(problem, recipe)) for name, problem in problems.items()}
-    rank = spearman([row[3] for row in sites.values()], [row[6] for row in sites.values()])
-    more = {f"{count} windows": _windows(recipe, first, count) for count in recipe.windows}
-    narrow = {f"first {width} inputs": narrowed(problems[first], width) for width in recipe.widths}
-    varied = {f"damping {one:g}": _row(problems[first], recipe.sparsity, damping=one) for one in recipe.dampings}
-    varied |= {f"block of {one}": _row(problems[first], recipe.sparsity, block=one) for one in recipe.blocks}
-    made = {name: made_up(gram) for name, gram in grams(recipe.inputs).items()}
+    sites = {name: row(problem, recipe.sparsity) for name, problem in problems.items()}
+    random = {name: row(_random(problem), recipe.sparsity).ratio for name, problem in problems.items()}
+    changed = {f"{count} windows": row(_windows(recipe, first, count), recipe.sparsity) for count in recipe.windows}
+    for width in recipe.widths:
+        changed[f"first {width} inputs"] = row(narrowed(problems[first], width), recipe.sparsity)
+    for damping in recipe.dampings:
+        changed[f"damping {damping:g}"] = row(problems[first], recipe.sparsity, damping=damping)
+    for block in recipe.blocks:
+        changed[f"block of {block}"] = row(problems[first], recipe.sparsity, block=block)
+    made = {name: row(made_up(gram), recipe.sparsity) for name, gram in grams(recipe.inputs).items()}
     parts = [
         f"### ALPS / SparseGPT at {recipe.sparsity:g}, optimal weights on both supports",
-        markdown([*_HEADS, "random weights"], [_line(name, row) for name, row in sites.items()]),
-        "" if rank is None else f"Rank correlation of VIF and ratio over {len(sites)} sites: {rank:.2f}.",
+        markdown(
+            [*_HEADS, "random weights"], [[*one.cells(name), f"{random[name]:.3f}"] for name, one in sites.items()]
+        ),
+        _correlations(list(sites.values())),
         f"#### {first}: by calibration windows, by inputs, by damping, by SparseGPT's block of columns",
-        markdown(_HEADS, [_line(name, _row(problem, recipe.sparsity)) for name, problem in (more | narrow).items()]),
-        markdown(_HEADS, [_line(name, row) for name, row in varied.items()]),
+        markdown(_HEADS, [one.cells(name) for name, one in changed.items()]),
         f"#### Random weights on made-up inputs: {recipe.inputs} of equal size",
-        markdown(_HEADS, [_line(name, _row(problem, recipe.sparsity)) for name, problem in made.items()]),
+        markdown(_HEADS, [one.cells(name) for name, one in made.items()]),
     ]
     if ours["alps"] is not None and ours["sparsegpt"] is not None:
         parts.append(f"Paper: {ours['alps'] / ours['sparsegpt']:.3f} ({recipe.paper.source}).")
     return "\n\n".join(part for part in parts if part)
 
 
-Row = tuple[int, int, float, float, float, float, float]
+def _correlations(rows: Sequence[Row]) -> str:
+    """How well each property of the inputs orders the ratios; nothing for a single site."""
+    if len(rows) < 2:
+        return ""
+    properties = {"VIF": [one.vif for one in rows], "condition": [one.condition for one in rows]}
+    properties["spread"] = [one.spread for one in rows]
+    ratios = [one.ratio for one in rows]
+    found = ", ".join(f"{name} {spearman(values, ratios):.2f}" for name, values in properties.items())
+    return f"Rank correlation with the ratio over {len(rows)} sites: {found}."
 
 
-def _row(problem: Problem, sparsity: float, damping: float = 0.01, block: int = 128) -> Row:
+@dataclass(frozen=True)
+class Row:
+    """One problem: its sizes, what its inputs are like, and both errors."""
+
+    size: tuple[int, int]
+    tokens: float
+    vif: float
+    condition: float
+    spread: float
+    alps: float
+    sparsegpt: float
+
+    @property
+    def ratio(self) -> float:
+        return self.alps / self.sparsegpt
+
+    def cells(self, name: str) -> list[str]:
+        """In the order of the heads."""
+        inputs = [f"{self.tokens:.1f}", f"{self.vif:.2f}", f"{self.condition:.0f}", f"{self.spread:.1f}"]
+        errors = [f"{self.alps:.3e}", f"{self.sparsegpt:.3e}", f"{self.ratio:.3f}"]
+        return [name, f"{self.size[0]} x {self.size[1]}", *inputs, *errors]
+
+
+def row(problem: Problem, sparsity: float, damping: float = 0.01, block: int = 128) -> Row:
+    """Both methods on one problem."""
     weight, stats = problem
-    rows, columns = weight.shape
     errors = []
     for method in (Alps(damping=damping), SparseGPT(damping=damping, block=block)):
         mask = support(method, problem, Unstructured(sparsity))
         errors.append(relative_error(exact_weights(problem, mask, damping), *problem))
-    ratio = errors[0] / errors[1]
-    return rows, columns, stats.tokens / columns, inflation(stats, damping), errors[0], errors[1], ratio
-
-
-def _line(name: str, row: Sequence[float]) -> list[str]:
-    rows, columns, tokens, vif, alps, sparsegpt, *ratios = row
-    cells = [name, f"{rows} x {columns}", f"{tokens:.1f}", f"{vif:.2f}", f"{alps:.3e}", f"{sparsegpt:.3e}"]
-    return [*cells, *(f"{ratio:.3f}" for ratio in ratios)]
+    levels = torch.linalg.eigvalsh(scaled(stats, damping).matrix.double())
+    return Row(
+        size=(weight.shape[0], weight.shape[1]),
+        tokens=stats.tokens / weight.shape[1],
+        vif=inflation(stats, damping),
+        condition=float(levels[-1] / levels[0]),
+        spread=float(stats.square.max() / stats.square.median()),
+        alps=errors[0],
+        sparsegpt=errors[1],
+    )
 
 
 def inflation(stats: InputStats, damping: float = 0.01) -> float:
@@ -76,10 +115,10 @@ def inflation(stats: InputStats, damping: float = 0.01) -> float:
     return float(torch.linalg.inv(scaled(stats, damping).matrix.double()).diagonal().median())
 
 
-def _random(problem: Problem, recipe: Dependence) -> float:
-    """The ratio with normal weights in place of the site's."""
+def _random(problem: Problem) -> Problem:
+    """Normal weights in place of the site's."""
     weight, stats = problem
-    return _row((_normal(*weight.shape), stats), recipe.sparsity)[-1]
+    return _normal(*weight.shape), stats
 
 
 def _normal(rows: int, columns: int) -> Tensor:
@@ -117,9 +156,7 @@ def grams(count: int) -> dict[str, Tensor]:
     return found
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Correlation of ranks; None for fewer than two values. No value may occur twice."""
-    if len(first) < 2:
-        return None
-    ranks = torch.tensor([[sorted(values).index(value) for value in values] for values in (first, second)])
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of ranks; equal values take their ranks in the order in which they stand."""
+    ranks = torch.tensor([list(first), list(second)], dtype=torch.float64).argsort(stable=True).argsort()
     return float(torch.corrcoef(ranks.double())[0, 1])
