@@ -204,7 +204,8 @@ def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_fi
     ):
         text = re.sub(rf"^{key}: .*$", f"{key}: {small}", text, flags=re.MULTILINE)
     recipe.write_text(text)
-    site = ("--site", "model.layers.1.self_attn.k_proj")
+    site = ["--site", "model.layers.1.self_attn.k_proj"]
+    site += ["--site", "model.layers.1.self_attn.o_proj"] * (name == "layer-ratio")
     rows = run(
         tmp_path,
         "paper/run.py",

@@ -21,7 +21,7 @@ from alps.solvers.pattern import Unstructured
 from alps.stats import InputStats
 from alps.yamls import read_yaml
 from layers import Problem, exact_weights, support
-from paper.dependence import grams, inflation, made_up, narrowed, row, spearman
+from paper.dependence import grams, inflation, made_up, narrowed, solved, spearman
 from paper.penalties import courses
 from paper.published import PUBLISHED, Figures, beside_the_paper
 from paper.recipe import load_recipe
@@ -241,7 +241,7 @@ def test_made_up_inputs_have_the_inflation_of_the_book() -> None:
 
 def test_a_row_holds_what_the_inputs_are_like() -> None:
     weight, stats = problem(30)
-    found = row((weight, stats), 0.7)
+    found = solved((weight, stats), 0.7)
     X = inputs().double()
     H = X.T @ X + damping_of(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
     R = H / torch.outer(H.diagonal().sqrt(), H.diagonal().sqrt())

@@ -31,16 +31,16 @@ def dependence(recipe: Dependence, problems: dict[str, Problem]) -> str:
     """The ratio at every site, with its own and with random weights; at the first site, by what it may depend on."""
     ours = {key: recipe.paper.figure(key, recipe.sparsity) for key in ("alps", "sparsegpt")}
     first = next(iter(problems))
-    sites = {name: row(problem, recipe.sparsity) for name, problem in problems.items()}
-    random = {name: row(_random(problem), recipe.sparsity).ratio for name, problem in problems.items()}
-    changed = {f"{count} windows": row(_windows(recipe, first, count), recipe.sparsity) for count in recipe.windows}
+    sites = {name: solved(problem, recipe.sparsity) for name, problem in problems.items()}
+    random = {name: solved(_random(problem), recipe.sparsity).ratio for name, problem in problems.items()}
+    changed = {f"{count} windows": solved(_windows(recipe, first, count), recipe.sparsity) for count in recipe.windows}
     for width in recipe.widths:
-        changed[f"first {width} inputs"] = row(narrowed(problems[first], width), recipe.sparsity)
+        changed[f"first {width} inputs"] = solved(narrowed(problems[first], width), recipe.sparsity)
     for damping in recipe.dampings:
-        changed[f"damping {damping:g}"] = row(problems[first], recipe.sparsity, damping=damping)
+        changed[f"damping {damping:g}"] = solved(problems[first], recipe.sparsity, damping=damping)
     for block in recipe.blocks:
-        changed[f"block of {block}"] = row(problems[first], recipe.sparsity, block=block)
-    made = {name: row(made_up(gram), recipe.sparsity) for name, gram in grams(recipe.inputs).items()}
+        changed[f"block of {block}"] = solved(problems[first], recipe.sparsity, block=block)
+    made = {name: solved(made_up(gram), recipe.sparsity) for name, gram in grams(recipe.inputs).items()}
     parts = [
         f"### ALPS / SparseGPT at {recipe.sparsity:g}, optimal weights on both supports",
         markdown(
@@ -91,7 +91,7 @@ class Row:
         return [name, f"{self.size[0]} x {self.size[1]}", *inputs, *errors]
 
 
-def row(problem: Problem, sparsity: float, damping: float = 0.01, block: int = 128) -> Row:
+def solved(problem: Problem, sparsity: float, damping: float = 0.01, block: int = 128) -> Row:
     """Both methods on one problem."""
     weight, stats = problem
     errors = []
