@@ -248,7 +248,8 @@ def test_paper_compares_whole_models(tmp_path: Path, stories: Path, english_file
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["layer-supports.yaml", "--out", "x"], "about single layers"),
+        (["layer-supports.yaml", "--out", "x"], "about single layers: leave out --out"),
+        (["rho-ablation.yaml", "--task-data", "x"], "leave out --task-data"),
         (["perplexity.yaml"], "give --out"),
         (["nothing.yaml"], "cannot be read"),
     ],

@@ -27,6 +27,9 @@ from paper.published import beside_the_paper
 from paper.recipe import Dependence, Penalties, Recipe, Refits, Supports, load_recipe
 from paper.tables import penalties, refits, supports
 
+# Options that only comparisons know.
+_WHOLE = ("out", "text", "eval_seqlen", "windows", "task", "task_data", "limit", "seeds")
+
 
 def main() -> None:
     """Read the recipe, measure, print Markdown; every user error is one line on stderr and exit code 2."""
@@ -40,8 +43,9 @@ def main() -> None:
 
 def layers(options: argparse.Namespace) -> str:
     """The tables of a recipe of layer problems."""
-    if options.out or options.text or options.eval_seqlen or options.windows or options.seeds or options.task_data:
-        raise ConfigError(f"'{options.recipe}' is about single layers: leave out what is for comparisons.")
+    if given := [name for name in _WHOLE if getattr(options, name) is not None]:
+        flag = given[0].replace("_", "-")
+        raise ConfigError(f"'{options.recipe}' is about single layers: leave out --{flag}, which is for comparisons.")
     recipe = load_recipe(Path(options.recipe), {**_shared(options), "seed": options.seed, "sites": options.site})
     with exact_float32():
         problems = layer_problems(argparse.Namespace(**recipe.model_dump()), recipe.sites)
