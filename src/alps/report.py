@@ -27,6 +27,9 @@ class LayerRecord(Record):
         error: relative reconstruction error of the weights as written, in the checkpoint's dtype; None when the
             run did not collect the Gram.
         magnitude_error: the same for magnitude pruning of this site on the same inputs.
+        expert: number of the expert whose map it is, in a mixture that keeps those of all experts in one parameter.
+        tokens: calibration tokens that it received, those of other experts that were added left out; None when none
+            were fed.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -39,6 +42,13 @@ class LayerRecord(Record):
     error: float | None
     magnitude_error: float | None
     solve: dict[str, Any]
+    expert: int | None = None
+    tokens: int | None = None
+
+    @property
+    def starves(self) -> bool:
+        """Whether it is an expert's map that received fewer tokens than it has inputs."""
+        return self.expert is not None and self.tokens is not None and self.tokens < self.shape[1]
 
     @property
     def sparsity(self) -> float:
@@ -68,6 +78,7 @@ class RunReport(Record):
             (admm, refit, sweep, select, swap inside it), match, errors, write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
+        notes: what else is to be known of the run, in sentences.
         evaluations: perplexities measured in the same run, dense and pruned, if any.
         recovery: distillations since, in order. Everything else is as the one-shot run left it: the zeros still hold,
             the errors are those of the weights before.
@@ -88,6 +99,7 @@ class RunReport(Record):
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
     versions: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
     recovery: list[RecoveryReport] = Field(default_factory=list)
 
@@ -115,6 +127,11 @@ class RunReport(Record):
     def mean_magnitude_error(self) -> float | None:
         """Mean over sites of what magnitude pruning would have left on the same inputs."""
         return _mean([site.magnitude_error for site in self.sites])
+
+    @property
+    def starving(self) -> list[LayerRecord]:
+        """Maps of experts that received fewer calibration tokens than they have inputs."""
+        return [site for site in self.sites if site.starves]
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Account for a phase outside the walk, in the total too."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,26 +35,27 @@ layouts = pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_what_is_read_is_what_the_forward_multiplies_with(layout: str) -> None:
     site, x = _site(layout), _inputs()
     assert site.shape == (_OUT, _IN) == tuple(site.read().shape)
-    torch.testing.assert_close(F.linear(x, site.read(), site.module.bias), site.module(x), rtol=0, atol=1e-6)
+    module: Any = site.module
+    torch.testing.assert_close(F.linear(x, site.read(), module.bias), module(x), rtol=0, atol=1e-6)
 
 
 @layouts
 def test_what_is_written_is_what_the_forward_multiplies_with(layout: str) -> None:
     site, x = _site(layout), _inputs()
-    bias = site.module.bias.detach().clone()
-    parameter = site.module.weight
+    module: Any = site.module
+    bias, parameter = module.bias.detach().clone(), site.parameter
     weight = torch.arange(_OUT * _IN, dtype=torch.float32).view(_OUT, _IN)
     stored = site.write(weight)
     assert torch.equal(stored, weight) and torch.equal(site.read(), weight)
-    torch.testing.assert_close(site.module(x), x @ weight.T + bias, rtol=0, atol=1e-5)
-    assert site.module.weight is parameter and torch.equal(site.module.bias, bias)
+    torch.testing.assert_close(module(x), x @ weight.T + bias, rtol=0, atol=1e-5)
+    assert module.weight is parameter and torch.equal(module.bias, bias)
 
 
 @layouts
 def test_reading_is_a_view_without_a_gradient(layout: str) -> None:
     site = _site(layout)
     assert not site.read().requires_grad
-    assert site.read().data_ptr() == site.module.weight.data_ptr()
+    assert site.read().data_ptr() == site.parameter.data_ptr()
 
 
 @layouts
