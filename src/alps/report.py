@@ -28,8 +28,9 @@ class LayerRecord(Record):
             run did not collect the Gram.
         magnitude_error: the same for magnitude pruning of this site on the same inputs.
         expert: number of the expert whose map it is, in a mixture that keeps those of all experts in one parameter.
-        tokens: calibration tokens that it received, those of other experts that were added left out; None when none
-            were fed.
+        tokens: calibration tokens that it received; None when none were fed.
+        added: average tokens of a pool that filled up the statistics of an expert that received too few, see
+            `alps.models.starving`.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -44,11 +45,7 @@ class LayerRecord(Record):
     solve: dict[str, Any]
     expert: int | None = None
     tokens: int | None = None
-
-    @property
-    def starves(self) -> bool:
-        """Whether it is an expert's map that received fewer tokens than it has inputs."""
-        return self.expert is not None and self.tokens is not None and self.tokens < self.shape[1]
+    added: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -127,11 +124,6 @@ class RunReport(Record):
     def mean_magnitude_error(self) -> float | None:
         """Mean over sites of what magnitude pruning would have left on the same inputs."""
         return _mean([site.magnitude_error for site in self.sites])
-
-    @property
-    def starving(self) -> list[LayerRecord]:
-        """Maps of experts that received fewer calibration tokens than they have inputs."""
-        return [site for site in self.sites if site.starves]
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Account for a phase outside the walk, in the total too."""

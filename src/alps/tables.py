@@ -55,14 +55,14 @@ def prune_summary(report: RunReport, out: Path) -> Text:
 def _warnings(report: RunReport) -> list[str]:
     """Experts that few tokens were routed to, in one line, and the notes of the run."""
     lines = [f"Note: {note}" for note in report.notes]
-    if starving := report.starving:
+    if starving := [site for site in report.sites if site.added]:
         experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in starving}
         among = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.sites if site.expert is not None}
         worst = min(starving, key=lambda site: (site.tokens or 0) / site.shape[1])
         lines.append(
-            f"WARNING: {len(experts)} of {len(among)} experts received fewer calibration tokens than they have inputs, "
-            f"the worst {worst.tokens} for {worst.shape[1]} ({worst.name}): they were calibrated in part on other "
-            "experts' tokens; use more samples."
+            f"WARNING: {len(experts)} of {len(among)} experts received too few calibration tokens, the worst "
+            f"{worst.tokens} for {worst.shape[1]} inputs ({worst.name}): they were filled up with average tokens of "
+            "all experts; use more samples."
         )
     return lines
 

@@ -222,6 +222,7 @@ class Walk:
                 solve=solve_record(solution.info),
                 expert=site.expert,
                 tokens=shared.tokens if self.reads_inputs else None,
+                added=shared.added,
             )
         )
         self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))

@@ -1,7 +1,7 @@
 """Sites: the prunable linear maps inside a block, read and written as (out, in) matrices.
 
-A map is a module of its own, or one expert's slice of a parameter that fuses the maps of all experts: (experts, out, in)
-or (experts, in, out). The class says which, and observing a block checks it on the products that are made.
+A map is a module of its own, or one expert's slice of a parameter that fuses the maps of all experts: (experts, out,
+in) or (experts, in, out). The class says which, and observing a block checks it on the products that are made.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ legend  in   inputs of an expert's map                                    scalar
         T_e  tokens that the router sent to the expert                    scalar
         G_e  Gram of what its map received of them                        (in, in)
         T, P the same of the pool                                         scalar, (in, in)
-An expert with T_e < in has a Gram without full rank. It gets G_e + (in - T_e) P / T: as many average tokens of the
-pool as are missing. The rule is continuous at T_e = in, leaves an expert with enough tokens alone, gives one without
-any the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a
-second map is what the expert's own first map makes of all those tokens, since the features between the two are its own.
-Where a module of experts cannot be asked to send tokens elsewhere, the pool is all that the same map of all experts
-received.
+        c    `ENOUGH`                                                     scalar
+An expert with T_e < c in gets G_e + (c in - T_e) P / T: as many average tokens of the pool as are missing, and the
+other sums alike. The rule is continuous at T_e = c in, leaves an expert with enough tokens alone, gives one without any
+the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a second
+map is what the expert's own first map makes of all those tokens, since the features between the two are its own. Where
+a module of experts cannot be asked to send tokens elsewhere, it is all that the same map of all experts received.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from alps.models.experts import reroutable, rerouted
 from alps.models.sites import Site
 from alps.models.streams import AllSeen, watching
 from alps.stats import InputStats, Needs
+
+# Tokens for each input: with as many as inputs the Gram has full rank, and is at its most misleading (docs/experts.md).
+ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class SharedInput:
         return self.stats.tokens - self.added
 
     @property
-    def starves(self) -> bool:
-        """Whether it is the input of an expert that received fewer tokens than it has inputs."""
-        return self.sites[0].expert is not None and self.tokens < self.sites[0].shape[1]
+    def missing(self) -> int:
+        """Tokens that an expert would need in addition; 0 for every other site."""
+        site = self.sites[0]
+        return 0 if site.expert is None else max(ENOUGH * site.shape[1] - self.tokens, 0)
 
     @property
     def notes(self) -> list[str]:
@@ -66,7 +70,7 @@ def fed(
     shared: Sequence[SharedInput], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
 ) -> list[SharedInput]:
     """The same inputs, with those of starving experts filled up."""
-    hungry = [one for one in shared if one.starves]
+    hungry = [one for one in shared if one.missing]
     if not hungry or needs is Needs.NOTHING:
         return list(shared)
     own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
@@ -75,14 +79,13 @@ def fed(
         name = one.sites[0].parameter_name
         if one.sites[0].expert is not None and one.sites[0].name not in own:
             fused[name] = fused[name] + one.stats if name in fused else one.stats
-    return [_filled(one, own, fused) if one.starves else one for one in shared]
+    return [_filled(one, own, fused) if one.missing else one for one in shared]
 
 
 def _filled(one: SharedInput, own: dict[str, InputStats], fused: dict[str, InputStats]) -> SharedInput:
     site = one.sites[0]
     pool = own[site.name] if site.name in own else fused[site.parameter_name]
-    missing = site.shape[1] - one.tokens
-    return replace(one, stats=one.stats + pool.averaged(missing), added=missing)
+    return replace(one, stats=one.stats + pool.averaged(one.missing), added=one.missing)
 
 
 def _rerouted_pools(
