@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +14,20 @@ from torch.nn import functional as F
 import alps
 from alps.budgets import plan
 from alps.errors import UnsupportedModel
+from alps.loaded import Loaded
 from alps.models.blocks import find_blocks
 from alps.models.capture import capture
 from alps.models.observe import observe
 from alps.models.sites import Site
 from alps.models.starving import ENOUGH, SharedInput
+from alps.progress import Silent
+from alps.recover import recover
+from alps.recovered import recover_settings
 from alps.solvers import get_method
 from alps.solvers.base import Method
 from alps.solvers.pattern import Unstructured, parse_pattern
 from alps.stats import InputStats, Needs
+from alps.tables import prune_summary
 from decoders import MOE, decoder
 
 _CPU = torch.device("cpu")
@@ -371,3 +377,40 @@ def test_experts_multiplied_from_the_other_side_are_refused(ids: Tensor) -> None
 def test_patterns_that_do_not_divide_a_slice_name_it(ids: Tensor) -> None:
     with pytest.raises(alps.errors.ConfigError, match=r"experts\.down_proj\.0 \(48\)"):
         alps.prune(decoder("mixtral"), parse_pattern("9:32"), calibration=ids)
+
+
+def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path: Path) -> None:
+    model = decoder("gpt_oss")
+    with torch.no_grad():
+        model.model.layers[1].mlp.router.bias[3] = -1e4
+    report = alps.prune(model, 0.6, "wanda", calibration=many, target=0.4)
+    lines = prune_summary(report, tmp_path).plain.splitlines()
+    (warning,) = [line for line in lines if line.startswith("WARNING")]
+    starving = {(s.block, s.expert) for s in report.sites if s.tokens is not None and s.tokens < ENOUGH * s.shape[1]}
+    starving = {pair for pair in starving if pair[1] is not None}
+    assert 1 < len(starving) < 16
+    assert warning.startswith(
+        f"WARNING: {len(starving)} of 16 experts received too few calibration tokens, the worst 0 "
+    )
+    assert "0 for 32 inputs (model.layers.1.mlp.experts.gate_up_proj.3)" in warning
+    assert any(line.startswith("Note: the experts were pruned with --target pruned") for line in lines)
+    noted = {site.name for site in report.sites if any("were routed here" in note for note in site.solve["notes"])}
+    assert noted == {site.name for site in report.sites if site.added}
+
+    fed = alps.prune(decoder("gpt_oss"), 0.6, "wanda", calibration=many.repeat(20, 1))
+    assert not any(site.added for site in fed.sites) and "WARNING" not in prune_summary(fed, tmp_path).plain
+
+
+def test_recovery_trains_experts_and_leaves_zeros_and_routers_alone(word_tokenizer: Any, english_file: Path) -> None:
+    dense, model = decoder("gpt_oss"), decoder("gpt_oss")
+    alps.prune(model, 0.5, "magnitude", measure_errors=False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    given = {"calibration": str(english_file), "samples": 16, "seqlen": 32, "batch_tokens": 128, "lr": 2e-3, "steps": 4}
+    teacher, student = Loaded("dense", dense, word_tokenizer), Loaded("pruned", model, word_tokenizer)
+    record = recover(teacher, student, recover_settings(given), Silent())
+    assert record.kl_after < record.kl_before
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:
+            assert torch.equal(parameter == 0, before[name] == 0) and not torch.equal(parameter, before[name]), name
+        elif "router" in name:
+            assert torch.equal(parameter, before[name]), name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from alps.models.sites import Site, find_sites
+from alps.models.sites import Site, find_sites, routing_parameters
 
 _OUT, _IN = 6, 4
 
@@ -104,3 +104,53 @@ def test_sites_come_in_the_order_of_registration_with_full_names() -> None:
 def test_a_block_that_is_itself_a_linear_map_is_its_own_site() -> None:
     block = nn.Linear(2, 3)
     assert [(site.name, site.module) for site in find_sites("layers.0", block)] == [("layers.0", block)]
+
+
+class _Experts(nn.Module):
+    """Three maps from 4 features to 6 in one parameter, and what is fused in no such way beside them."""
+
+    def __init__(self, turned: bool, attribute: str = "down_proj") -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed, self.training_steps = 3, turned, 5
+        generator = torch.Generator().manual_seed(13)
+        shape = (3, _IN, _OUT) if turned else (3, _OUT, _IN)
+        self.register_parameter(attribute, nn.Parameter(torch.randn(shape, generator=generator)))
+        self.other = nn.Parameter(torch.zeros(5, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(3, _OUT))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_expert_is_a_site_of_its_own(turned: bool) -> None:
+    block = nn.ModuleDict({"norm": nn.LayerNorm(2), "experts": _Experts(turned)})
+    sites = find_sites("layers.7", block)
+    assert [site.name for site in sites] == [f"layers.7.experts.down_proj.{i}" for i in range(3)]
+    for expert, site in enumerate(sites):
+        stored = block["experts"].get_parameter("down_proj")
+        assert (site.kind, site.parameter_name) == ("experts.down_proj", "layers.7.experts.down_proj")
+        assert (site.shape, site.entries, site.expert) == ((_OUT, _IN), 24, expert)
+        others = stored.detach().clone()
+        assert torch.equal(site.read(), stored[expert].T if turned else stored[expert])
+        weight = torch.arange(24, dtype=torch.float32).view(_OUT, _IN)
+        assert torch.equal(site.write(weight), weight) and torch.equal(site.read(), weight)
+        assert torch.equal(stored[expert], weight.T if turned else weight)
+        stored[expert].detach().copy_(others[expert])
+        assert torch.equal(stored, others), "another expert was written to"
+
+
+def test_a_module_of_experts_whose_parameter_is_called_weight_gives_its_own_name() -> None:
+    (first, *_) = find_sites("layers.0", nn.ModuleDict({"input_linear": _Experts(False, "weight")}))
+    assert first.name == "layers.0.input_linear.0" and first.kind == "0.input_linear"
+    assert first.parameter_name == "layers.0.input_linear.weight"
+
+
+def test_weights_and_biases_of_routers_are_known() -> None:
+    experts = _Experts(False)
+    block = nn.ModuleDict(
+        {
+            "mlp": nn.ModuleDict({"gate": nn.Linear(4, 3), "experts": experts}),
+            "other": nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 3)}), "gate": nn.Linear(4, 4)}),
+        }
+    )
+    known = routing_parameters(block)
+    names = {name for name, parameter in block.named_parameters() if id(parameter) in known}
+    assert names == {f"{name}.{part}" for name in ("mlp.gate", "other.router.layer") for part in ("weight", "bias")}
