@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import alps
 from alps.budgets import plan
+from alps.cli import app
 from alps.errors import UnsupportedModel
 from alps.loaded import Loaded
 from alps.models.blocks import find_blocks
@@ -414,3 +416,17 @@ def test_recovery_trains_experts_and_leaves_zeros_and_routers_alone(word_tokeniz
             assert torch.equal(parameter == 0, before[name] == 0) and not torch.equal(parameter, before[name]), name
         elif "router" in name:
             assert torch.equal(parameter, before[name]), name
+
+
+def test_the_commands_prune_and_inspect_a_mixture(word_tokenizer: Any, english_file: Path, tmp_path: Path) -> None:
+    decoder("mixtral").save_pretrained(tmp_path / "dense")
+    word_tokenizer.save_pretrained(tmp_path / "dense")
+    sizes = ["--samples", "8", "--seqlen", "16", "--calibration", str(english_file)]
+    out = str(tmp_path / "pruned")
+    done = CliRunner().invoke(
+        app, ["prune", str(tmp_path / "dense"), out, "--sparsity", "0.5", *sizes, "--preset", "best"]
+    )
+    assert done.exit_code == 0 and "WARNING: 16 of 16 experts received too few" in done.output, done.output
+    shown = CliRunner().invoke(app, ["inspect", out], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and "experts.gate_up" in shown.stdout
+    assert "Total sparsity of the linear layers: 50.0000 %" in shown.stdout

@@ -28,7 +28,7 @@ from alps.models.sites import Site
 from alps.models.streams import AllSeen, watching
 from alps.stats import InputStats, Needs
 
-# Tokens for each input: with as many as inputs the Gram has full rank, and is at its most misleading (docs/experts.md).
+# Tokens for each input: with one the Gram has full rank, and still misleads (docs/experts.md).
 ENOUGH = 4
 
 
