@@ -75,7 +75,7 @@ def watching_products(sites: Sequence[Site], callback: Callable[[Site, Tensor], 
     modules = {id(site.module): site.module for site in sites}
     with ExitStack() as stack:
         for module in modules.values():
-            if hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__"):
+            if _has_kernels(module):
                 stack.enter_context(_forward(module, partial(_plain(module), module)))
         if sites:
             stack.enter_context(_Products(sites, callback))
@@ -83,9 +83,9 @@ def watching_products(sites: Sequence[Site], callback: Callable[[Site, Tensor], 
 
 
 def reroutable(module: nn.Module) -> bool:
-    """Whether the plain forward of a module of experts takes (hidden states, expert numbers, weights)."""
+    """Whether a module of experts has transformers' interface: (hidden states, expert numbers, weights)."""
     names = list(inspect.signature(_plain(module)).parameters)
-    return len(names) == 4 and names[2] in _ROUTINGS
+    return _has_kernels(module) and len(names) == 4 and names[2] in _ROUTINGS
 
 
 @contextmanager
@@ -110,6 +110,11 @@ def rerouted(module: nn.Module, instead: Callable[[Tensor, Callable[[int], None]
 
     with _forward(module, forward):
         yield
+
+
+def _has_kernels(module: nn.Module) -> bool:
+    """Whether transformers chooses how these experts are computed; such a class says how its weights lie."""
+    return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 
 
 def _plain(module: nn.Module) -> Callable[..., Any]:
