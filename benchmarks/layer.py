@@ -13,16 +13,13 @@ import argparse
 import time
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from alps.runtime import exact_float32, provenance
+from alps.runtime import exact_float32
 from alps.solvers import METHODS, Alps, Method, Refitted, get_method
-from alps.solvers.hessian import damped
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import parse_pattern
-from alps.stats import InputStats
-from layers import calibration_options, captured
+from layers import Problem, calibration_options, exact_weights, layer_problems, origin, support
 
 _SUPPORTS = ("magnitude", "wanda", "dsnot", "dsnot-sparsegpt", "sparsegpt", "alps")
 
@@ -31,39 +28,14 @@ def main() -> None:
     """Collect the layer problem once, then print both tables."""
     options = _options()
     with exact_float32():
-        weight, stats = layer_problem(options)
-        facts = provenance()
-        print(
-            f"{options.model} {options.site} {tuple(weight.shape)}, {stats.tokens} tokens of {options.calibration}, "
-            f"seed {options.seed}, {facts['machine']}, commit {facts['commit']}\n"
-        )
+        problem = layer_problems(options, [options.site])[options.site]
+        print(f"{options.site} {tuple(problem[0].shape)}, {origin(options)}\n")
         patterns = options.patterns.split(",")
-        print(supports_table(weight, stats, patterns))
-        print(refit_table(weight, stats, patterns))
+        print(supports_table(problem, patterns))
+        print(refit_table(problem, patterns))
 
 
-def layer_problem(options: argparse.Namespace) -> tuple[Tensor, InputStats]:
-    """The dense weight (out, in) in float32 of one site, and the statistics of its inputs in the dense model."""
-    for shared in captured(options, lambda block: any(site.name == options.site for site in block.sites)):
-        for site in shared.sites:
-            if site.name == options.site:
-                return site.read().float().clone(), shared.stats
-    raise SystemExit(f"no site {options.site}: try one such as model.layers.0.self_attn.k_proj")
-
-
-def exact_weights(weight: Tensor, mask: Tensor, stats: InputStats) -> Tensor:
-    """The optimal weights on a support: one float64 solve of H_SS x = (W H)_S for every row."""
-    hessian, _ = damped(stats, 0.01)
-    H = hessian.double()
-    C = weight.double() @ H
-    result = torch.zeros_like(C)
-    for row, support in enumerate(mask):
-        kept = support.nonzero().squeeze(1)
-        result[row, kept] = torch.linalg.solve(H[kept][:, kept], C[row, kept])
-    return result.float()
-
-
-def supports_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
+def supports_table(problem: Problem, patterns: list[str]) -> str:
     """Relative error of each method's support with optimal weights."""
     lines = ["### A. Optimal weights on each method's support: relative error", ""]
     lines += [
@@ -73,14 +45,14 @@ def supports_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> st
     for pattern in patterns:
         errors = {}
         for name in _SUPPORTS:
-            mask = _solve(METHODS[name](), weight, stats, pattern)[1]
-            errors[name] = relative_error(exact_weights(weight, mask, stats), weight, stats)
+            mask = support(METHODS[name](), problem, parse_pattern(pattern))
+            errors[name] = relative_error(exact_weights(problem, mask), *problem)
         ratio = errors["alps"] / errors["sparsegpt"]
         lines.append(f"| {pattern} | {' | '.join(f'{e:.3e}' for e in errors.values())} | {ratio:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def refit_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
+def refit_table(problem: Problem, patterns: list[str]) -> str:
     """Error and seconds: as published, after 10 PCG steps, after PCG to a tolerance, after an exact solve."""
     lines = ["### B. No refit, PCG, exact: relative error (seconds of the refit alone)", ""]
     lines += [
@@ -90,22 +62,21 @@ def refit_table(weight: Tensor, stats: InputStats, patterns: list[str]) -> str:
     for pattern in patterns:
         for name in ("magnitude", "sparsegpt", "alps"):
             plain: Method = replace(Alps(), refit_steps=0) if name == "alps" else get_method(name)
-            pruned, mask, _ = _solve(plain, weight, stats, pattern)
-            cells = [f"{relative_error(pruned, weight, stats):.3e}"]
+            pruned, mask, _ = _solve(plain, problem, pattern)
+            cells = [f"{relative_error(pruned, *problem):.3e}"]
             for steps, tolerance in ((10, 0.0), (1000, 1e-4)):
-                refined, _, seconds = _solve(
-                    Refitted(plain, max_steps=steps, tolerance=tolerance), weight, stats, pattern
-                )
-                cells.append(f"{relative_error(refined, weight, stats):.3e} ({seconds:.2f})")
+                refined, _, seconds = _solve(Refitted(plain, max_steps=steps, tolerance=tolerance), problem, pattern)
+                cells.append(f"{relative_error(refined, *problem):.3e} ({seconds:.2f})")
             start = time.perf_counter()
-            exact = exact_weights(weight, mask, stats)
-            cells.append(f"{relative_error(exact, weight, stats):.3e} ({time.perf_counter() - start:.1f})")
+            exact = exact_weights(problem, mask)
+            cells.append(f"{relative_error(exact, *problem):.3e} ({time.perf_counter() - start:.1f})")
             lines.append(f"| {pattern} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _solve(method: Method, weight: Tensor, stats: InputStats, pattern: str) -> tuple[Tensor, Tensor, float]:
+def _solve(method: Method, problem: Problem, pattern: str) -> tuple[Tensor, Tensor, float]:
     """Weight, mask, and the seconds of the refit (0 without one)."""
+    weight, stats = problem
     solution = method.solve(weight, method.prepare(stats), parse_pattern(pattern))
     return solution.weight, solution.mask, solution.info.seconds.get("refit", 0.0)
 

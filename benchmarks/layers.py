@@ -1,4 +1,4 @@
-"""What the benchmarks of single layers share: inputs collected from the dense model, options, Markdown tables."""
+"""What the benchmarks of single layers share: inputs of the dense model, optimal weights, options, Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from alps.data.text import load_text
 from alps.loaded import load
@@ -13,7 +14,13 @@ from alps.models.blocks import Block, find_blocks
 from alps.models.capture import capture
 from alps.models.observe import observe
 from alps.models.starving import SharedInput
-from alps.stats import Needs
+from alps.runtime import provenance
+from alps.solvers import Method
+from alps.solvers.hessian import damped
+from alps.solvers.pattern import Pattern
+from alps.stats import InputStats, Needs
+
+Problem = tuple[Tensor, InputStats]
 
 
 def captured(options: argparse.Namespace, wanted: Callable[[Block], bool]) -> Iterator[SharedInput]:
@@ -32,6 +39,46 @@ def captured(options: argparse.Namespace, wanted: Callable[[Block], bool]) -> It
             return
         with torch.no_grad():
             inputs.hidden = [inputs.run(block.index, block.module, i, cpu) for i in range(len(inputs.hidden))]
+
+
+def layer_problems(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Problem]:
+    """By name: a site's dense weight (out, in) in float32, and the statistics of its inputs in the dense model."""
+    found: dict[str, Problem] = {}
+    for shared in captured(options, lambda block: any(site.name in names for site in block.sites)):
+        for site in shared.sites:
+            if site.name in names:
+                found[site.name] = site.read().float().clone(), shared.stats
+    for name in names:
+        if name not in found:
+            raise SystemExit(f"no site {name}: try one such as model.layers.0.self_attn.k_proj")
+    return {name: found[name] for name in names}
+
+
+def support(method: Method, problem: Problem, pattern: Pattern) -> Tensor:
+    """The entries (out, in) that a method keeps."""
+    weight, stats = problem
+    return method.solve(weight, method.prepare(stats), pattern).mask
+
+
+def exact_weights(problem: Problem, mask: Tensor, damping: float = 0.01) -> Tensor:
+    """The optimal weights on a support: one float64 solve of H_SS x = (W H)_S for every row."""
+    weight, stats = problem
+    H = damped(stats, damping)[0].double()
+    C = weight.double() @ H
+    result = torch.zeros_like(C)
+    for row, kept_here in enumerate(mask):
+        kept = kept_here.nonzero().squeeze(1)
+        result[row, kept] = torch.linalg.solve(H[kept][:, kept], C[row, kept])
+    return result.float()
+
+
+def origin(options: argparse.Namespace) -> str:
+    """What layer problems were measured on, and where, in one line."""
+    facts = provenance()
+    return (
+        f"{options.model}, {options.samples} x {options.seqlen} tokens of {options.calibration}, seed {options.seed}, "
+        f"{facts['machine']}, torch {facts['torch']}, commit {facts['commit']}"
+    )
 
 
 def calibration_options(parser: argparse.ArgumentParser, samples: int = 64) -> None:

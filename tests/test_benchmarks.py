@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,74 @@ def test_experts_prints_errors_over_tokens_and_the_constant(tmp_path: Path, stor
     # A quarter of a token for each input is too little to live on, and enough is enough.
     assert 0 < first[3] < first[0] < 1
     assert rows[3][1] == rows[3][2], "an expert with as many tokens as the constant asks for is left alone"
+
+
+@pytest.mark.parametrize("name", ["layer-supports", "layer-refit", "rho-ablation", "layer-ratio"])
+def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_file: Path, name: str) -> None:
+    recipe = english_file.parent / f"{name}.yaml"
+    text = (ROOT / "benchmarks" / "paper" / f"{name}.yaml").read_text()
+    for key, small in (
+        ("windows", "[1]"),
+        ("widths", "[32]"),
+        ("blocks", "[4, 128]"),
+        ("inputs", "24"),
+        ("iterations", "[5, 10]"),
+    ):
+        text = re.sub(rf"^{key}: .*$", f"{key}: {small}", text, flags=re.MULTILINE)
+    recipe.write_text(text)
+    site = ["--site", "model.layers.1.self_attn.k_proj"]
+    site += ["--site", "model.layers.1.self_attn.o_proj"] * (name == "layer-ratio")
+    rows = run(
+        tmp_path,
+        "paper/run.py",
+        *(str(recipe), "--model", str(stories), "--calibration", str(english_file), *site, *SMALL),
+    )
+    if name == "layer-supports":
+        measured = [[float(cell) for cell in row[2:]] for row in rows if row[1] == "measured"]
+        assert len(measured) == 5 and all(min(row[:5]) == row[4] and row[5] < 1 for row in measured)
+    elif name == "layer-refit":
+        measured = [[float(row[i]) for i in (2, 3, 5)] for row in rows if row[1].endswith("measured")]
+        assert len(measured) == 15 and all(0 < row[2] <= row[1] * 1.01 <= row[0] * 1.03 for row in measured)
+    elif name == "rho-ablation":
+        names = ["schedule", "rho 0.3", "rho 3"]
+        assert [row[0] for row in rows if row[1] == "measured"] == names * 6
+        assert [row[2] for row in rows if row[:2] == ["schedule", "paper"]] == ["1.63e-01"] * 2 + ["20.2 %"]
+    else:
+        first = next(row for row in rows if row[0] == site[1])
+        assert first[1:3] == ["32 x 64", "1.0"] and float(first[8]) == pytest.approx(
+            float(first[6]) / float(first[7]), rel=2e-3
+        )
+        assert next(row for row in rows if row[0] == "block of 128")[3:] == first[3:9]
+        assert next(row for row in rows if row[0] == "block of 4")[6] == first[6]
+        inside = next(row for row in rows if row[0] == "first 32 inputs")
+        assert inside[1] == "32 x 32" and float(inside[3]) < float(first[3])
+
+
+def test_paper_compares_whole_models(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    folder = english_file.parent
+    text = (ROOT / "benchmarks" / "paper" / "perplexity.yaml").read_text()
+    text = re.sub(r"^sparsity: .*\npattern: .*$", "sparsity: [0.7]", text, flags=re.MULTILINE)
+    (folder / "perplexity.yaml").write_text(text)
+    files = ("--model", stories, "--calibration", english_file, "--text", english_file, "--out", folder / "out")
+    sizes = ("--seeds", "1", "--eval-seqlen", "64", "--windows", "2", *SMALL)
+    rows = run(tmp_path, "paper/run.py", str(folder / "perplexity.yaml"), *map(str, files), *sizes)
+    methods = ["magnitude", "wanda", "sparsegpt", "dsnot", "alps"]
+    assert [row[0] for row in rows if row[0] in methods][:5] == methods
+    assert len((folder / "out" / "results.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["layer-supports.yaml", "--out", "x"], "about single layers: leave out --out"),
+        (["rho-ablation.yaml", "--task-data", "x"], "leave out --task-data"),
+        (["perplexity.yaml"], "give --out"),
+        (["nothing.yaml"], "cannot be read"),
+    ],
+)
+def test_paper_tells_mistakes_in_one_line(tmp_path: Path, options: list[str], complaint: str) -> None:
+    script, (name, *rest) = ROOT / "benchmarks" / "paper" / "run.py", options
+    command = [sys.executable, str(script), str(script.parent / name), *rest]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
