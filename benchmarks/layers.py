@@ -12,7 +12,8 @@ from alps.data.text import load_text
 from alps.loaded import load
 from alps.models.blocks import Block, find_blocks
 from alps.models.capture import capture
-from alps.models.observe import SharedInput, observe
+from alps.models.observe import observe
+from alps.models.starving import SharedInput
 from alps.runtime import provenance
 from alps.solvers import Method
 from alps.solvers.hessian import damped

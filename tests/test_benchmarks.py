@@ -191,6 +191,17 @@ def test_zeroshot_scores_a_checkpoint(tmp_path: Path, stories: Path, english_fil
     assert rows[3][1] == f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f}"
 
 
+def test_experts_prints_errors_over_tokens_and_the_constant(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    data = ("--model", str(stories), "--calibration", str(english_file), "--samples", "16", "--seqlen", "64")
+    rows = run(tmp_path, "experts.py", *data)
+    assert rows[0] == ["map, tokens for each input", *(f"c = {c}" for c in (0, 1, 2, 4, 8, 16))]
+    assert [row[0] for row in rows[2:]] == [f"{m}, {t}" for m in ("gate_proj", "down_proj") for t in (0.25, 1, 2, 4, 8)]
+    first = [float(cell) for cell in rows[2][1:]]
+    # A quarter of a token for each input is too little to live on, and enough is enough.
+    assert 0 < first[3] < first[0] < 1
+    assert rows[3][1] == rows[3][2], "an expert with as many tokens as the constant asks for is left alone"
+
+
 @pytest.mark.parametrize("name", ["layer-supports", "layer-refit", "rho-ablation", "layer-ratio"])
 def test_paper_prints_its_layer_tables(tmp_path: Path, stories: Path, english_file: Path, name: str) -> None:
     recipe = english_file.parent / f"{name}.yaml"

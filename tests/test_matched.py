@@ -194,7 +194,7 @@ def test_models_that_cannot_be_matched(
     with torch.no_grad():
         for block in find_blocks(emptied.model):
             for site in block.sites:
-                site.module.weight.zero_()
+                site.parameter.zero_()
     for teacher, student, expected in [
         (dense, emptied, "Nothing is left to tune in 'pruned'"),
         (dense, dense, "Nothing is pruned in"),

@@ -200,7 +200,7 @@ def test_a_block_without_a_weight_left_is_looked_at_only(case: Callable[..., Cas
     one = case()
     with torch.no_grad():
         for site in one.block.sites:
-            site.module.weight.zero_()
+            site.parameter.zero_()
     record = one.match(Matching(norms=False))
     assert record.after == record.before > 0 and (record.steps, record.best_step) == (0, 0)
     assert one.inputs.trained == []

@@ -31,6 +31,11 @@ from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
 from alps.walk import Walk
 
+_PRUNED_TARGET = (
+    "the experts were pruned with --target pruned: a router may send them other tokens in the pruned model than in the "
+    "dense one, so that their inputs cannot be compared."
+)
+
 
 def prune(
     model: nn.Module | str | Path,
@@ -163,7 +168,9 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         walk.run(model.eval(), blocks, None if windows is None else windows.ids)
     finally:
         model.train(training)
-    dense = dense_parameters(model, {f"{record.name}.weight" for record in walk.records})
+    pruned = {record.name for record in walk.records}
+    sites = [site for block in blocks for site in block.sites if site.name in pruned]
+    dense = dense_parameters(model, {site.parameter_name for site in sites})
     return RunReport(
         model=loaded.name,
         architecture=type(model).__name__,
@@ -179,6 +186,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
         versions=provenance(),
+        notes=[_PRUNED_TARGET] if walk.target and any(site.expert is not None for site in sites) else [],
     )
 
 

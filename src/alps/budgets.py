@@ -197,16 +197,26 @@ def _readings(model: nn.Module, blocks: list[Block], windows: Tensor, pattern: P
 def _divergences(
     model: nn.Module, blocks: list[Block], windows: Tensor, readings: Sequence[SiteReading], sparsity: float
 ) -> list[float]:
-    """KL per unit of relative error of every site, from cutting it alone by Wanda's score."""
+    """KL per unit of relative error of every site, from cutting it alone by Wanda's score.
+
+    The experts of one parameter are cut together, and share the KL per unit of their summed error: a probe of a few
+    tokens would leave many of them alone without a token.
+    """
     probe = Probe(model, blocks, windows)
-    found = []
+    together: dict[str, list[SiteReading]] = {}
     for reading in readings:
-        dense = reading.site.read().clone()
-        scores = dense.float().abs() * reading.norms
-        reading.site.write(masked(dense.float(), keep_largest(scores, Unstructured(sparsity))))
-        found.append(max(probe.divergence(reading.block), 0.0) / max(reading.cut_error, 1e-12))
-        reading.site.read().copy_(dense)
-    return found
+        together.setdefault(reading.site.parameter_name, []).append(reading)
+    found = {}
+    for name, group in together.items():
+        dense = group[0].site.parameter.detach().clone()
+        for reading in group:
+            weight = reading.site.read().float()
+            scores = weight.abs() * reading.norms
+            reading.site.write(masked(weight, keep_largest(scores, Unstructured(sparsity))))
+        error = sum(reading.cut_error for reading in group)
+        found[name] = max(probe.divergence(group[0].block), 0.0) / max(error, 1e-12)
+        group[0].site.parameter.detach().copy_(dense)
+    return [found[reading.site.parameter_name] for reading in readings]
 
 
 def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from alps.errors import CheckpointError
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.load import check_model_path, load_model
+from alps.models.sites import Site
 from alps.report import DenseRecord, RunReport
 from alps.solvers.pattern import SemiStructured, parse_pattern
 
@@ -81,7 +82,7 @@ def inspect(directory: str) -> Inspection:
             zeros = int((weight == 0).sum())
             sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
             if not zeros:
-                unpruned.append(DenseRecord(name=site.parameter_name, shape=site.shape, reason="no zeros in it"))
+                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason="no zeros in it"))
             for pattern, count in counts.items():
                 groups, bad = group_violations(weight, pattern)
                 count[0] += groups
@@ -97,6 +98,10 @@ def inspect(directory: str) -> Inspection:
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in elsewhere] + unpruned,
         checks=checks,
     )
+
+
+def _label(site: Site) -> str:
+    return site.parameter_name if site.expert is None else site.name
 
 
 def group_violations(weight: Tensor, pattern: SemiStructured) -> tuple[int, int]:

@@ -114,7 +114,7 @@ def match_pair(
     """
     check_pair(dense, pruned)
     zeros = count_zeros(pruned.model)
-    if zeros == sum(site.module.weight.numel() for block in find_blocks(pruned.model) for site in block.sites):
+    if zeros == sum(site.entries for block in find_blocks(pruned.model) for site in block.sites):
         raise ConfigError(
             f"Nothing is left to tune in '{pruned.name}': every weight of its linear layers is zero; prune less."
         )

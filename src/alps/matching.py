@@ -24,6 +24,7 @@ from alps.masters import Masters, Tuned
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.probe import Head
+from alps.models.sites import routing_parameters
 from alps.records import MatchRecord
 
 
@@ -115,13 +116,14 @@ def match(
 
 
 def _tuned(block: Block, norms: bool) -> list[Tuned]:
-    """Sites with a weight left, with their masks, and all norms and biases if wanted."""
-    weights = {id(site.module.weight) for site in block.sites}
+    """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted."""
+    weights = {id(site.parameter) for site in block.sites}
+    routing = routing_parameters(block.module)
     found = []
     for parameter in block.module.parameters():
         if id(parameter) in weights and bool(parameter.any()):
             found.append(Tuned(parameter, parameter.detach() != 0, parameter.dtype))
-        elif norms and parameter.ndim == 1:
+        elif norms and parameter.ndim == 1 and id(parameter) not in routing:
             found.append(Tuned(parameter, None, parameter.dtype))
     return found
 

@@ -20,6 +20,7 @@ from alps.errors import ConfigError
 from alps.loaded import Loaded
 from alps.masters import Masters, Tuned
 from alps.models.blocks import find_blocks
+from alps.models.sites import routing_parameters
 from alps.pairs import check_pair, count_zeros
 from alps.progress import Watcher
 from alps.records import RecoveryReport, calibration_record
@@ -152,10 +153,11 @@ def _computing(model: nn.Module) -> Iterator[list[Tuned]]:
 
 
 def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[Tuned]:
-    """Sites that hold zeros, with their masks, and all vectors (norms, biases) but those of the output head."""
+    """Sites that hold zeros, with their masks, and all vectors (norms, biases) but the output head's and routers'."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    weights = {id(site.module.weight) for block in find_blocks(model) for site in block.sites}
+    frozen |= routing_parameters(model)
+    weights = {id(site.parameter) for block in find_blocks(model) for site in block.sites}
     found = []
     for parameter in model.parameters():
         if id(parameter) in weights and not bool(parameter.all()):

@@ -27,6 +27,10 @@ class LayerRecord(Record):
         error: relative reconstruction error of the weights as written, in the checkpoint's dtype; None when the
             run did not collect the Gram.
         magnitude_error: the same for magnitude pruning of this site on the same inputs.
+        expert: number of the expert whose map it is, in a mixture that keeps those of all experts in one parameter.
+        tokens: calibration tokens that it received; None when none were fed.
+        added: average tokens of a pool that filled up the statistics of an expert that received too few, see
+            `alps.models.starving`.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -39,6 +43,9 @@ class LayerRecord(Record):
     error: float | None
     magnitude_error: float | None
     solve: dict[str, Any]
+    expert: int | None = None
+    tokens: int | None = None
+    added: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -68,6 +75,7 @@ class RunReport(Record):
             (admm, refit, sweep, select, swap inside it), match, errors, write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
+        notes: what else is to be known of the run, in sentences.
         evaluations: perplexities measured in the same run, dense and pruned, if any.
         recovery: distillations since, in order. Everything else is as the one-shot run left it: the zeros still hold,
             the errors are those of the weights before.
@@ -88,6 +96,7 @@ class RunReport(Record):
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
     versions: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
     recovery: list[RecoveryReport] = Field(default_factory=list)
 

@@ -86,6 +86,13 @@ class InputStats:
         total, square = self.total + other.total, self.square + other.square
         return InputStats(self.tokens + other.tokens, total, square, upper, drift)
 
+    def averaged(self, tokens: int) -> InputStats:
+        """The sums of so many tokens that are each like the average of these; none of an empty set."""
+        share = tokens / self.tokens if self.tokens else 0.0
+        upper = None if self.upper is None else self.upper * share
+        drift = None if self.drift is None else self.drift * share
+        return InputStats(tokens, self.total * share, self.square * share, upper, drift)
+
     def gram(self) -> Tensor:
         """A fresh symmetric copy of X^T X, shape (in, in), float32."""
         assert self.upper is not None, "the Gram was not collected"

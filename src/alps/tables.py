@@ -31,6 +31,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
             f"Mean relative error {report.mean_error:.4f}; magnitude pruning would have left "
             f"{report.mean_magnitude_error:.4f} on the same inputs."
         )
+    lines += _warnings(report)
     skipped = [row for row in report.dense if row.reason != "embedding or output head"]
     if skipped:
         first = f"{skipped[0].name} ({skipped[0].reason})"
@@ -49,6 +50,21 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
     lines.append(f"Written to {out}: weights, tokenizer, report.json, README.md.")
     return Text("\n".join(lines))
+
+
+def _warnings(report: RunReport) -> list[str]:
+    """Experts that few tokens were routed to, in one line, and the notes of the run."""
+    lines = [f"Note: {note}" for note in report.notes]
+    if starving := [site for site in report.sites if site.added]:
+        experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in starving}
+        among = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.sites if site.expert is not None}
+        worst = min(starving, key=lambda site: (site.tokens or 0) / site.shape[1])
+        lines.append(
+            f"WARNING: {len(experts)} of {len(among)} experts received too few calibration tokens, the worst "
+            f"{worst.tokens} for {worst.shape[1]} inputs ({worst.name}): they were filled up with average tokens of "
+            "all experts; use more samples."
+        )
+    return lines
 
 
 def recovery_summary(report: RunReport, out: Path) -> Text:

@@ -22,10 +22,11 @@ from alps.errors import SolveFailed
 from alps.matching import Matching, Predictions, match
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
-from alps.models.observe import Observation, SharedInput
+from alps.models.observe import Observation
 from alps.models.order import Order, observations
 from alps.models.probe import Head
 from alps.models.sites import Site, find_sites
+from alps.models.starving import SharedInput
 from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
 from alps.records import MatchRecord
@@ -179,10 +180,11 @@ class Walk:
             self._solve_shared(block, shared)
 
     def _solve_shared(self, block: Block, shared: SharedInput) -> None:
-        shift, method = None, self.method.traced() if block.index in self._shown else self.method
+        shown = block.index in self._shown and not shared.sites[0].expert
+        shift, method = None, self.method.traced() if shown else self.method
         with self._timed("prepare"), _naming(shared.sites):
             state = method.prepare(shared.stats)
-            if self.target:
+            if shared.stats.drift is not None:
                 shift = correction(shared.stats, self.target, self.target_damping)
         for site in shared.sites:
             aim = site.read().to(torch.float32).clone()
@@ -190,9 +192,9 @@ class Walk:
                 aim = retarget(aim, shift)
             with self._timed("solve"), _naming([site]):
                 solution = method.solve(aim, state, self.patterns.get(site.name, self.pattern))
-            self._write(block, site, aim, solution, shared.stats)
+            self._write(block, site, aim, solution, shared)
 
-    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, stats: InputStats) -> None:
+    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, shared: SharedInput) -> None:
         stored = site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
@@ -205,7 +207,8 @@ class Walk:
             with self._timed("errors"):
                 pattern = self.patterns.get(site.name, self.pattern)
                 by_size = masked(aim, keep_largest(aim.abs(), pattern))
-                error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
+                error, magnitude_error = relative_errors([stored.float(), by_size], aim, shared.stats)
+        solution.info.notes = [*solution.info.notes, *shared.notes]
         self.records.append(
             LayerRecord(
                 name=site.name,
@@ -217,6 +220,9 @@ class Walk:
                 error=error,
                 magnitude_error=magnitude_error,
                 solve=solve_record(solution.info),
+                expert=site.expert,
+                tokens=shared.tokens if self.reads_inputs else None,
+                added=shared.added,
             )
         )
         self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))

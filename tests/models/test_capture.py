@@ -109,7 +109,7 @@ def test_a_replay_with_a_changed_block_is_not_the_model(tiny_model: Callable[...
     expected, logits = _block_outputs(model, ids)
     inputs = capture(model, blocks, ids, 7)
     with torch.no_grad():
-        blocks[0].sites[0].module.weight.mul_(0.5)
+        blocks[0].sites[0].parameter.mul_(0.5)
         changed = inputs.run(0, blocks[0].module, 0, _CPU)
     assert (changed - expected[0]).abs().max() > 1e-3
     assert (_logits_from(model, ids, expected[-1].flip(-1)) - logits).abs().max() > 1e-3

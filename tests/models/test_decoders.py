@@ -1,23 +1,26 @@
-"""Every architecture of the table: its blocks walked one by one are the model, all its linear maps are pruned."""
+"""Every architecture of the table: its blocks walked one by one are the model, all its linear maps are pruned, those of
+every expert among them."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import alps
+from alps.inspection import inspect
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.capture import capture
 from alps.models.probe import Head
+from alps.report import RunReport
 from decoders import DENSE, MOE, decoder
 
 _CPU = torch.device("cpu")
-# Their routers, and what else of a block is no linear map that is applied to tokens.
-_LEFT_DENSE = {"router of a mixture of experts", "fused 3-D weights are not supported"}
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
@@ -45,22 +48,59 @@ def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids:
     inside = tuple(f"{block.name}." for block in find_blocks(model))
     pruned = {site.name for site in report.sites}
     told = {row.name: row.reason for row in report.dense}
+    counted = 0
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if owner in pruned and name.endswith(".weight"):
-            zeros = int((parameter == 0).sum())
-            assert zeros == round(0.6 * parameter.numel()), name
+            assert int((parameter == 0).sum()) == round(0.6 * parameter.numel()), name
+            counted += 1
+        elif parameter.ndim == 3:
+            # One matrix for every expert, each pruned for itself.
+            for expert, matrix in enumerate(parameter):
+                assert f"{name.removesuffix('.weight')}.{expert}" in pruned
+                assert int((matrix == 0).sum()) == round(0.6 * matrix.numel()), name
+                counted += 1
         else:
             assert torch.equal(parameter, before[name]), name
-            if name.startswith(inside) and parameter.ndim > 1 and owner in maps:
-                assert told[name] == "router of a mixture of experts", name
-            elif name.startswith(inside) and parameter.ndim > 1:
-                assert told[name] in _LEFT_DENSE or "bias" in name, name
+            if name.startswith(inside) and parameter.ndim > 1:
+                assert told[name] == "router of a mixture of experts" or (owner not in maps and "bias" in name), name
+    assert counted == len(report.sites)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert bool(torch.isfinite(logits).all())
     assert report.mean_error is not None and 0 < report.mean_error < 0.2
     assert not math.isclose(float(logits.abs().max()), 0)
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_the_best_preset_runs_on_mixtures_of_experts(kind: str, ids: Tensor) -> None:
+    model = decoder(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = alps.prune(model, 0.6, calibration=ids, order="sequential", target=0.4, match=1, budget="loss")
+    assert report.zeros == sum(round(0.6 * site.entries) for site in report.sites)
+    zeros = {site.name: site.zeros for site in report.sites}
+    sites = [site for block in find_blocks(model) for site in block.sites]
+    assert {site.name: int((site.read() == 0).sum()) for site in sites} == zeros
+    routers = [name for name in before if "router" in name or ".gate." in name]
+    assert routers and all(torch.equal(model.get_parameter(name), before[name]) for name in routers)
+    assert len(report.notes) == 1 and "experts were pruned with --target pruned" in report.notes[0]
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_mixtures_of_experts_come_back_from_a_directory_to_the_bit(kind: str, ids: Tensor, tmp_path: Path) -> None:
+    """On disk some keep every expert apart; transformers fuses them again."""
+    model, out = decoder(kind), tmp_path / "pruned"
+    report = alps.prune(model, "2:4", "wanda", calibration=ids, out=out)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert dict(again.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    findings = inspect(str(out))
+    assert {site.name: site.zeros for site in findings.sites} == {site.name: site.zeros for site in report.sites}
+    assert [(check.pattern, check.violations) for check in findings.checks] == [("2:4", 0)]
+    assert not any(row.reason == "no zeros in it" for row in findings.dense)
+    read = RunReport.read(out)
+    assert read is not None and [(s.tokens, s.added) for s in read.sites] == [(s.tokens, s.added) for s in report.sites]
 
 
 @pytest.mark.parametrize("kind", MOE)

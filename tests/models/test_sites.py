@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from alps.models.sites import Site, find_sites
+from alps.models.sites import Site, find_sites, routing_parameters
 
 _OUT, _IN = 6, 4
 
@@ -33,26 +35,27 @@ layouts = pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_what_is_read_is_what_the_forward_multiplies_with(layout: str) -> None:
     site, x = _site(layout), _inputs()
     assert site.shape == (_OUT, _IN) == tuple(site.read().shape)
-    torch.testing.assert_close(F.linear(x, site.read(), site.module.bias), site.module(x), rtol=0, atol=1e-6)
+    module: Any = site.module
+    torch.testing.assert_close(F.linear(x, site.read(), module.bias), module(x), rtol=0, atol=1e-6)
 
 
 @layouts
 def test_what_is_written_is_what_the_forward_multiplies_with(layout: str) -> None:
     site, x = _site(layout), _inputs()
-    bias = site.module.bias.detach().clone()
-    parameter = site.module.weight
+    module: Any = site.module
+    bias, parameter = module.bias.detach().clone(), site.parameter
     weight = torch.arange(_OUT * _IN, dtype=torch.float32).view(_OUT, _IN)
     stored = site.write(weight)
     assert torch.equal(stored, weight) and torch.equal(site.read(), weight)
-    torch.testing.assert_close(site.module(x), x @ weight.T + bias, rtol=0, atol=1e-5)
-    assert site.module.weight is parameter and torch.equal(site.module.bias, bias)
+    torch.testing.assert_close(module(x), x @ weight.T + bias, rtol=0, atol=1e-5)
+    assert module.weight is parameter and torch.equal(module.bias, bias)
 
 
 @layouts
 def test_reading_is_a_view_without_a_gradient(layout: str) -> None:
     site = _site(layout)
     assert not site.read().requires_grad
-    assert site.read().data_ptr() == site.module.weight.data_ptr()
+    assert site.read().data_ptr() == site.parameter.data_ptr()
 
 
 @layouts
@@ -101,3 +104,53 @@ def test_sites_come_in_the_order_of_registration_with_full_names() -> None:
 def test_a_block_that_is_itself_a_linear_map_is_its_own_site() -> None:
     block = nn.Linear(2, 3)
     assert [(site.name, site.module) for site in find_sites("layers.0", block)] == [("layers.0", block)]
+
+
+class _Experts(nn.Module):
+    """Three maps from 4 features to 6 in one parameter, and what is fused in no such way beside them."""
+
+    def __init__(self, turned: bool, attribute: str = "down_proj") -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed, self.training_steps = 3, turned, 5
+        generator = torch.Generator().manual_seed(13)
+        shape = (3, _IN, _OUT) if turned else (3, _OUT, _IN)
+        self.register_parameter(attribute, nn.Parameter(torch.randn(shape, generator=generator)))
+        self.other = nn.Parameter(torch.zeros(5, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(3, _OUT))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_expert_is_a_site_of_its_own(turned: bool) -> None:
+    block = nn.ModuleDict({"norm": nn.LayerNorm(2), "experts": _Experts(turned)})
+    sites = find_sites("layers.7", block)
+    assert [site.name for site in sites] == [f"layers.7.experts.down_proj.{i}" for i in range(3)]
+    for expert, site in enumerate(sites):
+        stored = block["experts"].get_parameter("down_proj")
+        assert (site.kind, site.parameter_name) == ("experts.down_proj", "layers.7.experts.down_proj")
+        assert (site.shape, site.entries, site.expert) == ((_OUT, _IN), 24, expert)
+        others = stored.detach().clone()
+        assert torch.equal(site.read(), stored[expert].T if turned else stored[expert])
+        weight = torch.arange(24, dtype=torch.float32).view(_OUT, _IN)
+        assert torch.equal(site.write(weight), weight) and torch.equal(site.read(), weight)
+        assert torch.equal(stored[expert], weight.T if turned else weight)
+        stored[expert].detach().copy_(others[expert])
+        assert torch.equal(stored, others), "another expert was written to"
+
+
+def test_a_module_of_experts_whose_parameter_is_called_weight_gives_its_own_name() -> None:
+    (first, *_) = find_sites("layers.0", nn.ModuleDict({"input_linear": _Experts(False, "weight")}))
+    assert first.name == "layers.0.input_linear.0" and first.kind == "0.input_linear"
+    assert first.parameter_name == "layers.0.input_linear.weight"
+
+
+def test_weights_and_biases_of_routers_are_known() -> None:
+    experts = _Experts(False)
+    block = nn.ModuleDict(
+        {
+            "mlp": nn.ModuleDict({"gate": nn.Linear(4, 3), "experts": experts}),
+            "other": nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 3)}), "gate": nn.Linear(4, 4)}),
+        }
+    )
+    known = routing_parameters(block)
+    names = {name for name, parameter in block.named_parameters() if id(parameter) in known}
+    assert names == {f"{name}.{part}" for name in ("mlp.gate", "other.router.layer") for part in ("weight", "bias")}

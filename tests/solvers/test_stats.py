@@ -171,3 +171,16 @@ def test_nothing_below_the_diagonal_is_read(width: int) -> None:
 def test_energy_needs_a_gram() -> None:
     with pytest.raises(AssertionError, match="not collected"):
         InputStats.of(integers(7, 10, 5), Needs.MOMENTS).energy(integers(8, 3, 5))
+
+
+def test_average_tokens_are_those_of_the_mean_and_scale_with_the_inputs() -> None:
+    inputs = integers(3, 8, 5)
+    stats = InputStats.of(inputs)
+    six, doubled = stats.averaged(6), InputStats.of(2 * inputs).averaged(6)
+    assert six.tokens == doubled.tokens == 6
+    assert torch.equal(six.total, inputs.sum(dim=0) * 0.75) and torch.equal(six.mean(), stats.mean())
+    assert torch.equal(six.gram(), inputs.T @ inputs * 0.75) and torch.equal(doubled.gram(), 4 * six.gram())
+    assert torch.equal(six.square, six.gram().diagonal())
+    both = stats + six
+    assert both.tokens == 14 and torch.equal(both.gram(), inputs.T @ inputs * 1.75)
+    assert float(InputStats.zeros(5, Needs.GRAM).averaged(6).square.abs().sum()) == 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alps.errors import UnsupportedModel
-from alps.models.sites import Site, find_sites, is_router
+from alps.models.sites import Site, find_sites, is_fused, is_router
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
             reason = "outside the decoder blocks"
         elif _routes(model, name):
             reason = "router of a mixture of experts"
-        elif parameter.ndim > 2:
+        elif parameter.ndim > 2 and not is_fused(model.get_submodule(name.rpartition(".")[0]), parameter):
             reason = f"fused {parameter.ndim}-D weights are not supported"
         else:
             reason = "not a linear map that received calibration inputs"

@@ -14,16 +14,9 @@ from alps.errors import UnsupportedModel
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.sites import Site
+from alps.models.starving import SharedInput, fed
 from alps.models.streams import AllSeen, DenseStream, watching
 from alps.stats import InputStats, Needs
-
-
-@dataclass(frozen=True)
-class SharedInput:
-    """The statistics of one input and all the sites that read it (q, k and v; gate and up)."""
-
-    stats: InputStats
-    sites: list[Site]
 
 
 @dataclass
@@ -46,7 +39,11 @@ class _Collector:
 
     def __init__(self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = ()) -> None:
         self.needs, self.device = needs, device
-        self.shared = [SharedInput(InputStats.zeros(group[0].shape[1], needs, device), list(group)) for group in groups]
+        self.shared: list[SharedInput] = []
+        # By the name of a site, its input.
+        self._owner: dict[str, SharedInput] = {}
+        for group in groups:
+            self._begin(group)
         self.seconds = 0.0
         # What the dense model's sites receive in this batch.
         self.dense: dict[str, list[Tensor]] = {}
@@ -61,21 +58,20 @@ class _Collector:
         """Whether a batch may end at its last input."""
         return self._may_stop
 
-    @property
-    def known(self) -> set[str]:
-        """Names of the sites that have received something."""
-        return {site.name for shared in self.shared for site in shared.sites}
+    def knows(self, site: Site) -> bool:
+        """Whether a site has received something."""
+        return site.name in self._owner
 
     def first(self, site: Site, x: Tensor) -> None:
         """A site that was not known when the batch began receives `x`."""
-        for tensor, shared in self._met:
-            if tensor is x and site not in shared.sites:
-                shared.sites.append(site)
-                return
-        owner = next((shared for shared in self.shared if site in shared.sites), None)
+        owner = self._owner.get(site.name)
         if owner is None:
-            owner = SharedInput(InputStats.zeros(site.shape[1], self.needs, self.device), [site])
-            self.shared.append(owner)
+            for tensor, shared in self._met:
+                if tensor is x:
+                    shared.sites.append(site)
+                    self._owner[site.name] = shared
+                    return
+            owner = self._begin([site])
         self._met.append((x, owner))
         self._add(owner, x)
 
@@ -85,9 +81,16 @@ class _Collector:
         Raises:
             AllSeen: when nothing more is to be expected in this batch.
         """
-        self._add(next(shared for shared in self.shared if shared.sites[0] is site), x)
+        self._add(self._owner[site.name], x)
         if self._may_stop and len(self._received) == len(self.shared):
             raise AllSeen
+
+    def begin_starved(self, sites: Sequence[Site]) -> None:
+        """Empty sums for those experts among `sites` that received nothing where others of their like did."""
+        fused = {site.parameter_name for shared in self.shared for site in shared.sites if site.expert is not None}
+        for site in sites:
+            if site.parameter_name in fused and not self.knows(site):
+                self._begin([site])
 
     def received_once(self, shared: SharedInput) -> bool:
         """Whether an input has been met exactly once since the batch began."""
@@ -102,11 +105,19 @@ class _Collector:
         self._received.clear()
         self._met.clear()
 
+    def _begin(self, sites: Sequence[Site]) -> SharedInput:
+        # Which tokens an expert receives may differ between the dense and the pruned model: it has no drift.
+        needs = self.needs if sites[0].expert is None else min(self.needs, Needs.GRAM)
+        shared = SharedInput(InputStats.zeros(sites[0].shape[1], needs, self.device), list(sites))
+        self.shared.append(shared)
+        self._owner |= {site.name: shared for site in sites}
+        return shared
+
     def _add(self, shared: SharedInput, x: Tensor) -> None:
         start = self._now()
         name = shared.sites[0].name
         count = self._received.get(name, 0)
-        shared.stats.update(x, self._twin(name, count, x) if self.needs >= Needs.DRIFT else None)
+        shared.stats.update(x, None if shared.stats.drift is None else self._twin(name, count, x))
         self.seconds += self._now() - start
         self._received[name] = count + 1
 
@@ -157,25 +168,30 @@ def observe(
         for batch in range(len(inputs.hidden)):
             leaders = [shared.sites[0] for shared in collector.shared]
             # In a mixture of experts a site may receive its first tokens in a late batch.
-            strangers = [site for site in wanted if site.name not in collector.known]
+            strangers = [site for site in wanted if not collector.knows(site)]
             if needs >= Needs.DRIFT:
                 assert dense is not None, "the drift is measured against a dense stream"
-                names = {site.name for site in leaders + strangers}
-                collector.dense = dense.received(names, batch, device, once=collector.may_stop)
+                names = {site.name for site in leaders + strangers if site.expert is None}
+                collector.dense = dense.received(names, batch, device, once=collector.may_stop) if names else {}
             hooks = watching(leaders, collector.later), watching(strangers, collector.first)
             with hooks[0], hooks[1], suppress(AllSeen):
                 inputs.run(block.index, block.module, batch, device)
-            collector.end_batch(complete=all(site.name in collector.known for site in wanted))
-    unused = [site for site in wanted if site.name not in collector.known]
-    return Observation(collector.shared, unused, collector.seconds)
+            collector.end_batch(complete=all(map(collector.knows, wanted)))
+    collector.begin_starved(wanted)
+    shared = fed(collector.shared, block, inputs, needs, device)
+    return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
 
 
 def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[list[Site]]:
     """Which sites share an input, in the order of the forward, as seen in the first batch.
 
-    Sites that receive nothing in that batch, or something more than once, are left out.
+    Sites that receive nothing in that batch, or something more than once, are left out; experts without a token are
+    not where others of their like have some, and come last.
     """
     collector = _Collector(Needs.NOTHING, device)
     with torch.no_grad(), watching(block.sites, collector.first):
         inputs.run(block.index, block.module, 0, device)
-    return [shared.sites for shared in collector.shared if collector.received_once(shared)]
+    met = list(collector.shared)
+    collector.begin_starved(block.sites)
+    again = {shared.sites[0].parameter_name for shared in met if not collector.received_once(shared)}
+    return [shared.sites for shared in collector.shared if shared.sites[0].parameter_name not in again]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.observe import Observation, discover, observe
+from alps.models.sites import Site
 from alps.models.streams import DenseStream
 from alps.stats import Needs
 
@@ -31,21 +32,30 @@ def observations(
         inputs: hidden states and arguments of this block.
         needs: what to collect.
         device: where the forward runs and the sums live.
-        order: `block` gives one answer; `sequential` one for every input, in the order of the forward, and a last one
-            for sites that the first batch did not reach.
+        order: `block` gives one answer; `sequential` one for every input, in the order of the forward (the inputs of
+            all experts at once, first maps before second ones), and a last one for sites that the first batch did not
+            reach.
         dense: the dense model's side, needed for `Needs.DRIFT`.
     """
     wants_dense = dense is not None and needs >= Needs.DRIFT
     if order == "block":
         if dense is not None and wants_dense:
-            dense.record(block.sites, device)
+            dense.record(_comparable(block.sites), device)
         yield observe(block, inputs, needs, device, dense=dense)
         return
     groups = discover(block, inputs, device)
     if dense is not None and wants_dense:
-        dense.record([group[0] for group in groups], device)
+        dense.record(_comparable([group[0] for group in groups]), device)
+    steps: dict[str, list[list[Site]]] = {}
     for group in groups:
-        yield observe(block, inputs, needs, device, [group], dense)
+        steps.setdefault(group[0].parameter_name, []).append(group)
+    for step in steps.values():
+        yield observe(block, inputs, needs, device, step, dense)
     found = {site.name for group in groups for site in group}
     if rest := [site for site in block.sites if site.name not in found]:
         yield observe(Block(block.index, block.name, block.module, rest), inputs, needs, device, dense=dense)
+
+
+def _comparable(sites: Sequence[Site]) -> list[Site]:
+    """Those that receive the same tokens in the dense model; a router may send an expert others."""
+    return [site for site in sites if site.expert is None]

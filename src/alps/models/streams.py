@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
+from alps.models.experts import watching_products
 from alps.models.sites import Site
 
 # What a dense block's sites received is kept until the block is done while it takes no more than this.
@@ -24,7 +25,10 @@ class AllSeen(Exception):
 
 @contextmanager
 def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Call `callback(site, input)` before every forward of a site for the time of the body."""
+    """Call `callback(site, input)` before every forward of a site for the time of the body.
+
+    An expert's slice has no forward: it is called back before every product with it.
+    """
 
     def hook(site: Site) -> Callable[..., None]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -32,9 +36,11 @@ def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) ->
 
         return before
 
-    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites]
+    alone = [site for site in sites if site.expert is None]
+    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in alone]
     try:
-        yield
+        with watching_products([site for site in sites if site.expert is not None], callback):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,136 @@
+"""Experts that few calibration tokens were routed to: what their statistics are filled up with.
+
+legend  in   inputs of an expert's map                                    scalar
+        T_e  tokens that the router sent to the expert                    scalar
+        G_e  Gram of what its map received of them                        (in, in)
+        T, P the same of the pool                                         scalar, (in, in)
+        c    `ENOUGH`                                                     scalar
+An expert with T_e < c in gets G_e + (c in - T_e) P / T: as many average tokens of the pool as are missing, and the
+other sums alike. The rule is continuous at T_e = c in, leaves an expert with enough tokens alone, gives one without any
+the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a second
+map is what the expert's own first map makes of all those tokens, since the features between the two are its own. Where
+a module of experts cannot be asked to send tokens elsewhere, it is all that the same map of all experts received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alps.models.blocks import Block
+from alps.models.capture import BlockInputs
+from alps.models.experts import reroutable, rerouted
+from alps.models.sites import Site
+from alps.models.streams import AllSeen, watching
+from alps.stats import InputStats, Needs
+
+# Tokens for each input: with one the Gram has full rank, and still misleads (docs/experts.md).
+ENOUGH = 4
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """The statistics of one input and all the sites that read it (q, k and v; gate and up).
+
+    Attributes:
+        stats: sums over the tokens.
+        sites: in the order in which they were met.
+        added: average tokens of the pool among those of `stats`; none but for a starving expert.
+    """
+
+    stats: InputStats
+    sites: list[Site]
+    added: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were really received."""
+        return self.stats.tokens - self.added
+
+    @property
+    def missing(self) -> int:
+        """Tokens that an expert would need in addition; 0 for every other site."""
+        site = self.sites[0]
+        return 0 if site.expert is None else max(ENOUGH * site.shape[1] - self.tokens, 0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it."""
+        if not self.added:
+            return []
+        inputs = self.sites[0].shape[1]
+        return [f"{self.tokens} tokens were routed here for {inputs} inputs: {self.added} average ones were added"]
+
+
+def fed(
+    shared: Sequence[SharedInput], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
+) -> list[SharedInput]:
+    """The same inputs, with those of starving experts filled up."""
+    hungry = [one for one in shared if one.missing]
+    if not hungry or needs is Needs.NOTHING:
+        return list(shared)
+    own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
+    fused: dict[str, InputStats] = {}
+    for one in shared:
+        name = one.sites[0].parameter_name
+        if one.sites[0].expert is not None and one.sites[0].name not in own:
+            fused[name] = fused[name] + one.stats if name in fused else one.stats
+    return [_filled(one, own, fused) if one.missing else one for one in shared]
+
+
+def _filled(one: SharedInput, own: dict[str, InputStats], fused: dict[str, InputStats]) -> SharedInput:
+    site = one.sites[0]
+    pool = own[site.name] if site.name in own else fused[site.parameter_name]
+    return replace(one, stats=one.stats + pool.averaged(one.missing), added=one.missing)
+
+
+def _rerouted_pools(
+    hungry: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
+) -> dict[str, InputStats]:
+    """By name of a site, what it receives when all tokens are sent to its expert; only where that can be done."""
+    modules = {id(site.module): site.module for site in hungry if reroutable(site.module)}
+    pools: dict[str, InputStats] = {}
+    for module in modules.values():
+        sites = [site for site in hungry if site.module is module]
+        collector = _Everywhere(sites, pools, needs)
+        with torch.no_grad(), watching(sites, collector.note), rerouted(module, collector.send_all):
+            for batch in range(len(inputs.hidden)):
+                with suppress(AllSeen):
+                    inputs.run(block.index, block.module, batch, device)
+    return pools
+
+
+class _Everywhere:
+    """Sends the tokens of every batch to each expert of one module, and sums up what its maps receive."""
+
+    def __init__(self, sites: Sequence[Site], pools: dict[str, InputStats], needs: Needs) -> None:
+        self._sites, self._pools, self._needs = sites, pools, min(needs, Needs.GRAM)
+        # What a first map receives is the same for all experts, and is summed once.
+        self._first: dict[str, InputStats] = {}
+        self._summed: set[str] = set()
+        self._hidden: Tensor | None = None
+
+    def send_all(self, hidden: Tensor, send: Callable[[int], None]) -> None:
+        self._hidden = hidden
+        self._summed.clear()
+        for expert in sorted({site.expert for site in self._sites if site.expert is not None}):
+            send(expert)
+        raise AllSeen
+
+    def note(self, site: Site, x: Tensor) -> None:
+        assert self._hidden is not None
+        if x.shape != self._hidden.shape or not torch.equal(x, self._hidden):
+            self._pools.setdefault(site.name, self._zeros(x)).update(x)
+            return
+        name = site.parameter_name
+        self._pools[site.name] = self._first.setdefault(name, self._zeros(x))
+        if name not in self._summed:
+            self._summed.add(name)
+            self._first[name].update(x)
+
+    def _zeros(self, x: Tensor) -> InputStats:
+        return InputStats.zeros(x.shape[-1], self._needs, x.device)
