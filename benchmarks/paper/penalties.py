@@ -2,7 +2,6 @@
 
 legend  W    weights, free of the pattern           (out, in)
         D    weights, under the pattern             (out, in)
-        V    multiplier of W = D                    (out, in)
         rho  penalty on ||W - D||^2                 scalar
         s    entries by which D's support changed   scalar
 """
@@ -13,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from alps.solvers import admm
-from alps.solvers.admm import AdmmSettings, project, w_step
+from alps.solvers.admm import AdmmSettings, PlainSteps
 from alps.solvers.hessian import scaled
 from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, keep_largest
@@ -56,39 +54,27 @@ class Course:
     end: str
 
 
-class Watched:
+class Watched(PlainSteps):
     """The steps as published, in float32, with a look after some iterations.
 
     Iterations count from the beginning, restarts included, as the schedule counts them.
     """
 
     def __init__(self, problem: Problem, pattern: Pattern, wanted: Sequence[int]) -> None:
-        self._problem, self._pattern, self._wanted = problem, pattern, set(wanted)
+        self._problem, self._wanted = problem, set(wanted)
         weight, stats = problem
-        self._hessian = scaled(stats, 0.01)
-        self._dense = weight / self._hessian.scale
-        self._C = self._dense @ self._hessian.matrix
+        hessian = scaled(stats, 0.01)
+        dense = weight / hessian.scale
+        super().__init__(hessian, dense, dense @ hessian.matrix, pattern)
         self.iteration, self.looks = 0, dict[int, Look]()
-        self.restart()
-
-    def restart(self) -> None:
-        self.mask = keep_largest(self._dense.abs(), self._pattern)
-        self._W, self._D, self._V = self._dense, masked(self._dense, self.mask), torch.zeros_like(self._dense)
 
     def step(self, rho: float) -> None:
         before = self.mask
-        self._W = w_step(self._hessian.inverse(rho), self._C, self._D, self._V, rho)
-        self._D, self._V, self.mask = project(self._W, self._V, rho, self._pattern)
+        super().step(rho)
         self.iteration += 1
         if self.iteration in self._wanted:
             change = int(torch.count_nonzero(self.mask ^ before)) / self.mask.numel()
             self.looks[self.iteration] = replace(self.look(), change=change)
-
-    def gap(self) -> float:
-        return float((self._W - self._D).norm() / self._W.norm())
-
-    def projected(self) -> Tensor:
-        return self._D
 
     def look(self) -> Look:
         """Both errors as they stand, in the coordinates of the weight."""
