@@ -24,12 +24,16 @@ _TRACES = 3
 
 
 class Check(Record):
-    """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||."""
+    """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||.
+
+    `error` is the relative reconstruction error of the free copy W; None where it was not taken.
+    """
 
     iteration: int
     rho: float
     support_change: int
     gap: float
+    error: float | None = None
 
 
 class SiteResult(Record):
