@@ -8,6 +8,7 @@ from alps.page.drawing import (
     INK,
     MUTED,
     SERIES,
+    WIDTH,
     Group,
     Picture,
     Section,
@@ -163,12 +164,12 @@ def _memory(runs: Runs, pattern: str) -> Group | None:
         return None
     on_device = any(device for _, (_, device) in rows)
     labels = [
-        (method, f"{number(host)} GiB host" + (f", {number(device)} GiB device" if on_device else ""))
+        (method, f"{number(host)} / {number(device)} GiB" if on_device else f"{number(host)} GiB")
         for method, (host, device) in rows
     ]
     values = [[host, device] if on_device else [host] for _, (host, device) in rows]
     described = [f"{method}: {text}." for method, text in labels]
-    picture = _bars("memory", "Peak memory", labels, values, False, described)
+    picture = _bars("memory", f"Peak memory, host{' / device' if on_device else ''}", labels, values, False, described)
     return Group("", [picture], box_keys(["host", "device"]) if on_device else [])
 
 
@@ -194,6 +195,8 @@ def _bars(
     axes.set_xlim(0, max(sum(values) if stacked else max(values) for values in rows) or 1.0)
     for i, ((left, right), values) in enumerate(zip(labels, rows, strict=True)):
         top, start = _ROW * i, 0.0
+        room = WIDTH // 6 - len(right)
+        left = left if len(left) <= room else left[: room - 1] + "…"
         axes.text(0, top + 9, left, transform=axes.get_yaxis_transform(), va="center", color=INK)
         axes.text(1, top + 9, right, transform=axes.get_yaxis_transform(), va="center", ha="right", color=INK)
         thick = _BAR if stacked else _BAR / len(values)

@@ -111,10 +111,14 @@ def _map(name: str, title: str, sites: Sequence[SiteResult], figure: Figure, nor
     axes.set_xticks(shown, [str(blocks[i]) for i in shown])
     axes.tick_params(length=0)
     axes.set_xlabel("block")
-    known = [(value, site.name) for site in sites if (value := figure(site))]
-    mean = sum(value for value, _ in known) / len(known)
+    places = [f"block {site.block}, {site.kind.removesuffix('_proj')}" for site in sites]
+    known = [(value, place) for site, place in zip(sites, places, strict=True) if (value := figure(site))]
     (low, lowest), (high, highest) = min(known), max(known)
-    note = f"mean {number(mean)}, from {number(low)} ({lowest}) to {number(high)} ({highest})"
+    if isinstance(norm, LogNorm):
+        mean = sum(value for value, _ in known) / len(known)
+        note = f"mean {number(mean)}, from {number(low)} ({lowest}) to {number(high)} ({highest})"
+    else:
+        note = f"from {100 * low:.1f} % ({lowest}) to {100 * high:.1f} % ({highest})"
     return Picture(title, svg(axes, name, f"{title}: {note}."), note)
 
 
