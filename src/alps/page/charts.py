@@ -195,7 +195,7 @@ def _bars(
     axes.set_xlim(0, max(sum(values) if stacked else max(values) for values in rows) or 1.0)
     for i, ((left, right), values) in enumerate(zip(labels, rows, strict=True)):
         top, start = _ROW * i, 0.0
-        room = WIDTH // 6 - len(right)
+        room = WIDTH // 7 - len(right)
         left = left if len(left) <= room else left[: room - 1] + "…"
         axes.text(0, top + 9, left, transform=axes.get_yaxis_transform(), va="center", color=INK)
         axes.text(1, top + 9, right, transform=axes.get_yaxis_transform(), va="center", ha="right", color=INK)
