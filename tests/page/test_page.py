@@ -336,5 +336,6 @@ def test_figures_have_sensible_digits() -> None:
 )
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     ticks = log_ticks(low, high)
-    assert 1 <= len(ticks) <= 6 and all(low <= value <= high for value in ticks)
+    assert 2 <= len(ticks) <= 6 and all(low <= value <= high for value in ticks)
+    assert all(value == pytest.approx(float(f"{value:.3g}"), rel=1e-9) for value in ticks)
     assert ticks == sorted(set(ticks)) and all(len(tick(value)) <= 7 for value in ticks)

@@ -10,6 +10,7 @@ from alps.page.drawing import (
     SERIES,
     WIDTH,
     Group,
+    Key,
     Picture,
     Section,
     box_keys,
@@ -119,9 +120,10 @@ def _points(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
 def cost(runs: Runs) -> Section | None:
     """Where the time of a run went, and its peaks of memory, at the pattern that is shown first."""
     pattern = runs.patterns[0]
-    groups = [group for group in (_time(runs, pattern), _memory(runs, pattern)) if group is not None]
+    (time, keys), memory = _time(runs, pattern), _memory(runs, pattern)
+    pictures = [picture for picture in (time, memory) if picture is not None]
     text = f"Means over seeds, at {pattern}." if len(runs.seeds) > 1 else f"At {pattern}."
-    return Section("cost", "Time and memory", text, groups) if groups else None
+    return Section("cost", "Time and memory", text, [Group("", pictures, keys)]) if pictures else None
 
 
 def phases(seconds: dict[str, float]) -> dict[str, float]:
@@ -134,7 +136,7 @@ def phases(seconds: dict[str, float]) -> dict[str, float]:
     return parts
 
 
-def _time(runs: Runs, pattern: str) -> Group | None:
+def _time(runs: Runs, pattern: str) -> tuple[Picture | None, list[Key]]:
     rows: list[tuple[str, dict[str, float]]] = []
     for method in runs.methods:
         found = [phases(result.seconds) for result in runs.every(method, pattern) if result.seconds]
@@ -143,7 +145,7 @@ def _time(runs: Runs, pattern: str) -> Group | None:
             rows.append((method, {name: sum(p.get(name, 0.0) for p in found) / len(found) for name in names}))
     whole = sum(sum(parts.values()) for _, parts in rows)
     if not whole:
-        return None
+        return None, []
     sums = {name: sum(parts.get(name, 0.0) for _, parts in rows) for _, parts in rows for name in parts}
     shown = sorted((name for name in sums if name != "other"), key=lambda name: -sums[name])[: len(SERIES) - 1]
     shown = [name for name in shown if sums[name] > 0.002 * whole]
@@ -153,11 +155,11 @@ def _time(runs: Runs, pattern: str) -> Group | None:
     described = [
         f"{m}: {number(sum(v))} s, most of it {max(zip(v, [*shown, 'other'], strict=True))[1]}." for m, v in cut
     ]
-    picture = _bars("time", "Seconds to prune", labels, [values for _, values in cut], True, described)
-    return Group("", [picture], box_keys([*shown, "other"]))
+    picture = _bars("time", "Seconds to prune", labels, [values for _, values in cut], SERIES, described)
+    return picture, box_keys([*shown, "other"])
 
 
-def _memory(runs: Runs, pattern: str) -> Group | None:
+def _memory(runs: Runs, pattern: str) -> Picture | None:
     found = [(method, runs.every(method, pattern)) for method in runs.methods]
     rows = [(method, _peaks(results)) for method, results in found if results]
     if not any(host or device for _, (host, device) in rows):
@@ -169,8 +171,8 @@ def _memory(runs: Runs, pattern: str) -> Group | None:
     ]
     values = [[host, device] if on_device else [host] for _, (host, device) in rows]
     described = [f"{method}: {text}." for method, text in labels]
-    picture = _bars("memory", f"Peak memory, host{' / device' if on_device else ''}", labels, values, False, described)
-    return Group("", [picture], box_keys(["host", "device"]) if on_device else [])
+    title = "Peak memory" + (", host and device below it" if on_device else " of the host")
+    return _bars("memory", title, labels, values, (), described)
 
 
 def _peaks(results: Sequence[Result]) -> tuple[float, float]:
@@ -185,23 +187,26 @@ def _bars(
     title: str,
     labels: Sequence[tuple[str, str]],
     rows: Sequence[Sequence[float]],
-    stacked: bool,
+    stack: Sequence[str],
     described: Sequence[str],
 ) -> Picture:
-    """A bar a row, its name and its figure above it, so that long names have room."""
+    """A bar a row, its name and its figure above it, so that long names have room.
+
+    Values of a row are stacked in the colours of `stack`; without any they are bars of their own, in grey.
+    """
     axes = canvas(_ROW * len(rows) + 4, left=2, bottom=2, top=2, right=2)
     axes.set_axis_off()
     axes.set_ylim(_ROW * len(rows), 0)
-    axes.set_xlim(0, max(sum(values) if stacked else max(values) for values in rows) or 1.0)
+    axes.set_xlim(0, max(sum(values) if stack else max(values) for values in rows) or 1.0)
     for i, ((left, right), values) in enumerate(zip(labels, rows, strict=True)):
         top, start = _ROW * i, 0.0
         room = WIDTH // 7 - len(right)
         left = left if len(left) <= room else left[: room - 1] + "…"
         axes.text(0, top + 9, left, transform=axes.get_yaxis_transform(), va="center", color=INK)
         axes.text(1, top + 9, right, transform=axes.get_yaxis_transform(), va="center", ha="right", color=INK)
-        thick = _BAR if stacked else _BAR / len(values)
+        thick = _BAR if stack else _BAR / len(values)
         for place, value in enumerate(values):
-            y = top + 18 + (0.0 if stacked else place * thick)
-            axes.barh(y, value, thick, start, align="edge", color=SERIES[place])
-            start += value if stacked else 0.0
+            y = top + 18 + (0.0 if stack else place * thick)
+            axes.barh(y, value, thick, start, align="edge", color=stack[place] if stack else (MUTED, INK)[place])
+            start += value if stack else 0.0
     return Picture(title, svg(axes, name, " ".join([f"{title}.", *described])))

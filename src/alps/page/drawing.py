@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 # Widths and heights are in points, which a page shows as pixels at its narrowest.
 WIDTH = 360
@@ -209,8 +209,11 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
         found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         found = [value for value in found if low <= value <= high]
+        if len(found) < 2:
+            narrow = (float(value) for value in MaxNLocator(4).tick_values(low, high))
+            return [value for value in narrow if low <= value <= high]
         if len(found) <= most:
-            return found or [low]
+            return found
     return found[:: math.ceil(len(found) / most)]
 
 
