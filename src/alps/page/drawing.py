@@ -210,7 +210,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
         found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         found = [value for value in found if low <= value <= high]
         if len(found) < 2:
-            narrow = (float(value) for value in MaxNLocator(4).tick_values(low, high))
+            narrow = (float(value) for value in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high))
             return [value for value in narrow if low <= value <= high]
         if len(found) <= most:
             return found
