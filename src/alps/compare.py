@@ -29,6 +29,7 @@ from alps.loaded import Loaded, load
 from alps.models.identity import model_sha256
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
+from alps.models.remembered import Remembered
 from alps.progress import Watcher
 from alps.published import publish
 from alps.results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
@@ -123,6 +124,8 @@ class _Bench:
         self.sha256 = model_sha256(self.dense.model)
         self.texts = [self.dense.evaluation(text, wanted.eval_seqlen, wanted.windows) for text in wanted.texts]
         self.copy = Loaded(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
+        # Every run is measured against the dense model on the same windows.
+        self.reference = Remembered(self.dense.model)
 
     def windows(self, wanted: PruneSettings) -> Windows:
         """Calibration windows, drawn once; where the model samples its own, it is the dense one."""
@@ -172,7 +175,7 @@ class _Bench:
             method=DENSE,
             pattern="",
             seed=None,
-            evaluations=[perplexity(model.model, w, model.name, self.device, self.watcher) for w in self.texts],
+            evaluations=[perplexity(self.reference, w, model.name, self.device, self.watcher) for w in self.texts],
             tasks=self._scores(model),
             continuations=self._continuations(model),
             versions=provenance(),
@@ -187,7 +190,7 @@ class _Bench:
         forget_peaks(self.device)
         report = run(self.copy, walk, windows, one.seed)
         names = (f"{self.dense.name}, {one.method} {one.pattern}", self.dense.name)
-        models = (self.copy.model, self.dense.model)
+        models = (self.copy.model, self.reference)
         found: list[EvaluationRecord] = [
             divergence(*models, text, names, self.device, self.watcher) for text in self.texts
         ]

@@ -24,9 +24,8 @@ _TRACES = 3
 
 
 class Check(Record):
-    """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||.
-
-    `error` is the relative reconstruction error of the free copy W; None where it was not taken.
+    """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||, and the
+    relative reconstruction error of D; None where it was not taken.
     """
 
     iteration: int
@@ -138,8 +137,11 @@ class Result(Record):
 
 
 def _chosen(sites: Sequence[LayerRecord]) -> set[str]:
-    """Names of the traced sites with the smallest, the middle and the largest error."""
+    """Names of the traced sites with the smallest, the middle and the largest error; first of those whose error was
+    followed along the trace.
+    """
     traced = sorted((s for s in sites if s.solve.get("trace")), key=lambda s: (s.error or 0.0, s.name))
+    traced = [s for s in traced if s.solve["trace"][0].get("error") is not None] or traced
     places = {round(i * (len(traced) - 1) / (_TRACES - 1)) for i in range(_TRACES)} if traced else set()
     return {traced[place].name for place in places}
 

@@ -79,6 +79,7 @@ class Walk:
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    _shown: frozenset[int] = frozenset()
 
     @property
     def needs(self) -> Needs:
@@ -106,6 +107,8 @@ class Walk:
         """
         check_fit(blocks, self.pattern, self.patterns)
         check_budget(self.budget, self.pattern)
+        # Reports show how some sites were solved: those of the first, the middle and the last block.
+        self._shown = frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1))
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
             with exact_float32():
@@ -176,9 +179,9 @@ class Walk:
             self._solve_shared(block, shared)
 
     def _solve_shared(self, block: Block, shared: SharedInput) -> None:
-        shift = None
+        shift, method = None, self.method.traced() if block.index in self._shown else self.method
         with self._timed("prepare"), _naming(shared.sites):
-            state = self.method.prepare(shared.stats)
+            state = method.prepare(shared.stats)
             if self.target:
                 shift = correction(shared.stats, self.target, self.target_damping)
         for site in shared.sites:
@@ -186,7 +189,7 @@ class Walk:
             if shift is not None:
                 aim = retarget(aim, shift)
             with self._timed("solve"), _naming([site]):
-                solution = self.method.solve(aim, state, self.patterns.get(site.name, self.pattern))
+                solution = method.solve(aim, state, self.patterns.get(site.name, self.pattern))
             self._write(block, site, aim, solution, shared.stats)
 
     def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, stats: InputStats) -> None:

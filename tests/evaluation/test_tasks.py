@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -23,109 +22,166 @@ from alps import cli
 from alps.errors import ConfigError
 from alps.evaluation.definitions import DEFINITIONS, read_documents
 from alps.evaluation.records import TaskRecord
-from alps.evaluation.tasks import find_tasks, local_task
+from alps.evaluation.tasks import _record, find_tasks, local_task
+from made_up import Row, made_up
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
 
 TASKS = list(DEFINITIONS)
 ITEMS = 40
+MMLU_ITEMS = 80  # more than subjects
+
+# Where lm-eval's own configurations take their items from.
+HUB = {
+    ("EleutherAI/lambada_openai", "default"): "lambada_openai",
+    ("baber/piqa", None): "piqa",
+    ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+    ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+    ("Rowan/hellaswag", None): "hellaswag",
+    ("allenai/winogrande", "winogrande_xl"): "winogrande",
+    ("aps/super_glue", "boolq"): "boolq",
+    ("nyu-mll/glue", "rte"): "rte",
+    ("allenai/openbookqa", "main"): "openbookqa",
+}
 
 
-class _Loader(yaml.SafeLoader):
-    """lm-eval's YAML: `!function file.name` is a function of a file beside it."""
-
-    folder = Path()
-
-
-def _function(loader: Any, node: Any) -> Any:
-    file, _, name = loader.construct_scalar(node).partition(".")
-    spec = importlib.util.spec_from_file_location(file, loader.folder / f"{file}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
-
-
-_Loader.add_constructor("!function", _function)
-
-
-def _own_config(task: str, data: Path, cache: Path) -> dict[str, Any]:
-    """lm-eval's configuration of a task as installed, with only its data replaced."""
-    import lm_eval.tasks
-
-    files = {"lambada_openai": "lambada", "arc_easy": "arc", "winogrande": "winogrande"}
-    name = "default" if task == "winogrande" else task
-    path = Path(lm_eval.tasks.__file__).parent / files.get(task, task) / f"{name}.yaml"
-    loader = type("_Here", (_Loader,), {"folder": path.parent})
-    config: dict[str, Any] = yaml.load(path.read_text(), Loader=loader)
-    split = config.get("test_split") or config["validation_split"]
-    for key in ("training_split", "validation_split", "test_split", "dataset_name", "tag"):
-        config.pop(key, None)
-    if task == "hellaswag":  # its items are already what process_docs makes of them
-        config.pop("process_docs")
-    files_of = {"data_files": {split: str(data)}, "cache_dir": str(cache)}
-    return config | {"dataset_path": "json", "dataset_kwargs": files_of, "test_split": split}
+def _raw_hellaswag(row: Row) -> Row:
+    """An item as published, from one that is preprocessed and remembers how its second part began."""
+    query, stored = row["query"], row["query_as_stored"]
+    start = next((i for i, (a, b) in enumerate(zip(query, stored, strict=True)) if a != b), len(stored))
+    label = stored.partition(": ")[0]
+    first, second = stored[len(label) + 2 : start].removesuffix(" "), stored[start:]
+    return {
+        "activity_label": label,
+        "ctx_a": first,
+        "ctx_b": second,
+        "endings": row["choices"],
+        "label": str(row["gold"]),
+    }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first items of every task, HellaSwag's with the field that lm-eval's configuration names."""
+    """Real items of five tasks, HellaSwag's half made up; those of the others made up, MMLU's of all its subjects."""
+    import lm_eval.tasks
+
     source = Path(__file__).parent.parent.parent.parent / "shared" / "data" / "zeroshot"
     if not source.is_dir():
         pytest.skip("needs ../shared/data/zeroshot")
     folder = tmp_path_factory.mktemp("zeroshot")
     for task in TASKS:
-        rows = [json.loads(line) for line in (source / f"{task}.jsonl").read_text().split("\n")[:ITEMS]]
-        lines = [json.dumps(row | ({"label": str(row["gold"])} if task == "hellaswag" else {})) for row in rows]
-        (folder / f"{task}.jsonl").write_text("\n".join(lines))
+        if (source / f"{task}.jsonl").exists():
+            rows = [json.loads(line) for line in (source / f"{task}.jsonl").read_text().split("\n")[:ITEMS]]
+        else:
+            rows = made_up(task, MMLU_ITEMS if task == "mmlu" else ITEMS)
+        if task == "hellaswag":
+            rows = [*map(_raw_hellaswag, rows[: ITEMS // 2]), *made_up(task, ITEMS // 2)]
+            rows = [{"ind": None, **row} for row in rows]
+        if task == "mmlu":
+            own = (Path(lm_eval.tasks.__file__).parent / "mmlu" / "default").glob("mmlu_*.yaml")
+            subjects = sorted(path.stem.removeprefix("mmlu_") for path in own)
+            assert len(subjects) == 57
+            rows = [row | {"subject": subjects[i % len(subjects)]} for i, row in enumerate(rows)]
+        (folder / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
+
+
+def _rows(data: Path, task: str) -> list[Row]:
+    return [json.loads(line) for line in (data / f"{task}.jsonl").read_text().split("\n")]
 
 
 @pytest.fixture(scope="module")
 def records(data: Path, stories: Path) -> dict[str, TaskRecord]:
-    found = alps.evaluate_tasks(alps.load(str(stories)), TASKS, data, ITEMS, batch_size=16)
+    found = alps.evaluate_tasks(alps.load(str(stories)), TASKS, data, batch_size=16)
     return {record.task: record for record in found}
 
 
 @pytest.fixture(scope="module")
-def own(data: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
-    """lm-eval's task objects on these items, and what lm-eval finds with them, every item kept."""
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
+def own(data: Path, stories: Path) -> Any:
+    """What lm-eval finds by its own configurations, unchanged: only the hub's answers are these items."""
+    import datasets
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    cache = tmp_path_factory.mktemp("cache")
-    tasks = {task: ConfigurableTask(config=_own_config(task, data / f"{task}.jsonl", cache)) for task in TASKS}
+    def answer(path: str, name: str | None = None, **_: Any) -> Any:
+        if path == "cais/mmlu":
+            rows = [row for row in _rows(data, "mmlu") if row["subject"] == name]
+        else:
+            rows = _rows(data, HUB[path, name])
+        items = datasets.Dataset.from_list(rows)
+        return dict.fromkeys(("train", "validation", "test", "dev"), items)
+
     loaded = alps.load(str(stories))
     model = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
-    return tasks, evaluate(model, tasks, bootstrap_iters=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", answer)
+        index = find_tasks(TASKS).index
+        return simple_evaluate(model, tasks=TASKS, task_manager=index, log_samples=True, bootstrap_iters=1000)
+
+
+def _own_samples(own: Any, task: str, data: Path) -> list[Any]:
+    """lm-eval's account of every item, in the order of the file; it keeps MMLU's by subject."""
+    if task != "mmlu":
+        return sorted(own["samples"][task], key=lambda sample: sample["doc_id"])
+    of = {name: iter(sorted(found, key=lambda s: s["doc_id"])) for name, found in own["samples"].items()}
+    return [next(of[f"mmlu_{row['subject']}"]) for row in _rows(data, "mmlu")]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_prompt_and_continuation_is_lm_evals(task: str, data: Path, own: tuple[dict[str, Any], Any]) -> None:
+def test_every_prompt_and_continuation_is_lm_evals(task: str, data: Path, own: Any) -> None:
     ours = local_task(task, read_documents(task, data))
     ours.build_all_requests()
-    theirs = own[0][task]
-    assert len(theirs.eval_docs) == ITEMS and len(theirs.instances) >= ITEMS
-    assert [one.args for one in ours.instances] == [one.args for one in theirs.instances]
+    rows, samples = _rows(data, task), _own_samples(own, task, data)
+    assert len(samples) == len(rows) == (MMLU_ITEMS if task == "mmlu" else ITEMS)
+    assert all(row.items() <= sample["doc"].items() for row, sample in zip(rows, samples, strict=True))
+    theirs = [tuple(pair) for sample in samples for pair in sample["arguments"]]
+    assert [one.args for one in ours.instances] == theirs and len(theirs) >= ITEMS
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_scores_are_lm_evals_to_the_last_item(
-    task: str, records: dict[str, TaskRecord], own: tuple[dict[str, Any], Any]
-) -> None:
-    theirs, samples = own[1]["results"][task], own[1]["samples"][task]
+def test_scores_are_lm_evals_to_the_last_item(task: str, records: dict[str, TaskRecord], own: Any, data: Path) -> None:
+    theirs, samples = own["results"][task], _own_samples(own, task, data)
     record = records[task]
-    assert set(record.metrics) == {metric["metric"] for metric in own[0][task].config.metric_list}
+    kind = "mmlu_anatomy" if task == "mmlu" else task
+    assert set(record.metrics) == {metric["metric"] for metric in own["configs"][kind]["metric_list"]}
     for metric, found in record.metrics.items():
+        values = [sample[metric] for sample in samples]
         assert found.value == theirs[f"{metric},none"]
-        assert found.stderr == theirs[f"{metric}_stderr,none"] > 0
+        if task == "mmlu":  # a group's error is pooled from its tasks, which a subject of one item has none of
+            assert found.stderr == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+        else:
+            assert found.stderr == theirs[f"{metric}_stderr,none"] > 0
     right = sum(sample["acc"] for sample in samples)
-    assert len(samples) == record.items == ITEMS and record.metrics["acc"].value == right / ITEMS
-    assert 0 < right < ITEMS and record.num_fewshot == 0
+    assert len(samples) == record.items and record.metrics["acc"].value == right / len(samples)
+    assert 0 < right < len(samples) and record.num_fewshot == 0
 
 
-@pytest.mark.parametrize("task", ["piqa", "arc_easy", "hellaswag", "winogrande"])
+def test_mmlu_by_name_has_a_row_for_every_subject_and_group(own: Any) -> None:
+    """As the hub's tasks are recorded: a group has an average and no items of its own."""
+    rows = {name: _record("m", name, row, own) for name, row in own["results"].items() if name.startswith("mmlu")}
+    assert len(rows) == 57 + 4 + 1 and {"mmlu", "mmlu_stem", "mmlu_anatomy"} <= rows.keys()
+    assert rows["mmlu"].items is None and rows["mmlu_anatomy"].items == 2
+    subjects = [row for row in rows.values() if row.items is not None]
+    right = sum(row.metrics["acc"].value * row.items for row in subjects if row.items)
+    assert len(subjects) == 57 and rows["mmlu"].metrics["acc"].value == pytest.approx(right / MMLU_ITEMS)
+
+
+def test_hellaswag_may_be_preprocessed(data: Path, tmp_path: Path) -> None:
+    """lm-eval's own preprocessing, written to a file, gives the same documents as the published fields."""
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    lines = []
+    for row in _rows(data, "hellaswag"):
+        query = preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        done = {"query": query, "choices": [preprocess(one) for one in row["endings"]], "gold": int(row["label"])}
+        lines += [json.dumps(done), json.dumps(row | done)]
+    (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))
+    expected = read_documents("hellaswag", data)
+    assert read_documents("hellaswag", tmp_path) == [one for one in expected for _ in range(2)]
+    assert any("[" in ending for row in _rows(data, "hellaswag") for ending in row["endings"])
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "lambada_openai"])
 def test_accuracies_are_those_of_a_plain_loop(
     task: str, data: Path, stories: Path, records: dict[str, TaskRecord]
 ) -> None:
@@ -141,8 +197,8 @@ def test_accuracies_are_those_of_a_plain_loop(
         right += int(scores.argmax() == document["gold"])
         right_by_length += int((scores / lengths).argmax() == document["gold"])
     metrics = records[task].metrics
-    assert metrics["acc"].value == right / ITEMS
-    assert "acc_norm" not in metrics or metrics["acc_norm"].value == right_by_length / ITEMS
+    assert metrics["acc"].value == right / len(documents)
+    assert "acc_norm" not in metrics or metrics["acc_norm"].value == right_by_length / len(documents)
 
 
 def _log_probability(loaded: Any, context: str, ending: str) -> float:

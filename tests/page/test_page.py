@@ -170,7 +170,7 @@ def test_traces_show_the_restart_and_the_bound(results: list[Result], text: str)
         first, last = site.trace[0], site.trace[-1]
         wanted = f"{site.name}: {number(first.gap * first.rho)} at iteration 3, {number(last.gap * last.rho)} at 90."
         assert any(wanted in drawing for drawing in drawings)
-    for title in ("Penalty ρ", "‖W − D‖ / ‖W‖: how far", "Entries of the support", "Relative error of the free copy W"):
+    for title in ("Penalty ρ", "‖W − D‖ / ‖W‖: how far", "Entries of the support", "Relative error of D"):
         (drawing, *_) = [d for d in pictures(text, title) if traced[0].name in d]
         assert drawing.count("stroke-dasharray: 1.2,2.4") == 1, "one site has begun anew"
         lines = [d for d in re.findall(r'<path d="([^"]*)" clip-path', drawing) if d.count("L") > 20]

@@ -83,6 +83,45 @@ def test_the_trace_follows_the_rule(problem: str, pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_traced_solve_notes_the_error_of_D_and_answers_the_same(pattern: Pattern) -> None:
+    weight, inputs = correlated()
+    stats, plain = InputStats.of(inputs), Alps()
+    traced = plain.traced()
+    solution = traced.solve(weight, traced.prepare(stats), pattern)
+    untraced = plain.solve(weight, plain.prepare(stats), pattern)
+    assert torch.equal(solution.weight, untraced.weight)
+    assert all(point.error is None for point in untraced.info.trace)
+    # The loop as published, in float64, along the penalties of the trace.
+    X, W = inputs.double(), weight.double()
+    G = X.T @ X
+    H = G + 0.01 * G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
+    scale = H.diagonal().rsqrt()
+    dense, H = W / scale, H * scale * scale[:, None]
+
+    def projected(Z: Tensor) -> Tensor:
+        return torch.where(keep_largest(Z.abs().float(), pattern), Z, 0.0)
+
+    D, V, first = projected(dense), torch.zeros_like(dense), solution.info.trace[0]
+    assert solution.info.restarts == 0 and first.iteration == 3
+    for _ in range(3):
+        inverse = torch.linalg.inv(H + first.rho * torch.eye(len(H), dtype=torch.float64))
+        Z = (dense @ H - V + first.rho * D) @ inverse + V / first.rho
+        D, V = projected(Z), first.rho * (Z - projected(Z))
+    error = float((X @ (D * scale - W).T).square().sum() / (X @ W.T).square().sum())
+    assert first.error == pytest.approx(error, rel=1e-3)
+    assert solution.info.trace[-1].error == pytest.approx(solution.info.error_before_refit, rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_error_of_large_sites_steps_is_noted_too(pattern: Pattern) -> None:
+    weight, inputs = correlated()
+    method = Alps(precision="bfloat16", trace_errors=True)
+    info = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern).info
+    assert info.trace[-1].error == pytest.approx(info.error_before_refit, rel=1e-2)
+    assert info.error_before_refit is not None and (info.trace[0].error or 0) > 1.02 * info.error_before_refit
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_copies_meet_as_theorem_1_says(pattern: Pattern) -> None:
     """max(||D+ - D||, ||W - D||) <= const / rho_t, along penalties whose inverses sum to something finite."""
     state, dense, C = scaled_problem()

@@ -78,6 +78,7 @@ def peak_of(
     pattern: Pattern,
     monkeypatch: pytest.MonkeyPatch,
     refine: int = 0,
+    traced: bool = False,
 ) -> tuple[int, int]:
     """Most bytes alive in a `prepare` and a `solve`, and those of the weight and the statistics among them.
 
@@ -88,7 +89,7 @@ def peak_of(
     monkeypatch.setattr(selection, "_CPU_CHUNK", 2**12)
     weight, stats = normal(1, out_size, in_size), InputStats.of(correlated_inputs(2, 2 * in_size, in_size))
     assert stats.upper is not None
-    method = Alps(precision=precision, refine=refine)
+    method = Alps(precision=precision, refine=refine, trace_errors=traced)
     with LiveBytes([weight, stats.upper, stats.total, stats.square]) as live:
         inputs = live.now
         solution = method.solve(weight, method.prepare(stats), pattern)
@@ -113,6 +114,15 @@ def test_a_solve_stays_within_its_matrices(
     # ten times as large as the site: an inverse has half a matrix of workspace.
     if in_size < 4 * out_size:
         assert peak <= 1.02 * limit(out_size, in_size)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("out_size", "in_size"), [(160, 560), (448, 448), (1024, 256)])
+def test_noting_errors_stays_within_them_too(
+    out_size: int, in_size: int, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, inputs = peak_of(out_size, in_size, precision, Unstructured(0.7), monkeypatch, traced=True)
+    assert peak - inputs <= limit(out_size, in_size)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)

@@ -1,8 +1,8 @@
-"""Zero-shot tasks on local files: the fields of an item, and the prompt and choices that lm-eval makes of them.
+"""Zero-shot tasks on local files: how their items are read and scored.
 
-Each definition follows the task of the same name in EleutherAI's lm-evaluation-harness (version 1.0 of each): the
-same context, continuations and metrics, so that the same items give the same accuracies. A file is named after its
-task and holds one JSON object a line.
+Each definition follows the task of the same name in EleutherAI's lm-evaluation-harness: the same context,
+continuations and metrics, so that the same items give the same accuracies. A file is named after its task and holds
+one JSON object a line, see `items`.
 """
 
 from __future__ import annotations
@@ -10,105 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from alps.data.text import read_json_lines
 from alps.errors import ConfigError, did_you_mean
-
-Document = dict[str, Any]
-
-
-class Item(BaseModel):
-    """One line of a task's file; fields that no prompt needs are left alone."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    def document(self) -> Document:
-        """What lm-eval is given: the columns that the task's configuration names."""
-        raise NotImplementedError
-
-
-class LambadaItem(Item):
-    """A passage whose last word is to be predicted."""
-
-    text: str = Field(pattern=r"(?s)^.+ [^ ]+$")
-
-    def document(self) -> Document:
-        context, _, word = self.text.rpartition(" ")
-        return {"context": context, "continuation": f" {word}"}
-
-
-class PiqaItem(Item):
-    """A goal and two ways to reach it; `label` is the index of the right one."""
-
-    goal: str
-    sol1: str
-    sol2: str
-    label: int = Field(ge=0, le=1)
-
-    def document(self) -> Document:
-        return _question(self.goal, [self.sol1, self.sol2], self.label)
-
-
-class ArcChoices(Item):
-    """Answers and their labels, in the same order."""
-
-    text: list[str] = Field(min_length=2)
-    label: list[str]
-
-
-class ArcItem(Item):
-    """A question, its answers and the label of the right one."""
-
-    question: str
-    choices: ArcChoices
-    answerKey: str  # noqa: N815 (the name in the data)
-
-    @model_validator(mode="after")
-    def _key_is_a_label(self) -> ArcItem:
-        if len(self.choices.text) != len(self.choices.label) or self.choices.label.count(self.answerKey) != 1:
-            raise ValueError("answerKey is not exactly one of the labels, or there are not as many labels as texts")
-        return self
-
-    def document(self) -> Document:
-        return _question(self.question, self.choices.text, self.choices.label.index(self.answerKey))
-
-
-class HellaswagItem(Item):
-    """An item of HellaSwag as lm-eval preprocesses it: a beginning, its endings, the index of the right one."""
-
-    query: str
-    choices: list[str] = Field(min_length=2)
-    gold: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _gold_is_a_choice(self) -> HellaswagItem:
-        if self.gold >= len(self.choices):
-            raise ValueError(f"gold {self.gold} is not the index of one of {len(self.choices)} choices")
-        return self
-
-    def document(self) -> Document:
-        return {"context": self.query, "choices": self.choices, "gold": self.gold}
-
-
-class WinograndeItem(Item):
-    """A sentence with a blank `_`, two words for it, and which of them fits: \"1\" or \"2\"."""
-
-    sentence: str = Field(pattern="_")
-    option1: str
-    option2: str
-    answer: Literal["1", "2"]
-
-    def document(self) -> Document:
-        before, _, after = self.sentence.partition("_")
-        contexts = [before + option for option in (self.option1, self.option2)]
-        return {"contexts": contexts, "continuation": after.strip(), "gold": int(self.answer) - 1}
-
-
-def _question(question: str, choices: list[str], gold: int) -> Document:
-    return {"context": f"Question: {question}\nAnswer:", "choices": choices, "gold": gold}
+from alps.evaluation.items import (
+    ArcItem,
+    BoolqItem,
+    Document,
+    HellaswagItem,
+    Item,
+    LambadaItem,
+    MmluItem,
+    OpenbookqaItem,
+    PiqaItem,
+    RawHellaswagItem,
+    RteItem,
+    WinograndeItem,
+)
 
 
 @dataclass(frozen=True)
@@ -116,14 +37,24 @@ class Definition:
     """How a task's items are read and scored.
 
     Attributes:
-        item: checks a line and makes lm-eval's document of it.
+        items: each checks a line and makes lm-eval's document of it; which one is told by the fields of the line.
         config: lm-eval's output type, and which column is the text, the target and the choices.
         metrics: names, in lm-eval's own registry.
     """
 
-    item: type[Item]
+    items: tuple[type[Item], ...]
     config: Mapping[str, str]
     metrics: tuple[str, ...]
+
+    def item(self, row: Any) -> type[Item]:
+        """The class whose fields are all in a line, or else the one with most of its fields in it."""
+        fields = row.keys() if isinstance(row, dict) else ()
+
+        def fit(item: type[Item]) -> tuple[bool, int]:
+            found = sum(name in fields for name in item.model_fields)
+            return found == len(item.model_fields), found
+
+        return max(self.items, key=fit)
 
 
 _CLOZE = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "continuation"}
@@ -141,12 +72,19 @@ _CONTEXTS = {
     "doc_to_choice": "contexts",
 }
 
+_ACC, _BOTH = ("acc",), ("acc", "acc_norm")
+
 DEFINITIONS = {
-    "lambada_openai": Definition(LambadaItem, _CLOZE, ("perplexity", "acc")),
-    "piqa": Definition(PiqaItem, _CHOICE, ("acc", "acc_norm")),
-    "arc_easy": Definition(ArcItem, _CHOICE, ("acc", "acc_norm")),
-    "hellaswag": Definition(HellaswagItem, _CHOICE, ("acc", "acc_norm")),
-    "winogrande": Definition(WinograndeItem, _CONTEXTS, ("acc",)),
+    "lambada_openai": Definition((LambadaItem,), _CLOZE, ("perplexity", "acc")),
+    "piqa": Definition((PiqaItem,), _CHOICE, _BOTH),
+    "arc_easy": Definition((ArcItem,), _CHOICE, _BOTH),
+    "arc_challenge": Definition((ArcItem,), _CHOICE, _BOTH),
+    "hellaswag": Definition((HellaswagItem, RawHellaswagItem), _CHOICE, _BOTH),
+    "winogrande": Definition((WinograndeItem,), _CONTEXTS, _ACC),
+    "boolq": Definition((BoolqItem,), _CHOICE, _ACC),
+    "rte": Definition((RteItem,), _CHOICE, _ACC),
+    "openbookqa": Definition((OpenbookqaItem,), _CHOICE, _BOTH),
+    "mmlu": Definition((MmluItem,), _CHOICE, _ACC),
 }
 
 
@@ -175,7 +113,7 @@ def read_documents(task: str, folder: Path, limit: int | None = None) -> list[Do
 
 def _document(task: str, path: Path, number: int, row: Any) -> Document:
     try:
-        return DEFINITIONS[task].item.model_validate(row).document()
+        return DEFINITIONS[task].item(row).model_validate(row).document()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

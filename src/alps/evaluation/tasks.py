@@ -24,7 +24,8 @@ import torch
 from packaging.version import Version
 
 from alps.errors import ConfigError, did_you_mean
-from alps.evaluation.definitions import DEFINITIONS, Document, read_documents
+from alps.evaluation.definitions import DEFINITIONS, read_documents
+from alps.evaluation.items import Document
 from alps.evaluation.records import Estimate, TaskRecord
 from alps.loaded import Loaded
 

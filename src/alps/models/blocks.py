@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alps.errors import UnsupportedModel
-from alps.models.sites import Site, find_sites
+from alps.models.sites import Site, find_sites, is_router
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,18 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
             reason = "embedding or output head"
         elif not name.startswith(inside):
             reason = "outside the decoder blocks"
+        elif _routes(model, name):
+            reason = "router of a mixture of experts"
         elif parameter.ndim > 2:
             reason = f"fused {parameter.ndim}-D weights are not supported"
         else:
             reason = "not a linear map that received calibration inputs"
         rows.append(DenseParameter(name, tuple(parameter.shape), reason))
     return rows
+
+
+def _routes(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter belongs to a router, whatever class that is."""
+    name = parameter.rpartition(".")[0]
+    parent = name.rpartition(".")[0]
+    return is_router(name, {parent} if hasattr(model.get_submodule(parent), "experts") else ())

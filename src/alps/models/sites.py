@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+# Maps that decide where a token goes, by a part of their name: a few weights that move whole experts.
+_ROUTERS = re.compile(r"(^|\.)(router|shared_expert_gate)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,16 @@ class Site:
 
 
 def find_sites(prefix: str, block: nn.Module) -> list[Site]:
-    """All linear maps of a block in the order of their registration; `prefix` is the block's own name."""
+    """All linear maps of a block but routers in the order of their registration; `prefix` is the block's own name."""
+    experts = {name.rpartition(".")[0] for name, _ in block.named_modules() if name.rpartition(".")[2] == "experts"}
     return [
         Site(f"{prefix}.{name}" if name else prefix, module)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and not is_router(name, experts)
     ]
+
+
+def is_router(name: str, experts: Collection[str]) -> bool:
+    """Whether the module `name` of a block routes tokens; `experts` names what in the block holds experts."""
+    parent, _, last = name.rpartition(".")
+    return bool(_ROUTERS.search(name)) or (last == "gate" and parent in experts)

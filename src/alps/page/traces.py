@@ -16,7 +16,7 @@ _FIGURES: tuple[tuple[str, str, Figure], ...] = (
     ("penalty", "Penalty ρ", lambda check: check.rho),
     ("bound", "ρ · ‖W − D‖ / ‖W‖, which Theorem 1 bounds", lambda check: check.gap * check.rho),
     ("change", "Entries of the support that changed since the last check", lambda check: float(check.support_change)),
-    ("error", "Relative error of the free copy W", lambda check: check.error),
+    ("error", "Relative error of D, before the refit", lambda check: check.error),
 )
 
 
@@ -31,7 +31,8 @@ def traces(runs: Runs) -> Section | None:
     text = (
         "The splitting keeps two copies of a site's weights: W, free, and D, under the pattern. The penalty ρ grows as "
         "long as the support of D changes, and ‖W − D‖ ≤ C/ρ brings them together. A dotted line is a new start with a "
-        "smaller penalty. Shown are the sites with the smallest, the middle and the largest error."
+        "smaller penalty. Shown are, among the sites that were followed, those with the smallest, the middle and the "
+        "largest error."
     )
     return Section("traces", "Convergence of the splitting", text, groups) if groups else None
 

@@ -93,6 +93,9 @@ class Steps(Protocol):
     def gap(self) -> float:
         """||W - D||_F / ||W||_F after the last step."""
 
+    def lost_energy(self) -> float:
+        """What D has lost of the outputs' energy after the last step, the damping's share taken out."""
+
     def projected(self) -> Tensor:
         """D, shape (out, in); the steps are over then."""
 
@@ -119,17 +122,21 @@ class PlainSteps:
     def gap(self) -> float:
         return float((self._W - self._D).norm() / self._W.norm().clamp_min(1e-38))
 
+    def lost_energy(self) -> float:
+        return self._hessian.lost_energy(self._dense, self._D)
+
     def projected(self) -> Tensor:
         return self._D
 
 
-def run(steps: Steps, k: int, settings: AdmmSettings) -> AdmmResult:
+def run(steps: Steps, k: int, settings: AdmmSettings, energy: float | None = None) -> AdmmResult:
     """Drive the splitting from the magnitude projection of the scaled dense weight until its support rests.
 
     Args:
         steps: the splitting, not yet begun.
         k: number of entries that stay.
         settings: schedule and stopping rules.
+        energy: of the dense outputs; where given, every check notes the error of D, which takes a product.
     """
     mask_at_check = steps.mask
     rho, grown, restarts, trace = settings.rho, False, 0, list[TracePoint]()
@@ -139,7 +146,7 @@ def run(steps: Steps, k: int, settings: AdmmSettings) -> AdmmResult:
         if iteration % settings.check_every:
             continue
         change, gap = int(torch.count_nonzero(steps.mask ^ mask_at_check)), steps.gap()
-        trace.append(TracePoint(iteration, rho, change, gap))
+        trace.append(TracePoint(iteration, rho, change, gap, steps.lost_energy() / energy if energy else None))
         if not grown and change < settings.restart_share * k and restarts < settings.max_restarts:
             restarts, rho = restarts + 1, rho * settings.restart_factor
             steps.restart()

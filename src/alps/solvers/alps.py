@@ -10,7 +10,7 @@ Meng, Behdin, Wang, Mazumder: ALPS, NeurIPS 2024, arXiv 2406.07831: Section 3 (s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -48,6 +48,7 @@ class Alps(Method):
         refine: rounds of exchanges after the refit, see `exchange.exchange`; 0 leaves the support as it is.
         precision: of the factors of the products inside the splitting. `auto` takes bfloat16 for large sites where
             the machine multiplies it faster than float32. The refit is float32 in any case.
+        trace_errors: note the error of D at every check of the splitting; the answers are the same.
     """
 
     damping: float = 0.01
@@ -57,6 +58,7 @@ class Alps(Method):
     refit_gain: float = 3e-5
     refine: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    trace_errors: bool = False
 
     @property
     def name(self) -> str:
@@ -65,6 +67,9 @@ class Alps(Method):
     @property
     def needs(self) -> Needs:
         return Needs.GRAM
+
+    def traced(self) -> Alps:
+        return replace(self, trace_errors=True)
 
     def prepare(self, stats: InputStats) -> ScaledHessian:
         return scaled(stats, self.damping)
@@ -75,8 +80,10 @@ class Alps(Method):
         if not bool(W.any()):
             info.status = Status.UNCHANGED
             return Solution(weight.clone(), keep_largest(W.abs(), pattern), info)
+        kept = W.numel() - pattern.pruned_count(W.numel())
+        energy = state.undamped_energy(W) if self.trace_errors else None
         with info.timed("admm"):
-            split = admm.run(self._steps(state, W, pattern), W.numel() - pattern.pruned_count(W.numel()), self.admm)
+            split = admm.run(self._steps(state, W, pattern), kept, self.admm, energy)
         info.status, info.iterations, info.restarts = split.status, split.iterations, split.restarts
         info.trace, info.gap = split.trace, split.gap
         if split.status is Status.MAX_ITERATIONS:

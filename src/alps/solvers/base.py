@@ -30,12 +30,16 @@ class Status(StrEnum):
 
 @dataclass
 class TracePoint:
-    """One check of an iterative solve: iteration, penalty, support entries changed, relative ||W - D||."""
+    """One check of an iterative solve: iteration, penalty, support entries changed, relative ||W - D||.
+
+    `error` is the relative reconstruction error of D in the problem that is solved; None unless the method is `traced`.
+    """
 
     iteration: int
     rho: float
     support_change: int
     gap: float
+    error: float | None = None
 
 
 @dataclass
@@ -107,6 +111,10 @@ class Method(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """What `prepare` reads of the statistics."""
+
+    def traced(self) -> Method:
+        """The same method, with the same answers to the bit, that notes more of its iterations at some cost."""
+        return self
 
     @abstractmethod
     def prepare(self, stats: InputStats) -> Any:

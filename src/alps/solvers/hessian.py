@@ -82,6 +82,19 @@ class ScaledHessian:
         """||X (delta E)^T||_F^2 for `delta` (out, in) in scaled coordinates: the damping's share taken out."""
         return self.undamped(inner(delta @ self.matrix, delta), delta)
 
+    def lost_energy(self, dense: Tensor, pruned: Tensor, support: Tensor | None = None) -> float:
+        """`undamped_energy` of dense - pruned, both (out, in) in scaled coordinates.
+
+        `pruned` counts on `support` (1 = kept) alone where one is given. By quarters of the rows, to need little room.
+        """
+        size = -(-len(dense) // 4)
+        lost = 0.0
+        for start in range(0, len(dense), size):
+            rows = slice(start, start + size)
+            kept = pruned[rows] if support is None else pruned[rows] * support[rows]
+            lost += self.undamped_energy(dense[rows] - kept)
+        return lost
+
     def undamped(self, energy: float, delta: Tensor) -> float:
         """`undamped_energy` of `delta`, given ||delta||_H^2, which still holds the damping's share."""
         share = self.damping * float((column_squares(delta) * self.scale.square()).sum(dtype=torch.float64))

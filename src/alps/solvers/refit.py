@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +39,9 @@ class Refitted(Method):
     @property
     def needs(self) -> Needs:
         return Needs.GRAM
+
+    def traced(self) -> Refitted:
+        return replace(self, base=self.base.traced())
 
     def prepare(self, stats: InputStats) -> tuple[Any, ScaledHessian]:
         return self.base.prepare(stats), scaled(stats, self.damping)

@@ -79,6 +79,10 @@ class StreamingSteps:
         size = float(W.norm())
         return float(W.addcmul_(self._Z, self._M, value=-1).norm()) / max(size, 1e-38)
 
+    def lost_energy(self) -> float:
+        """What D has lost of the outputs' energy after the last step, the damping's share taken out."""
+        return self._hessian.lost_energy(self._N, self._Z, self._M)
+
     def projected(self) -> Tensor:
         """D, shape (out, in), with exactly as many entries as the pattern keeps; the splitting is over then."""
         self._project(self._Z, slack=0.0)
