@@ -34,6 +34,8 @@ def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
     assert INSTALLS[1] in (ROOT / ".ci" / "run").read_text()
 
 
+# Ten processes, each of which imports torch: minutes on a busy machine.
+@pytest.mark.timeout(900)
 def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path, english: str) -> None:
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

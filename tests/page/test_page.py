@@ -207,7 +207,7 @@ def test_nothing_leads_away(text: str) -> None:
     assert "http" not in text.replace("http-equiv", "")
 
 
-EVIL = "<script>alert(1)</script>\" onload='x' {{ 7*7 }} $x$ &amp; 文"
+EVIL = "<script>alert(1)</script>\" onload='x' {{ 7*7 }} $x$ &amp; 文 #0c0d09 --> "
 
 
 def test_what_users_wrote_stays_text() -> None:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 # Widths and heights are in points, which a page shows as pixels at its narrowest.
 WIDTH = 360
-INK, MUTED, GRID, PAPER = "#0c0d01", "#0c0d02", "#0c0d03", "#0c0d04"
+INK, MUTED, GRID = "#0c0d01", "#0c0d02", "#0c0d03"
 SERIES = tuple(f"#0c0e{i:02x}" for i in range(8))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
@@ -33,7 +33,6 @@ _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
-    PAPER: "var(--paper)",
     **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES)},
 }
 _STYLE = {
@@ -86,7 +85,6 @@ class Group:
     label: str
     pictures: list[Picture]
     keys: list[Key] = field(default_factory=list)
-    text: str = ""
     scale: Markup | None = None
     folded: bool = False
 
@@ -141,7 +139,7 @@ def svg(axes: Axes, name: str, description: str) -> Markup:
     text = re.sub(
         r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"|<path d=\"[^\"]*\" style=\"fill: none\"/>", "", text
     )
-    text = re.sub(r"#0c0[de]0[0-9]", lambda found: _VARIABLES[found[0]], text)
+    text = re.sub("|".join(_VARIABLES), lambda found: _VARIABLES[found[0]], text)
     text = re.sub(r"(?<=[>]) *\n *(?=<)|\n", "", text)
     label = Markup('<svg role="img" aria-label="{}"').format(description)
     return label + Markup(text.removeprefix("<svg"))
