@@ -225,7 +225,7 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
     assert [run.calibration.parts[0].windows for run in report.match_runs] == [8, 8]
     assert report.calibration is not None and report.calibration.windows == 4
     card = (third / "README.md").read_text()
-    assert card == model_card(report) and "**Blocks matched.**" in card
+    assert card == model_card(report, page=True) and "**Blocks matched.**" in card
     assert "pruning left everything else unchanged" in card
     for run, rows in zip(report.match_runs, (report.matches[:5], report.matches[5:]), strict=True):
         before, after = (sum(values) / 5 for values in ([r.before for r in rows], [r.after for r in rows]))

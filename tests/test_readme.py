@@ -34,11 +34,22 @@ def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
     assert INSTALLS[1] in (ROOT / ".ci" / "run").read_text()
 
 
+# Ten processes, each of which imports torch: minutes on a busy machine.
+@pytest.mark.timeout(900)
 def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path, english: str) -> None:
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    assert [line.split()[1] for line in lines] == ["prune", "inspect", "eval", "prune", "compare", "recover", "match"]
+    assert [line.split()[1] for line in lines] == [
+        "prune",
+        "inspect",
+        "eval",
+        "prune",
+        "compare",
+        "report",
+        "recover",
+        "match",
+    ]
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
         done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -75,7 +86,7 @@ def test_the_file_tree_is_the_one_on_disk() -> None:
         else:
             listed.add((folder if indent == 4 else "") + name)
     source = ROOT / "src" / "alps"
-    found = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    found = {str(path.relative_to(source)) for suffix in ("py", "html") for path in source.rglob(f"*.{suffix}")}
     assert listed == {name for name in found if not name.endswith(("__init__.py", "__main__.py"))}
 
 

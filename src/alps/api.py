@@ -24,6 +24,7 @@ from alps.models.order import Order
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
 from alps.progress import Silent, Watcher
+from alps.published import publish_run
 from alps.records import calibration_record
 from alps.report import REPORT_NAME, DenseRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
@@ -68,7 +69,8 @@ def prune(
             memory needs its `tokenizer`). None only for a method that reads no inputs, with `measure_errors` off.
         tokenizer: of a model in memory; saved with it, too.
         samples, seqlen, seed: windows to draw unless `calibration` is token ids.
-        out: directory to write; needed when `model` is a name, since the pruned model would be lost.
+        out: directory to write; needed when `model` is a name, since the pruned model would be lost. It holds a page
+            of figures, report.html, where the packages of the extra `report` are installed.
         device: where blocks are solved; `auto` is the first GPU, or the device a model in memory is on.
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
@@ -144,7 +146,7 @@ def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: 
         windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
     report = run(loaded, walk, windows, settings.seed)
     report.add_seconds("load", seconds)
-    write(loaded, report, out, settings)
+    write(loaded, report, out, settings, tell=tell)
     return report
 
 
@@ -191,19 +193,26 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
 
 
 def write(
-    loaded: Loaded, report: RunReport, out: Path, settings: PruneSettings | None = None, replaceable: str | None = None
+    loaded: Loaded,
+    report: RunReport,
+    out: Path,
+    settings: PruneSettings | None = None,
+    replaceable: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Write model, tokenizer, report, card and settings to `out`, which appears whole or not at all.
+    """Write model, tokenizer, report, page, card and settings to `out`, which appears whole or not at all.
 
     Args:
         replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
+        tell: is given a line where the page is left out.
     """
     start = time.perf_counter()
     with new_directory(out, replaceable) as folder:
         save_model(loaded.model, loaded.tokenizer, folder)
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
-        (folder / "README.md").write_text(model_card(report))
+        page = publish_run(folder, report, tell, out)
+        (folder / "README.md").write_text(model_card(report, page))
         if replaceable is not None:
             (folder / replaceable).touch()
         if settings is not None:

@@ -10,8 +10,8 @@ from alps.models.load import looks_local
 from alps.report import RunReport
 
 
-def model_card(report: RunReport) -> str:
-    """README.md of a pruned directory, with the front matter that model hubs read."""
+def model_card(report: RunReport, page: bool = False) -> str:
+    """README.md of a pruned directory, with the front matter that model hubs read; `page`: report.html is beside it."""
     local = looks_local(report.model)
     unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
     title = Path(report.model).name if local else report.model
@@ -59,7 +59,8 @@ def model_card(report: RunReport) -> str:
         ]
     lines += [
         "",
-        "Every site's error, the solver's record and the time of each phase are in `report.json`.",
+        "Every site's error, the solver's record and the time of each phase are in `report.json`"
+        + (", and as figures in `report.html`." if page else "."),
         "",
     ]
     return "\n".join(lines)

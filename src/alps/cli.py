@@ -12,6 +12,7 @@ from alps.commands.compare import compare_command
 from alps.commands.demo import demo
 from alps.commands.measure import evaluate_command, inspect_command
 from alps.commands.prune import prune
+from alps.commands.report import report_command
 from alps.commands.train import match_command, recover
 from alps.errors import AlpsError
 
@@ -56,4 +57,5 @@ app.command("inspect")(inspect_command)
 app.command()(recover)
 app.command("match")(match_command)
 app.command("compare")(compare_command)
+app.command("report")(report_command)
 app.command()(demo)

@@ -31,6 +31,7 @@ from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.remembered import Remembered
 from alps.progress import Watcher
+from alps.published import publish
 from alps.results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
 from alps.runtime import forget_peaks, pick_device, provenance
 from alps.summary import TABLE_NAME, summary
@@ -43,8 +44,8 @@ def compare(settings: Comparison, out: Path, watcher: Watcher, tell: Callable[[s
 
     Args:
         settings: what to compare, and on what.
-        out: directory; results.jsonl, a table and the settings appear in it. One that holds the same comparison is
-            gone on with.
+        out: directory; results.jsonl, a table, the settings and in the end a page of figures appear in it. One that
+            holds the same comparison is gone on with.
         watcher: told of the steps of every run.
         tell: is given one line before each run.
 
@@ -94,6 +95,7 @@ def _run_missing(
                 f"Interrupted: {number - 1} runs are kept in '{out}', and the same command goes on with the rest."
             ) from None
         spent.append((datetime.now(UTC) - start).total_seconds())
+    publish(out, done, tell)
     if failed:
         raise SolveFailed(f"{len(failed)} of {len(missing)} runs failed, first {failed[0]}")
     return done

@@ -88,5 +88,5 @@ def demo(
             pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),
         ]
         rows.append(DemoRow(method, pruned, report, seconds))
-    write(loaded, report, out, settings, replaceable=MARKER)
+    write(loaded, report, out, settings, MARKER, tell)
     return rows, report

@@ -82,7 +82,7 @@ def match_directory(
     report = earlier or describe(student, dense, run.device)
     report.matches += records
     report.match_runs.append(run)
-    write_changed(student, report, out)
+    write_changed(student, report, out, tell)
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
 from alps.models.sites import Site
+from alps.published import publish_run
 from alps.report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 
@@ -119,15 +121,17 @@ def describe(pruned: Loaded, dense: str, device: str) -> RunReport:
     return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
 
 
-def write_changed(pruned: Loaded, report: RunReport, out: Path) -> None:
+def write_changed(pruned: Loaded, report: RunReport, out: Path, tell: Callable[[str], None]) -> None:
     """Write a changed model to `out`, which appears whole or not at all.
 
-    The times of the one-shot run stay its own: saving is not added to them.
+    The times of the one-shot run stay its own: saving is not added to them. `tell` is given a line where the page of
+    figures is left out.
     """
     with new_directory(out) as folder:
         save_model(pruned.model, pruned.tokenizer, folder)
         (folder / REPORT_NAME).write_text(report.to_json())
-        (folder / "README.md").write_text(model_card(report))
+        page = publish_run(folder, report, tell, out)
+        (folder / "README.md").write_text(model_card(report, page))
 
 
 def _model_difference(dense: nn.Module, pruned: nn.Module) -> str | None:

@@ -41,5 +41,5 @@ def recover_directory(
     record = recover(teacher, student, settings, watcher, text)
     report = earlier or describe(student, dense, record.device)
     report.recovery.append(record)
-    write_changed(student, report, out)
+    write_changed(student, report, out, tell)
     return report

@@ -1,9 +1,13 @@
-"""Results as Markdown tables, in the manner of the papers: a row a method, a column a pattern, the best in bold."""
+"""Results as tables, in the manner of the papers: a row a method, a column a pattern, the best marked.
+
+The same cells become Markdown here and HTML in `alps.page`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from alps.evaluation.records import ComparisonRecord, Estimate
 from alps.results import DENSE, Result, spread
@@ -12,27 +16,59 @@ TABLE_NAME = "table.md"
 Figure = Callable[[Result], float | None]
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Everything that was measured: conditions first, then one table a figure, with means and deviations over seeds.
+@dataclass(frozen=True)
+class Cell:
+    """A figure as it is shown, empty where there is none, and whether it is the best of its column."""
 
-    Accuracies and their standard errors are in per cent; a deviation over several seeds takes the standard error's
-    place.
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One figure of every method (rows) at every pattern (columns)."""
+
+    title: str
+    patterns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Everything that was measured, as Markdown: conditions first, then one table a figure."""
+    parts = [_conditions(results), *map(_markdown, tables(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(results: Sequence[Result]) -> list[Table]:
+    """Every figure that was measured, with means and deviations over seeds.
+
+    Accuracies, agreements and their standard errors are in per cent; a deviation over several seeds takes the standard
+    error's place.
     """
     pruned = [result for result in results if result.method != DENSE]
     dense = next((result for result in results if result.method == DENSE), None)
-    parts = [_conditions(results)]
+    found = []
     first = (dense or pruned[0]).evaluations
     for i, record in enumerate(first):
         note = f" (dense {record.perplexity:.2f})" if dense else ""
-        parts.append(_table(f"Perplexity on {record.text}{note}", pruned, _perplexity(i), ".1f", min))
-        parts.append(_table(f"KL divergence from the dense model on {record.text}, nats", pruned, _kl(i), ".3f", min))
+        found.append(_table(f"Perplexity on {record.text}{note}", pruned, _perplexity(i), ".1f", min))
+        found.append(_table(f"KL divergence from the dense model on {record.text}, nats", pruned, _kl(i), ".3f", min))
+        title = f"Agreement with the dense model's most likely token on {record.text}, per cent"
+        found.append(_table(title, pruned, _agreement(i), ".1f", max))
     for i, task in enumerate((dense or pruned[0]).tasks):
         note = f" (dense {100 * _score(dense, i).value:.1f})" if dense else ""
         title = f"{task.task}, per cent on {task.items or 'all'} items{note}"
-        parts.append(_table(title, pruned, _task(i), ".1f", max, _task_error(i)))
-    parts.append(_table("Mean relative reconstruction error", pruned, lambda r: r.mean_error, ".4f", min))
-    parts.append(_table("Seconds to prune", pruned, lambda r: r.seconds.get("total"), ".1f", None))
-    return "\n\n".join(part for part in parts if part) + "\n"
+        found.append(_table(title, pruned, _task(i), ".1f", max, _task_error(i)))
+    found.append(_table("Mean relative reconstruction error", pruned, lambda r: r.mean_error, ".4f", min))
+    found.append(_table("Seconds to prune", pruned, lambda r: r.seconds.get("total"), ".1f", None))
+    return [table for table in found if any(cell.text for _, cells in table.rows for cell in cells)]
+
+
+def _markdown(table: Table) -> str:
+    lines = [f"## {table.title}", "", f"| | {' | '.join(table.patterns)} |", "|---|" + "---:|" * len(table.patterns)]
+    for method, cells in table.rows:
+        lines.append(f"| {method} | {' | '.join(f'**{c.text}**' if c.best else c.text for c in cells)} |")
+    return "\n".join(lines)
 
 
 def _conditions(results: Sequence[Result]) -> str:
@@ -58,25 +94,21 @@ def _table(
     form: str,
     best: Callable[[Sequence[float]], float] | None,
     error: Figure | None = None,
-) -> str:
-    """One figure of every method (rows) at every pattern (columns); empty where nobody has it."""
+) -> Table:
     patterns = list(dict.fromkeys(result.pattern for result in results))
     methods = list(dict.fromkeys(result.method for result in results))
     found = {(m, p): _values(results, m, p, figure) for m in methods for p in patterns}
-    if not any(found.values()):
-        return ""
-    lines = [f"## {title}", "", f"| | {' | '.join(patterns)} |", "|---|" + "---:|" * len(patterns)]
+    rows = []
     for method in methods:
         cells = []
         for pattern in patterns:
             values = found[method, pattern]
             means = [sum(v) / len(v) for (_, p), v in found.items() if p == pattern and v]
             errors = [] if error is None else _values(results, method, pattern, error)
-            cell = _cell(values, form, errors)
-            is_best = best is not None and len(means) > 1 and values and sum(values) / len(values) == best(means)
-            cells.append(f"**{cell}**" if is_best else cell)
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            is_best = best is not None and len(means) > 1 and bool(values) and sum(values) / len(values) == best(means)
+            cells.append(Cell(_text(values, form, errors), is_best))
+        rows.append((method, cells))
+    return Table(title, patterns, rows)
 
 
 def _values(results: Sequence[Result], method: str, pattern: str, figure: Figure) -> list[float]:
@@ -84,9 +116,11 @@ def _values(results: Sequence[Result], method: str, pattern: str, figure: Figure
     return [value for value in map(figure, rows) if value is not None]
 
 
-def _cell(values: Sequence[float], form: str, errors: Sequence[float]) -> str:
+def _text(values: Sequence[float], form: str, errors: Sequence[float]) -> str:
     if not values:
         return ""
+    if sum(values) / len(values) >= 1000:
+        form = ",.0f"
     if len(values) == 1 and errors:
         return f"{values[0]:{form}} ± {errors[0]:{form}}"
     return spread(values).text(form)
@@ -102,6 +136,14 @@ def _kl(i: int) -> Figure:
         return record.kl if isinstance(record, ComparisonRecord) and math.isfinite(record.kl) else None
 
     return kl
+
+
+def _agreement(i: int) -> Figure:
+    def agreement(result: Result) -> float | None:
+        record = result.evaluations[i] if i < len(result.evaluations) else None
+        return 100 * record.agreement if isinstance(record, ComparisonRecord) else None
+
+    return agreement
 
 
 def _task(i: int) -> Figure:

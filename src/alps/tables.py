@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
+from alps.published import PAGE_NAME
 from alps.report import RunReport
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     if report.peak_device_bytes:
         memory += f", {report.peak_device_bytes / 2**30:.2f} GiB on {report.device}"
     lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
-    lines.append(f"Written to {out}: weights, tokenizer, report.json, README.md.")
+    lines.append(f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.")
     return Text("\n".join(lines))
 
 
@@ -79,7 +80,7 @@ def recovery_summary(report: RunReport, out: Path) -> Text:
         f"KL to the dense model on {last.held_back_windows} held-back windows: {last.kl_before:.4f} before, "
         f"{last.kl_after:.4f} after (step {last.best_step}).",
         f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
-        f"Written to {out}: weights, tokenizer, report.json, README.md.",
+        f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.",
     ]
     return Text("\n".join(lines))
 
@@ -97,9 +98,13 @@ def match_summary(report: RunReport, out: Path) -> Text:
         f"blocks gained, mean relative loss on held-back windows {before:.4f} before, {after:.4f} after; "
         f"{last.seconds:.0f} s.",
         f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
-        f"Written to {out}: weights, tokenizer, report.json, README.md.",
+        f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.",
     ]
     return Text("\n".join(lines))
+
+
+def _shown(out: Path) -> str:
+    return f"{PAGE_NAME}, " if (out / PAGE_NAME).is_file() else ""
 
 
 def demo_table(rows: Sequence[DemoRow]) -> Table:

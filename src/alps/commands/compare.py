@@ -13,6 +13,7 @@ from alps.compare import compare
 from alps.comparison import load_comparison
 from alps.config import PRESETS
 from alps.errors import ConfigError
+from alps.published import PAGE_NAME
 from alps.results import RESULTS_NAME
 from alps.solvers import METHODS
 from alps.summary import TABLE_NAME, summary
@@ -81,7 +82,8 @@ def compare_command(
     console, watcher, tell = consoles()
     results = compare(load_comparison(config, given), out, watcher, tell)
     console.print(Markdown(summary(results)) if console.is_terminal else summary(results), soft_wrap=True)
-    tell(f"Written to {out}: {RESULTS_NAME}, {TABLE_NAME}.")
+    page = f", {PAGE_NAME}" if (out / PAGE_NAME).is_file() else ""
+    tell(f"Written to {out}: {RESULTS_NAME}, {TABLE_NAME}{page}.")
 
 
 def _words(text: str | None) -> list[str] | None:
