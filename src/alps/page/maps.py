@@ -17,7 +17,7 @@ from alps.results import Result, SiteResult
 Figure = Callable[[SiteResult], float | None]
 # Budgets move sparsities by more than this; exact counts of a uniform one by far less.
 _UNEVEN = 0.005
-_LONGEST_KIND = 14
+_LONGEST_KIND = 16
 
 
 def errors(runs: Runs) -> Section | None:
