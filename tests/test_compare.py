@@ -254,6 +254,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "value": ({"methods": ["alps+target=2"]}, "Target '2.0' is wrong"),
     "sparsity": ({"sparsity": [1.5]}, "1.5"),
     "pattern": ({"pattern": ["2-4"]}, "2-4"),
+    "misfit": ({"pattern": ["2:4", "4:8"]}, "4:8 does not divide the number of inputs of model.layers.0.mlp.down_proj"),
     "budget": ({"methods": ["alps+budget=loss"], "sparsity": [], "pattern": ["2:4"]}, "budget"),
     "task data": ({"task_data": "x"}, "--task-data has no effect"),
     "device": ({"device": "cuda:77"}, "cuda:77"),

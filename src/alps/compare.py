@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alps.api import build_walk, run
+from alps.budgets import check_fit
 from alps.checkpoints.directory import write_text
 from alps.checkpoints.locked import locked_directory
 from alps.comparison import COMPARISON_NAME, Combination, Comparison
@@ -26,6 +27,7 @@ from alps.evaluation.perplexity import perplexity
 from alps.evaluation.records import EvaluationRecord, TaskRecord
 from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
 from alps.loaded import Loaded, load
+from alps.models.blocks import find_blocks
 from alps.models.identity import model_sha256
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
@@ -65,6 +67,9 @@ def compare(settings: Comparison, out: Path, watcher: Watcher, tell: Callable[[s
         settings.check_continues(out)
         done = read_results(out / RESULTS_NAME)
         bench = _Bench(settings, load(settings.model, settings.dtype, tell), tasks, sources, watcher)
+        blocks = find_blocks(bench.dense.model)
+        for one in combinations:
+            check_fit(blocks, one.settings.build_pattern(), {})
         bench.check_calibrations(read)
         bench.check_same(done, out)
         write_text(out / COMPARISON_NAME, settings.to_yaml())
