@@ -9,60 +9,31 @@ Every budget but OWL's minimises sum_s c_s E_s(p_s) under sum_s n_s p_s = p sum_
 p_s: at the optimum all sites inside the limits lose equally much by one more zero. `error` weighs all sites alike;
 `loss` weighs a site by how far the model's answers move when it is pruned alone, per unit of its error: mean KL to the
 dense model's answers on a few calibration windows, no gradients. OWL (Yin et al., arXiv 2310.05175): a block's sparsity
-falls with its share of outliers, entries of |W_ij| ||X_j|| above `_OUTLIER` times the mean of their site.
+falls with its share of outliers, entries of |W_ij| ||X_j|| above 5 times the mean of their site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, did_you_mean
 from alps.models.blocks import Block
-from alps.models.capture import capture
-from alps.models.observe import observe
-from alps.models.probe import Probe
-from alps.models.sites import Site
-from alps.solvers.curves import POINTS, ErrorCurve, error_curve, inverse_diagonal, removal_costs
-from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Pattern, Unstructured, keep_largest
-from alps.solvers.selection import masked
-from alps.stats import Needs
+from alps.readings import SiteReading, influences, site_readings
+from alps.solvers.curves import POINTS, ErrorCurve
+from alps.solvers.pattern import Pattern, Unstructured
 
 BUDGETS = ("uniform", "owl", "error", "loss")
-_OUTLIER = 5.0
 _OWL_RANGE = 0.08
-_DAMPING = 0.01
 # Sparsities stay within this distance of the one asked for.
 _REACH = 0.15
 # Windows and tokens on which the model's answers are compared.
 _PROBE_WINDOWS, _PROBE_TOKENS = 2, 256
-_BATCH_TOKENS = 4096
 # Calibration tokens that curves and outliers are read from.
 _PLAN_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class SiteReading:
-    """What is known of a site before anything is pruned.
-
-    Attributes:
-        site, block: the site, and the index of its block.
-        curve: its predicted error over sparsity.
-        outliers: share of its weights times input norms that stand out.
-        norms: of its inputs, shape (in,).
-        cut_error: its relative error when it is cut by Wanda's score at the sparsity asked for.
-    """
-
-    site: Site
-    block: int
-    curve: ErrorCurve
-    outliers: float
-    norms: Tensor
-    cut_error: float
+_CPU = torch.device("cpu")
 
 
 def allocate(curves: Sequence[ErrorCurve], weights: Sequence[float], sparsity: float, reach: float) -> list[int]:
@@ -143,7 +114,14 @@ def check_budget(name: str, pattern: Pattern) -> None:
         raise ConfigError(f"Budget '{name}' moves zeros between sites, which {pattern} forbids: use --budget uniform.")
 
 
-def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, pattern: Pattern) -> dict[str, Pattern]:
+def plan(
+    model: nn.Module,
+    blocks: list[Block],
+    windows: Tensor,
+    name: str,
+    pattern: Pattern,
+    device: torch.device = _CPU,
+) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
     Args:
@@ -152,6 +130,7 @@ def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, patt
         windows: calibration token ids (windows, tokens).
         name: one of `BUDGETS`.
         pattern: over all sites; unstructured unless the budget is uniform.
+        device: where a block is run; it is brought there and back.
 
     Raises:
         ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
@@ -162,61 +141,16 @@ def plan(model: nn.Module, blocks: list[Block], windows: Tensor, name: str, patt
     assert isinstance(pattern, Unstructured)
     sparsity = pattern.sparsity
     windows = windows[: max(_PLAN_TOKENS // windows.shape[1], 1)]
-    readings = list(_readings(model, blocks, windows, Unstructured(sparsity)))
+    readings = list(site_readings(model, blocks, windows, Unstructured(sparsity), device))
     if name == "owl":
         counts = _owl_counts(readings, sparsity)
     else:
         weights = [1.0] * len(readings)
         if name == "loss":
-            weights = _divergences(model, blocks, windows[:_PROBE_WINDOWS, :_PROBE_TOKENS], readings, sparsity)
+            probe = windows[:_PROBE_WINDOWS, :_PROBE_TOKENS]
+            weights = influences(model, blocks, probe, readings, Unstructured(sparsity), device)
         counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
-
-
-def _readings(model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern) -> Iterator[SiteReading]:
-    inputs = capture(model, blocks, windows, max(_BATCH_TOKENS // windows.shape[1], 1))
-    device = inputs.hidden[0].device
-    for block in blocks:
-        for shared in observe(block, inputs, Needs.GRAM, device).shared:
-            diagonal, norms = inverse_diagonal(shared.stats, _DAMPING), shared.stats.norms()
-            for site in shared.sites:
-                weight = site.read().float()
-                scores = weight.abs() * norms
-                cut = masked(weight, keep_largest(scores, pattern))
-                yield SiteReading(
-                    site=site,
-                    block=block.index,
-                    curve=error_curve(weight, removal_costs(weight, diagonal), shared.stats),
-                    outliers=float((scores > _OUTLIER * scores.mean()).float().mean()),
-                    norms=norms,
-                    cut_error=relative_error(cut, weight, shared.stats),
-                )
-        inputs.advance(block.index, block.module, device)
-
-
-def _divergences(
-    model: nn.Module, blocks: list[Block], windows: Tensor, readings: Sequence[SiteReading], sparsity: float
-) -> list[float]:
-    """KL per unit of relative error of every site, from cutting it alone by Wanda's score.
-
-    The experts of one parameter are cut together, and share the KL per unit of their summed error: a probe of a few
-    tokens would leave many of them alone without a token.
-    """
-    probe = Probe(model, blocks, windows)
-    together: dict[str, list[SiteReading]] = {}
-    for reading in readings:
-        together.setdefault(reading.site.parameter_name, []).append(reading)
-    found = {}
-    for name, group in together.items():
-        dense = group[0].site.parameter.detach().clone()
-        for reading in group:
-            weight = reading.site.read().float()
-            scores = weight.abs() * reading.norms
-            reading.site.write(masked(weight, keep_largest(scores, Unstructured(sparsity))))
-        error = sum(reading.cut_error for reading in group)
-        found[name] = max(probe.divergence(group[0].block), 0.0) / max(error, 1e-12)
-        group[0].site.parameter.detach().copy_(dense)
-    return [found[reading.site.parameter_name] for reading in readings]
 
 
 def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,8 @@ def match(
         return tuning.untouched()
     # Nothing outside the block may take a gradient, the head least of all.
     whole = block.module if predictions is None else predictions.head.model
-    with torch.enable_grad(), Masters(whole, tuned, settings.rate) as masters:
+    near = nullcontext() if predictions is None else predictions.head.on(device)
+    with near, torch.enable_grad(), Masters(whole, tuned, settings.rate) as masters:
         return tuning.run(masters)
 
 

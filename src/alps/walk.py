@@ -119,7 +119,7 @@ class Walk:
                     assert windows is not None
                     if self.budget != "uniform":
                         with self._timed("budget"):
-                            self.patterns = plan(model, blocks, windows, self.budget, self.pattern)
+                            self.patterns = plan(model, blocks, windows, self.budget, self.pattern, self.device)
                     self._with_inputs(model, blocks, windows)
         finally:
             self.watcher.finish()

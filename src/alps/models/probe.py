@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alps.divergence import kl_divergence
-from alps.models.blocks import Block
+from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture, replaced_forwards
+
+Change = Callable[[], AbstractContextManager[None]]
 
 
 class Head:
@@ -22,7 +25,7 @@ class Head:
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
-        home = next(self.model.parameters()).device
+        home = self._outside()[0].device
         answer = hidden.to(home)
 
         def stand_in(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,37 +43,68 @@ class Head:
             logits: Tensor = self.model(input_ids=ids.to(home), use_cache=False).logits
         return logits
 
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Bring all that lies outside the blocks to a device for the time of the body, which must not change it."""
+        tensors = self._outside()
+        homes = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(device)
+            yield
+        finally:
+            for tensor, data in zip(tensors, homes, strict=True):
+                tensor.data = data
 
-class Probe:
-    """The dense model's states on a few windows, against which changed blocks are measured.
+    def _outside(self) -> list[Tensor]:
+        """Parameters and buffers outside the blocks, each once."""
+        inside = {id(t) for block in self._blocks for t in (*block.module.parameters(), *block.module.buffers())}
+        return [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in inside]
 
-    Attributes:
-        states: inputs of every block, and after them the output of the last, (windows, tokens, features) each.
+
+def divergences(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    device: torch.device,
+    changes: Sequence[Sequence[Change]],
+) -> list[list[float]]:
+    """What each of many changes, made alone, does to the model's answers.
+
+    One sweep: every block comes to the device once. What a change leaves behind in its block's output is carried
+    through the blocks after it, beside the unchanged states.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        blocks: its decoder blocks.
+        windows: token ids (windows, tokens), run as one batch.
+        device: where blocks and head run.
+        changes: for every block, contexts within which some of its weights are other ones.
+
+    Returns:
+        For every change, mean KL(model || changed model) per token in nats.
     """
+    inputs = capture(model, blocks, windows, len(windows))
+    home = inputs.hidden[0].device
+    dense, carried = inputs.hidden[0], list[Tensor]()
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> None:
-        """Run the model once over `windows` (windows, tokens), all in one batch."""
-        self._blocks, self._ids = blocks, windows
-        self._head = Head(model, blocks)
-        inputs = capture(model, blocks, windows, len(windows))
-        self._calls = inputs.calls
-        self.states = [inputs.hidden[0]]
-        with torch.no_grad():
-            for block in blocks:
-                self.states.append(self._run(block, self.states[-1]))
-            self._reference = self._logits(self.states[-1])
+    def after(block: Block, hidden: Tensor) -> Tensor:
+        return BlockInputs([hidden], inputs.calls).run(block.index, block.module, 0, device).to(home)
 
-    def divergence(self, first: int) -> float:
-        """Mean KL(model as it was || model as it is now) per token in nats, with blocks before `first` unchanged."""
-        with torch.no_grad():
-            hidden = self.states[first]
-            for block in self._blocks[first:]:
-                hidden = self._run(block, hidden)
-            now = self._logits(hidden)
-            return float(kl_divergence(now, self._reference, len(now)))
+    with torch.no_grad():
+        for block, mine in zip(blocks, changes, strict=True):
+            with on_device(block, device):
+                carried = [after(block, hidden) for hidden in carried]
+                for change in mine:
+                    with change():
+                        carried.append(after(block, dense))
+                dense = after(block, dense)
+        head = Head(model, blocks)
+        with head.on(device):
+            reference = head(dense, windows).flatten(0, -2)
+            found = iter([_divergence(head(hidden, windows), reference) for hidden in carried])
+    return [[next(found) for _ in mine] for mine in changes]
 
-    def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        return BlockInputs([hidden], self._calls).run(block.index, block.module, 0, hidden.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden, self._ids).flatten(0, -2)
+def _divergence(logits: Tensor, reference: Tensor) -> float:
+    return float(kl_divergence(logits.flatten(0, -2), reference, len(reference)))

@@ -29,7 +29,7 @@ class ErrorCurve:
     Attributes:
         entries: weights of the site.
         errors: at `POINTS` sparsities from 0 to 1, evenly spaced; float64, never falling, and convex
-            up to the rounding of counts.
+            up to the rounding of counts; on the CPU.
     """
 
     entries: int
@@ -57,7 +57,7 @@ def error_curve(weight: Tensor, costs: Tensor, stats: InputStats) -> ErrorCurve:
         stats: sums of its inputs, with a Gram.
     """
     ordered = costs.flatten().sort().values.to(torch.float64).cumsum(0)
-    counts = torch.linspace(0, 1, POINTS, dtype=torch.float64) * weight.numel()
+    counts = torch.linspace(0, 1, POINTS, dtype=torch.float64, device=weight.device) * weight.numel()
     at = torch.cat([ordered.new_zeros(1), ordered])[counts.round().long()]
     reference = stats.energy(weight)
-    return ErrorCurve(weight.numel(), at / reference if reference > 0 else at * 0)
+    return ErrorCurve(weight.numel(), (at / reference if reference > 0 else at * 0).cpu())
