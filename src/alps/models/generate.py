@@ -7,6 +7,7 @@ to where the model's own distribution is sampled. Neither top-k nor top-p cuts t
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +122,10 @@ def _sample_batch(
 ) -> Tensor:
     device = next(model.parameters()).device
     columns = [torch.full((len(uniform),), first)]
-    cache: Any = None
+    cache, name = None, _cache_name(model)
     for index in range(uniform.shape[1]):
-        output = model(input_ids=columns[-1][:, None].to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=columns[-1][:, None].to(device), use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
         if cache is None:
             raise UnsupportedModel(
                 f"{type(model).__name__} has no key-value cache to sample with: calibrate with a text instead."
@@ -140,6 +141,11 @@ def _sample_batch(
         columns.append(draw(logits, uniform[:, index], schedule.at(index)))
         watcher.step(f"{len(uniform)} at once")
     return torch.stack(columns, dim=1)
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What this transformers calls the key-value cache: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _stream(seed: int, window: int, count: int) -> Tensor:
