@@ -13,7 +13,8 @@ from torch import Tensor
 
 from alps.errors import CheckpointError
 
-# Higher levels take ten times as long and gain less than 1 % on weights and masks, which repeat nothing.
+# Weights and masks repeat nothing, so that higher levels gain little: 9 takes eight times as long for the high bytes
+# and leaves the whole 1 % smaller.
 _LEVEL = 3
 
 
