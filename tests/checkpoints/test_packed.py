@@ -51,7 +51,9 @@ def checkpoint(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
             parameter.data = pruned(parameter.data, 0.7)
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder, max_shard_size="20KB")
-    (folder / "README.md").write_text("---\ntags: [pruned]\n---\n\n# The model\n\nIts card.\n")
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\ntags: [pruned]\n---\n\n# The model\n\nIts card.\n"
+    )
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / ".cache").mkdir()
@@ -293,6 +295,13 @@ def test_a_shard_with_a_hash_that_fits_is_not_believed(tmp_path: Path, part: str
         (lambda f: f.update(compression="lzma"), "damaged"),
         (lambda f: f.pop("tensors"), "damaged"),
         (lambda f: f["tensors"].pop("a"), "contradicts itself"),
+        (
+            lambda f: f["tensors"]["a"].update(sha256=f["tensors"]["b"]["sha256"]),
+            "Tensor a differs from what was packed",
+        ),
+        (lambda f: f["tensors"]["a"].update(kept=None), "contradicts itself"),
+        (lambda f: f["tensors"]["b"].update(kept=3), "contradicts itself"),
+        (lambda f: f["tensors"]["a"].update(shape=[8, 33]), "Tensor a differs from what was packed|cannot be unpacked"),
         (lambda f: f["files"]["config.json"].update(name="../config.json"), "damaged"),
         (lambda f: f.update(headers={"/tmp/model.safetensors": "{}"}), "damaged"),
     ],
@@ -300,6 +309,21 @@ def test_a_shard_with_a_hash_that_fits_is_not_believed(tmp_path: Path, part: str
 def test_a_manifest_with_a_hash_that_fits_is_not_believed(tmp_path: Path, change: Any, complaint: str) -> None:
     pack_directory(small(tmp_path / "in"), tmp_path / "packed")
     resigned(tmp_path / "packed", change)
+    with pytest.raises(CheckpointError, match=complaint):
+        unpack_directory(tmp_path / "packed", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"kept": 153}, "a zstd frame of it has another size"),
+        ({"itemsize": 2}, "Tensor a differs from what was packed"),
+    ],
+)
+def test_a_compressed_tensor_of_another_size_is_refused(tmp_path: Path, change: dict[str, int], complaint: str) -> None:
+    pack_directory(small(tmp_path / "in"), tmp_path / "packed", compress=True)
+    resigned(tmp_path / "packed", lambda fields: fields["tensors"]["a"].update(change))
     with pytest.raises(CheckpointError, match=complaint):
         unpack_directory(tmp_path / "packed", tmp_path / "back")
     assert not (tmp_path / "back").exists()

@@ -34,6 +34,8 @@ SHARD_BYTES = 2**30
 _RENAMED = {"README.md": "README.original.md", INDEX_NAME: "index.original.json"}
 _OURS = re.compile(r"packed\.json|packed(-\d+(-of-\d+)?)?\.safetensors")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
+# A hub would tell people to load the pack with this library.
+_LIBRARY = re.compile(r"^library_name:.*\n", re.MULTILINE)
 _NOTICE = """
 > **Packed: zeros are not stored.** These files hold the checkpoint in a format of its own, which transformers does not
 > read. With alps (the Python package `alps-prune`) installed, this gives the checkpoint back, to the bit:
@@ -176,6 +178,7 @@ def _write_readme(card: Path | None, folder: Path) -> None:
     text = card.read_bytes().decode(errors="replace") if card else ""
     front = match[0] if (match := _FRONT_MATTER.match(text)) else ""
     rest = text[len(front) :].strip()
+    front = _LIBRARY.sub("", front)
     below = f"\nBelow is the card of the checkpoint that was packed.\n\n{rest}\n" if rest else ""
     (folder / "README.md").write_text(f"{front}{_NOTICE}{below}".lstrip(), encoding="utf-8")
 
