@@ -17,7 +17,7 @@ _STDLIB = sys.stdlib_module_names
 # What a part may import beyond the standard library (allow), and what no file in it may import (deny).
 _ALLOWED = {
     "alps.solvers": ("torch", "alps.stats", "alps.errors", "alps.solvers"),
-    "alps.checkpoints": ("torch", "safetensors", "filelock", "alps.errors", "alps.checkpoints"),
+    "alps.checkpoints": ("torch", "safetensors", "filelock", "zstandard", "alps.errors", "alps.checkpoints"),
     "alps.stats": ("torch",),
     "alps.errors": (),
 }

@@ -40,22 +40,15 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    assert [line.split()[1] for line in lines] == [
-        "prune",
-        "inspect",
-        "eval",
-        "prune",
-        "compare",
-        "report",
-        "recover",
-        "match",
-    ]
+    named = ["prune", "inspect", "eval", "prune", "compare", "report", "recover", "match", "pack", "unpack"]
+    assert [line.split()[1] for line in lines] == named
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
         done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
     weights = (tmp_path / "pruned" / "model.safetensors").read_bytes()
     assert (tmp_path / "pruned-again" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "unpacked" / "model.safetensors").read_bytes() == weights
 
     snippets = blocks("python")
     assert len(snippets) == 2
@@ -69,7 +62,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
 
 
 def test_options_named_in_the_readme_exist() -> None:
-    names = ("prune", "eval", "demo", "recover", "match")
+    names = ("prune", "eval", "demo", "recover", "match", "pack")
     helped = "".join(CliRunner().invoke(app, [name, "--help"]).output for name in names)
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in helped, option

@@ -11,6 +11,7 @@ from alps import __version__
 from alps.commands.compare import compare_command
 from alps.commands.demo import demo
 from alps.commands.measure import evaluate_command, inspect_command
+from alps.commands.pack import pack_command, unpack_command
 from alps.commands.prune import prune
 from alps.commands.report import report_command
 from alps.commands.train import match_command, recover
@@ -58,4 +59,6 @@ app.command()(recover)
 app.command("match")(match_command)
 app.command("compare")(compare_command)
 app.command("report")(report_command)
+app.command("pack")(pack_command)
+app.command("unpack")(unpack_command)
 app.command()(demo)

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from alps.checkpoints.manifest import Manifest
 from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.published import PAGE_NAME
 from alps.report import RunReport
@@ -169,6 +170,37 @@ def _estimate(metric: str, found: Estimate | None) -> str:
     scale, form = (100.0, ".1f") if metric.startswith("acc") else (1.0, ".4g")
     value = f"{scale * found.value:{form}}"
     return value if found.stderr is None else f"{value} ± {scale * found.stderr:{form}}"
+
+
+def pack_summary(manifest: Manifest, out: Path) -> Text:
+    """Bytes before and after packing: of the packed tensors, and of the checkpoint."""
+    tensors = list(manifest.tensors.values())
+    packed = [tensor for tensor in tensors if tensor.kept is not None]
+    dense, stored = sum(tensor.bytes for tensor in packed), sum(tensor.stored_bytes for tensor in packed)
+    # Of files, not of tensors: with headers, and with all that was copied along.
+    shards, others = (sum(file.bytes for file in files.values()) for files in (manifest.shards, manifest.files))
+    lines = [
+        f"Packed {len(packed)} of {len(tensors)} tensors: {_shrunk(dense, stored)}."
+        if packed
+        else f"None of {len(tensors)} tensors has enough zeros to be packed: all are stored dense.",
+        f"All weights: {_shrunk(sum(tensor.bytes for tensor in tensors), shards)}, in {len(manifest.shards)} "
+        f"file{'s' * (len(manifest.shards) > 1)}; other files {others:,} bytes.",
+        f"Written to {out}; `alps unpack {out} NEW-DIRECTORY` gives the checkpoint back.",
+    ]
+    return Text("\n".join(lines))
+
+
+def _shrunk(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} bytes" + (f" ({after / before:.4f})" if before else "")
+
+
+def unpack_summary(manifest: Manifest, out: Path) -> Text:
+    """What was written, and that it was checked."""
+    total = sum(tensor.bytes for tensor in manifest.tensors.values())
+    return Text(
+        f"Unpacked {len(manifest.tensors)} tensors, {total:,} bytes, every one with the sha256 it was packed with.\n"
+        f"Written to {out}: {', '.join(sorted(manifest.headers))}, and {len(manifest.files)} other files."
+    )
 
 
 def inspection_tables(findings: Inspection) -> list[RenderableType]:

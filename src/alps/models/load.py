@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from alps.checkpoints.manifest import MANIFEST_NAME
 from alps.errors import ConfigError, UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +44,7 @@ def check_model_path(name: str) -> None:
     """Refuse a local model that cannot be one, before anything slow begins.
 
     Raises:
-        ConfigError: when the path does not exist, or is a directory without config.json.
+        ConfigError: when the path does not exist, or is a directory without config.json or a packed one.
     """
     path = Path(name).expanduser()
     if not looks_local(name):
@@ -54,6 +55,8 @@ def check_model_path(name: str) -> None:
         return
     if not path.exists():
         raise ConfigError(f"Model '{name}' does not exist: give a directory, a .gguf file or a hub name.")
+    if (path / MANIFEST_NAME).is_file():
+        raise ConfigError(f"Model directory '{name}' is packed: use what `alps unpack {name} NEW-DIRECTORY` writes.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"Model directory '{name}' has no config.json: it is not a Hugging Face checkpoint.")
     if path.is_file() and path.suffix != ".gguf":
