@@ -88,17 +88,15 @@ def prune(
     chosen = get_method(method) if isinstance(method, str) else method
     if out is not None:
         check_target(Path(out))
-    if isinstance(model, nn.Module):
-        name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
-        loaded, seconds = Loaded(name, model, tokenizer), 0.0
-        place = next(model.parameters()).device if device == "auto" else pick_device(device)
-    elif out is None:
+    elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
+    if isinstance(model, nn.Module) and device == "auto":
+        place = next(model.parameters()).device
     else:
         place = pick_device(device)
-        start = time.perf_counter()
-        loaded = load(str(model), dtype)
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    loaded = _in_memory(model, tokenizer) if isinstance(model, nn.Module) else load(str(model), dtype)
+    seconds = time.perf_counter() - start
     windows, drawn = None, isinstance(calibration, str | Path)
     if isinstance(calibration, Tensor):
         windows = loaded.token_ids(calibration)
@@ -113,6 +111,11 @@ def prune(
     if out is not None:
         write(loaded, report, Path(out))
     return report
+
+
+def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
+    return Loaded(name, model, tokenizer)
 
 
 def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alps.checkpoints.weights import is_inside
+from alps.checkpoints.weights import is_inside, parse_header
 from alps.errors import CheckpointError
 
 MANIFEST_NAME = "packed.json"
@@ -127,5 +127,7 @@ def _build(fields: dict[str, Any]) -> Manifest:
     names = [*found.headers, *found.shards, *found.files, *(file.name for file in found.files.values())]
     # Nobody's manifest may send a file somewhere else.
     if not all(is_inside(name) for name in names) or found.compression not in (None, "zstd"):
+        raise ValueError
+    if {entry.name for header in found.headers.values() for entry in parse_header(header)} != found.tensors.keys():
         raise ValueError
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alps.errors import UnsupportedModel
-from alps.models.sites import Site, find_sites, is_fused, is_router
+from alps.models.sites import Site, find_sites, is_fused, routing_parameters
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
     }
     embeddings |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     inside = tuple(f"{block.name}." for block in find_blocks(model))
-    rows = []
+    routing, rows = routing_parameters(model), []
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in pruned:
             continue
@@ -92,7 +92,7 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
             reason = "embedding or output head"
         elif not name.startswith(inside):
             reason = "outside the decoder blocks"
-        elif _routes(model, name):
+        elif id(parameter) in routing:
             reason = "router of a mixture of experts"
         elif parameter.ndim > 2 and not is_fused(model.get_submodule(name.rpartition(".")[0]), parameter):
             reason = f"fused {parameter.ndim}-D weights are not supported"
@@ -100,10 +100,3 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
             reason = "not a linear map that received calibration inputs"
         rows.append(DenseParameter(name, tuple(parameter.shape), reason))
     return rows
-
-
-def _routes(model: nn.Module, parameter: str) -> bool:
-    """Whether a parameter belongs to a router, whatever class that is."""
-    name = parameter.rpartition(".")[0]
-    parent = name.rpartition(".")[0]
-    return is_router(name, {parent} if hasattr(model.get_submodule(parent), "experts") else ())

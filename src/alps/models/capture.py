@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,14 +170,21 @@ def replaced_forwards(
     blocks: Sequence[Block], recorder: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Give every block's instance another `forward` for the time of the body; its class stays untouched."""
-    # Something else (accelerate's hooks, say) may have put a forward on the instance: it is put back.
-    before = [block.module.__dict__.get("forward") for block in blocks]
-    try:
+    with ExitStack() as stack:
         for block in blocks:
-            block.module.__dict__["forward"] = recorder(block.index, block.module.forward)
+            stack.enter_context(replaced_forward(block.module, recorder(block.index, block.module.forward)))
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The same for one module, of any kind."""
+    # Something else (accelerate's hooks, say) may have put a forward on the instance: it is put back.
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            block.module.__dict__.pop("forward", None)
-            if forward is not None:
-                block.module.__dict__["forward"] = forward
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from alps.errors import UnsupportedModel
+from alps.models.capture import replaced_forward
 from alps.models.sites import Site
 
 # Products of inputs with a weight by the name of the function: `linear` takes (out, in), the others (in, out).
@@ -76,7 +77,7 @@ def watching_products(sites: Sequence[Site], callback: Callable[[Site, Tensor], 
     with ExitStack() as stack:
         for module in modules.values():
             if _has_kernels(module):
-                stack.enter_context(_forward(module, partial(_plain(module), module)))
+                stack.enter_context(replaced_forward(module, partial(_plain(module), module)))
         if sites:
             stack.enter_context(_Products(sites, callback))
         yield
@@ -108,7 +109,7 @@ def rerouted(module: nn.Module, instead: Callable[[Tensor, Callable[[int], None]
         instead(hidden, send)
         return torch.zeros_like(hidden)
 
-    with _forward(module, forward):
+    with replaced_forward(module, forward):
         yield
 
 
@@ -122,16 +123,3 @@ def _plain(module: nn.Module) -> Callable[..., Any]:
     forward = type(module).forward
     plain: Callable[..., Any] = getattr(forward, "__wrapped__", forward)
     return plain
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give an instance another forward; something else's is put back afterwards."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before

@@ -7,7 +7,7 @@ in) or (experts, in, out). The class says which, and observing a block checks it
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +99,9 @@ class Site:
 
 def find_sites(prefix: str, block: nn.Module) -> list[Site]:
     """All linear maps of a block but routers in the order of their registration; `prefix` is the block's own name."""
-    experts = {name.rpartition(".")[0] for name, _ in block.named_modules() if name.rpartition(".")[2] == "experts"}
-    found = []
+    routers, found = set(_routers(block)), list[Site]()
     for name, module in block.named_modules():
-        if is_router(name, experts):
+        if name in routers:
             continue
         full = f"{prefix}.{name}" if name else prefix
         if isinstance(module, nn.Linear | Conv1D):
@@ -112,18 +111,17 @@ def find_sites(prefix: str, block: nn.Module) -> list[Site]:
     return found
 
 
-def is_router(name: str, experts: Collection[str]) -> bool:
-    """Whether the module `name` of a block routes tokens; `experts` names what in the block holds experts."""
-    parent, _, last = name.rpartition(".")
-    return bool(_ROUTERS.search(name)) or (last == "gate" and parent in experts)
+def routing_parameters(module: nn.Module) -> set[int]:
+    """Ids of all parameters of a block or a model that belong to a router, biases among them."""
+    return {id(parameter) for name in _routers(module) for parameter in module.get_submodule(name).parameters()}
 
 
-def routing_parameters(block: nn.Module) -> set[int]:
-    """Ids of all parameters of a block that belong to a router, biases among them."""
-    names = [name for name, _ in block.named_modules()]
-    experts = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "experts"}
-    routers = [name for name in names if is_router(name, experts)]
-    return {id(parameter) for name in routers for parameter in block.get_submodule(name).parameters()}
+def _routers(module: nn.Module) -> list[str]:
+    """Names of the modules inside that route tokens: by their own name, or as the gate beside some experts."""
+    names = [name.rpartition(".") for name, _ in module.named_modules()]
+    beside = {parent for parent, _, last in names if last == "experts"}
+    whole = [("".join(parts), parts) for parts in names]
+    return [name for name, (parent, _, last) in whole if _ROUTERS.search(name) or (last == "gate" and parent in beside)]
 
 
 def is_fused(module: nn.Module, parameter: Tensor) -> bool:
