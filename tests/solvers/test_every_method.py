@@ -65,6 +65,18 @@ def test_the_table_is_complete() -> None:
     assert len(fitting("gaussian")) == len(PATTERNS) and len(fitting("one_input")) == 3
 
 
+@every_method
+def test_a_traced_method_answers_the_same_and_notes_errors_where_it_iterates(name: str) -> None:
+    weight, inputs = problem_of("correlated")
+    stats, method = InputStats.of(inputs), method_of(name).traced()
+    plain = solve(name, weight, stats, Unstructured(0.7))
+    traced = method.solve(weight, method.prepare(stats), Unstructured(0.7))
+    assert method.name == name and torch.equal(bits(traced.weight), bits(plain.weight))
+    assert all(point.error is None for point in plain.info.trace)
+    assert all(point.error is not None for point in traced.info.trace)
+    assert bool(traced.info.trace) == name.startswith("alps")
+
+
 @every_problem
 @every_method
 def test_what_comes_back_is_pruned_exactly(name: str, problem: str) -> None:
