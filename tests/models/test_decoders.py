@@ -20,6 +20,8 @@ from alps.models.probe import Head
 from alps.report import RunReport
 from decoders import DENSE, MOE, decoder
 
+# GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 _CPU = torch.device("cpu")
 
 
