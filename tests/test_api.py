@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps
-from alps.api import prune_directory
 from alps.config import PruneSettings, load_settings
 from alps.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
 from alps.progress import Silent
+from alps.pruned import prune_directory
 from alps.report import RunReport
 
 _FILES = {"config.json", "model.safetensors", "tokenizer.json", "report.json", "README.md"}

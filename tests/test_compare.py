@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock
 
 from alps import api
-from alps.api import prune_directory
 from alps.assessment import evaluate
 from alps.compare import compare
 from alps.comparison import Comparison, load_comparison
@@ -28,6 +27,7 @@ from alps.evaluation.records import ComparisonRecord
 from alps.loaded import load
 from alps.models.remembered import Remembered
 from alps.progress import Silent
+from alps.pruned import prune_directory
 from alps.results import RESULTS_NAME, Result, read_results
 from alps.solvers.sparsegpt import SparseGPT
 from alps.summary import TABLE_NAME

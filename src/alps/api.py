@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from alps.budgets import check_budget, check_fit
 from alps.card import model_card
 from alps.checkpoints.directory import check_target, new_directory
+from alps.checkpoints.journal import Journal
 from alps.config import SETTINGS_NAME, PruneSettings, parse_target
 from alps.data.mix import load_calibration
 from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
 from alps.matching import Matching
-from alps.models.blocks import dense_parameters, find_blocks
-from alps.models.load import check_model_path, parse_dtype
+from alps.models.blocks import dense_parameters
 from alps.models.order import Order
-from alps.models.packaged import NAME as PACKAGED
-from alps.models.save import save_model
+from alps.models.save import save_model, save_streamed
 from alps.progress import Silent, Watcher
 from alps.published import publish_run
 from alps.records import calibration_record
@@ -132,27 +131,6 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     return walk
 
 
-def prune_directory(settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None]) -> RunReport:
-    """What `alps prune` does: check everything that can be checked, then load, prune and write."""
-    parse_dtype(settings.dtype)
-    if settings.model != PACKAGED:
-        check_model_path(settings.model)
-    walk = build_walk(settings, watcher)
-    check_target(out)
-    source = None if not walk.reads_inputs else load_calibration(settings.calibration, settings.samples)
-    start = time.perf_counter()
-    loaded = load(settings.model, settings.dtype, tell)
-    seconds = time.perf_counter() - start
-    windows = None
-    if source is not None:
-        drawn = (settings.samples, settings.seqlen, settings.seed)
-        windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
-    report = run(loaded, walk, windows, settings.seed)
-    report.add_seconds("load", seconds)
-    write(loaded, report, out, settings, tell=tell)
-    return report
-
-
 def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
     """Prune a loaded model in place and report on it.
 
@@ -163,8 +141,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
     if windows is None and walk.reads_inputs:
         raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
     start = time.perf_counter()
-    model = loaded.model
-    blocks = find_blocks(model)
+    model, blocks = loaded.model, loaded.blocks()
     check_fit(blocks, walk.pattern, walk.patterns)
     if windows is not None:
         loaded.check_ids(windows)
@@ -173,6 +150,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         walk.run(model.eval(), blocks, None if windows is None else windows.ids)
     finally:
         model.train(training)
+    before = 0.0 if walk.resumable is None else walk.resumable.before
     pruned = {record.name for record in walk.records}
     sites = [site for block in blocks for site in block.sites if site.name in pruned]
     dense = dense_parameters(model, {site.parameter_name for site in sites})
@@ -187,7 +165,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         sites=walk.records,
         matches=walk.matches,
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense],
-        seconds={**walk.seconds, "total": time.perf_counter() - start},
+        seconds={**walk.seconds, "total": time.perf_counter() - start + before},
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
         versions=provenance(),
@@ -202,16 +180,22 @@ def write(
     settings: PruneSettings | None = None,
     replaceable: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    journal: Journal | None = None,
 ) -> None:
     """Write model, tokenizer, report, page, card and settings to `out`, which appears whole or not at all.
 
     Args:
         replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
         tell: is given a line where the page is left out.
+        journal: holds the pruned blocks of a model that is not in memory.
     """
     start = time.perf_counter()
     with new_directory(out, replaceable) as folder:
-        save_model(loaded.model, loaded.tokenizer, folder)
+        if loaded.store is None:
+            save_model(loaded.model, loaded.tokenizer, folder)
+        else:
+            assert journal is not None
+            save_streamed(loaded.store, loaded.blocks(), journal, loaded.tokenizer, folder)
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, tell, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -121,6 +122,12 @@ class PruneSettings(BaseModel):
             ConfigError: when it does not exist here.
         """
         return pick_device(self.device)
+
+    def facts(self) -> dict[str, str]:
+        """Every setting that the pruned weights depend on, by name; model and text are told by their content."""
+        apart = {"model", "calibration", "device", "offload", "preset"}
+        values = self.model_dump(mode="json", exclude=apart)
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     def to_yaml(self) -> str:
         """The resolved settings, one key a line."""

@@ -14,19 +14,42 @@ from alps.data.text import Text, load_text
 from alps.data.windows import Windows, calibration_windows, evaluation_windows
 from alps.errors import ConfigError
 from alps.generated import generated_windows
-from alps.models.load import load_model, load_tokenizer, parse_dtype
+from alps.models.blocks import Block, find_blocks
+from alps.models.identity import model_sha256
+from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.packaged import packaged_model
+from alps.models.skeleton import open_streamed
+from alps.models.streamed import Streamed
 from alps.progress import Watcher
 
 
 @dataclass
 class Loaded:
-    """A causal language model, its tokenizer if any, and the name a user gave it."""
+    """A causal language model, its tokenizer if any, and the name a user gave it.
+
+    Attributes:
+        name, model, tokenizer: see above.
+        store: where the weights of a skeleton lie; None where the model holds them.
+    """
 
     name: str
     model: nn.Module
     tokenizer: Any
+    store: Streamed | None = None
+
+    def blocks(self) -> list[Block]:
+        """The decoder blocks; those of a skeleton fetch their weights when they are needed.
+
+        Raises:
+            UnsupportedModel: when there are none.
+        """
+        found = find_blocks(self.model)
+        return found if self.store is None else self.store.adopt(found)
+
+    def identity(self) -> str:
+        """A hash that tells whether these are the same weights; of a skeleton, of what was read of its files."""
+        return model_sha256(self.model) if self.store is None else self.store.identity()
 
     def calibration(
         self,
@@ -145,3 +168,21 @@ def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _:
     kept = parse_dtype(dtype)
     place = str(packaged_model(tell)) if name == PACKAGED else name
     return Loaded(name, load_model(place, kept), load_tokenizer(place))
+
+
+def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+    """Open a model without reading its weights, where its checkpoint allows it; else load it.
+
+    Args:
+        name, dtype, tell: as for `load`.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
+    """
+    place = str(packaged_model(tell)) if name == PACKAGED else name
+    check_model_path(place)
+    found = open_streamed(place, parse_dtype(dtype))
+    if isinstance(found, Streamed):
+        return Loaded(name, found.model, load_tokenizer(place), found)
+    tell(f"Loading '{name}' whole: {found}.")
+    return load(name, dtype, tell)

@@ -8,35 +8,29 @@ dense target or block matching the dense model walks beside: a second set of act
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit, plan
-from alps.errors import SolveFailed
 from alps.matching import Matching, Predictions, match
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.observe import Observation
 from alps.models.order import Order, observations
 from alps.models.probe import Head
-from alps.models.sites import Site, find_sites
 from alps.models.starving import SharedInput
 from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
 from alps.records import MatchRecord
-from alps.report import LayerRecord, solve_record
+from alps.report import LayerRecord
+from alps.resume import Resumable
 from alps.runtime import exact_float32
-from alps.solvers.base import Method, Solution
-from alps.solvers.objective import relative_errors
-from alps.solvers.pattern import Pattern, keep_largest
-from alps.solvers.selection import masked
-from alps.solvers.target import correction, retarget
+from alps.solvers.base import Method
+from alps.solvers.pattern import Pattern
+from alps.solving import Phases, SiteSolver
 from alps.stats import InputStats, Needs
 
 # Calibration tokens per forward of a block.
@@ -61,6 +55,7 @@ class Walk:
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
         watcher: told after every site.
+        resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
         records: one for every site, in the order in which they were solved.
         seconds: wall time by phase.
     """
@@ -77,10 +72,13 @@ class Walk:
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Silent)
     target_damping: float = 0.01
+    resumable: Resumable | None = None
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    _shown: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._phases = Phases(self.device, self.seconds)
 
     @property
     def needs(self) -> Needs:
@@ -95,7 +93,7 @@ class Walk:
         return self.needs is not Needs.NOTHING or self.matching is not None or self.budget != "uniform"
 
     def run(self, model: nn.Module, blocks: list[Block], windows: Tensor | None) -> None:
-        """Prune every site of `blocks` in place.
+        """Prune every site of `blocks`, in place where the model is in memory.
 
         Args:
             model: the model the blocks belong to, in evaluation mode.
@@ -105,145 +103,122 @@ class Walk:
         Raises:
             ConfigError: when the pattern does not fit a site, or the budget not the pattern.
             SolveFailed: when activations or answers are not finite; names the block or site.
+            CheckpointError: when a finished block cannot be kept, or is damaged.
         """
         check_fit(blocks, self.pattern, self.patterns)
         check_budget(self.budget, self.pattern)
-        # Reports show how some sites were solved: those of the first, the middle and the last block.
-        self._shown = frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1))
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
             with exact_float32():
-                if not self.reads_inputs:
+                if not self.reads_inputs or (self.resumable is not None and self.resumable.has(blocks[-1])):
                     self._without_inputs(blocks)
                 else:
                     assert windows is not None
                     if self.budget != "uniform":
-                        with self._timed("budget"):
-                            self.patterns = plan(model, blocks, windows, self.budget, self.pattern, self.device)
+                        self.patterns = self._planned(model, blocks, windows)
                     self._with_inputs(model, blocks, windows)
         finally:
             self.watcher.finish()
 
+    def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
+        if self.resumable is not None and (known := self.resumable.planned()) is not None:
+            return known
+        with self._phases.timed("budget"):
+            found = plan(model, blocks, windows, self.budget, self.pattern, self.device)
+        if self.resumable is not None:
+            self.resumable.plan(found)
+        return found
+
     def _without_inputs(self, blocks: list[Block]) -> None:
+        solver = self._solver(blocks)
         for block in blocks:
             with on_device(block, self.device):
+                if self._restored(block):
+                    continue
+                self._begin()
                 for site in block.sites:
                     empty = InputStats.zeros(site.shape[1], Needs.NOTHING, self.device)
-                    self._solve_shared(block, SharedInput(empty, [site]))
+                    solver.shared_input(block, SharedInput(empty, [site]))
+                self._keep(block)
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
-        with self._timed("capture"):
+        with self._phases.timed("capture"):
             batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens
             inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1))
             storage = torch.device("cpu") if self.offload else self.device
             inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
-        predictions = Predictions(Head(model, blocks), torch.split(windows, inputs.hidden[0].shape[0]))
+        head = Head(model, blocks, inputs.bare)
+        predictions = Predictions(head, torch.split(windows, inputs.hidden[0].shape[0]))
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
+        solver = self._solver(blocks)
         for block in blocks:
             with on_device(block, self.device):
-                dense = None if dense_inputs is None else DenseStream(_twin(block), dense_inputs)
-                for seen in self._observations(block, inputs, dense):
-                    self._solve_observed(block, seen)
-                if dense is not None and (self.matching is not None or block is not blocks[-1]):
-                    with self._timed("forward"):
+                dense = None if dense_inputs is None else DenseStream(block.twin(), dense_inputs)
+                ending = predictions if block is blocks[-1] else None
+                restored = self._restored(block)
+                if not restored:
+                    self._begin()
+                    for seen in self._observations(block, inputs, dense):
+                        solver.observed(block, seen)
+                if dense is not None and (self.matching is not None or ending is None):
+                    with self._phases.timed("forward"):
                         dense.advance(self.device)
-                if self.matching is not None:
-                    assert dense is not None
-                    with self._timed("match"):
-                        ending = predictions if block is blocks[-1] else None
-                        targets = dense.inputs.hidden
-                        self.matches.append(match(block, inputs, targets, self.matching, self.device, 0, ending))
-                if block is not blocks[-1]:
-                    with self._timed("forward"):
+                if not restored:
+                    if self.matching is not None:
+                        assert dense is not None
+                        with self._phases.timed("match"):
+                            targets = dense.inputs.hidden
+                            self.matches.append(match(block, inputs, targets, self.matching, self.device, 0, ending))
+                    self._keep(block)
+                if ending is None:
+                    with self._phases.timed("forward"):
                         inputs.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
         steps = observations(block, inputs, self.needs, self.device, self.order, dense)
         while True:
-            with self._timed("forward"):
+            with self._phases.timed("forward"):
                 seen = next(steps, None)
             if seen is None:
                 return
-            self.seconds["forward"] -= seen.seconds
-            self.seconds["gram"] = self.seconds.get("gram", 0.0) + seen.seconds
+            self._phases.add("forward", -seen.seconds)
+            self._phases.add("gram", seen.seconds)
             yield seen
 
-    def _solve_observed(self, block: Block, seen: Observation) -> None:
-        for shared in seen.shared:
-            if not shared.stats.is_finite():
-                names = ", ".join(site.name for site in shared.sites)
-                raise SolveFailed(
-                    f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
-                    "check the model's weights, or run with --dtype float32."
-                )
-            self._solve_shared(block, shared)
-
-    def _solve_shared(self, block: Block, shared: SharedInput) -> None:
-        shown = block.index in self._shown and not shared.sites[0].expert
-        shift, method = None, self.method.traced() if shown else self.method
-        with self._timed("prepare"), _naming(shared.sites):
-            state = method.prepare(shared.stats)
-            if shared.stats.drift is not None:
-                shift = correction(shared.stats, self.target, self.target_damping)
-        for site in shared.sites:
-            aim = site.read().to(torch.float32).clone()
-            if shift is not None:
-                aim = retarget(aim, shift)
-            with self._timed("solve"), _naming([site]):
-                solution = method.solve(aim, state, self.patterns.get(site.name, self.pattern))
-            self._write(block, site, aim, solution, shared)
-
-    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, shared: SharedInput) -> None:
-        stored = site.write(solution.weight)
-        if not bool(torch.isfinite(stored).all()):
-            raise SolveFailed(
-                f"Site {site.name}: pruned weights overflow {site.dtype}: run with --dtype bfloat16 or float32."
-            )
-        for phase, seconds in solution.info.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        error = magnitude_error = None
-        if self.measure_errors:
-            with self._timed("errors"):
-                pattern = self.patterns.get(site.name, self.pattern)
-                by_size = masked(aim, keep_largest(aim.abs(), pattern))
-                error, magnitude_error = relative_errors([stored.float(), by_size], aim, shared.stats)
-        solution.info.notes = [*solution.info.notes, *shared.notes]
-        self.records.append(
-            LayerRecord(
-                name=site.name,
-                block=block.index,
-                kind=site.kind,
-                shape=site.shape,
-                entries=stored.numel(),
-                zeros=int((stored == 0).sum()),
-                error=error,
-                magnitude_error=magnitude_error,
-                solve=solve_record(solution.info),
-                expert=site.expert,
-                tokens=shared.tokens if self.reads_inputs else None,
-                added=shared.added,
-            )
+    def _solver(self, blocks: list[Block]) -> SiteSolver:
+        return SiteSolver(
+            method=self.method,
+            pattern=self.pattern,
+            patterns=self.patterns,
+            measure_errors=self.measure_errors,
+            target=self.target,
+            target_damping=self.target_damping,
+            counted=self.reads_inputs,
+            # Reports show how some sites were solved: those of the first, the middle and the last block.
+            shown=frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1)),
+            watcher=self.watcher,
+            phases=self._phases,
+            records=self.records,
         )
-        self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def _restored(self, block: Block) -> bool:
+        """Whether an earlier process has finished the block, which then has its weights."""
+        if self.resumable is None or not self.resumable.has(block):
+            return False
+        sites, matched = self.resumable.restore(block, self.seconds)
+        self.records += sites
+        self.matches += [] if matched is None else [matched]
+        for site in sites:
+            self.watcher.step(f"{site.name}  as it was kept")
+        return True
 
+    def _begin(self) -> None:
+        if self.resumable is not None:
+            self.resumable.begin(self.seconds)
 
-def _twin(block: Block) -> Block:
-    module = copy.deepcopy(block.module)
-    return Block(block.index, block.name, module, find_sites(block.name, module))
-
-
-@contextmanager
-def _naming(sites: list[Site]) -> Iterator[None]:
-    try:
-        yield
-    except SolveFailed as error:
-        raise SolveFailed(f"Site {', '.join(site.name for site in sites)}: {error}.") from error
+    def _keep(self, block: Block) -> None:
+        if self.resumable is not None:
+            with self._phases.timed("keep"):
+                sites = [record for record in self.records if record.block == block.index]
+                self.resumable.keep(block, sites, self.matches[-1] if self.matching else None, self.seconds)

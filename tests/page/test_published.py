@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from alps import published
-from alps.api import prune_directory
 from alps.cli import run
 from alps.compare import compare
 from alps.comparison import Comparison
@@ -19,6 +18,7 @@ from alps.config import PruneSettings
 from alps.evaluation.records import EvaluationRecord
 from alps.matched import match_directory, match_settings
 from alps.progress import Silent
+from alps.pruned import prune_directory
 from alps.published import PAGE_NAME, publish, rebuild_page, run_results
 from alps.recovered import recover_directory, recover_settings
 from alps.report import RunReport

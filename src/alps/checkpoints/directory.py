@@ -60,16 +60,16 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=out.parent))
         yield partial
         # Temporary folders, and the files of some libraries, are private: what is published follows the umask.
-        mask = _umask()
+        mask = umask()
         partial.chmod(0o777 & ~mask)
         for file in partial.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-            _sync(file)
+            sync(file)
         if out.is_dir() and any(out.iterdir()):
             _swap(partial, out)
         else:
             partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise CheckpointError(f"Output directory '{out}' cannot be written: {error.strerror or error}.") from error
     finally:
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).chmod(0o666 & ~umask())
         Path(temporary).replace(path)
     except OSError as error:
         if temporary:
@@ -110,7 +110,8 @@ def _swap(new: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a directory, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -118,7 +119,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What the user takes away from the permissions of new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

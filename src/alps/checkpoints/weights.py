@@ -54,6 +54,15 @@ def find_weights(directory: Path) -> list[WeightFile]:
     return [WeightFile(name, directory / name, _header(directory / name)) for name in names]
 
 
+def weight_file(path: Path) -> WeightFile:
+    """One safetensors file, its header checked against its length.
+
+    Raises:
+        CheckpointError: when it is missing or damaged.
+    """
+    return WeightFile(path.name, path, _header(path))
+
+
 def other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
     """Every other file, by its name from the directory; names that begin with a dot are left out, links are followed.
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from alps.api import prune_directory
 from alps.budgets import BUDGETS
 from alps.commands.consoles import consoles
 from alps.config import PRESETS, load_settings
+from alps.pruned import prune_directory
 from alps.solvers import METHODS
 from alps.tables import prune_summary
 
@@ -66,6 +66,10 @@ def prune(
         bool | None,
         typer.Option("--errors/--no-errors", help="Measure every site's error.  [default: errors]"),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Only go on with an unfinished run; the same command does so anyway."),
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML with any of these settings; flags override it.")] = None,
 ) -> None:
     """Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card."""
@@ -92,5 +96,5 @@ def prune(
         "errors": errors,
     }
     console, watcher, tell = consoles()
-    report = prune_directory(load_settings(config, given), out, watcher, tell)
+    report = prune_directory(load_settings(config, given), out, watcher, tell, resume)
     console.print(prune_summary(report, out), soft_wrap=True)

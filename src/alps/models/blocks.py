@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,14 +15,38 @@ from alps.errors import UnsupportedModel
 from alps.models.sites import Site, find_sites, is_fused, routing_parameters
 
 
+class Store(Protocol):
+    """Where the dense weights of a model lie that is not held in memory."""
+
+    def fetch(self, block: Block, device: torch.device) -> None:
+        """Give the parameters of a block their dense values, on `device`."""
+
+    def release(self, block: Block) -> None:
+        """Let go of the parameters of a block, and of what became of them."""
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Have everything outside the blocks in memory for the time of the body."""
+
+
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: its index, dotted name, module and sites."""
+    """One decoder layer.
+
+    Attributes:
+        index, name, module, sites: its place among the blocks, its dotted name, itself, and what can be pruned in it.
+        store: where its weights come from each time they are needed; None where the module holds them.
+    """
 
     index: int
     name: str
     module: nn.Module
     sites: list[Site]
+    store: Store | None = None
+
+    def twin(self) -> Block:
+        """A copy that holds the weights which the block has now."""
+        module = copy.deepcopy(self.module)
+        return Block(self.index, self.name, module, find_sites(self.name, module))
 
 
 @dataclass(frozen=True)
@@ -34,13 +60,25 @@ class DenseParameter:
 
 @contextmanager
 def on_device(block: Block, device: torch.device) -> Iterator[None]:
-    """Bring a block to the device for the time of the body."""
+    """Bring a block to the device for the time of the body; one with a store begins dense, and keeps nothing."""
+    if block.store is not None:
+        try:
+            block.store.fetch(block, device)
+            yield
+        finally:
+            block.store.release(block)
+        return
     home = next(block.module.parameters()).device
     block.module.to(device)
     try:
         yield
     finally:
         block.module.to(home)
+
+
+def outside(blocks: Sequence[Block]) -> AbstractContextManager[None]:
+    """Have everything outside the blocks in memory for the time of the body."""
+    return nullcontext() if blocks[0].store is None else blocks[0].store.outside()
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.errors import UnsupportedModel
-from alps.models.blocks import Block
+from alps.models.blocks import Block, on_device, outside
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class BlockInputs:
     Attributes:
         hidden: one tensor (batch, tokens, features) for every batch: the inputs of the next block to be run.
         calls: for every block, by batch size, the other arguments.
+        bare: whether blocks return their hidden states alone, not first in a tuple.
     """
 
     hidden: list[Tensor]
     calls: list[dict[int, Call]]
+    bare: bool = True
 
     def run(self, index: int, block: nn.Module, batch: int, device: torch.device) -> Tensor:
         """Outputs of block `index` for batch number `batch`, on `device`."""
@@ -67,15 +69,20 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
         UnsupportedModel: unless a forward pass calls the blocks in order, once each, every one on exactly what the
             one before it returned.
     """
-    device = next(model.parameters()).device
     recorder = _Recorder(type(model).__name__, blocks)
-    with torch.no_grad(), replaced_forwards(blocks, recorder.forward):
+    with torch.no_grad(), outside(blocks), _ready(blocks[0]), replaced_forwards(blocks, recorder.forward):
+        device = next(model.parameters()).device
         for batch in torch.split(windows, batch_size):
             recorder.begin()
             with suppress(_BlocksDone):
                 model(input_ids=batch.to(device), use_cache=False)
             recorder.end()
-    return BlockInputs(recorder.hidden, recorder.calls)
+    return BlockInputs(recorder.hidden, recorder.calls, recorder.bare)
+
+
+def _ready(block: Block) -> AbstractContextManager[None]:
+    """The block's weights in memory; where they are, when they are."""
+    return nullcontext() if block.store is None else on_device(block, torch.device("cpu"))
 
 
 class _BlocksDone(Exception):
@@ -93,6 +100,11 @@ class _Recorder:
         self._whole = False  # one forward has been seen from end to end
         self._passed_on: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states; None if bare
+
+    @property
+    def bare(self) -> bool:
+        """Whether blocks return their hidden states alone."""
+        return self._rest is None
 
     def begin(self) -> None:
         """A forward of the model starts."""

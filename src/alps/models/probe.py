@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.divergence import kl_divergence
-from alps.models.blocks import Block, on_device
+from alps.models.blocks import Block, on_device, outside
 from alps.models.capture import BlockInputs, capture, replaced_forwards
 
 Change = Callable[[], AbstractContextManager[None]]
@@ -19,9 +19,9 @@ Change = Callable[[], AbstractContextManager[None]]
 class Head:
     """Everything of a model that comes after its blocks, as a function of the last block's output."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], bare: bool | None = None) -> None:
         self.model, self._blocks = model, blocks
-        self._bare: bool | None = None  # whether a block returns its hidden states alone
+        self._bare = bare  # whether a block returns its hidden states alone; None: one is asked
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
@@ -46,15 +46,16 @@ class Head:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Bring all that lies outside the blocks to a device for the time of the body, which must not change it."""
-        tensors = self._outside()
-        homes = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(device)
-            yield
-        finally:
-            for tensor, data in zip(tensors, homes, strict=True):
-                tensor.data = data
+        with outside(self._blocks):
+            tensors = self._outside()
+            homes = [tensor.data for tensor in tensors]
+            try:
+                for tensor in tensors:
+                    tensor.data = tensor.data.to(device)
+                yield
+            finally:
+                for tensor, data in zip(tensors, homes, strict=True):
+                    tensor.data = data
 
     def _outside(self) -> list[Tensor]:
         """Parameters and buffers outside the blocks, each once."""
@@ -99,7 +100,7 @@ def divergences(
                     with change():
                         carried.append(after(block, dense))
                 dense = after(block, dense)
-        head = Head(model, blocks)
+        head = Head(model, blocks, inputs.bare)
         with head.on(device):
             reference = head(dense, windows).flatten(0, -2)
             found = iter([_divergence(head(hidden, windows), reference) for hidden in carried])

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from alps.checkpoints.directory import write_text
+from alps.checkpoints.journal import Journal
+from alps.checkpoints.shards import write_tensors
+from alps.checkpoints.weights import INDEX_NAME
+from alps.models.blocks import Block
 from alps.models.load import quiet
+from alps.models.streamed import Streamed
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save weights, configuration, generation settings, tokenizer and chat template into `folder`."""
     with quiet():
         model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def save_streamed(
+    store: Streamed, blocks: Sequence[Block], journal: Journal, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """The same for a model that is not in memory: the files of its checkpoint anew, with the blocks of a journal.
+
+    Raises:
+        CheckpointError: when a file cannot be read or written.
+    """
+    changed = {f"{b.name}.{name}": tensor for b in blocks for name, tensor in journal.tensors(b.index).items()}
+    places, total = {}, 0
+    for file in store.files:
+        pending = store.rewritten(file, changed)
+        write_tensors(folder / file.name, pending)
+        places.update({one.name: file.name for one in pending})
+        total += sum(one.nbytes for one in pending)
+    if len(store.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    config, model = copy.deepcopy(store.model.config), store.model
+    config.architectures = [type(model).__name__]  # type: ignore[union-attr]
+    with quiet():
+        config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
+            model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

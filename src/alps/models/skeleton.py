@@ -1,0 +1,81 @@
+"""Open a checkpoint without its weights: a skeleton on the meta device that knows where each of its tensors lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from alps.checkpoints.shards import stored_tensors
+from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, find_weights
+from alps.models.load import quiet
+from alps.models.origins import find_origin
+from alps.models.streamed import Streamed
+
+
+def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
+    """A model whose weights stay in its checkpoint, or why this one has to be loaded whole.
+
+    Args:
+        place: what `alps.models.load.load_model` takes.
+        dtype: of the weights in memory; None keeps the checkpoint's.
+
+    Raises:
+        CheckpointError: when a file of the checkpoint is damaged.
+    """
+    directory = Path(place).expanduser()
+    if not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return "it is no directory of safetensors files"
+    files = {file: stored_tensors(file) for file in find_weights(directory)}
+    stored = {one.name: one for tensors in files.values() for one in tensors}
+    try:
+        model = _skeleton(directory, dtype, {one.dtype for one in stored.values() if one.dtype.is_floating_point})
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+        return "transformers cannot build it without its weights"  # and says why when it is asked to load it
+    if _keeps_float32(model):
+        return "some of its weights are kept in float32 whatever the checkpoint's dtype"
+    shapes = {name: one.shape for name, one in stored.items()}
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    origins = {}
+    for name, parameter in model.named_parameters():
+        twins = [other for other, found in model.named_parameters(remove_duplicate=False) if found is parameter]
+        found = next((f for n in twins if (f := find_origin(n, parameter.shape, shapes, prefix)) is not None), None)
+        if found is None:
+            return f"its checkpoint holds {name} under another name"
+        if not all(stored[part].dtype.is_floating_point for row in found.parts for part in row):
+            return f"its checkpoint holds {name} in integers"
+        origins[name] = found
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            found = find_origin(name, buffer.shape, shapes, prefix)
+            if found is None:
+                return f"its checkpoint holds {name} under another name"
+            with torch.no_grad():
+                buffer.copy_(found.join(lambda part: stored[part].read()))
+    return Streamed(model, directory, files, origins)
+
+
+def _skeleton(directory: Path, dtype: torch.dtype | None, stored: set[torch.dtype]) -> nn.Module:
+    with quiet():
+        config = AutoConfig.from_pretrained(directory)
+        chosen = dtype or getattr(config, "dtype", None)
+        if not isinstance(chosen, torch.dtype):
+            (chosen,) = stored  # several raise a ValueError: transformers takes the first one it meets
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model.tie_weights()  # type: ignore[operator]
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.config._name_or_path = str(directory)  # type: ignore[union-attr]
+    return model.eval()
+
+
+def _keeps_float32(model: nn.Module) -> bool:
+    dtype = next(model.parameters()).dtype
+    halves = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
+    names = halves.get(dtype, ("_keep_in_fp32_modules_strict",) if dtype == torch.bfloat16 else ())
+    return any(getattr(model, name, None) for name in names)

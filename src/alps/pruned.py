@@ -1,0 +1,76 @@
+"""`alps prune`: from a model's name to a pruned directory, by way of a journal that a later process can go on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alps.api import build_walk, run, write
+from alps.checkpoints.directory import check_target
+from alps.checkpoints.journal import Journal, check_journal, open_journal
+from alps.config import PruneSettings
+from alps.data.mix import load_calibration
+from alps.errors import AlpsError
+from alps.loaded import load, open_model
+from alps.models.load import check_model_path, parse_dtype
+from alps.models.packaged import NAME as PACKAGED
+from alps.progress import Watcher
+from alps.report import RunReport
+from alps.resume import Resumable
+
+
+def prune_directory(
+    settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None], resume: bool = False
+) -> RunReport:
+    """What `alps prune` does: check everything that can be checked, then open the model, prune and write.
+
+    Finished blocks are kept beside `out` until it is written, and a run of the same settings goes on after them.
+
+    Args:
+        resume: refuse to begin anew.
+
+    Raises:
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; `out` is not written then.
+    """
+    parse_dtype(settings.dtype)
+    if settings.model != PACKAGED:
+        check_model_path(settings.model)
+    walk = build_walk(settings, watcher)
+    check_target(out)
+    check_journal(out, settings.facts(), resume)
+    source = None if not walk.reads_inputs else load_calibration(settings.calibration, settings.samples)
+    start = time.perf_counter()
+    # A model that samples its own text has to be whole.
+    samples_itself = source is not None and any(part.text is None for part in source.parts)
+    loaded = (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
+    seconds = time.perf_counter() - start
+    facts = {**settings.facts(), "the model's weights": loaded.identity()}
+    windows = None
+    if source is not None:
+        drawn = (settings.samples, settings.seqlen, settings.seed)
+        windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
+        facts["the calibration's hash"] = windows.sha256
+    with open_journal(out, facts) as journal, _kept(journal):
+        if journal.finished:
+            tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
+        walk.resumable = Resumable(journal)
+        report = run(loaded, walk, windows, settings.seed)
+        report.add_seconds("load", seconds)
+        write(loaded, report, out, settings, tell=tell, journal=journal)
+        journal.discard()
+    return report
+
+
+@contextmanager
+def _kept(journal: Journal) -> Iterator[None]:
+    """Say at the end of a failure or interrupt what of the run is kept, and how it goes on."""
+    try:
+        yield
+    except (AlpsError, KeyboardInterrupt) as error:
+        if not journal.finished:
+            raise
+        words = str(error) or "Interrupted."
+        kept = f"{journal.finished} finished blocks are kept in '{journal.place}': the same command goes on after them."
+        raise type(error)(f"{words} {kept}") from None

@@ -1,0 +1,142 @@
+"""The sites of a block, one after the other: what they are to reproduce, the solver, the write, the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alps.errors import SolveFailed
+from alps.models.blocks import Block
+from alps.models.observe import Observation
+from alps.models.sites import Site
+from alps.models.starving import SharedInput
+from alps.progress import Watcher
+from alps.report import LayerRecord, solve_record
+from alps.solvers.base import Method, Solution
+from alps.solvers.objective import relative_errors
+from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.selection import masked
+from alps.solvers.target import correction, retarget
+
+
+@dataclass
+class Phases:
+    """Wall time by phase, on a device."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of the body to a phase."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.add(phase, time.perf_counter() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count a time that was taken elsewhere."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+@dataclass
+class SiteSolver:
+    """Prunes sites whose inputs were observed.
+
+    Attributes:
+        method, pattern, patterns, measure_errors, target, target_damping, watcher: as in `alps.walk.Walk`.
+        counted: whether calibration tokens were fed.
+        shown: indices of the blocks whose solves are traced.
+        phases: where the time goes.
+        records: one for every site is added.
+    """
+
+    method: Method
+    pattern: Pattern
+    patterns: Mapping[str, Pattern]
+    measure_errors: bool
+    target: float
+    target_damping: float
+    counted: bool
+    shown: frozenset[int]
+    watcher: Watcher
+    phases: Phases
+    records: list[LayerRecord]
+
+    def observed(self, block: Block, seen: Observation) -> None:
+        """Prune everything that was observed.
+
+        Raises:
+            SolveFailed: when inputs or answers are not finite; names the sites.
+        """
+        for shared in seen.shared:
+            if not shared.stats.is_finite():
+                names = ", ".join(site.name for site in shared.sites)
+                raise SolveFailed(
+                    f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
+                    "check the model's weights, or run with --dtype float32."
+                )
+            self.shared_input(block, shared)
+
+    def shared_input(self, block: Block, shared: SharedInput) -> None:
+        """Prune the sites of one input."""
+        shown = block.index in self.shown and not shared.sites[0].expert
+        shift, method = None, self.method.traced() if shown else self.method
+        with self.phases.timed("prepare"), _naming(shared.sites):
+            state = method.prepare(shared.stats)
+            if shared.stats.drift is not None:
+                shift = correction(shared.stats, self.target, self.target_damping)
+        for site in shared.sites:
+            aim = site.read().to(torch.float32).clone()
+            if shift is not None:
+                aim = retarget(aim, shift)
+            with self.phases.timed("solve"), _naming([site]):
+                solution = method.solve(aim, state, self.patterns.get(site.name, self.pattern))
+            self._write(block, site, aim, solution, shared)
+
+    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, shared: SharedInput) -> None:
+        stored = site.write(solution.weight)
+        if not bool(torch.isfinite(stored).all()):
+            raise SolveFailed(
+                f"Site {site.name}: pruned weights overflow {site.dtype}: run with --dtype bfloat16 or float32."
+            )
+        for phase, seconds in solution.info.seconds.items():
+            self.phases.add(phase, seconds)
+        error = magnitude_error = None
+        if self.measure_errors:
+            with self.phases.timed("errors"):
+                pattern = self.patterns.get(site.name, self.pattern)
+                by_size = masked(aim, keep_largest(aim.abs(), pattern))
+                error, magnitude_error = relative_errors([stored.float(), by_size], aim, shared.stats)
+        solution.info.notes = [*solution.info.notes, *shared.notes]
+        self.records.append(
+            LayerRecord(
+                name=site.name,
+                block=block.index,
+                kind=site.kind,
+                shape=site.shape,
+                entries=stored.numel(),
+                zeros=int((stored == 0).sum()),
+                error=error,
+                magnitude_error=magnitude_error,
+                solve=solve_record(solution.info),
+                expert=site.expert,
+                tokens=shared.tokens if self.counted else None,
+                added=shared.added,
+            )
+        )
+        self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))
+
+
+@contextmanager
+def _naming(sites: list[Site]) -> Iterator[None]:
+    try:
+        yield
+    except SolveFailed as error:
+        raise SolveFailed(f"Site {', '.join(site.name for site in sites)}: {error}.") from error
