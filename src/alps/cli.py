@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -25,16 +27,35 @@ app = typer.Typer(
 )
 
 
+class _Terminated(KeyboardInterrupt):
+    """The system asks the program to end; it ends as at an interrupt."""
+
+
 def run() -> None:
-    """Run a command; every user error is one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run a command; every user error is one line on stderr and exit code 2, an interrupt 130, a termination 143."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except AlpsError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer turns an interrupt into an exit of its own, and drops what it says.
+        stop = _interrupt_behind(end)
+        if stop is None:
+            raise
         print(str(stop) or "Interrupted: nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, _Terminated) else 130)
+
+
+def _interrupt_behind(end: BaseException | None) -> KeyboardInterrupt | None:
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or end.__context__
+    return end
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _version(wanted: bool) -> None:

@@ -95,8 +95,8 @@ def _run_missing(
         except SolveFailed as error:
             failed.append(f"{one.title}: {error}")
             tell(f"Failed, the others go on: {failed[-1]}")
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+        except KeyboardInterrupt as stop:
+            raise type(stop)(
                 f"Interrupted: {number - 1} runs are kept in '{out}', and the same command goes on with the rest."
             ) from None
         spent.append((datetime.now(UTC) - start).total_seconds())

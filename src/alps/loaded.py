@@ -184,5 +184,6 @@ def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lam
     found = open_streamed(place, parse_dtype(dtype))
     if isinstance(found, Streamed):
         return Loaded(name, found.model, load_tokenizer(place), found)
-    tell(f"Loading '{name}' whole: {found}.")
-    return load(name, dtype, tell)
+    loaded = load(name, dtype, tell)
+    tell(f"'{name}' is in memory whole: {found}.")
+    return loaded

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alps.api import build_walk, run, write
-from alps.checkpoints.directory import check_target
+from alps.checkpoints.directory import check_target, remove_partial
 from alps.checkpoints.journal import Journal, check_journal, open_journal
 from alps.config import PruneSettings
 from alps.data.mix import load_calibration
@@ -53,6 +53,7 @@ def prune_directory(
         windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
         facts["the calibration's hash"] = windows.sha256
     with open_journal(out, facts) as journal, _kept(journal):
+        remove_partial(out)
         if journal.finished:
             tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
         walk.resumable = Resumable(journal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -75,6 +76,12 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what killed processes left of `out` half-written; no other process may be writing it."""
+    for left in out.absolute().parent.glob(f".{glob.escape(out.name[:100])}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,6 +28,7 @@ _STACKED: list[tuple[str, tuple[str, ...]]] = [
     (r"(.*)\.mlp\.experts\.down_proj", (r"\1.block_sparse_moe.experts.{e}.w2.weight",)),
 ]
 _RENAMED: list[tuple[str, str]] = [
+    (r"lm_head\.weight", r"embed_out.weight"),
     (r"(.*)\.mlp\.(?:gate|router)\.weight", r"\1.block_sparse_moe.gate.weight"),
     (r"(.*)\.block_sparse_moe\.experts\.gate_up_proj", r"\1.block_sparse_moe.input_linear.weight"),
     (r"(.*)\.block_sparse_moe\.experts\.down_proj", r"\1.block_sparse_moe.output_linear.weight"),

@@ -1,0 +1,148 @@
+"""The journal of finished blocks: what it keeps, when it stays, and whom it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alps.checkpoints.journal import check_journal, journal_place, open_journal
+from alps.checkpoints.shards import DTYPES, Pending, stored_tensors, write_tensors
+from alps.checkpoints.weights import weight_file
+from alps.errors import CheckpointError
+
+_FACTS = {"sparsity": "0.7", "the model's weights": "a" * 64}
+
+
+def _keep_two(out: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), open_journal(out, _FACTS) as journal:
+        journal.note("patterns", {"a": "0.5"})
+        for index in range(2):
+            journal.keep(index, {"w": torch.full((2, 3), index, dtype=torch.bfloat16)}, {"number": index})
+        raise RuntimeError("stop")
+
+
+def test_finished_blocks_outlive_a_failure(tmp_path: Path) -> None:
+    _keep_two(tmp_path / "out")
+    with open_journal(tmp_path / "out", _FACTS) as journal:
+        assert journal.finished == 2 and journal.notes == {"patterns": {"a": "0.5"}}
+        assert journal.record(1) == {"number": 1}
+        assert torch.equal(journal.tensors(1)["w"].read(), torch.ones(2, 3, dtype=torch.bfloat16))
+        journal.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_finished_block_nothing_stays(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), open_journal(tmp_path / "out", _FACTS):
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_without_its_record_is_not_finished(tmp_path: Path) -> None:
+    _keep_two(tmp_path / "out")
+    (journal_place(tmp_path / "out") / "block-00001.json").unlink()
+    with open_journal(tmp_path / "out", _FACTS) as journal:
+        assert journal.finished == 1
+        journal.keep(1, {"w": torch.zeros(1)}, {})
+        assert torch.equal(journal.tensors(1)["w"].read(), torch.zeros(1))
+
+
+def test_another_run_is_refused_in_words(tmp_path: Path) -> None:
+    _keep_two(tmp_path / "out")
+    other = {**_FACTS, "sparsity": "0.5", "the model's weights": "b" * 64}
+    with pytest.raises(CheckpointError) as found:
+        check_journal(tmp_path / "out", {"sparsity": "0.5"}, resume=False)
+    assert "sparsity was 0.7 and is 0.5" in str(found.value) and "weights" not in str(found.value)
+    words = r"the model's weights was a{12}\.\.\. and is b{12}\.\.\."
+    with pytest.raises(CheckpointError, match=words), open_journal(tmp_path / "out", other):
+        pass
+    check_journal(tmp_path / "out", _FACTS, resume=True)
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Nothing is to be resumed"):
+        check_journal(tmp_path / "out", _FACTS, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 99}', '{"format": 1, "facts": 3, "notes": {}}', "[]"])
+def test_a_damaged_journal_is_refused(text: str, tmp_path: Path) -> None:
+    _keep_two(tmp_path / "out")
+    (journal_place(tmp_path / "out") / "journal.json").write_text(text)
+    with pytest.raises(CheckpointError, match="not a journal of this version"), open_journal(tmp_path / "out", _FACTS):
+        pass
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom alps.checkpoints.journal import open_journal\n"
+        "from alps.errors import CheckpointError\n"
+        "try:\n    with open_journal(Path(sys.argv[1]), {}): pass\n"
+        "except CheckpointError as error:\n    print(error)\n"
+    )
+    with open_journal(tmp_path / "out", {}) as journal:
+        journal.keep(0, {}, {})
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, timeout=120
+        )
+        assert "Another process is at work" in done.stdout, done.stderr
+        assert journal.record(0) == {}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=0, max_size=5
+    )
+)
+def test_files_hold_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, wanted: list[tuple[str, list[int]]]
+) -> None:
+    path = tmp_path_factory.mktemp("shards") / "one.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"t{n}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[word])
+        for n, (word, shape) in enumerate(wanted)
+    }
+    write_tensors(path, [Pending(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()])  # type: ignore[misc]
+    from safetensors.torch import load_file
+
+    found = load_file(path)
+    ours = {one.name: one for one in stored_tensors(weight_file(path))}
+    assert found.keys() == tensors.keys() == ours.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert torch.equal(ours[name].read(), tensor)
+        if tensor.ndim == 2 and len(tensor) > 1:
+            assert torch.equal(
+                ours[name].section(tensor.shape[1], (len(tensor) - 1, tensor.shape[1])).read(), tensor[1:]
+            )
+
+
+def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    write_tensors(path, [Pending("w", torch.float32, (100,), lambda: torch.ones(100))])
+    (stored,) = stored_tensors(weight_file(path))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="ends inside w"):
+        stored.read()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def stop() -> torch.Tensor:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
+        write_tensors(tmp_path / "one.safetensors", [Pending("w", torch.float32, (1,), stop)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_is_readable_json(tmp_path: Path) -> None:
+    _keep_two(tmp_path / "out")
+    content = json.loads((journal_place(tmp_path / "out") / "journal.json").read_text())
+    assert content == {"format": 1, "facts": _FACTS, "notes": {"patterns": {"a": "0.5"}}}
