@@ -128,6 +128,8 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
     walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
     walk.watcher = watcher or Silent()
+    if settings.activation_memory is not None:
+        walk.activation_bytes = int(settings.activation_memory * 2**30)
     return walk
 
 

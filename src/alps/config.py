@@ -51,6 +51,7 @@ class PruneSettings(BaseModel):
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
         offload: keep activations on the CPU between blocks.
+        activation_memory: GiB of activations kept in memory between blocks; the rest goes to files beside the output.
         errors: measure every site's reconstruction error, also for methods that do without the Gram.
     """
 
@@ -76,6 +77,7 @@ class PruneSettings(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
+    activation_memory: float | None = Field(default=None, ge=0)
     errors: bool = True
 
     def build_pattern(self) -> Pattern:
@@ -125,7 +127,7 @@ class PruneSettings(BaseModel):
 
     def facts(self) -> dict[str, str]:
         """Every setting that the pruned weights depend on, by name; model and text are told by their content."""
-        apart = {"model", "calibration", "device", "offload", "preset"}
+        apart = {"model", "calibration", "device", "offload", "activation_memory", "preset"}
         values = self.model_dump(mode="json", exclude=apart)
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 

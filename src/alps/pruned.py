@@ -56,7 +56,7 @@ def prune_directory(
         remove_partial(out)
         if journal.finished:
             tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
-        walk.resumable = Resumable(journal)
+        walk.resumable, walk.spill_folder = Resumable(journal), journal.place
         report = run(loaded, walk, windows, settings.seed)
         report.add_seconds("load", seconds)
         write(loaded, report, out, settings, tell=tell, journal=journal)

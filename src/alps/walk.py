@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit, plan
 from alps.matching import Matching, Predictions, match
+from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.observe import Observation
@@ -54,6 +56,8 @@ class Walk:
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
+        activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
+        spill_folder: for those files; None for the system's folder of temporary files.
         watcher: told after every site.
         resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
         records: one for every site, in the order in which they were solved.
@@ -72,6 +76,8 @@ class Walk:
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Silent)
     target_damping: float = 0.01
+    activation_bytes: int | None = None
+    spill_folder: Path | None = None
     resumable: Resumable | None = None
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
@@ -144,13 +150,13 @@ class Walk:
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._phases.timed("capture"):
             batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens
-            inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1))
             storage = torch.device("cpu") if self.offload else self.device
-            inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
+            kept = Activations(storage, self.activation_bytes, self.spill_folder)
+            inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1), kept)
         head = Head(model, blocks, inputs.bare)
         predictions = Predictions(head, torch.split(windows, inputs.hidden[0].shape[0]))
         walks_dense = self.target > 0 or self.matching is not None
-        dense_inputs = BlockInputs(list(inputs.hidden), inputs.calls) if walks_dense else None
+        dense_inputs = inputs.beside() if walks_dense else None
         solver = self._solver(blocks)
         for block in blocks:
             with on_device(block, self.device):

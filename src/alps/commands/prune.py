@@ -62,6 +62,10 @@ def prune(
     offload: Annotated[
         bool | None, typer.Option("--offload", help="Keep activations on the CPU between blocks.")
     ] = None,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of activations to keep in memory; more than that waits in files beside OUT."),
+    ] = None,
     errors: Annotated[
         bool | None,
         typer.Option("--errors/--no-errors", help="Measure every site's error.  [default: errors]"),
@@ -93,6 +97,7 @@ def prune(
         "device": device,
         "dtype": dtype,
         "offload": offload,
+        "activation_memory": activation_memory,
         "errors": errors,
     }
     console, watcher, tell = consoles()

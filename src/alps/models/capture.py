@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alps.errors import UnsupportedModel
+from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device, outside
 
 
@@ -35,11 +36,17 @@ class BlockInputs:
         hidden: one tensor (batch, tokens, features) for every batch: the inputs of the next block to be run.
         calls: for every block, by batch size, the other arguments.
         bare: whether blocks return their hidden states alone, not first in a tuple.
+        activations: where the hidden states are kept.
     """
 
     hidden: list[Tensor]
     calls: list[dict[int, Call]]
     bare: bool = True
+    activations: Activations = field(default_factory=Activations)
+
+    def beside(self) -> BlockInputs:
+        """The same inputs for another walk over the blocks."""
+        return replace(self, hidden=list(self.hidden))
 
     def run(self, index: int, block: nn.Module, batch: int, device: torch.device) -> Tensor:
         """Outputs of block `index` for batch number `batch`, on `device`."""
@@ -47,13 +54,27 @@ class BlockInputs:
         return self.calls[index][hidden.shape[0]].run(block, hidden)
 
     def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
-        """Turn the inputs of block `index` into those of the next, batch by batch, each where it was."""
+        """Turn the inputs of block `index` into those of the next, batch by batch."""
         with torch.no_grad():
             for batch in range(len(self.hidden)):
-                self.hidden[batch] = self.run(index, block, batch, device).to(self.hidden[batch].device)
+                self.put(batch, self.run(index, block, batch, device))
+
+    def put(self, batch: int, states: Tensor) -> None:
+        """Keep the hidden states of a batch, in place of those before."""
+        home = self.hidden[batch].device
+        del self.hidden[batch]  # first: what is let go makes room
+        self.hidden.insert(
+            batch, self.activations.place(states.to(home) if self.activations.device is None else states)
+        )
 
 
-def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_size: int) -> BlockInputs:
+def capture(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    batch_size: int,
+    activations: Activations | None = None,
+) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.
 
     Only what comes before the blocks is computed (embeddings, masks, rotary tables), and in the first batch what
@@ -64,12 +85,14 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
         blocks: its decoder blocks.
         windows: token ids, shape (windows, tokens).
         batch_size: windows per batch.
+        activations: where the hidden states are kept; None leaves them where they come about.
 
     Raises:
         UnsupportedModel: unless a forward pass calls the blocks in order, once each, every one on exactly what the
             one before it returned.
     """
-    recorder = _Recorder(type(model).__name__, blocks)
+    activations = activations or Activations()
+    recorder = _Recorder(type(model).__name__, blocks, activations)
     with torch.no_grad(), outside(blocks), _ready(blocks[0]), replaced_forwards(blocks, recorder.forward):
         device = next(model.parameters()).device
         for batch in torch.split(windows, batch_size):
@@ -77,7 +100,7 @@ def capture(model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_si
             with suppress(_BlocksDone):
                 model(input_ids=batch.to(device), use_cache=False)
             recorder.end()
-    return BlockInputs(recorder.hidden, recorder.calls, recorder.bare)
+    return BlockInputs(recorder.hidden, recorder.calls, recorder.bare, activations)
 
 
 def _ready(block: Block) -> AbstractContextManager[None]:
@@ -92,10 +115,10 @@ class _BlocksDone(Exception):
 class _Recorder:
     """Stands in for the forwards of all blocks: notes what each is handed and passes the hidden states on."""
 
-    def __init__(self, model_name: str, blocks: Sequence[Block]) -> None:
+    def __init__(self, model_name: str, blocks: Sequence[Block], activations: Activations) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[dict[int, Call]] = [{} for _ in blocks]
-        self._model_name = model_name
+        self._model_name, self._activations = model_name, activations
         self._expected = 0
         self._whole = False  # one forward has been seen from end to end
         self._passed_on: Tensor | None = None
@@ -129,7 +152,7 @@ class _Recorder:
                 if not self.hidden:
                     output = real(*args, **kwargs)
                     self._rest = None if torch.is_tensor(output) else tuple(output[1:])
-                self.hidden.append(states.detach())
+                self.hidden.append(self._activations.place(states.detach()))
             self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
             self._expected, self._passed_on = index + 1, states
             if self._expected == len(self.calls) and self._whole:

@@ -65,8 +65,11 @@ class DenseStream:
 
         Without it every later question takes a pass of its own.
         """
+        limit = self.inputs.activations.limit
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.hidden)
-        if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > _KEEP_BYTES:
+        if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > min(
+            _KEEP_BYTES, _KEEP_BYTES if limit is None else limit
+        ):
             return
         names = {site.name for site in sites}
         for batch, hidden in enumerate(self.inputs.hidden):
@@ -85,7 +88,8 @@ class DenseStream:
     def advance(self, device: torch.device) -> None:
         """Turn the inputs into those of the next block; what was kept is let go."""
         if self._outputs:
-            self.inputs.hidden[:] = self._outputs
+            for batch, output in enumerate(self._outputs):
+                self.inputs.put(batch, output)
         else:
             self.inputs.advance(self.block.index, self.block.module, device)
         self._kept, self._outputs = [], []
