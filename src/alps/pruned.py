@@ -13,6 +13,7 @@ from alps.checkpoints.journal import Journal, check_journal, open_journal
 from alps.config import PruneSettings
 from alps.data.mix import load_calibration
 from alps.errors import AlpsError
+from alps.forecast import Forecast, forecast
 from alps.loaded import load, open_model
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
@@ -62,6 +63,23 @@ def prune_directory(
         write(loaded, report, out, settings, tell=tell, journal=journal)
         journal.discard()
     return report
+
+
+def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> Forecast:
+    """What `prune_directory` would do, hold and take; writes nothing.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: what it would raise before it prunes.
+    """
+    parse_dtype(settings.dtype)
+    if settings.model != PACKAGED:
+        check_model_path(settings.model)
+    walk = build_walk(settings)
+    check_target(out)
+    source = load_calibration(settings.calibration, settings.samples) if walk.reads_inputs else None
+    samples_itself = source is not None and any(part.text is None for part in source.parts)
+    loaded = (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
+    return forecast(loaded, walk, settings.samples, settings.seqlen)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class Walk:
         return found
 
     def _without_inputs(self, blocks: list[Block]) -> None:
-        solver = self._solver(blocks)
+        solver = self.solver(blocks, self._phases, self.records)
         for block in blocks:
             with on_device(block, self.device):
                 if self._restored(block):
@@ -157,7 +157,7 @@ class Walk:
         predictions = Predictions(head, torch.split(windows, inputs.hidden[0].shape[0]))
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = inputs.beside() if walks_dense else None
-        solver = self._solver(blocks)
+        solver = self.solver(blocks, self._phases, self.records)
         for block in blocks:
             with on_device(block, self.device):
                 dense = None if dense_inputs is None else DenseStream(block.twin(), dense_inputs)
@@ -192,7 +192,8 @@ class Walk:
             self._phases.add("gram", seen.seconds)
             yield seen
 
-    def _solver(self, blocks: list[Block]) -> SiteSolver:
+    def solver(self, blocks: list[Block], phases: Phases, records: list[LayerRecord]) -> SiteSolver:
+        """What prunes the sites of these blocks; time and records go where it is told."""
         return SiteSolver(
             method=self.method,
             pattern=self.pattern,
@@ -204,8 +205,8 @@ class Walk:
             # Reports show how some sites were solved: those of the first, the middle and the last block.
             shown=frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1)),
             watcher=self.watcher,
-            phases=self._phases,
-            records=self.records,
+            phases=phases,
+            records=records,
         )
 
     def _restored(self, block: Block) -> bool:

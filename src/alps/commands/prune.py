@@ -10,7 +10,8 @@ import typer
 from alps.budgets import BUDGETS
 from alps.commands.consoles import consoles
 from alps.config import PRESETS, load_settings
-from alps.pruned import prune_directory
+from alps.forecast import forecast_summary
+from alps.pruned import foresee, prune_directory
 from alps.solvers import METHODS
 from alps.tables import prune_summary
 
@@ -70,6 +71,10 @@ def prune(
         bool | None,
         typer.Option("--errors/--no-errors", help="Measure every site's error.  [default: errors]"),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be pruned, and estimates of memory and time; write nothing."),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Only go on with an unfinished run; the same command does so anyway."),
@@ -101,5 +106,9 @@ def prune(
         "errors": errors,
     }
     console, watcher, tell = consoles()
-    report = prune_directory(load_settings(config, given), out, watcher, tell, resume)
+    settings = load_settings(config, given)
+    if dry_run:
+        console.print(forecast_summary(foresee(settings, out, tell)), soft_wrap=True, highlight=False, markup=False)
+        return
+    report = prune_directory(settings, out, watcher, tell, resume)
     console.print(prune_summary(report, out), soft_wrap=True)

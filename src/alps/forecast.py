@@ -1,0 +1,248 @@
+"""What a run will do, hold and take, before it is begun: from the skeleton, and from seconds of measurement here.
+
+The block in the middle is run on a few hundred random tokens and its sites are solved, smallest first, until the time
+for that is spent. Forwards and Grams grow with the tokens and the blocks; a solve grows as m n^2 + n^3 (m outputs, n
+inputs). Matching takes a forward and a backward pass, three forwards, for each token. All of it is an estimate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alps.budgets import check_fit
+from alps.loaded import Loaded
+from alps.models.blocks import Block, dense_parameters, on_device
+from alps.models.capture import BlockInputs, capture
+from alps.models.order import observations
+from alps.models.streams import DenseStream
+from alps.records import Record
+from alps.runtime import exact_float32
+from alps.solving import Phases
+from alps.walk import Walk
+
+_TOKENS = 512
+_SECONDS = 20.0
+# Float32 matrices that a solver holds at once: of the size of the Gram, and of the size of the weight.
+_GRAMS, _WEIGHTS = 4, 6
+# Of what the sites of a dense block receive no more than this is kept (`alps.models.streams`).
+_KEPT_BYTES = 2**31
+_PROBE_TOKENS, _PLAN_TOKENS = 512, 16384
+_DENSE_LINES = 20
+
+
+class Kind(Record):
+    """Sites of one name and shape (out, in), and how many there are."""
+
+    name: str
+    shape: tuple[int, int]
+    count: int
+
+
+class Forecast(Record):
+    """A run that was not begun.
+
+    Attributes:
+        architecture, method, pattern, device: what is pruned, how, and where.
+        blocks, sites, entries: how many, and the weights of all sites.
+        kinds: sites by name and shape.
+        dense: parameters with two or more dimensions that stay dense, with the reason.
+        streamed: whether weights stay on the disk until their block's turn.
+        memory: bytes by what holds them; what comes about together adds up to the peak.
+        seconds: by phase, estimated; empty where the method reads no inputs.
+        measured: seconds that the measurement took.
+    """
+
+    architecture: str
+    method: str
+    pattern: str
+    device: str
+    blocks: int
+    sites: int
+    entries: int
+    kinds: list[Kind]
+    dense: list[tuple[str, str]]
+    streamed: bool
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    measured: float
+
+
+@dataclass
+class _Measured:
+    """Seconds a token of one block's forward, of its observations, and of its Grams; seconds of a unit of solving."""
+
+    forward: float = 0.0
+    observe: float = 0.0
+    gram: float = 0.0
+    solve: float = 0.0
+    cost: float = 0.0
+    inputs: list[int] = field(default_factory=list)
+
+
+def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
+    """What `walk` would do to a model with so many windows of so many tokens; nothing is changed.
+
+    Raises:
+        ConfigError: when the pattern does not fit, or the windows are longer than the model takes.
+        UnsupportedModel: when the model has no decoder blocks, or they cannot be walked.
+    """
+    begun = time.perf_counter()
+    blocks = loaded.blocks()
+    check_fit(blocks, walk.pattern, walk.patterns)
+    loaded.check_length(seqlen)
+    sites = [site for block in blocks for site in block.sites]
+    kinds = Counter((site.kind, site.shape) for site in sites)
+    measured = _measure(loaded, walk, blocks, min(seqlen, _TOKENS)) if walk.reads_inputs else None
+    return Forecast(
+        architecture=type(loaded.model).__name__,
+        method=walk.method.name,
+        pattern=str(walk.pattern),
+        device=str(walk.device),
+        blocks=len(blocks),
+        sites=len(sites),
+        entries=sum(site.entries for site in sites),
+        kinds=[Kind(name=name, shape=shape, count=count) for (name, shape), count in kinds.items()],
+        dense=[(d.name, d.reason) for d in dense_parameters(loaded.model, {site.parameter_name for site in sites})],
+        streamed=loaded.store is not None,
+        memory=_memory(loaded, walk, blocks, samples * seqlen, measured),
+        seconds={} if measured is None else _seconds(walk, blocks, samples * seqlen, measured),
+        measured=time.perf_counter() - begun,
+    )
+
+
+def _measure(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int) -> _Measured:
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    model = loaded.model.eval()
+    inputs, block, found = capture(model, blocks, ids, 1), blocks[len(blocks) // 2], _Measured()
+    with exact_float32(), on_device(block, walk.device):
+        # Solves write into a copy.
+        copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
+        _timed_forward(inputs, copy, walk)
+        found.forward = _timed_forward(inputs, copy, walk) / tokens
+        dense = DenseStream(block, inputs.beside()) if walks_dense else None
+        start = time.perf_counter()
+        seen = list(observations(copy, inputs, walk.needs, walk.device, walk.order, dense))
+        found.gram = sum(one.seconds for one in seen) / tokens
+        found.observe = (time.perf_counter() - start) / tokens - found.gram
+        shared = [one for observation in seen for one in observation.shared]
+        found.inputs = [one.sites[0].shape[1] for one in shared]
+        solver = walk.solver(blocks, Phases(walk.device), [])
+        spent = time.perf_counter()
+        for one in sorted(shared, key=lambda one: _cost(one.sites[0].shape)):
+            start = time.perf_counter()
+            solver.shared_input(copy, one)
+            found.solve += time.perf_counter() - start
+            found.cost += sum(_cost(site.shape) for site in one.sites)
+            if time.perf_counter() - spent > _SECONDS:
+                break
+    return found
+
+
+def _timed_forward(inputs: BlockInputs, block: Block, walk: Walk) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        inputs.run(block.index, block.module, 0, walk.device)
+    return time.perf_counter() - start
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    return float(shape[0] * shape[1] ** 2 + shape[1] ** 3)
+
+
+def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: _Measured) -> dict[str, float]:
+    count = len(blocks)
+    one_pass = measured.forward * tokens * count
+    found = {
+        "forward": measured.observe * tokens * count + one_pass,
+        "gram": measured.gram * tokens * count,
+        "solve": measured.solve / measured.cost * sum(_cost(s.shape) for block in blocks for s in block.sites),
+    }
+    if walk.matching is not None:
+        # Forward and backward for every epoch, and a look at the held-back windows now and then.
+        found["match"] = one_pass * (3 * walk.matching.epochs + 0.5)
+    if walk.budget != "uniform":
+        found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, _PLAN_TOKENS) * count
+    if walk.budget == "loss":
+        # Every site is cut once, and what that does is carried through the blocks behind it.
+        probes = sum(len(block.sites) * (count - block.index) for block in blocks)
+        found["budget"] += measured.forward * min(tokens, _PROBE_TOKENS) * probes
+    return found
+
+
+def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measured: _Measured | None) -> dict[str, int]:
+    parameters = list(loaded.model.parameters())
+    inside = {id(p) for block in blocks for p in block.module.parameters()}
+    largest = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
+    walks_dense = walk.target > 0 or walk.matching is not None
+    site = max((site for block in blocks for site in block.sites), key=lambda site: site.entries)
+    found = {
+        "block": largest * (2 if walks_dense else 1),
+        "solver": 4 * (_WEIGHTS * site.entries + (_GRAMS * site.shape[1] ** 2 if measured is not None else 0)),
+        "outside the blocks": sum(_bytes(p) for p in parameters if id(p) not in inside),
+    }
+    if loaded.store is None:
+        found["whole model"] = sum(_bytes(p) for p in parameters)
+    if measured is not None:
+        size = next(p for p in parameters if id(p) in inside).dtype.itemsize
+        width = _width(blocks)
+        states = tokens * width * size * (2 if walks_dense else 1)
+        kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
+        found["statistics"] = sum(4 * n * n * (2 if walk.target > 0 else 1) for n in measured.inputs)
+        found["activations"] = states if walk.activation_bytes is None else min(states, walk.activation_bytes)
+        found["inputs of the dense block"] = kept if kept <= _KEPT_BYTES else 0
+    return found
+
+
+def _width(blocks: list[Block]) -> int:
+    """Features of the hidden states: what the first site of a block reads."""
+    return blocks[0].sites[0].shape[1]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def peak(memory: dict[str, int], streamed: bool) -> int:
+    """The largest sum of what is held at one time, without the program itself."""
+    always = memory.get("activations", 0) + memory.get("whole model", 0)
+    at_work = sum(memory.get(name, 0) for name in ("block", "solver", "statistics", "inputs of the dense block"))
+    return always + (max(at_work, memory["outside the blocks"]) if streamed else at_work)
+
+
+def forecast_summary(found: Forecast) -> str:
+    """What a run would prune, hold and take, in a few lines."""
+    kinds = ", ".join(f"{kind.count} {kind.name} {kind.shape[0]}x{kind.shape[1]}" for kind in found.kinds)
+    lines = [
+        f"{found.architecture}: {found.sites} linear layers with {found.entries:,} weights in {found.blocks} blocks, "
+        f"{found.method} {found.pattern} on {found.device}.",
+        f"Pruned (outputs x inputs): {kinds}.",
+        "Left dense: " + (", ".join(f"{name} ({why})" for name, why in found.dense[:_DENSE_LINES]) or "nothing") + ".",
+        "Weights: "
+        + ("read from their files block by block." if found.streamed else "the whole model is held in memory."),
+        f"Memory: about {_size(peak(found.memory, found.streamed))} besides the program itself ("
+        + ", ".join(f"{name} {_size(size)}" for name, size in found.memory.items() if size)
+        + ").",
+    ]
+    if found.seconds:
+        phases = ", ".join(f"{phase} {_span(seconds)}" for phase, seconds in found.seconds.items())
+        lines.append(
+            f"Time: about {_span(sum(found.seconds.values()))} ({phases}), from {found.measured:.0f} s of measurement."
+        )
+    lines.append("Nothing was pruned or written.")
+    return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
