@@ -18,6 +18,7 @@ from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.capture import capture
 from alps.models.probe import Head
 from alps.report import RunReport
+from architectures import examine
 from decoders import DENSE, MOE, decoder
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
@@ -112,3 +113,13 @@ def test_routers_stay_dense(kind: str) -> None:
     routers = [name for name, reason in rows.items() if reason == "router of a mixture of experts"]
     assert routers and all("gate" in name or "router" in name for name in routers), rows
     assert not any(name.endswith(("gate_proj.weight", "gate_up_proj")) for name in routers)
+
+
+def test_the_page_of_architectures_has_them_all() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
+    found = {row[0]: row for row in rows if row[0] != "architecture"}
+    assert list(found) == [*DENSE, *MOE]
+    assert all(float(row[4]) < 1e-5 for row in found.values())
+    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3"):
+        assert found[kind][:4] == examine(kind).facts

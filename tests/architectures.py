@@ -1,0 +1,126 @@
+"""docs/models.md: every architecture that is proved, what is pruned and what stays dense in it, how exactly it is walked.
+
+    python tests/architectures.py > docs/models.md
+
+Runs every tiny model of `decoders.py`, which takes a minute. A test compares the page with new runs, but for the times.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import alps
+from alps.models.blocks import find_blocks
+from alps.models.capture import capture
+from alps.models.probe import Head
+from decoders import DENSE, MOE, decoder
+
+_HEAD = """# Architectures
+
+Every row is a tiny random model, built from its configuration in transformers {version}, walked and pruned. *Parity* is
+the largest difference between its own logits and those of walking its blocks one by one, over the largest logit; 1e-5
+is asked for. Then ALPS prunes it to 60 %, and the zeros of every linear map, of every expert, are counted: exact in
+all of them. Other models of the same kinds work alike: blocks and linear maps are discovered, not scripted. That each
+streams block by block to the same bits is a test of its own ([long runs](long-runs.md)).
+
+*Dense*: parameters with two dimensions or more that are left alone, and why; embeddings and output heads are
+everywhere, and not repeated. Seconds are those of pruning, on one thread.
+
+| architecture | class | pruned in each block | dense besides embeddings | parity | s |
+|---|---|---|---|---:|---:|
+"""
+_FOOT = """
+Vision-language models are not in the table. Encoder-decoders are refused, and so are quantized checkpoints.
+
+```sh
+python tests/architectures.py > docs/models.md
+```
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one architecture showed."""
+
+    kind: str
+    architecture: str
+    pruned: str
+    dense: str
+    parity: float
+    seconds: float
+
+    def __str__(self) -> str:
+        facts = (
+            self.kind,
+            self.architecture,
+            self.pruned,
+            self.dense,
+            f"{self.parity:.0e}" if self.parity else "0",
+            f"{self.seconds:.1f}",
+        )
+        return "| " + " | ".join(facts) + " |"
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """All that two runs have in common."""
+        return self.kind, self.architecture, self.pruned, self.dense
+
+
+def examine(kind: str) -> Row:
+    """Walk and prune one architecture; asserts parity and exact counts."""
+    ids = torch.randint(2, 64, (7, 16), generator=torch.Generator().manual_seed(3))
+    model = decoder(kind)
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        inputs = capture(model, blocks, ids, batch_size=4)
+        for block in blocks:
+            inputs.advance(block.index, block.module, torch.device("cpu"))
+        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+    parity = float((found - wanted).abs().max() / wanted.abs().max())
+    assert parity < 1e-5, (kind, parity)
+    start = time.perf_counter()
+    report = alps.prune(model, 0.6, calibration=ids)
+    seconds = time.perf_counter() - start
+    assert all(site.zeros == round(0.6 * site.entries) for site in report.sites)
+    names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.sites if site.expert is None)
+    experts = Counter(site.kind for site in report.sites if site.expert is not None)
+    parts = [f"`{name}`{_often(count, len(blocks))}" for name, count in names.items()]
+    parts += [f"`{name}` of every expert" for name in experts]
+    reasons = Counter(
+        (re.sub(r"\d+", "N", row.name.removesuffix(".weight")), row.reason)
+        for row in report.dense
+        if row.reason != "embedding or output head"
+    )
+    dense = "; ".join(f"`{name.split('.N.')[-1]}`: {reason}" for name, reason in reasons) or "nothing"
+    return Row(kind, type(model).__name__, ", ".join(parts), dense, parity, seconds)
+
+
+def _often(count: int, blocks: int) -> str:
+    if count == blocks:
+        return ""
+    return f" ({count // blocks} in each)" if count % blocks == 0 else f" (in {count} places of {blocks} blocks)"
+
+
+def main() -> None:
+    """Print the page."""
+    torch.set_num_threads(1)
+    print(_HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
+    for kind in (*DENSE, *MOE):
+        print(examine(kind), flush=True)
+    print(_FOOT, end="")
+
+
+if __name__ == "__main__":
+    main()
