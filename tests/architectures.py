@@ -1,4 +1,4 @@
-"""docs/models.md: every architecture that is proved, what is pruned and what stays dense in it, how exactly it is walked.
+"""docs/models.md: every architecture that is proved, what is pruned and what stays dense, how exactly it is walked.
 
     python tests/architectures.py > docs/models.md
 
