@@ -184,6 +184,9 @@ def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lam
     found = open_streamed(place, parse_dtype(dtype))
     if isinstance(found, Streamed):
         return Loaded(name, found.model, load_tokenizer(place), found)
-    loaded = load(name, dtype, tell)
+    try:
+        loaded = load(name, dtype, tell)
+    except MemoryError:
+        raise ConfigError(f"Model '{name}' does not fit into memory, and has to be loaded whole: {found}.") from None
     tell(f"'{name}' is in memory whole: {found}.")
     return loaded

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from alps.checkpoints.shards import stored_tensors
@@ -39,10 +42,13 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
         return "some of its weights are kept in float32 whatever the checkpoint's dtype"
     shapes = {name: one.shape for name, one in stored.items()}
     prefix = str(getattr(model, "base_model_prefix", ""))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     origins = {}
     for name, parameter in model.named_parameters():
-        twins = [other for other, found in model.named_parameters(remove_duplicate=False) if found is parameter]
-        found = next((f for n in twins if (f := find_origin(n, parameter.shape, shapes, prefix)) is not None), None)
+        candidates = (find_origin(one, parameter.shape, shapes, prefix) for one in names[id(parameter)])
+        found = next((one for one in candidates if one is not None), None)
         if found is None:
             return f"its checkpoint holds {name} under another name"
         if not all(stored[part].dtype.is_floating_point for row in found.parts for part in row):
@@ -50,6 +56,8 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
         origins[name] = found
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            return f"{name} has no values before weights are loaded"
         if name in persistent:
             found = find_origin(name, buffer.shape, shapes, prefix)
             if found is None:
@@ -65,13 +73,29 @@ def _skeleton(directory: Path, dtype: torch.dtype | None, stored: set[torch.dtyp
         chosen = dtype or getattr(config, "dtype", None)
         if not isinstance(chosen, torch.dtype):
             (chosen,) = stored  # several raise a ValueError: transformers takes the first one it meets
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=chosen)
         model.tie_weights()  # type: ignore[operator]
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)  # type: ignore[union-attr]
     return model.eval()
+
+
+class _UnfilledOnMeta(TorchFunctionMode):
+    """Tensors without values are parameters that are not there yet.
+
+    accelerate lets each take memory for a moment, which a large model does not survive: pieces of many sizes that were
+    freed add up.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
 
 
 def _keeps_float32(model: nn.Module) -> bool:
