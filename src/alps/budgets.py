@@ -156,7 +156,8 @@ def plan(
 def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:
     """Zeros by OWL: densities of the blocks spread over twice `_OWL_RANGE` around the mean, by outliers."""
     sizes = torch.tensor([r.curve.entries for r in readings], dtype=torch.float64)
-    owner = torch.tensor([r.block for r in readings])
+    # Blocks without a site to prune are left out.
+    owner = torch.unique(torch.tensor([r.block for r in readings]), return_inverse=True)[1]
     outliers = torch.tensor([r.outliers for r in readings], dtype=torch.float64)
     blocks = int(owner.max()) + 1
     inside = torch.zeros(blocks, dtype=torch.float64).index_add(0, owner, sizes)

@@ -7,13 +7,14 @@ from pathlib import Path
 import yaml
 
 from alps.models.load import looks_local
-from alps.report import RunReport
+from alps.report import RunReport, kept_sentence
 
 
 def model_card(report: RunReport, page: bool = False) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read; `page`: report.html is beside it."""
     local = looks_local(report.model)
     unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
+    kept = f"{kept_sentence(report)}. " if report.kept else ""
     title = Path(report.model).name if local else report.model
     front = {
         "library_name": "transformers",
@@ -33,7 +34,7 @@ def model_card(report: RunReport, page: bool = False) -> str:
         *_recovered(report),
         *_matched(report),
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
-        f"layers are zero; {unchanged} unchanged. "
+        f"layers are zero; {unchanged} unchanged. {kept}"
         "The files are an ordinary dense checkpoint with zeros in it: it loads with "
         "`AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is packed or "
         "compressed.",

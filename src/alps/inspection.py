@@ -75,14 +75,19 @@ def inspect(directory: str) -> Inspection:
     claimed = None if report is None else parse_pattern(report.pattern)
     patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else USUAL_PATTERNS
     counts = {pattern: [0, 0] for pattern in patterns}
+    ruled = {} if report is None else {row.name: row for row in report.kept}
     sites, unpruned = [], []
     for block in blocks:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
             sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
+            kept = ruled.get(site.name, ruled.get(site.parameter_name))
             if not zeros:
-                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason="no zeros in it"))
+                reason, rule = ("no zeros in it", None) if kept is None else (kept.reason, kept.rule)
+                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason=reason, rule=rule))
+            if kept is not None:
+                continue
             for pattern, count in counts.items():
                 groups, bad = group_violations(weight, pattern)
                 count[0] += groups

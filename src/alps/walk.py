@@ -29,6 +29,7 @@ from alps.progress import Silent, Watcher
 from alps.records import MatchRecord
 from alps.report import LayerRecord
 from alps.resume import Resumable
+from alps.rules import Rules
 from alps.runtime import exact_float32
 from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
@@ -55,6 +56,7 @@ class Walk:
         target_damping: what draws the dense target back to the dense weight, as a share of the Gram's mean diagonal.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
+        rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
         spill_folder: for those files; None for the system's folder of temporary files.
@@ -79,6 +81,7 @@ class Walk:
     activation_bytes: int | None = None
     spill_folder: Path | None = None
     resumable: Resumable | None = None
+    rules: Rules = field(default_factory=Rules)
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
