@@ -57,6 +57,7 @@ def prune(
     match: int = 0,
     budget: str = "uniform",
     keep_dense: str | Sequence[str] = (),
+    respect_zeros: bool = False,
     watcher: Watcher | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -75,7 +76,7 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        order, target, match, budget, keep_dense: as in `alps.config.PruneSettings`.
+        order, target, match, budget, keep_dense, respect_zeros: as in `alps.config.PruneSettings`.
         watcher: told after every site.
 
     Raises:
@@ -106,6 +107,7 @@ def prune(
     matching = Matching(epochs=match) if match else None
     walk = Walk(chosen, wanted, place, offload, measure_errors, order, share, matching, budget)
     walk.watcher, walk.rules = watcher or Silent(), Rules(split_names(keep_dense))
+    walk.respect_zeros = respect_zeros
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
     if out is not None:
@@ -128,7 +130,7 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     check_budget(settings.budget, pattern)
     steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
     walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
-    walk.watcher, walk.rules = watcher or Silent(), settings.rules()
+    walk.watcher, walk.rules, walk.respect_zeros = watcher or Silent(), settings.rules(), settings.respect_zeros
     if settings.activation_memory is not None:
         walk.activation_bytes = int(settings.activation_memory * 2**30)
     return walk
@@ -170,8 +172,18 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
         versions=provenance(),
-        notes=[_PRUNED_TARGET] if walk.target and any(record.expert is not None for record in walk.records) else [],
+        notes=_notes(walk),
     )
+
+
+def _notes(walk: Walk) -> list[str]:
+    notes = []
+    if walk.target and any(record.expert is not None for record in walk.records):
+        notes.append(_PRUNED_TARGET)
+    if walk.respect_zeros:
+        found = sum(record.found_zeros or 0 for record in walk.records)
+        notes.append(f"{found:,} weights of the pruned layers were zero before, stay zero and are counted.")
+    return notes
 
 
 def write(

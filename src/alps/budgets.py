@@ -24,6 +24,7 @@ from alps.models.blocks import Block
 from alps.readings import SiteReading, influences, site_readings
 from alps.solvers.curves import POINTS, ErrorCurve
 from alps.solvers.pattern import Pattern, Unstructured
+from alps.solvers.selection import capped
 
 BUDGETS = ("uniform", "owl", "error", "loss")
 _OWL_RANGE = 0.08
@@ -121,6 +122,7 @@ def plan(
     name: str,
     pattern: Pattern,
     device: torch.device = _CPU,
+    respect_zeros: bool = False,
 ) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
@@ -131,6 +133,7 @@ def plan(
         name: one of `BUDGETS`.
         pattern: over all sites; unstructured unless the budget is uniform.
         device: where a block is run; it is brought there and back.
+        respect_zeros: no site gets fewer zeros than it has; what that adds is taken from the others.
 
     Raises:
         ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
@@ -150,6 +153,10 @@ def plan(
             probe = windows[:_PROBE_WINDOWS, :_PROBE_TOKENS]
             weights = influences(model, blocks, probe, readings, Unstructured(sparsity), device)
         counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
+    if respect_zeros:
+        sizes = torch.tensor([r.curve.entries for r in readings])
+        room = sizes - torch.tensor([r.zeros for r in readings])
+        counts = (sizes - capped(sizes - torch.tensor(counts), room)).tolist()
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
 
 

@@ -46,6 +46,10 @@ def model_card(report: RunReport, page: bool = False) -> str:
     if report.mean_error is not None:
         lines.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")
         lines.append(f"| the same for magnitude pruning on the same inputs | {report.mean_magnitude_error:.4f} |")
+    if any(site.found_zeros is not None for site in report.sites):
+        lines.append(
+            f"| zeros there before, all still zero | {sum(site.found_zeros or 0 for site in report.sites):,} |"
+        )
     if used := report.calibration:
         lines.append(
             f"| calibration | {used.source}: {used.windows} windows of {used.seqlen} tokens, seed {used.seed}, "

@@ -54,6 +54,7 @@ class PruneSettings(BaseModel):
         match: epochs of block matching, see `alps.matching`; 0 for none.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
         keep_dense: names with wildcards of what stays dense, see `alps.rules`; one text with commas, too.
+        respect_zeros: zeros that the model has stay zero, and count towards the sparsity.
         calibration: text, `self` or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
@@ -78,6 +79,7 @@ class PruneSettings(BaseModel):
     match: int = Field(default=0, ge=0)
     budget: str = "uniform"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
+    respect_zeros: bool = False
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=2)

@@ -32,6 +32,7 @@ class LayerRecord(Record):
         tokens: calibration tokens that it received; None when none were fed.
         added: average tokens of a pool that filled up the statistics of an expert that received too few, see
             `alps.models.starving`.
+        found_zeros: weights that were zero before, where the run was to keep such zeros; else None.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -47,6 +48,7 @@ class LayerRecord(Record):
     expert: int | None = None
     tokens: int | None = None
     added: int = 0
+    found_zeros: int | None = None
 
     @property
     def sparsity(self) -> float:

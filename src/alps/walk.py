@@ -60,6 +60,7 @@ class Walk:
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
         spill_folder: for those files; None for the system's folder of temporary files.
+        respect_zeros: zeros that a site has stay zero, and count towards its pattern.
         watcher: told after every site.
         resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
         records: one for every site, in the order in which they were solved.
@@ -80,6 +81,7 @@ class Walk:
     target_damping: float = 0.01
     activation_bytes: int | None = None
     spill_folder: Path | None = None
+    respect_zeros: bool = False
     resumable: Resumable | None = None
     rules: Rules = field(default_factory=Rules)
     records: list[LayerRecord] = field(default_factory=list)
@@ -133,7 +135,7 @@ class Walk:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
         with self._phases.timed("budget"):
-            found = plan(model, blocks, windows, self.budget, self.pattern, self.device)
+            found = plan(model, blocks, windows, self.budget, self.pattern, self.device, self.respect_zeros)
         if self.resumable is not None:
             self.resumable.plan(found)
         return found
@@ -201,6 +203,7 @@ class Walk:
             method=self.method,
             pattern=self.pattern,
             patterns=self.patterns,
+            respect_zeros=self.respect_zeros,
             measure_errors=self.measure_errors,
             target=self.target,
             target_damping=self.target_damping,

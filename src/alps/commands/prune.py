@@ -48,6 +48,9 @@ def prune(
     keep_dense: Annotated[
         str | None, typer.Option(help="Names of what stays dense, with *: 'model.layers.0.*,*.down_proj'.")
     ] = None,
+    respect_zeros: Annotated[
+        bool | None, typer.Option("--respect-zeros", help="Zeros that MODEL has stay zero, and count.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     calibration: Annotated[
         str | None,
@@ -98,6 +101,7 @@ def prune(
         "match": match,
         "budget": budget,
         "keep_dense": keep_dense,
+        "respect_zeros": respect_zeros,
         "preset": preset,
         "calibration": calibration,
         "samples": samples,
