@@ -17,10 +17,11 @@ from alps.comparison import method_settings
 from alps.config import PruneSettings, load_settings
 from alps.errors import ConfigError
 from alps.inspection import inspect
-from alps.models.blocks import find_blocks
+from alps.models.blocks import Block, find_blocks
 from alps.progress import Silent
-from alps.pruned import prune_directory
+from alps.pruned import foresee, prune_directory
 from alps.report import RunReport
+from alps.resume import Resumable
 from alps.rules import Rules, matches
 from alps.tables import prune_summary
 from decoders import decoder
@@ -196,3 +197,128 @@ def test_names_come_as_a_list_or_with_commas(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="Setting 'keep_dense' in the command line is wrong"):
         load_settings(None, {"model": "m", **method_settings("alps+keep_dense")})
+
+
+def _expected(name: str, entries: int, rules: dict[str, float], otherwise: float) -> int:
+    shares = [share for rule, share in rules.items() if matches(rule, name)]
+    return round((shares[-1] if shares else otherwise) * entries)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "loss", "error", "owl"])
+@pytest.mark.parametrize("method", ["alps", "wanda"])
+def test_the_last_override_that_names_a_site_holds(
+    tiny_model: Callable[..., Any], ids: Tensor, method: str, budget: str
+) -> None:
+    model = tiny_model("llama")
+    rules = {"*.down_proj": 0.6, "model.layers.0.*": 0.4, "model.layers.0.mlp.up_proj": 0.9, "*.k_proj": 0}
+    report = alps.prune(model, 0.7, method, calibration=ids, overrides=rules, budget=budget)
+    zeros = {site.name: int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites}
+    ruled = [r for r in report.sites if any(matches(rule, r.name) for rule in rules)]
+    free = [r for r in report.sites if r not in ruled]
+    assert len(ruled) == 7 + 2 * 2 and len(free) == 10
+    for record in ruled if budget != "uniform" else report.sites:
+        assert zeros[record.name] == record.zeros == _expected(record.name, record.entries, rules, 0.7)
+    # A budget spreads its total over the others.
+    assert sum(record.zeros for record in free) == sum(round(0.7 * record.entries) for record in free)
+    moved = any(record.zeros != round(0.7 * record.entries) for record in free)
+    assert moved == (budget != "uniform")
+    patterns = {record.name: record.pattern for record in report.sites}
+    assert patterns["model.layers.0.mlp.down_proj"] == "40%" and patterns["model.layers.1.mlp.down_proj"] == "60%"
+    assert patterns["model.layers.0.mlp.up_proj"] == "90%" and patterns["model.layers.0.self_attn.k_proj"] == "0%"
+    assert report.pattern == "70%" and list(report.overrides) == list(rules)
+
+
+def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
+    stories: Path, english_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model: {stories}\nsparsity: 0.6\nmethod: wanda\ncalibration: {english_file}\nsamples: 4\nseqlen: 32\n"
+        "keep_dense: ['*.o_proj']\noverrides:\n  '*.mlp': 2:4\n  '*.v_proj': 1:4\n  model.layers.1.*: 0.25\n"
+    )
+    settings, out = load_settings(tmp_path / "run.yaml", {}), tmp_path / "out"
+    report = prune_directory(settings, out, Silent(), lambda _: None)
+    assert load_settings(out / "alps.yaml", {}) == settings
+    expected = {"gate_proj": "2:4", "up_proj": "2:4", "down_proj": "2:4", "v_proj": "1:4"}
+    for record in report.sites:
+        assert record.pattern == ("25%" if record.block == 1 else expected.get(record.kind, "60%")), record.name
+    assert not any("o_proj" in record.name for record in report.sites)
+    words = "60% but 2:4 for *.mlp, 1:4 for *.v_proj, 25% for model.layers.1.*"
+    assert words in model_card(report) and f"wanda {words}: " in str(prune_summary(report, out))
+    checks = {check.pattern: check for check in inspect(str(out)).checks}
+    assert {name: check.violations for name, check in checks.items()} == {"2:4": 0, "1:4": 0}
+    for name, check in checks.items():
+        assert check.groups == sum(record.entries for record in report.sites if record.pattern == name) // 4
+    # The same from Python, with patterns as objects.
+    loaded = alps.load(str(stories))
+    overrides: dict[str, Any] = {"*.mlp": alps.SemiStructured(2, 4), "*.v_proj": "1:4", "model.layers.1.*": 0.25}
+    again = alps.prune(
+        loaded.model, 0.6, "wanda", calibration=english_file, tokenizer=loaded.tokenizer, samples=4, seqlen=32,
+        keep_dense="*.o_proj", overrides=overrides,
+    )  # fmt: skip
+    assert [(r.name, r.zeros, r.error) for r in again.sites] == [(r.name, r.zeros, r.error) for r in report.sites]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"overrides": {"*.dwn_proj": 0.5}}, r"Rule '\*\.dwn_proj' names nothing .* Did you mean '\*\.down_proj'"),
+        ({"overrides": {"lm_head": 0.5}}, "Override 'lm_head' decides the pattern of no linear layer"),
+        ({"overrides": {"*.q_proj": 0.5, "*.self_attn": 0.6}}, r"Override '\*\.q_proj' decides .* later override"),
+        ({"overrides": {"*.q_proj": 0.5}, "keep_dense": ["*.q_proj"]}, r"Override '\*\.q_proj' decides .* kept dense"),
+        ({"overrides": {"*.q_proj": 1.5}}, r"Override '\*\.q_proj': Sparsity 1\.5 is outside"),
+        ({"overrides": {"*.q_proj": "two"}}, r"Override '\*\.q_proj': Pattern 'two' is not understood"),
+        ({"overrides": {"*.down_proj": "4:8"}}, r"Pattern 4:8 does not divide .* model\.layers\.0\.mlp\.down_proj"),
+        ({"overrides": {"*": 0.5}, "budget": "loss"}, "Budget 'loss' has nothing to spread"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_overrides_that_cannot_be_are_refused(
+    tiny_model: Callable[..., Any], ids: Tensor, settings: dict[str, Any], complaint: str
+) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match=complaint):
+        alps.prune(model, 0.6, calibration=ids, **settings)
+    assert all(_unchanged(model, tiny_model("llama"), name) for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("line", ["overrides: [a]", "overrides: {a: true}", "overrides: {a: [1]}", "overrides: {1: 2}"])
+def test_overrides_of_the_wrong_kind_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: m\nsparsity: 0.5\n{line}\n")
+    with pytest.raises(ConfigError, match="Setting 'overrides"):
+        load_settings(tmp_path / "run.yaml", {})
+
+
+def test_a_forecast_knows_the_rules(stories: Path, english_file: Path, tmp_path: Path) -> None:
+    settings = PruneSettings(
+        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32,
+        keep_dense=["model.layers.[02].*", "*.o_proj"], overrides={"*.down_proj": "2:4"},
+    )  # fmt: skip
+    found = foresee(settings, tmp_path / "out", lambda _: None)
+    assert (found.blocks, found.sites) == (5, 3 * 6) and {kind.name for kind in found.kinds} >= {"down_proj"}
+    assert dict(found.dense)["model.layers.4.self_attn.o_proj.weight"] == "kept dense by the rule '*.o_proj'"
+
+
+def test_a_run_with_rules_goes_on_after_its_finished_blocks(
+    stories: Path, english_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PruneSettings(
+        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="loss",
+        method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, respect_zeros=True,
+    )  # fmt: skip
+    whole = prune_directory(settings, tmp_path / "whole", Silent(), lambda _: None)
+    keep = Resumable.keep
+
+    def stop(self: Resumable, block: Block, *rest: Any) -> None:
+        keep(self, block, *rest)
+        if block.index == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Resumable, "keep", stop)
+    with pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
+        prune_directory(settings, tmp_path / "parts", Silent(), lambda _: None)
+    monkeypatch.setattr(Resumable, "keep", keep)
+    parts = prune_directory(settings, tmp_path / "parts", Silent(), lambda _: None, resume=True)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    assert [(r.name, r.zeros, r.pattern) for r in parts.sites] == [(r.name, r.zeros, r.pattern) for r in whole.sites]
+    assert parts.dense == whole.dense

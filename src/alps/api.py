@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from alps.progress import Silent, Watcher
 from alps.published import publish_run
 from alps.records import calibration_record
 from alps.report import REPORT_NAME, RunReport
-from alps.rules import Rules
+from alps.rules import Rules, parse_overrides
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
@@ -57,6 +57,7 @@ def prune(
     match: int = 0,
     budget: str = "uniform",
     keep_dense: str | Sequence[str] = (),
+    overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
     watcher: Watcher | None = None,
 ) -> RunReport:
@@ -76,7 +77,7 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        order, target, match, budget, keep_dense, respect_zeros: as in `alps.config.PruneSettings`.
+        order, target, match, budget, keep_dense, overrides, respect_zeros: as in `alps.config.PruneSettings`.
         watcher: told after every site.
 
     Raises:
@@ -106,7 +107,7 @@ def prune(
         windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
     matching = Matching(epochs=match) if match else None
     walk = Walk(chosen, wanted, place, offload, measure_errors, order, share, matching, budget)
-    walk.watcher, walk.rules = watcher or Silent(), Rules(split_names(keep_dense))
+    walk.watcher, walk.rules = watcher or Silent(), Rules(split_names(keep_dense), parse_overrides(overrides or {}))
     walk.respect_zeros = respect_zeros
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
@@ -148,6 +149,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
     start = time.perf_counter()
     model, blocks = loaded.model, loaded.blocks()
     ruled = walk.rules.applied(model, blocks)
+    walk.patterns = {**walk.patterns, **ruled.patterns}
     check_fit(ruled.blocks, walk.pattern, walk.patterns)
     if windows is not None:
         loaded.check_ids(windows)
@@ -162,6 +164,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         architecture=type(model).__name__,
         method=walk.method.name,
         pattern=str(walk.pattern),
+        overrides={rule: str(pattern) for rule, pattern in walk.rules.overrides.items()},
         dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
         device=str(walk.device),
         calibration=None if windows is None else calibration_record(windows, seed),

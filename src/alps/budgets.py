@@ -93,6 +93,7 @@ def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Patt
         site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])
     ]
     if misfits:
+        pattern = patterns.get(misfits[0].name, pattern)
         names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ConfigError(
@@ -128,7 +129,7 @@ def plan(
 
     Args:
         model: dense, in evaluation mode.
-        blocks: its decoder blocks.
+        blocks: its decoder blocks, with those sites that the zeros are spread over.
         windows: calibration token ids (windows, tokens).
         name: one of `BUDGETS`.
         pattern: over all sites; unstructured unless the budget is uniform.
@@ -142,6 +143,8 @@ def plan(
     if name == "uniform" or pattern.keeps_all:
         return {}
     assert isinstance(pattern, Unstructured)
+    if not any(block.sites for block in blocks):
+        raise ConfigError(f"Budget '{name}' has nothing to spread: every layer has its own pattern; use uniform.")
     sparsity = pattern.sparsity
     windows = windows[: max(_PLAN_TOKENS // windows.shape[1], 1)]
     readings = list(site_readings(model, blocks, windows, Unstructured(sparsity), device))

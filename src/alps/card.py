@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from alps.models.load import looks_local
-from alps.report import RunReport, kept_sentence
+from alps.report import RunReport, all_patterns, kept_sentence
 
 
 def model_card(report: RunReport, page: bool = False) -> str:
@@ -28,7 +28,7 @@ def model_card(report: RunReport, page: bool = False) -> str:
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}, pruned to {report.pattern} with {report.method}"
+        f"# {title}, pruned to {report.pattern}{' and more' if report.overrides else ''} with {report.method}"
         + (", then recovered by distillation" if report.recovery else ""),
         "",
         *_recovered(report),
@@ -41,7 +41,7 @@ def model_card(report: RunReport, page: bool = False) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| method, pattern | {report.method}, {report.pattern} |",
+        f"| method, pattern | {report.method}, {all_patterns(report)} |",
     ]
     if report.mean_error is not None:
         lines.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")

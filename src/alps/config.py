@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from alps.errors import ConfigError, did_you_mean
 from alps.matching import Matching
-from alps.rules import Rules
+from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
@@ -54,6 +54,8 @@ class PruneSettings(BaseModel):
         match: epochs of block matching, see `alps.matching`; 0 for none.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
         keep_dense: names with wildcards of what stays dense, see `alps.rules`; one text with commas, too.
+        overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
+            several that name a layer the last one holds.
         respect_zeros: zeros that the model has stay zero, and count towards the sparsity.
         calibration: text, `self` or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
@@ -79,6 +81,7 @@ class PruneSettings(BaseModel):
     match: int = Field(default=0, ge=0)
     budget: str = "uniform"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
+    overrides: dict[str, float | str] = {}
     respect_zeros: bool = False
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
@@ -128,8 +131,12 @@ class PruneSettings(BaseModel):
         return Matching(epochs=self.match) if self.match else None
 
     def rules(self) -> Rules:
-        """What is said of parts of the model by name."""
-        return Rules(tuple(self.keep_dense))
+        """What is said of parts of the model by name.
+
+        Raises:
+            ConfigError: for an override that is no pattern.
+        """
+        return Rules(tuple(self.keep_dense), parse_overrides(self.overrides))
 
     def place(self) -> torch.device:
         """The device to run on.

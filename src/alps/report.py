@@ -32,6 +32,7 @@ class LayerRecord(Record):
         tokens: calibration tokens that it received; None when none were fed.
         added: average tokens of a pool that filled up the statistics of an expert that received too few, see
             `alps.models.starving`.
+        pattern: what the site was pruned to; None where that was not noted.
         found_zeros: weights that were zero before, where the run was to keep such zeros; else None.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
@@ -48,6 +49,7 @@ class LayerRecord(Record):
     expert: int | None = None
     tokens: int | None = None
     added: int = 0
+    pattern: str | None = None
     found_zeros: int | None = None
 
     @property
@@ -82,6 +84,7 @@ class RunReport(Record):
     Attributes:
         model: name as given by the user; architecture: its class.
         method, pattern: what was asked for.
+        overrides: by rule, the patterns of sites that have another one, see `alps.rules`.
         calibration: None for a method that reads no inputs.
         sites, dense: what was pruned, and what was not with the reason. Sparsity, zeros, entries and errors are those
             of the pruned sites alone.
@@ -101,6 +104,7 @@ class RunReport(Record):
     architecture: str
     method: str
     pattern: str
+    overrides: dict[str, str] = Field(default_factory=dict)
     dtype: str
     device: str
     calibration: CalibrationRecord | None
@@ -190,6 +194,12 @@ class RunReport(Record):
 def solve_record(info: SolveInfo) -> dict[str, Any]:
     """A solver's record as plain JSON values."""
     return {**asdict(info), "status": str(info.status)}
+
+
+def all_patterns(report: RunReport) -> str:
+    """The pattern asked for, and those that rules give to some layers in its place."""
+    others = ", ".join(f"{pattern} for {rule}" for rule, pattern in report.overrides.items())
+    return f"{report.pattern} but {others}" if others else report.pattern
 
 
 def kept_sentence(report: RunReport) -> str:

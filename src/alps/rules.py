@@ -1,4 +1,4 @@
-"""Rules by name: which parts of a model stay dense.
+"""Rules by name: which parts of a model stay dense, and which are pruned to a pattern of their own.
 
 A rule is a name with the wildcards of `fnmatch`, whose `*` goes across dots. It names every module, every parameter and
 every expert's slice that it matches, and all that is inside a module that it matches.
@@ -6,7 +6,7 @@ every expert's slice that it matches, and all that is inside a module that it ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,7 @@ from alps.errors import ConfigError, did_you_mean
 from alps.models.blocks import Block, dense_parameters
 from alps.models.sites import Site
 from alps.report import DenseRecord
+from alps.solvers.pattern import Pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class Rules:
 
     Attributes:
         keep_dense: rules; what they name stays as it is, to the bit.
+        overrides: patterns of the sites that a rule names; of several rules that name a site the last one holds.
     """
 
     keep_dense: Sequence[str] = ()
+    overrides: Mapping[str, Pattern] = field(default_factory=dict)
 
     def applied(self, model: nn.Module, blocks: list[Block]) -> Ruled:
         """The rules on one model.
@@ -36,15 +39,25 @@ class Rules:
             blocks: of the model, with all of their sites.
 
         Raises:
-            ConfigError: for a rule that names nothing, or rules that leave nothing to prune.
+            ConfigError: for a rule that names nothing, a pattern that no site takes, or rules that leave nothing to
+                prune.
         """
         sites = [site for block in blocks for site in block.sites]
-        _check_named(self.keep_dense, model, sites)
+        _check_named([*self.keep_dense, *self.overrides], model, sites)
         kept = {site.name: rule for site in sites if (rule := _first(self.keep_dense, site)) is not None}
         if len(kept) == len(sites):
             rules = ", ".join(f"'{rule}'" for rule in dict.fromkeys(kept.values()))
             raise ConfigError(f"Nothing is left to prune: every linear layer is kept dense by {rules}; keep fewer.")
-        return Ruled([self._open(block, kept) for block in blocks], kept)
+        latest = list(self.overrides)[::-1]
+        chosen = {site.name: rule for site in sites if site.name not in kept and (rule := _first(latest, site))}
+        for rule in self.overrides:
+            if rule not in chosen.values():
+                raise ConfigError(
+                    f"Override '{rule}' decides the pattern of no linear layer: what it names is never pruned, kept "
+                    "dense, or named by a later override; leave it out, or put it last."
+                )
+        patterns = {name: self.overrides[rule] for name, rule in chosen.items()}
+        return Ruled([self._open(block, kept) for block in blocks], kept, patterns)
 
     def _open(self, block: Block, kept: dict[str, str]) -> Block:
         names = [name for name, _ in block.module.named_parameters()]
@@ -60,10 +73,12 @@ class Ruled:
     Attributes:
         blocks: with those sites alone that are to be pruned.
         kept: which rule keeps a site dense, by the site's name.
+        patterns: of those sites that have their own, by name.
     """
 
     blocks: list[Block]
     kept: dict[str, str] = field(default_factory=dict)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
 
     def dense(self, model: nn.Module, blocks: Sequence[Block], pruned: set[str]) -> list[DenseRecord]:
         """All that has two or more dimensions and was left dense, and why; of a fused parameter what was left of it.
@@ -89,6 +104,21 @@ class Ruled:
             for site in sites
             if name in touched and (rule := self.kept.get(site.name)) is not None
         ]
+
+
+def parse_overrides(values: Mapping[str, Pattern | str | float]) -> dict[str, Pattern]:
+    """Patterns by rule from what a user wrote: 0.6, `60%`, `2:4`, or patterns.
+
+    Raises:
+        ConfigError: naming the rule whose pattern is none.
+    """
+    found: dict[str, Pattern] = {}
+    for rule, value in values.items():
+        try:
+            found[rule] = parse_pattern(str(value)) if isinstance(value, str | float | int) else value
+        except ConfigError as error:
+            raise ConfigError(f"Override '{rule}': {error}") from None
+    return found
 
 
 def matches(rule: str, name: str) -> bool:

@@ -138,6 +138,7 @@ class SiteSolver:
                 expert=site.expert,
                 tokens=shared.tokens if self.counted else None,
                 added=shared.added,
+                pattern=str(pattern),
                 found_zeros=found,
             )
         )

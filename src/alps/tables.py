@@ -13,7 +13,7 @@ from rich.text import Text
 from alps.checkpoints.manifest import Manifest
 from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.published import PAGE_NAME
-from alps.report import RunReport, kept_sentence
+from alps.report import RunReport, all_patterns, kept_sentence
 
 if TYPE_CHECKING:
     from alps.demo import DemoRow
@@ -25,7 +25,7 @@ _DENSE_LINES = 20
 def prune_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what was pruned, how well, at what cost, and where it is."""
     lines = [
-        f"{report.method} {report.pattern}: {report.zeros:,} of {report.entries:,} weights are zero "
+        f"{report.method} {all_patterns(report)}: {report.zeros:,} of {report.entries:,} weights are zero "
         f"({100 * report.sparsity:.3f} %) in {len(report.sites)} linear layers."
     ]
     if report.mean_error is not None:

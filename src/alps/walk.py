@@ -57,7 +57,7 @@ class Walk:
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
-        patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
+        patterns: of single sites by name, in place of `pattern`; a budget that is not uniform adds all others.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
         spill_folder: for those files; None for the system's folder of temporary files.
         respect_zeros: zeros that a site has stay zero, and count towards its pattern.
@@ -126,7 +126,7 @@ class Walk:
                 else:
                     assert windows is not None
                     if self.budget != "uniform":
-                        self.patterns = self._planned(model, blocks, windows)
+                        self.patterns = {**self._planned(model, blocks, windows), **self.patterns}
                     self._with_inputs(model, blocks, windows)
         finally:
             self.watcher.finish()
@@ -134,8 +134,9 @@ class Walk:
     def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
+        free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.timed("budget"):
-            found = plan(model, blocks, windows, self.budget, self.pattern, self.device, self.respect_zeros)
+            found = plan(model, free, windows, self.budget, self.pattern, self.device, self.respect_zeros)
         if self.resumable is not None:
             self.resumable.plan(found)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,6 +44,10 @@ class Block:
     sites: list[Site]
     store: Store | None = None
     fixed: frozenset[str] = frozenset()
+
+    def only(self, sites: list[Site]) -> Block:
+        """The same block with some of its sites."""
+        return replace(self, sites=sites)
 
     def twin(self) -> Block:
         """A copy that holds the weights which the block has now."""
