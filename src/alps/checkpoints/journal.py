@@ -44,7 +44,7 @@ class Journal:
 
     @property
     def finished(self) -> int:
-        """Number of blocks that are done; they are the first ones. The files say so: a signal may fall just after one."""
+        """How many blocks are done, the first ones. Their files say so: a signal may fall just after one."""
         while self._path(self._known, "json").is_file():
             self._known += 1
         return self._known
