@@ -31,9 +31,9 @@ _OWL_RANGE = 0.08
 # Sparsities stay within this distance of the one asked for.
 _REACH = 0.15
 # Windows and tokens on which the model's answers are compared.
-_PROBE_WINDOWS, _PROBE_TOKENS = 2, 256
+PROBE_WINDOWS, PROBE_TOKENS = 2, 256
 # Calibration tokens that curves and outliers are read from.
-_PLAN_TOKENS = 16384
+PLAN_TOKENS = 16384
 _CPU = torch.device("cpu")
 
 
@@ -146,14 +146,14 @@ def plan(
     if not any(block.sites for block in blocks):
         raise ConfigError(f"Budget '{name}' has nothing to spread: every layer has its own pattern; use uniform.")
     sparsity = pattern.sparsity
-    windows = windows[: max(_PLAN_TOKENS // windows.shape[1], 1)]
+    windows = windows[: max(PLAN_TOKENS // windows.shape[1], 1)]
     readings = list(site_readings(model, blocks, windows, Unstructured(sparsity), device))
     if name == "owl":
         counts = _owl_counts(readings, sparsity)
     else:
         weights = [1.0] * len(readings)
         if name == "loss":
-            probe = windows[:_PROBE_WINDOWS, :_PROBE_TOKENS]
+            probe = windows[:PROBE_WINDOWS, :PROBE_TOKENS]
             weights = influences(model, blocks, probe, readings, Unstructured(sparsity), device)
         counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
     if respect_zeros:

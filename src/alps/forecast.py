@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alps.budgets import check_fit
+from alps.budgets import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
 from alps.loaded import Loaded
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.order import observations
-from alps.models.streams import DenseStream
+from alps.models.streams import KEEP_BYTES, DenseStream
 from alps.records import Record
 from alps.runtime import exact_float32
 from alps.solving import Phases
@@ -29,9 +29,6 @@ _TOKENS = 512
 _SECONDS = 20.0
 # Float32 matrices that a solver holds at once: of the size of the Gram, and of the size of the weight.
 _GRAMS, _WEIGHTS = 4, 6
-# Of what the sites of a dense block receive no more than this is kept (`alps.models.streams`).
-_KEPT_BYTES = 2**31
-_PROBE_TOKENS, _PLAN_TOKENS = 512, 16384
 _DENSE_LINES = 20
 
 
@@ -169,11 +166,11 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: _Measured) 
         # Forward and backward for every epoch, and a look at the held-back windows now and then.
         found["match"] = one_pass * (3 * walk.matching.epochs + 0.5)
     if walk.budget != "uniform":
-        found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, _PLAN_TOKENS) * count
+        found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
     if walk.budget == "loss":
         # Every site is cut once, and what that does is carried through the blocks behind it.
         probes = sum(len(block.sites) * (count - block.index) for block in blocks)
-        found["budget"] += measured.forward * min(tokens, _PROBE_TOKENS) * probes
+        found["budget"] += measured.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes
     return found
 
 
@@ -197,7 +194,7 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
         found["statistics"] = sum(4 * n * n * (2 if walk.target > 0 else 1) for n in measured.inputs)
         found["activations"] = states if walk.activation_bytes is None else min(states, walk.activation_bytes)
-        found["inputs of the dense block"] = kept if kept <= _KEPT_BYTES else 0
+        found["inputs of the dense block"] = kept if kept <= KEEP_BYTES else 0
     return found
 
 

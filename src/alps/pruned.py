@@ -11,15 +11,16 @@ from alps.api import build_walk, run, write
 from alps.checkpoints.directory import check_target, remove_partial
 from alps.checkpoints.journal import Journal, check_journal, open_journal
 from alps.config import PruneSettings
-from alps.data.mix import load_calibration
+from alps.data.mix import Mix, load_calibration
 from alps.errors import AlpsError
 from alps.forecast import Forecast, forecast
-from alps.loaded import load, open_model
+from alps.loaded import Loaded, load, open_model
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
-from alps.progress import Watcher
+from alps.progress import Silent, Watcher
 from alps.report import RunReport
 from alps.resume import Resumable
+from alps.walk import Walk
 
 
 def prune_directory(
@@ -35,17 +36,10 @@ def prune_directory(
     Raises:
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; `out` is not written then.
     """
-    parse_dtype(settings.dtype)
-    if settings.model != PACKAGED:
-        check_model_path(settings.model)
-    walk = build_walk(settings, watcher)
-    check_target(out)
+    walk, source = _checked(settings, out, watcher)
     check_journal(out, settings.facts(), resume)
-    source = None if not walk.reads_inputs else load_calibration(settings.calibration, settings.samples)
     start = time.perf_counter()
-    # A model that samples its own text has to be whole.
-    samples_itself = source is not None and any(part.text is None for part in source.parts)
-    loaded = (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
+    loaded = _opened(settings, source, tell)
     seconds = time.perf_counter() - start
     facts = {**settings.facts(), "the model's weights": loaded.identity()}
     windows = None
@@ -53,14 +47,15 @@ def prune_directory(
         drawn = (settings.samples, settings.seqlen, settings.seed)
         windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
         facts["the calibration's hash"] = windows.sha256
-    with open_journal(out, facts) as journal, _kept(journal):
-        remove_partial(out)
-        if journal.finished:
-            tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
-        walk.resumable, walk.spill_folder = Resumable(journal), journal.place
-        report = run(loaded, walk, windows, settings.seed)
-        report.add_seconds("load", seconds)
-        write(loaded, report, out, settings, tell=tell, journal=journal)
+    with open_journal(out, facts) as journal:
+        with _kept(journal):
+            remove_partial(out)
+            if journal.finished:
+                tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
+            walk.resumable, walk.spill_folder = Resumable(journal), journal.place
+            report = run(loaded, walk, windows, settings.seed)
+            report.add_seconds("load", seconds)
+            write(loaded, report, out, settings, tell=tell, journal=journal)
         journal.discard()
     return report
 
@@ -71,15 +66,24 @@ def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: what it would raise before it prunes.
     """
+    walk, source = _checked(settings, out, Silent())
+    return forecast(_opened(settings, source, tell), walk, settings.samples, settings.seqlen)
+
+
+def _checked(settings: PruneSettings, out: Path, watcher: Watcher) -> tuple[Walk, Mix | None]:
+    """The walk, and what calibrates it if anything; refuses what can be refused without the model."""
     parse_dtype(settings.dtype)
     if settings.model != PACKAGED:
         check_model_path(settings.model)
-    walk = build_walk(settings)
+    walk = build_walk(settings, watcher)
     check_target(out)
-    source = load_calibration(settings.calibration, settings.samples) if walk.reads_inputs else None
+    return walk, load_calibration(settings.calibration, settings.samples) if walk.reads_inputs else None
+
+
+def _opened(settings: PruneSettings, source: Mix | None, tell: Callable[[str], None]) -> Loaded:
+    # A model that samples its own text has to be whole.
     samples_itself = source is not None and any(part.text is None for part in source.parts)
-    loaded = (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
-    return forecast(loaded, walk, settings.samples, settings.seqlen)
+    return (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
     """
     directory = Path(place).expanduser()
     if not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
-        return "it is no directory of safetensors files"
+        return "it is no local directory of safetensors files (download a model from the hub to stream it)"
     files = {file: stored_tensors(file) for file in find_weights(directory)}
     stored = {one.name: one for tensors in files.values() for one in tensors}
     try:

@@ -16,7 +16,7 @@ from alps.models.experts import watching_products
 from alps.models.sites import Site
 
 # What a dense block's sites received is kept until the block is done while it takes no more than this.
-_KEEP_BYTES = 2**31
+KEEP_BYTES = 2**31
 
 
 class AllSeen(Exception):
@@ -68,7 +68,7 @@ class DenseStream:
         limit = self.inputs.activations.limit
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.hidden)
         if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > min(
-            _KEEP_BYTES, _KEEP_BYTES if limit is None else limit
+            KEEP_BYTES, KEEP_BYTES if limit is None else limit
         ):
             return
         names = {site.name for site in sites}
