@@ -58,10 +58,16 @@ class Bench:
         """The command line that writes `out`."""
         return [*self._command[:5], out, *self._command[5:]]
 
-    def start(self, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    def start(self, prepare: Callable[[], None] = lambda: None) -> subprocess.Popen[str]:
         """A run in a process of its own."""
+
+        def begin() -> None:
+            # A shell has its background jobs ignore SIGINT, and they hand that on.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            prepare()
+
         return subprocess.Popen(
-            self.command(self.out), stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT, preexec_fn=prepare
+            self.command(self.out), stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT, preexec_fn=begin
         )
 
     def stopped(self, stop: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:

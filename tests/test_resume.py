@@ -178,7 +178,14 @@ def test_signals_end_a_run_in_a_sentence(
 ) -> None:
     # Twenty seconds if nothing stops it: the signal must not come after the end.
     chosen = {**settings, "method": "alps", "samples": 32, "match": 150}
-    running = subprocess.Popen(_command(chosen, tmp_path / "out"), stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT)
+    # A shell has its background jobs ignore SIGINT, and they hand that on.
+    running = subprocess.Popen(
+        _command(chosen, tmp_path / "out"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     place = journal_place(tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (place / "block-00000.json").is_file() and running.poll() is None and time.monotonic() < deadline:
