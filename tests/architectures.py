@@ -25,6 +25,7 @@ from alps.models.blocks import find_blocks
 from alps.models.capture import capture
 from alps.models.probe import Head
 from decoders import DENSE, MOE, decoder
+from vision import VISION, vision_model
 
 _HEAD = """# Architectures
 
@@ -41,7 +42,16 @@ everywhere, and not repeated. Seconds are those of pruning, on one thread.
 |---|---|---|---|---:|---:|
 """
 _FOOT = """
-Vision-language models are not in the table. Encoder-decoders are refused, and so are quantized checkpoints.
+Of **vision-language models** the text decoder is pruned, on calibration text alone; vision tower and projector keep
+their bits, and are listed as outside the decoder blocks. The text decoder is the one that the model itself names
+(`get_decoder`), so that a vision tower with more layers is not taken for it. They are loaded with
+AutoModelForImageTextToText where there is no causal language model of the kind, or where the checkpoint says that it
+is more than one; the files of the image processor are copied along. What pruning does to answers about images is not
+measured. Idefics 3 and SmolVLM stream block by block; checkpoints of the other three name their tensors otherwise
+than transformers does, and are loaded whole. A text decoder with layers of two classes (cross-attention between
+others, as in Mllama) is refused.
+
+Encoder-decoders are refused, also as the text part of another model, and so are quantized checkpoints.
 
 ```sh
 python tests/architectures.py > docs/models.md
@@ -79,8 +89,9 @@ class Row:
 
 def examine(kind: str) -> Row:
     """Walk and prune one architecture; asserts parity and exact counts."""
-    ids = torch.randint(2, 64, (7, 16), generator=torch.Generator().manual_seed(3))
-    model = decoder(kind)
+    # The last tokens of vision-language models stand for images.
+    ids = torch.randint(2, 60 if kind in VISION else 64, (7, 16), generator=torch.Generator().manual_seed(3))
+    model = vision_model(kind) if kind in VISION else decoder(kind)
     blocks = find_blocks(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits
@@ -99,12 +110,16 @@ def examine(kind: str) -> Row:
     parts = [f"`{name}`{_often(count, len(blocks))}" for name, count in names.items()]
     parts += [f"`{name}` of every expert" for name in experts]
     reasons = Counter(
-        (re.sub(r"\d+", "N", row.name.removesuffix(".weight")), row.reason)
-        for row in report.dense
-        if row.reason != "embedding or output head"
+        (_short(row.name, kind), row.reason) for row in report.dense if row.reason != "embedding or output head"
     )
     dense = "; ".join(f"`{name.split('.N.')[-1]}`: {reason}" for name, reason in reasons) or "nothing"
     return Row(kind, type(model).__name__, ", ".join(parts), dense, parity, seconds)
+
+
+def _short(name: str, kind: str) -> str:
+    """A parameter's name without numbers; of a vision-language model the part that it belongs to."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join("N" if part.isdigit() else part for part in (parts[:2] if kind in VISION else parts))
 
 
 def _often(count: int, blocks: int) -> str:
@@ -117,7 +132,7 @@ def main() -> None:
     """Print the page."""
     torch.set_num_threads(1)
     print(_HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
-    for kind in (*DENSE, *MOE):
+    for kind in (*DENSE, *MOE, *VISION):
         print(examine(kind), flush=True)
     print(_FOOT, end="")
 

@@ -19,6 +19,7 @@ from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
 from alps.matching import Matching
+from alps.models.classes import is_composite
 from alps.models.order import Order
 from alps.models.save import save_model, save_streamed
 from alps.progress import Silent, Watcher
@@ -175,12 +176,14 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
         versions=provenance(),
-        notes=_notes(walk),
+        notes=_notes(model, walk),
     )
 
 
-def _notes(walk: Walk) -> list[str]:
+def _notes(model: nn.Module, walk: Walk) -> list[str]:
     notes = []
+    if is_composite(model):
+        notes.append(f"of {type(model).__name__} the text decoder was pruned, on text alone; all else is as it was.")
     if walk.target and any(record.expert is not None for record in walk.records):
         notes.append(_PRUNED_TARGET)
     if walk.respect_zeros:

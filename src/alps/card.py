@@ -6,19 +6,20 @@ from pathlib import Path
 
 import yaml
 
+from alps.models.classes import reads_images
 from alps.models.load import looks_local
 from alps.report import RunReport, all_patterns, kept_sentence
 
 
 def model_card(report: RunReport, page: bool = False) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read; `page`: report.html is beside it."""
-    local = looks_local(report.model)
+    local, images = looks_local(report.model), reads_images(report.architecture)
     unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
     kept = f"{kept_sentence(report)}. " if report.kept else ""
     title = Path(report.model).name if local else report.model
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if images else "text-generation",
         # A hub refuses a base model that is not on a hub, and nobody else's folders are of interest.
         **({} if local or "/" not in report.model else {"base_model": report.model}),
         "tags": ["pruned", "sparse", report.method, *(["distilled"] if report.recovery else [])],
@@ -36,8 +37,8 @@ def model_card(report: RunReport, page: bool = False) -> str:
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
         f"layers are zero; {unchanged} unchanged. {kept}"
         "The files are an ordinary dense checkpoint with zeros in it: it loads with "
-        "`AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is packed or "
-        "compressed.",
+        f"`{'AutoModelForImageTextToText' if images else 'AutoModelForCausalLM'}.from_pretrained` and is as large and "
+        "as fast as the dense one until it is packed or compressed.",
         "",
         "| | |",
         "|---|---|",

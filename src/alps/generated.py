@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alps.data.text import SELF
 from alps.data.windows import Windows, document_separator
 from alps.errors import ConfigError
+from alps.models.classes import text_config
 from alps.models.generate import TemperatureSchedule, sample_windows
 from alps.models.identity import model_sha256
 from alps.models.packaged import cache_folder
@@ -98,7 +99,7 @@ def first_token(model: nn.Module, tokenizer: Any) -> int:
         ConfigError: when there is none of them.
     """
     if tokenizer is None:
-        known = getattr(getattr(model, "config", None), "bos_token_id", None)
+        known = getattr(text_config(model), "bos_token_id", None)
     elif (known := tokenizer.get_vocab().get("<|endoftext|>")) is None:
         known = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_separator(tokenizer)
     if known is None:

@@ -15,6 +15,7 @@ from alps.data.windows import Windows, calibration_windows, evaluation_windows
 from alps.errors import ConfigError
 from alps.generated import generated_windows
 from alps.models.blocks import Block, find_blocks
+from alps.models.classes import text_config
 from alps.models.identity import model_sha256
 from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
@@ -122,7 +123,7 @@ class Loaded:
 
     def check_length(self, seqlen: int) -> None:
         """Refuse windows that are longer than the model's positions."""
-        config = getattr(self.model, "config", None)
+        config = text_config(self.model)
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if isinstance(limit, int) and seqlen > limit:
             raise ConfigError(

@@ -20,6 +20,7 @@ from alps.models.probe import Head
 from alps.report import RunReport
 from architectures import examine
 from decoders import DENSE, MOE, decoder
+from vision import VISION
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -119,7 +120,7 @@ def test_the_page_of_architectures_has_them_all() -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
     found = {row[0]: row for row in rows if row[0] != "architecture"}
-    assert list(found) == [*DENSE, *MOE]
+    assert list(found) == [*DENSE, *MOE, *VISION]
     assert all(float(row[4]) < 1e-5 for row in found.values())
-    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3"):
+    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "llava", "smolvlm"):
         assert found[kind][:4] == examine(kind).facts

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from alps.errors import UnsupportedModel
+from alps.models.classes import is_composite, text_config
 from alps.models.sites import Site, find_sites, is_fused, routing_parameters
 
 
@@ -90,18 +91,22 @@ def outside(blocks: Sequence[Block]) -> AbstractContextManager[None]:
 def find_blocks(model: nn.Module) -> list[Block]:
     """The decoder blocks: the members of the longest `ModuleList` of modules of one class that hold sites.
 
+    Of a model that is more than its text part only the text decoder is looked at: a vision tower may have more layers.
+
     Raises:
         UnsupportedModel: when there is no such list, or the model is an encoder-decoder.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    configs = (getattr(model, "config", None), text_config(model))
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
         raise UnsupportedModel(
             f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be pruned."
         )
+    inside = _text_decoder(model)
     lists = [
         (name, child)
         for name, child in model.named_modules()
         if isinstance(child, nn.ModuleList)
+        and name.startswith(inside)
         and len({type(block) for block in child}) == 1
         and all(find_sites("", block) for block in child)
     ]
@@ -114,6 +119,17 @@ def find_blocks(model: nn.Module) -> list[Block]:
     outer = [(name, found) for name, found in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     name, blocks = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
     return [Block(i, f"{name}.{i}", block, find_sites(f"{name}.{i}", block)) for i, block in enumerate(blocks)]
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """What the names of everything inside the text decoder begin with; empty for a model that is nothing else."""
+    if not is_composite(model):
+        return ""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not name:
+        raise UnsupportedModel(f"{type(model).__name__} does not say which of its parts is the text decoder.")
+    return f"{name}."
 
 
 def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, UnsupportedModel
+from alps.models.classes import text_config
 from alps.progress import Silent, Watcher
 from alps.runtime import derived_seed, exact_float32
 
@@ -155,7 +155,7 @@ def _stream(seed: int, window: int, count: int) -> Tensor:
 
 def _largest_batch(model: nn.Module, seqlen: int) -> int:
     """Windows whose keys and values fit into `_CACHE_BYTES`."""
-    config: Any = model.config
+    config = text_config(model)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
 from alps.errors import ConfigError, UnsupportedModel
+from alps.models.classes import auto_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,7 +85,9 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     else:
         extra["dtype"] = dtype or "auto"
     with quiet(), _readable(name):
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **extra)
+        # The configuration of a GGUF file takes reading all of it, and is that of a causal language model.
+        kind = AutoModelForCausalLM if "gguf_file" in extra else auto_class(AutoConfig.from_pretrained(source))
+        model, info = kind.from_pretrained(source, output_loading_info=True, **extra)
     _check_complete(name, model, info)
     _forget_quantization(model)
     return model.eval()  # type: ignore[no-any-return]

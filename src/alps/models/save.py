@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +16,23 @@ from alps.checkpoints.journal import Journal
 from alps.checkpoints.shards import write_tensors
 from alps.checkpoints.weights import INDEX_NAME
 from alps.models.blocks import Block
+from alps.models.classes import processor_files
 from alps.models.load import quiet
 from alps.models.streamed import Streamed
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save weights, configuration, generation settings, tokenizer and chat template into `folder`."""
+    """Save weights, configuration, generation settings, tokenizer, chat template and processor into `folder`."""
     with quiet():
         model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    _copy_processor(model, str(getattr(model, "name_or_path", "")), folder)
+
+
+def _copy_processor(model: nn.Module, place: str, folder: Path) -> None:
+    for path in processor_files(model, place):
+        shutil.copyfile(path, folder / path.name)
 
 
 def save_streamed(
@@ -53,3 +61,4 @@ def save_streamed(
             model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    _copy_processor(model, str(store.directory), folder)

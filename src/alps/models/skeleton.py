@@ -10,10 +10,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from alps.checkpoints.shards import stored_tensors
 from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, find_weights
+from alps.models.classes import auto_class
 from alps.models.load import quiet
 from alps.models.origins import find_origin
 from alps.models.streamed import Streamed
@@ -74,7 +75,7 @@ def _skeleton(directory: Path, dtype: torch.dtype | None, stored: set[torch.dtyp
         if not isinstance(chosen, torch.dtype):
             (chosen,) = stored  # several raise a ValueError: transformers takes the first one it meets
         with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=chosen)
+            model: nn.Module = auto_class(config).from_config(config, dtype=chosen)
         model.tie_weights()  # type: ignore[operator]
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
