@@ -105,7 +105,8 @@ def prune(model: Path, out: Path, options: argparse.Namespace) -> tuple[int, int
     settings = ["--sparsity", "0.5", "--method", options.method, "--calibration", options.text, "--no-errors"]
     sizes = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
     command = [sys.executable, "-m", "alps", "prune", str(model), str(out), *settings, *sizes, "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MALLOC_ARENA_MAX": "2"}
+    # glibc returns freed memory, but not its addresses, which the limit counts: large pieces get some of their own.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MALLOC_MMAP_THRESHOLD_": "131072"}
     running = subprocess.Popen(
         command, env=environment, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     )

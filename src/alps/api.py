@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ from alps.budgets import check_budget, check_fit
 from alps.card import model_card
 from alps.checkpoints.directory import check_target, new_directory
 from alps.checkpoints.journal import Journal
-from alps.config import SETTINGS_NAME, PruneSettings, parse_target
+from alps.config import SETTINGS_NAME, PruneSettings, parse_target, split_names
 from alps.data.mix import load_calibration
 from alps.data.windows import Windows
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
 from alps.matching import Matching
-from alps.models.blocks import dense_parameters
 from alps.models.order import Order
 from alps.models.save import save_model, save_streamed
 from alps.progress import Silent, Watcher
 from alps.published import publish_run
 from alps.records import calibration_record
-from alps.report import REPORT_NAME, DenseRecord, RunReport
+from alps.report import REPORT_NAME, RunReport
+from alps.rules import Rules, parse_overrides
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, parse_pattern
@@ -56,6 +56,9 @@ def prune(
     target: str | float = "pruned",
     match: int = 0,
     budget: str = "uniform",
+    keep_dense: str | Sequence[str] = (),
+    overrides: Mapping[str, Pattern | str | float] | None = None,
+    respect_zeros: bool = False,
     watcher: Watcher | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -74,7 +77,7 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        order, target, match, budget: as in `alps.config.PruneSettings`.
+        order, target, match, budget, keep_dense, overrides, respect_zeros: as in `alps.config.PruneSettings`.
         watcher: told after every site.
 
     Raises:
@@ -104,7 +107,8 @@ def prune(
         windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
     matching = Matching(epochs=match) if match else None
     walk = Walk(chosen, wanted, place, offload, measure_errors, order, share, matching, budget)
-    walk.watcher = watcher or Silent()
+    walk.watcher, walk.rules = watcher or Silent(), Rules(split_names(keep_dense), parse_overrides(overrides or {}))
+    walk.respect_zeros = respect_zeros
     report = run(loaded, walk, windows, seed if drawn else None)
     report.add_seconds("load", seconds)
     if out is not None:
@@ -127,7 +131,7 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     check_budget(settings.budget, pattern)
     steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
     walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
-    walk.watcher = watcher or Silent()
+    walk.watcher, walk.rules, walk.respect_zeros = watcher or Silent(), settings.rules(), settings.respect_zeros
     if settings.activation_memory is not None:
         walk.activation_bytes = int(settings.activation_memory * 2**30)
     return walk
@@ -144,35 +148,45 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
         raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
     start = time.perf_counter()
     model, blocks = loaded.model, loaded.blocks()
-    check_fit(blocks, walk.pattern, walk.patterns)
+    ruled = walk.rules.applied(model, blocks)
+    walk.patterns = {**walk.patterns, **ruled.patterns}
+    check_fit(ruled.blocks, walk.pattern, walk.patterns)
     if windows is not None:
         loaded.check_ids(windows)
     training = model.training
     try:
-        walk.run(model.eval(), blocks, None if windows is None else windows.ids)
+        walk.run(model.eval(), ruled.blocks, None if windows is None else windows.ids)
     finally:
         model.train(training)
     before = 0.0 if walk.resumable is None else walk.resumable.before
-    pruned = {record.name for record in walk.records}
-    sites = [site for block in blocks for site in block.sites if site.name in pruned]
-    dense = dense_parameters(model, {site.parameter_name for site in sites})
     return RunReport(
         model=loaded.name,
         architecture=type(model).__name__,
         method=walk.method.name,
         pattern=str(walk.pattern),
+        overrides={rule: str(pattern) for rule, pattern in walk.rules.overrides.items()},
         dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
         device=str(walk.device),
         calibration=None if windows is None else calibration_record(windows, seed),
         sites=walk.records,
         matches=walk.matches,
-        dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in dense],
+        dense=ruled.dense(model, blocks, {record.name for record in walk.records}),
         seconds={**walk.seconds, "total": time.perf_counter() - start + before},
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(walk.device),
         versions=provenance(),
-        notes=[_PRUNED_TARGET] if walk.target and any(site.expert is not None for site in sites) else [],
+        notes=_notes(walk),
     )
+
+
+def _notes(walk: Walk) -> list[str]:
+    notes = []
+    if walk.target and any(record.expert is not None for record in walk.records):
+        notes.append(_PRUNED_TARGET)
+    if walk.respect_zeros:
+        found = sum(record.found_zeros or 0 for record in walk.records)
+        notes.append(f"{found:,} weights of the pruned layers were zero before, stay zero and are counted.")
+    return notes
 
 
 def write(

@@ -24,6 +24,7 @@ from alps.models.blocks import Block
 from alps.readings import SiteReading, influences, site_readings
 from alps.solvers.curves import POINTS, ErrorCurve
 from alps.solvers.pattern import Pattern, Unstructured
+from alps.solvers.selection import capped
 
 BUDGETS = ("uniform", "owl", "error", "loss")
 _OWL_RANGE = 0.08
@@ -92,6 +93,7 @@ def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Patt
         site for block in blocks for site in block.sites if not patterns.get(site.name, pattern).fits(site.shape[1])
     ]
     if misfits:
+        pattern = patterns.get(misfits[0].name, pattern)
         names = ", ".join(f"{site.name} ({site.shape[1]})" for site in misfits[:3])
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ConfigError(
@@ -121,16 +123,18 @@ def plan(
     name: str,
     pattern: Pattern,
     device: torch.device = _CPU,
+    respect_zeros: bool = False,
 ) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
     Args:
         model: dense, in evaluation mode.
-        blocks: its decoder blocks.
+        blocks: its decoder blocks, with those sites that the zeros are spread over.
         windows: calibration token ids (windows, tokens).
         name: one of `BUDGETS`.
         pattern: over all sites; unstructured unless the budget is uniform.
         device: where a block is run; it is brought there and back.
+        respect_zeros: no site gets fewer zeros than it has; what that adds is taken from the others.
 
     Raises:
         ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
@@ -139,6 +143,8 @@ def plan(
     if name == "uniform" or pattern.keeps_all:
         return {}
     assert isinstance(pattern, Unstructured)
+    if not any(block.sites for block in blocks):
+        raise ConfigError(f"Budget '{name}' has nothing to spread: every layer has its own pattern; use uniform.")
     sparsity = pattern.sparsity
     windows = windows[: max(_PLAN_TOKENS // windows.shape[1], 1)]
     readings = list(site_readings(model, blocks, windows, Unstructured(sparsity), device))
@@ -150,13 +156,18 @@ def plan(
             probe = windows[:_PROBE_WINDOWS, :_PROBE_TOKENS]
             weights = influences(model, blocks, probe, readings, Unstructured(sparsity), device)
         counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
+    if respect_zeros:
+        sizes = torch.tensor([r.curve.entries for r in readings])
+        room = sizes - torch.tensor([r.zeros for r in readings])
+        counts = (sizes - capped(sizes - torch.tensor(counts), room)).tolist()
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
 
 
 def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:
     """Zeros by OWL: densities of the blocks spread over twice `_OWL_RANGE` around the mean, by outliers."""
     sizes = torch.tensor([r.curve.entries for r in readings], dtype=torch.float64)
-    owner = torch.tensor([r.block for r in readings])
+    # Blocks without a site to prune are left out.
+    owner = torch.unique(torch.tensor([r.block for r in readings]), return_inverse=True)[1]
     outliers = torch.tensor([r.outliers for r in readings], dtype=torch.float64)
     blocks = int(owner.max()) + 1
     inside = torch.zeros(blocks, dtype=torch.float64).index_add(0, owner, sizes)

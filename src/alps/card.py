@@ -7,13 +7,14 @@ from pathlib import Path
 import yaml
 
 from alps.models.load import looks_local
-from alps.report import RunReport
+from alps.report import RunReport, all_patterns, kept_sentence
 
 
 def model_card(report: RunReport, page: bool = False) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read; `page`: report.html is beside it."""
     local = looks_local(report.model)
     unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
+    kept = f"{kept_sentence(report)}. " if report.kept else ""
     title = Path(report.model).name if local else report.model
     front = {
         "library_name": "transformers",
@@ -27,24 +28,28 @@ def model_card(report: RunReport, page: bool = False) -> str:
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}, pruned to {report.pattern} with {report.method}"
+        f"# {title}, pruned to {report.pattern}{' and more' if report.overrides else ''} with {report.method}"
         + (", then recovered by distillation" if report.recovery else ""),
         "",
         *_recovered(report),
         *_matched(report),
         f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
-        f"layers are zero; {unchanged} unchanged. "
+        f"layers are zero; {unchanged} unchanged. {kept}"
         "The files are an ordinary dense checkpoint with zeros in it: it loads with "
         "`AutoModelForCausalLM.from_pretrained` and is as large and as fast as the dense one until it is packed or "
         "compressed.",
         "",
         "| | |",
         "|---|---|",
-        f"| method, pattern | {report.method}, {report.pattern} |",
+        f"| method, pattern | {report.method}, {all_patterns(report)} |",
     ]
     if report.mean_error is not None:
         lines.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")
         lines.append(f"| the same for magnitude pruning on the same inputs | {report.mean_magnitude_error:.4f} |")
+    if any(site.found_zeros is not None for site in report.sites):
+        lines.append(
+            f"| zeros there before, all still zero | {sum(site.found_zeros or 0 for site in report.sites):,} |"
+        )
     if used := report.calibration:
         lines.append(
             f"| calibration | {used.source}: {used.windows} windows of {used.seqlen} tokens, seed {used.seed}, "

@@ -69,7 +69,8 @@ def compare(settings: Comparison, out: Path, watcher: Watcher, tell: Callable[[s
         bench = _Bench(settings, load(settings.model, settings.dtype, tell), tasks, sources, watcher)
         blocks = find_blocks(bench.dense.model)
         for one in combinations:
-            check_fit(blocks, one.settings.build_pattern(), {})
+            ruled = one.settings.rules().applied(bench.dense.model, blocks)
+            check_fit(ruled.blocks, one.settings.build_pattern(), ruled.patterns)
         bench.check_calibrations(read)
         bench.check_same(done, out)
         write_text(out / COMPARISON_NAME, settings.to_yaml())

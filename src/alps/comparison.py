@@ -155,4 +155,6 @@ def method_settings(method: str) -> dict[str, Any]:
 
 def _setting(word: str) -> tuple[str, Any]:
     key, equals, value = word.partition("=")
+    if key == "keep_dense" and equals:
+        return key, value  # a name may begin with a star, which YAML would take for something else
     return key, yaml.safe_load(value) if equals else True

@@ -6,14 +6,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alps.errors import ConfigError, did_you_mean
 from alps.matching import Matching
+from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
@@ -28,6 +29,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"order": "block", "target": 0.4},
     "best": {"order": "sequential", "target": 0.4, "match": 1, "budget": "loss"},
 }
+
+
+def split_names(names: Any) -> Any:
+    """The names in a text with commas; anything else as it is."""
+    return [name for part in names.split(",") if (name := part.strip())] if isinstance(names, str) else names
 
 
 class PruneSettings(BaseModel):
@@ -47,6 +53,10 @@ class PruneSettings(BaseModel):
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
         match: epochs of block matching, see `alps.matching`; 0 for none.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
+        keep_dense: names with wildcards of what stays dense, see `alps.rules`; one text with commas, too.
+        overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
+            several that name a layer the last one holds.
+        respect_zeros: zeros that the model has stay zero, and count towards the sparsity.
         calibration: text, `self` or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
         device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
@@ -70,6 +80,9 @@ class PruneSettings(BaseModel):
     target: str | float = "pruned"
     match: int = Field(default=0, ge=0)
     budget: str = "uniform"
+    keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
+    overrides: dict[str, float | str] = {}
+    respect_zeros: bool = False
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=2)
@@ -116,6 +129,14 @@ class PruneSettings(BaseModel):
     def matching(self) -> Matching | None:
         """Block matching, if it is asked for."""
         return Matching(epochs=self.match) if self.match else None
+
+    def rules(self) -> Rules:
+        """What is said of parts of the model by name.
+
+        Raises:
+            ConfigError: for an override that is no pattern.
+        """
+        return Rules(tuple(self.keep_dense), parse_overrides(self.overrides))
 
     def place(self) -> torch.device:
         """The device to run on.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alps.budgets import check_fit
 from alps.loaded import Loaded
-from alps.models.blocks import Block, dense_parameters, on_device
+from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.order import observations
 from alps.models.streams import DenseStream
@@ -92,8 +92,9 @@ def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
         UnsupportedModel: when the model has no decoder blocks, or they cannot be walked.
     """
     begun = time.perf_counter()
-    blocks = loaded.blocks()
-    check_fit(blocks, walk.pattern, walk.patterns)
+    ruled = walk.rules.applied(loaded.model, every := loaded.blocks())
+    blocks = ruled.blocks
+    check_fit(blocks, walk.pattern, ruled.patterns)
     loaded.check_length(seqlen)
     sites = [site for block in blocks for site in block.sites]
     kinds = Counter((site.kind, site.shape) for site in sites)
@@ -107,7 +108,7 @@ def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
         sites=len(sites),
         entries=sum(site.entries for site in sites),
         kinds=[Kind(name=name, shape=shape, count=count) for (name, shape), count in kinds.items()],
-        dense=[(d.name, d.reason) for d in dense_parameters(loaded.model, {site.parameter_name for site in sites})],
+        dense=[(d.name, d.reason) for d in ruled.dense(loaded.model, every, {site.name for site in sites})],
         streamed=loaded.store is not None,
         memory=_memory(loaded, walk, blocks, samples * seqlen, measured),
         seconds={} if measured is None else _seconds(walk, blocks, samples * seqlen, measured),
@@ -119,7 +120,8 @@ def _measure(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int) -> _M
     vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     model = loaded.model.eval()
-    inputs, block, found = capture(model, blocks, ids, 1), blocks[len(blocks) // 2], _Measured()
+    inputs, found, pruned = capture(model, blocks, ids, 1), _Measured(), [block for block in blocks if block.sites]
+    block = pruned[len(pruned) // 2]
     with exact_float32(), on_device(block, walk.device):
         # Solves write into a copy.
         copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
@@ -190,7 +192,7 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         found["whole model"] = sum(_bytes(p) for p in parameters)
     if measured is not None:
         size = next(p for p in parameters if id(p) in inside).dtype.itemsize
-        width = _width(blocks)
+        width = _width(loaded.blocks())
         states = tokens * width * size * (2 if walks_dense else 1)
         kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
         found["statistics"] = sum(4 * n * n * (2 if walk.target > 0 else 1) for n in measured.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,19 +73,24 @@ def inspect(directory: str) -> Inspection:
     report = RunReport.read(Path(directory))
     model = load_model(directory)
     blocks = find_blocks(model)
-    claimed = None if report is None else parse_pattern(report.pattern)
-    patterns = (claimed,) if isinstance(claimed, SemiStructured) else () if claimed else USUAL_PATTERNS
-    counts = {pattern: [0, 0] for pattern in patterns}
+    patterns = {} if report is None else {site.name: site.pattern for site in report.sites}
+    counts: dict[SemiStructured, list[int]] = {}
+    ruled = {} if report is None else {row.name: row for row in report.kept}
     sites, unpruned = [], []
     for block in blocks:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
             sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
+            kept = ruled.get(site.name, ruled.get(site.parameter_name))
             if not zeros:
-                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason="no zeros in it"))
-            for pattern, count in counts.items():
+                reason, rule = ("no zeros in it", None) if kept is None else (kept.reason, kept.rule)
+                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason=reason, rule=rule))
+            if kept is not None:
+                continue
+            for pattern in _claimed(site.name, report, patterns):
                 groups, bad = group_violations(weight, pattern)
+                count = counts.setdefault(pattern, [0, 0])
                 count[0] += groups
                 count[1] += bad
     elsewhere = dense_parameters(model, {site.parameter_name for block in blocks for site in block.sites})
@@ -98,6 +104,14 @@ def inspect(directory: str) -> Inspection:
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in elsewhere] + unpruned,
         checks=checks,
     )
+
+
+def _claimed(name: str, report: RunReport | None, patterns: Mapping[str, str | None]) -> Sequence[SemiStructured]:
+    """N:M patterns that a site is said to have by its own record or the run's, or may have where nothing is said."""
+    if report is None:
+        return USUAL_PATTERNS
+    pattern = parse_pattern(patterns.get(name) or report.pattern)
+    return (pattern,) if isinstance(pattern, SemiStructured) else ()
 
 
 def _label(site: Site) -> str:

@@ -25,7 +25,7 @@ from alps.masters import Masters, Tuned
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.probe import Head
-from alps.models.sites import routing_parameters
+from alps.models.sites import Site, routing_parameters
 from alps.records import MatchRecord
 
 
@@ -118,16 +118,31 @@ def match(
 
 
 def _tuned(block: Block, norms: bool) -> list[Tuned]:
-    """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted."""
-    weights = {id(site.parameter) for site in block.sites}
+    """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted; nothing fixed."""
+    sites: dict[int, list[Site]] = {}
+    for site in block.sites:
+        sites.setdefault(id(site.parameter), []).append(site)
     routing = routing_parameters(block.module)
     found = []
-    for parameter in block.module.parameters():
-        if id(parameter) in weights and bool(parameter.any()):
-            found.append(Tuned(parameter, parameter.detach() != 0, parameter.dtype))
+    for name, parameter in block.module.named_parameters():
+        if name in block.fixed:
+            continue
+        if id(parameter) in sites:
+            mask = _kept(parameter, sites[id(parameter)])
+            found += [Tuned(parameter, mask, parameter.dtype)] if bool(mask.any()) else []
         elif norms and parameter.ndim == 1 and id(parameter) not in routing:
             found.append(Tuned(parameter, None, parameter.dtype))
     return found
+
+
+def _kept(parameter: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Mask of the nonzero weights; of a fused parameter those of the experts among `sites`."""
+    mask = parameter.detach() != 0
+    experts = {site.expert for site in sites if site.expert is not None}
+    if experts:
+        for expert in set(range(len(mask))) - experts:
+            mask[expert] = False
+    return mask
 
 
 @dataclass

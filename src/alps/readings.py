@@ -37,6 +37,7 @@ class SiteReading:
 
     Attributes:
         site, block: the site, and the index of its block.
+        zeros: weights that are zero already.
         curve: its predicted error over sparsity.
         outliers: share of its weights times input norms that stand out.
         norms: of its inputs, shape (in,).
@@ -45,6 +46,7 @@ class SiteReading:
 
     site: Site
     block: int
+    zeros: int
     curve: ErrorCurve
     outliers: float
     norms: Tensor
@@ -67,6 +69,7 @@ def site_readings(
                     yield SiteReading(
                         site=site,
                         block=block.index,
+                        zeros=int((weight == 0).sum()),
                         curve=error_curve(weight, removal_costs(weight, diagonal), shared.stats),
                         outliers=float((scores > _OUTLIER * scores.mean()).float().mean()),
                         norms=norms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class LayerRecord(Record):
         tokens: calibration tokens that it received; None when none were fed.
         added: average tokens of a pool that filled up the statistics of an expert that received too few, see
             `alps.models.starving`.
+        pattern: what the site was pruned to; None where that was not noted.
+        found_zeros: weights that were zero before, where the run was to keep such zeros; else None.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -46,6 +49,8 @@ class LayerRecord(Record):
     expert: int | None = None
     tokens: int | None = None
     added: int = 0
+    pattern: str | None = None
+    found_zeros: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -54,11 +59,23 @@ class LayerRecord(Record):
 
 
 class DenseRecord(Record):
-    """A parameter with two or more dimensions that was left dense, and why."""
+    """A parameter with two or more dimensions, or an expert's slice of one, that was left dense.
+
+    Attributes:
+        name, shape: of the parameter, or of the slice as (out, in).
+        reason: why.
+        rule: the rule of `keep_dense` which keeps it; None for what could not have been pruned either.
+    """
 
     name: str
     shape: tuple[int, ...]
     reason: str
+    rule: str | None = None
+
+    @property
+    def entries(self) -> int:
+        """Weights of it."""
+        return math.prod(self.shape)
 
 
 class RunReport(Record):
@@ -67,8 +84,10 @@ class RunReport(Record):
     Attributes:
         model: name as given by the user; architecture: its class.
         method, pattern: what was asked for.
+        overrides: by rule, the patterns of sites that have another one, see `alps.rules`.
         calibration: None for a method that reads no inputs.
-        sites, dense: what was pruned, and what was not with the reason.
+        sites, dense: what was pruned, and what was not with the reason. Sparsity, zeros, entries and errors are those
+            of the pruned sites alone.
         matches: block matching, every block of the run itself and then of every one of `match_runs`, in order.
         match_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
         seconds: wall time by phase: load, budget, capture, forward (all passes of every block), gram, prepare, solve
@@ -85,6 +104,7 @@ class RunReport(Record):
     architecture: str
     method: str
     pattern: str
+    overrides: dict[str, str] = Field(default_factory=dict)
     dtype: str
     device: str
     calibration: CalibrationRecord | None
@@ -116,6 +136,17 @@ class RunReport(Record):
         return self.zeros / self.entries if self.entries else 0.0
 
     @property
+    def kept(self) -> list[DenseRecord]:
+        """What rules keep dense that would have been pruned."""
+        return [row for row in self.dense if row.rule is not None]
+
+    @property
+    def sparsity_with_kept(self) -> float:
+        """The same with what rules keep dense counted among the weights, as dense."""
+        entries = self.entries + sum(row.entries for row in self.kept)
+        return self.zeros / entries if entries else 0.0
+
+    @property
     def mean_error(self) -> float | None:
         """Mean over sites of the relative reconstruction error; None when errors were not measured."""
         return _mean([site.error for site in self.sites])
@@ -136,6 +167,7 @@ class RunReport(Record):
             "sparsity": self.sparsity,
             "zeros": self.zeros,
             "entries": self.entries,
+            "sparsity_with_kept": self.sparsity_with_kept,
             "mean_error": self.mean_error,
             "mean_magnitude_error": self.mean_magnitude_error,
         }
@@ -162,6 +194,22 @@ class RunReport(Record):
 def solve_record(info: SolveInfo) -> dict[str, Any]:
     """A solver's record as plain JSON values."""
     return {**asdict(info), "status": str(info.status)}
+
+
+def all_patterns(report: RunReport) -> str:
+    """The pattern asked for, and those that rules give to some layers in its place."""
+    others = ", ".join(f"{pattern} for {rule}" for rule, pattern in report.overrides.items())
+    return f"{report.pattern} but {others}" if others else report.pattern
+
+
+def kept_sentence(report: RunReport) -> str:
+    """What rules keep dense, and the share of zeros when it is counted, too; without a full stop."""
+    rules = ", ".join(dict.fromkeys(row.rule for row in report.kept if row.rule is not None))
+    entries = sum(row.entries for row in report.kept)
+    return (
+        f"{len(report.kept)} more with {entries:,} weights are kept dense by rules ({rules}); with them "
+        f"{100 * report.sparsity_with_kept:.2f} % are zero"
+    )
 
 
 def _mean(values: list[float | None]) -> float | None:

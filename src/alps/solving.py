@@ -19,7 +19,7 @@ from alps.progress import Watcher
 from alps.report import LayerRecord, solve_record
 from alps.solvers.base import Method, Solution
 from alps.solvers.objective import relative_errors
-from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.pattern import Pattern, Within, keep_largest, within
 from alps.solvers.selection import masked
 from alps.solvers.target import correction, retarget
 
@@ -50,7 +50,8 @@ class SiteSolver:
     """Prunes sites whose inputs were observed.
 
     Attributes:
-        method, pattern, patterns, measure_errors, target, target_damping, watcher: as in `alps.walk.Walk`.
+        method, pattern, patterns, respect_zeros, measure_errors, target, target_damping, watcher: as in
+            `alps.walk.Walk`.
         counted: whether calibration tokens were fed.
         shown: indices of the blocks whose solves are traced.
         phases: where the time goes.
@@ -60,6 +61,7 @@ class SiteSolver:
     method: Method
     pattern: Pattern
     patterns: Mapping[str, Pattern]
+    respect_zeros: bool
     measure_errors: bool
     target: float
     target_damping: float
@@ -96,11 +98,19 @@ class SiteSolver:
             aim = site.read().to(torch.float32).clone()
             if shift is not None:
                 aim = retarget(aim, shift)
+            pattern = self.patterns.get(site.name, self.pattern)
+            if self.respect_zeros:
+                pattern = within(pattern.base, site.read())
             with self.phases.timed("solve"), _naming([site]):
-                solution = method.solve(aim, state, self.patterns.get(site.name, self.pattern))
-            self._write(block, site, aim, solution, shared)
+                solution = method.solve(aim, state, pattern)
+            self._write(block, site, aim, pattern, solution, shared)
 
-    def _write(self, block: Block, site: Site, aim: Tensor, solution: Solution, shared: SharedInput) -> None:
+    def _write(
+        self, block: Block, site: Site, aim: Tensor, pattern: Pattern, solution: Solution, shared: SharedInput
+    ) -> None:
+        found = 0 if self.respect_zeros else None
+        if isinstance(pattern, Within):
+            found = int(torch.count_nonzero(~pattern.allowed))
         stored = site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
@@ -111,7 +121,6 @@ class SiteSolver:
         error = magnitude_error = None
         if self.measure_errors:
             with self.phases.timed("errors"):
-                pattern = self.patterns.get(site.name, self.pattern)
                 by_size = masked(aim, keep_largest(aim.abs(), pattern))
                 error, magnitude_error = relative_errors([stored.float(), by_size], aim, shared.stats)
         solution.info.notes = [*solution.info.notes, *shared.notes]
@@ -129,6 +138,8 @@ class SiteSolver:
                 expert=site.expert,
                 tokens=shared.tokens if self.counted else None,
                 added=shared.added,
+                pattern=str(pattern),
+                found_zeros=found,
             )
         )
         self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))

@@ -13,7 +13,7 @@ from rich.text import Text
 from alps.checkpoints.manifest import Manifest
 from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.published import PAGE_NAME
-from alps.report import RunReport
+from alps.report import RunReport, all_patterns, kept_sentence
 
 if TYPE_CHECKING:
     from alps.demo import DemoRow
@@ -25,7 +25,7 @@ _DENSE_LINES = 20
 def prune_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what was pruned, how well, at what cost, and where it is."""
     lines = [
-        f"{report.method} {report.pattern}: {report.zeros:,} of {report.entries:,} weights are zero "
+        f"{report.method} {all_patterns(report)}: {report.zeros:,} of {report.entries:,} weights are zero "
         f"({100 * report.sparsity:.3f} %) in {len(report.sites)} linear layers."
     ]
     if report.mean_error is not None:
@@ -33,8 +33,10 @@ def prune_summary(report: RunReport, out: Path) -> Text:
             f"Mean relative error {report.mean_error:.4f}; magnitude pruning would have left "
             f"{report.mean_magnitude_error:.4f} on the same inputs."
         )
+    if report.kept:
+        lines.append(f"{kept_sentence(report)}.")
     lines += _warnings(report)
-    skipped = [row for row in report.dense if row.reason != "embedding or output head"]
+    skipped = [row for row in report.dense if row.rule is None and row.reason != "embedding or output head"]
     if skipped:
         first = f"{skipped[0].name} ({skipped[0].reason})"
         lines.append(f"Left dense: {len(skipped)} parameters besides the embeddings, first {first}.")

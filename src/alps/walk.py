@@ -29,6 +29,7 @@ from alps.progress import Silent, Watcher
 from alps.records import MatchRecord
 from alps.report import LayerRecord
 from alps.resume import Resumable
+from alps.rules import Rules
 from alps.runtime import exact_float32
 from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
@@ -55,9 +56,11 @@ class Walk:
         target_damping: what draws the dense target back to the dense weight, as a share of the Gram's mean diagonal.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
-        patterns: of single sites by name, in place of `pattern`; a budget that is not uniform fills it.
+        rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
+        patterns: of single sites by name, in place of `pattern`; a budget that is not uniform adds all others.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
         spill_folder: for those files; None for the system's folder of temporary files.
+        respect_zeros: zeros that a site has stay zero, and count towards its pattern.
         watcher: told after every site.
         resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
         records: one for every site, in the order in which they were solved.
@@ -78,7 +81,9 @@ class Walk:
     target_damping: float = 0.01
     activation_bytes: int | None = None
     spill_folder: Path | None = None
+    respect_zeros: bool = False
     resumable: Resumable | None = None
+    rules: Rules = field(default_factory=Rules)
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -121,7 +126,7 @@ class Walk:
                 else:
                     assert windows is not None
                     if self.budget != "uniform":
-                        self.patterns = self._planned(model, blocks, windows)
+                        self.patterns = {**self._planned(model, blocks, windows), **self.patterns}
                     self._with_inputs(model, blocks, windows)
         finally:
             self.watcher.finish()
@@ -129,8 +134,9 @@ class Walk:
     def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
+        free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.timed("budget"):
-            found = plan(model, blocks, windows, self.budget, self.pattern, self.device)
+            found = plan(model, free, windows, self.budget, self.pattern, self.device, self.respect_zeros)
         if self.resumable is not None:
             self.resumable.plan(found)
         return found
@@ -198,6 +204,7 @@ class Walk:
             method=self.method,
             pattern=self.pattern,
             patterns=self.patterns,
+            respect_zeros=self.respect_zeros,
             measure_errors=self.measure_errors,
             target=self.target,
             target_damping=self.target_damping,

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alps.checkpoints.directory import remove_partial
 from alps.checkpoints.journal import check_journal, journal_place, open_journal
 from alps.checkpoints.shards import DTYPES, Pending, stored_tensors, write_tensors
 from alps.checkpoints.weights import weight_file
@@ -146,3 +147,11 @@ def test_a_journal_is_readable_json(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
     content = json.loads((journal_place(tmp_path / "out") / "journal.json").read_text())
     assert content == {"format": 1, "facts": _FACTS, "notes": {"patterns": {"a": "0.5"}}}
+
+
+def test_what_a_kill_left_of_an_output_is_removed(tmp_path: Path) -> None:
+    for name in (".out.partial-abc", ".out.partial-old-abc", ".out2.partial-abc", ".other.partial-abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_partial(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-abc", ".out2.partial-abc"]

@@ -27,7 +27,7 @@ CASES: list[tuple[int, int, Pattern, float, float, int]] = [
 
 @pytest.mark.parametrize(("rows", "columns", "pattern", "ratio", "excess", "hits"), CASES, ids=str)
 def test_refined_alps_is_nearly_always_optimal(
-    rows: int, columns: int, pattern: Pattern, ratio: float, excess: float, hits: int
+    rows: int, columns: int, pattern: Unstructured | SemiStructured, ratio: float, excess: float, hits: int
 ) -> None:
     masks = every_support(rows, columns, pattern)
     found, best, dense = [], [], []

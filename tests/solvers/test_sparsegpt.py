@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alps.solvers import SparseGPT
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
+from alps.solvers.pattern import SemiStructured, Unstructured
 from alps.stats import InputStats
 from problems import IN, OUT, PROBLEMS, correlated, hessian64, normal, objective64
 
@@ -37,7 +37,7 @@ def block_choice(W: Tensor, hessian: Tensor, start: int, stop: int, total: int, 
     return largest(scores, len(scores) - pruned)
 
 
-def naive(weight: Tensor, hessian: Tensor, pattern: Pattern, block: int) -> tuple[Tensor, Tensor]:
+def naive(weight: Tensor, hessian: Tensor, pattern: Unstructured | SemiStructured, block: int) -> tuple[Tensor, Tensor]:
     """Optimal brain surgery in float64: weights and mask."""
     W = weight.double().clone()
     rows, columns = W.shape
@@ -66,7 +66,9 @@ def naive(weight: Tensor, hessian: Tensor, pattern: Pattern, block: int) -> tupl
 @pytest.mark.parametrize("block", [8, 16, 12, 128])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7)], ids=str)
 @pytest.mark.parametrize("problem", NAMES)
-def test_unstructured_is_column_by_column_surgery(problem: str, pattern: Pattern, block: int) -> None:
+def test_unstructured_is_column_by_column_surgery(
+    problem: str, pattern: Unstructured | SemiStructured, block: int
+) -> None:
     weight, inputs = PROBLEMS[problem]()
     method = SparseGPT(block=block)
     solution = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern)

@@ -97,7 +97,7 @@ class Journal:
 
     def discard(self) -> None:
         """The run is over: what it kept is no longer needed."""
-        gone = Path(tempfile.mkdtemp(prefix=f".{self.place.name[:100]}.old-", dir=self.place.parent))
+        gone = Path(tempfile.mkdtemp(prefix=f".{self.place.name[:108]}-old-", dir=self.place.parent))
         self.place.rename(gone / "journal")
         shutil.rmtree(gone, ignore_errors=True)
 

@@ -45,6 +45,12 @@ def prune(
         int | None, typer.Option(help="Epochs of tuning every pruned block to the dense one's outputs.  [by preset]")
     ] = None,
     budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
+    keep_dense: Annotated[
+        str | None, typer.Option(help="Names of what stays dense, with *: 'model.layers.0.*,*.down_proj'.")
+    ] = None,
+    respect_zeros: Annotated[
+        bool | None, typer.Option("--respect-zeros", help="Zeros that MODEL has stay zero, and count.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     calibration: Annotated[
         str | None,
@@ -94,6 +100,8 @@ def prune(
         "target": target,
         "match": match,
         "budget": budget,
+        "keep_dense": keep_dense,
+        "respect_zeros": respect_zeros,
         "preset": preset,
         "calibration": calibration,
         "samples": samples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,6 +35,7 @@ class Block:
     Attributes:
         index, name, module, sites: its place among the blocks, its dotted name, itself, and what can be pruned in it.
         store: where its weights come from each time they are needed; None where the module holds them.
+        fixed: parameters that nothing may change, by their names inside the block.
     """
 
     index: int
@@ -42,6 +43,11 @@ class Block:
     module: nn.Module
     sites: list[Site]
     store: Store | None = None
+    fixed: frozenset[str] = frozenset()
+
+    def only(self, sites: list[Site]) -> Block:
+        """The same block with some of its sites."""
+        return replace(self, sites=sites)
 
     def twin(self) -> Block:
         """A copy that holds the weights which the block has now."""

@@ -37,6 +37,8 @@ def observations(
             reach.
         dense: the dense model's side, needed for `Needs.DRIFT`.
     """
+    if not block.sites:
+        return
     wants_dense = dense is not None and needs >= Needs.DRIFT
     if order == "block":
         if dense is not None and wants_dense:

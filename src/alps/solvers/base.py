@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alps.errors import SolveFailed
-from alps.solvers.pattern import Pattern
+from alps.solvers.pattern import Pattern, Within
 from alps.stats import InputStats, Needs
 
 
@@ -22,7 +22,7 @@ class Status(StrEnum):
     """How a solve ended."""
 
     DIRECT = "direct"  # a method without iterations: there is nothing to converge
-    UNCHANGED = "unchanged"  # the pattern keeps everything, or every weight is zero already
+    UNCHANGED = "unchanged"  # the pattern keeps everything, every weight is zero already, or zeros enough are there
     CONVERGED = "converged"  # the support did not change between two checks
     SETTLED = "settled"  # it still changed, by less than the method's tolerance
     MAX_ITERATIONS = "max_iterations"  # the support was still moving when the iterations ran out
@@ -141,6 +141,10 @@ class Method(ABC):
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
         if pattern.keeps_all:
             return Solution(dense.clone(), torch.ones_like(dense, dtype=torch.bool), SolveInfo(Status.UNCHANGED))
+        if isinstance(pattern, Within) and pattern.settled and not bool((dense != 0)[~pattern.allowed].any()):
+            # Nothing is to be chosen, and the weight is its own best approximation.
+            info = SolveInfo(Status.UNCHANGED)
+            return Solution(torch.where(pattern.allowed, dense, 0.0), pattern.allowed.clone(), info)
         solution = self._solve(dense, state, pattern)
         kept = int(solution.mask.sum())
         assert kept == dense.numel() - pattern.pruned_count(dense.numel()), (self.name, str(pattern), kept)

@@ -94,9 +94,9 @@ class _Swaps:
     """The rows' masks and expected errors, and one swap at a time in every row that is still active."""
 
     def __init__(self, A: Tensor, variance: Tensor, wanda: Tensor, mask: Tensor, pattern: Pattern) -> None:
-        self.A, self.wanda, self.mask, self.pattern = A, wanda, mask.clone(), pattern
+        self.A, self.wanda, self.mask, self.pattern = A, wanda, mask.clone(), pattern.base
         self.growth = A / variance
-        self.growable, self.prunable = ~mask, mask.clone()  # a weight moves at most once
+        self.growable, self.prunable = pattern.free(mask), mask.clone()  # a weight moves at most once
         self.eps = torch.where(mask, 0.0, A).sum(dim=1)
         self.active = torch.ones_like(self.eps, dtype=torch.bool)
 

@@ -61,7 +61,7 @@ def exchange(H: Tensor, W: Tensor, D: Tensor, M: Tensor, worth: Tensor, pattern:
     while ran < rounds and len(live):
         moved = _within(H, W, D, M, worth, pattern, live, offers)
         done, ran, live = done + int(moved.sum()), ran + 1, live[moved > 0]
-        if not isinstance(pattern, SemiStructured):
+        if not isinstance(pattern.base, SemiStructured):
             pairs, touched, extra = _across(H, W, D, M, worth, pattern, offers)
             done, live = done + pairs + extra, torch.unique(torch.cat([live, touched]))
     return Exchanged(done, ran)
@@ -88,11 +88,12 @@ def _search_rows(
     H: Tensor, W: Tensor, D: Tensor, M: Tensor, worth: Tensor, pattern: Pattern, part: Tensor, offers: Offers
 ) -> Tensor:
     w, d, m = W[part], D[part], M[part]
+    free = pattern.part(part, slice(None)).free(m)
     delta = w - d
     R = delta @ H
     error = (R * delta).sum(dim=1)
-    leaving, entering = _candidates(d, m, R, worth, pattern)
-    row = Tableau(H, d, m, R, leaving, entering, pattern)
+    leaving, entering = _candidates(d, m, free, R, worth, pattern)
+    row = Tableau(H, d, m, free, R, leaving, entering, pattern)
     count = row.search(_LEAST_SHARE * error)
     after, mask = row.answer(d, m)
     delta = w.sub_(after)
@@ -103,21 +104,23 @@ def _search_rows(
     return torch.mul(count, better)
 
 
-def _candidates(d: Tensor, m: Tensor, R: Tensor, worth: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def _candidates(
+    d: Tensor, m: Tensor, free: Tensor, R: Tensor, worth: Tensor, pattern: Pattern
+) -> tuple[Tensor, Tensor]:
     """Places to leave and to enter, (rows, n) each; where a row has too few, places of the wrong kind follow."""
     cost = torch.where(m, d.square() / worth, float("inf"))
-    profit = torch.where(m, -float("inf"), R.square() * worth)
-    rows, size = d.shape
-    if not isinstance(pattern, SemiStructured):
+    profit = torch.where(free, R.square() * worth, -float("inf"))
+    rows, size, base = *d.shape, pattern.base
+    if not isinstance(base, SemiStructured):
         leaving = cost.topk(min(_LEAVING, size), dim=1, largest=False).indices
         return leaving, profit.topk(min(_ENTERING, size), dim=1).indices
-    shape = (rows, -1, pattern.group)
-    count = min(max((_LEAVING + _ENTERING) // pattern.group, 1), size // pattern.group)
+    shape = (rows, -1, base.group)
+    count = min(max((_LEAVING + _ENTERING) // base.group, 1), size // base.group)
     best = (profit.view(shape).amax(dim=2) - cost.view(shape).amin(dim=2)).topk(count, dim=1).indices
-    chosen = best[:, :, None].expand(-1, -1, pattern.group)
+    chosen = best[:, :, None].expand(-1, -1, base.group)
     inside = m.view(shape).gather(1, chosen).to(torch.uint8).argsort(dim=2, descending=True, stable=True)
-    places = inside + best[:, :, None] * pattern.group
-    return places[:, :, : pattern.keep].flatten(1), places[:, :, pattern.keep :].flatten(1)
+    places = inside + best[:, :, None] * base.group
+    return places[:, :, : base.keep].flatten(1), places[:, :, base.keep :].flatten(1)
 
 
 def _across(

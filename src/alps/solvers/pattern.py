@@ -8,20 +8,42 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from alps.errors import ConfigError
-from alps.solvers.selection import chunk_of
+from alps.solvers.selection import capped, top_in_groups, top_in_rows
 from alps.solvers.selection import top_mask as top_mask
 
 Scope = Literal["matrix", "row"]
 
 
+class _Anywhere:
+    """What holds of patterns that may keep any entry of a matrix; `Within` has the same where some must stay zero."""
+
+    @property
+    def base(self) -> Self:
+        """The pattern itself."""
+        return self
+
+    def part(self, rows: Tensor | slice, columns: slice) -> Self:  # noqa: ARG002 - part of the shared interface
+        """The pattern on some rows and some columns of the matrix."""
+        return self
+
+    def limited(self, scores: Tensor) -> Tensor:
+        """The scores, -inf where an entry must not stay."""
+        return scores
+
+    def free(self, mask: Tensor) -> Tensor:
+        """Entries outside a support that may enter it."""
+        return ~mask
+
+
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_Anywhere):
     """Prune a fraction of a site's weights, wherever they are.
 
     Attributes:
@@ -57,7 +79,7 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class SemiStructured:
+class SemiStructured(_Anywhere):
     """Keep `keep` of every `group` consecutive inputs of a row (N:M; 2:4 keeps two of four).
 
     Raises:
@@ -96,10 +118,78 @@ class SemiStructured:
         return False
 
 
-Pattern = Unstructured | SemiStructured
+@dataclass(frozen=True, eq=False)
+class Within:
+    """A pattern on one matrix of which some entries are zero already, stay so, and count as pruned.
+
+    Where no more entries may stay than the pattern keeps, in the matrix or in a group, all of them stay.
+
+    Attributes:
+        base: the pattern.
+        allowed: entries that may stay, shape (out, in), boolean.
+    """
+
+    base: Unstructured | SemiStructured
+    allowed: Tensor
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.kept / self.allowed.numel()
+
+    @cached_property
+    def kept(self) -> int:
+        """How many entries stay."""
+        entries = self.allowed.numel()
+        if isinstance(self.base, SemiStructured):
+            return int(self.allowed.reshape(-1, self.base.group).sum(dim=1).clamp_max(self.base.keep).sum())
+        return min(entries - self.base.pruned_count(entries), int(self.allowed.sum()))
+
+    def pruned_count(self, entries: int) -> int:
+        """How many of the matrix's weights are zero in the end."""
+        assert entries == self.allowed.numel()
+        return entries - self.kept
+
+    def fits(self, in_size: int) -> bool:
+        """Whether rows of `in_size` weights can take this pattern."""
+        return self.allowed.shape[1] == in_size and self.base.fits(in_size)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be pruned: never, where something must stay zero."""
+        return False
+
+    @property
+    def settled(self) -> bool:
+        """Whether there are zeros enough, so that all that may stay does."""
+        return self.kept == int(self.allowed.sum())
+
+    def part(self, rows: Tensor | slice, columns: slice) -> Within:
+        """The pattern on some rows and some columns of the matrix."""
+        return Within(self.base, self.allowed[rows, columns])
+
+    def limited(self, scores: Tensor) -> Tensor:
+        """The scores, -inf where an entry must not stay."""
+        return scores.masked_fill(~self.allowed, -float("inf"))
+
+    def free(self, mask: Tensor) -> Tensor:
+        """Entries outside a support that may enter it."""
+        return self.allowed & ~mask
 
 
-def parse_pattern(text: str) -> Pattern:
+Pattern = Unstructured | SemiStructured | Within
+
+
+def within(pattern: Unstructured | SemiStructured, weight: Tensor) -> Pattern:
+    """A pattern under which the zeros of a weight (out, in) stay zero; the pattern itself where it has none."""
+    allowed = weight != 0
+    return pattern if bool(allowed.all()) else Within(pattern, allowed)
+
+
+def parse_pattern(text: str) -> Unstructured | SemiStructured:
     """Read `0.7`, `70%` or `2:4`.
 
     Raises:
@@ -128,45 +218,18 @@ def keep_largest(scores: Tensor, pattern: Pattern, scope: Scope = "matrix") -> T
         Boolean mask, shape (out, in), True = kept; exactly `pattern.pruned_count` entries are False.
     """
     assert scores.ndim == 2
-    if isinstance(pattern, SemiStructured):
-        return _keep_in_groups(scores, pattern)
+    scores = pattern.limited(scores)
+    if isinstance(base := pattern.base, SemiStructured):
+        mask = top_in_groups(scores, base.keep, base.group)
+        return mask.logical_and_(pattern.allowed) if isinstance(pattern, Within) else mask
     if scope == "row":
-        return _keep_in_rows(scores, pattern)
+        return top_in_rows(scores, _row_counts(scores, pattern))
     kept = scores.numel() - pattern.pruned_count(scores.numel())
     return top_mask(scores.reshape(-1), kept).reshape(scores.shape)
 
 
-def _keep_in_rows(scores: Tensor, pattern: Unstructured) -> Tensor:
+def _row_counts(scores: Tensor, pattern: Pattern) -> Tensor:
     rows, columns = scores.shape
-    pruned = pattern.pruned_count(scores.numel())
-    edges = torch.arange(rows + 1, device=scores.device) * pruned // rows
-    kept = columns - edges.diff()
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    inside = torch.arange(columns, device=scores.device) < kept[:, None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, inside)
-
-
-def _keep_in_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
-    assert pattern.fits(scores.shape[1])
-    groups = scores.reshape(-1, pattern.group)
-    mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
-    size = max(chunk_of(scores) // pattern.group, 1)
-    for part, answer in zip(torch.split(groups, size), torch.split(mask, size), strict=True):
-        # One contiguous row for each place in a group, so that every comparison runs over whole rows.
-        answer.copy_(_ranks(part.T.contiguous()).lt_(pattern.keep).T)
-    return mask.reshape(scores.shape)
-
-
-def _ranks(places: Tensor) -> Tensor:
-    """How many other places of its group beat each entry of `places` (group, groups); equals lose to their left."""
-    group = len(places)
-    # Until it is compared, a place counts as beaten by every place to its right.
-    rank = torch.arange(group - 1, -1, -1, device=places.device, dtype=torch.float32)[:, None]
-    rank = rank.repeat(1, places.shape[1])
-    loses = torch.empty_like(rank[0])
-    for i in range(group):
-        for j in range(i):
-            torch.ge(places[j], places[i], out=loses)
-            rank[i].add_(loses)
-            rank[j].sub_(loses)
-    return rank
+    pruned = pattern.base.pruned_count(scores.numel())
+    kept = columns - (torch.arange(rows + 1, device=scores.device) * pruned // rows).diff()
+    return capped(kept, pattern.allowed.sum(dim=1)) if isinstance(pattern, Within) else kept

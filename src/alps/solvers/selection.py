@@ -1,4 +1,4 @@
-"""The k largest entries of a vector, exactly.
+"""The k largest entries of a vector, of every row or of every group, exactly.
 
 On a CPU a comparison is fast only where its answer is a float, and a pass is fast only where its operands are still
 in the cache: hence the float comparisons and the chunks below.
@@ -48,6 +48,63 @@ def top_mask(scores: Tensor, kept: int) -> Tensor:
         ties = (scores == cut).nonzero().squeeze(1)
         mask[ties[len(ties) - surplus :]] = False
     return mask
+
+
+def top_in_rows(scores: Tensor, kept: Tensor) -> Tensor:
+    """Mask of the largest entries of every row of scores (rows, columns), `kept` (rows,) of each; first ones win."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    inside = torch.arange(scores.shape[1], device=scores.device) < kept[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, inside)
+
+
+def capped(counts: Tensor, room: Tensor) -> Tensor:
+    """Counts that fit in: what one has too many goes to the others in equal parts, as far as they have room.
+
+    Args:
+        counts: how many are wanted, int64.
+        room: how many there may be at most.
+    """
+    wanted = min(int(counts.sum()), int(room.sum()))
+    low, high = 0, int(room.max())
+    while low < high:
+        middle = (low + high) // 2
+        if int(torch.minimum(counts + middle, room).sum()) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    raised = torch.minimum(counts + low, room)
+    surplus = int(raised.sum()) - wanted
+    if surplus:
+        last = (raised > torch.minimum(counts + low - 1, room)).nonzero().squeeze(1)
+        raised[last[len(last) - surplus :]] -= 1
+    return raised
+
+
+def top_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
+    """Mask of the `keep` largest of every `group` consecutive scores of a row; among equals the first ones win."""
+    assert scores.shape[1] % group == 0
+    groups = scores.reshape(-1, group)
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
+    size = max(chunk_of(scores) // group, 1)
+    for part, answer in zip(torch.split(groups, size), torch.split(mask, size), strict=True):
+        # One contiguous row for each place in a group, so that every comparison runs over whole rows.
+        answer.copy_(_ranks(part.T.contiguous()).lt_(keep).T)
+    return mask.reshape(scores.shape)
+
+
+def _ranks(places: Tensor) -> Tensor:
+    """How many other places of its group beat each entry of `places` (group, groups); equals lose to their left."""
+    group = len(places)
+    # Until it is compared, a place counts as beaten by every place to its right.
+    rank = torch.arange(group - 1, -1, -1, device=places.device, dtype=torch.float32)[:, None]
+    rank = rank.repeat(1, places.shape[1])
+    loses = torch.empty_like(rank[0])
+    for i in range(group):
+        for j in range(i):
+            torch.ge(places[j], places[i], out=loses)
+            rank[i].add_(loses)
+            rank[j].sub_(loses)
+    return rank
 
 
 # Counts after which the search for a cut gives up and selects exactly, which takes as long as some ten of them.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest
-from alps.solvers.selection import top_mask
+from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, Within, keep_largest
+from alps.solvers.selection import capped, top_mask
 from alps.stats import InputStats, Needs
 
 
@@ -58,44 +58,58 @@ class SparseGPT(Method):
         W, U = weight.clone(), state.upper
         mask = torch.empty_like(W, dtype=torch.bool)
         with info.timed("sweep"):
-            for start, stop in self._blocks(W.shape[1], pattern):
-                Q = _sweep_block(W[:, start:stop], U[start:stop, start:stop], mask, start, pattern)
+            blocks = self._blocks(W.shape[1], pattern)
+            for (start, stop), kept in zip(blocks, _kept_counts(W, blocks, pattern), strict=True):
+                inside = pattern.part(slice(None), slice(start, stop))
+                keep = mask[:, start:stop]
+                Q = _sweep_block(W[:, start:stop], U[start:stop, start:stop], keep, kept, inside)
                 W[:, stop:].addmm_(Q, U[start:stop, stop:], alpha=-1)
         return Solution(W, mask, info)
 
     def _blocks(self, columns: int, pattern: Pattern) -> list[tuple[int, int]]:
         width = self.block
-        if isinstance(pattern, SemiStructured):
-            width = max(width // pattern.group, 1) * pattern.group
+        if isinstance(pattern.base, SemiStructured):
+            width = max(width // pattern.base.group, 1) * pattern.base.group
         return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def _sweep_block(W: Tensor, U: Tensor, mask: Tensor, start: int, pattern: Pattern) -> Tensor:
-    """Prune the columns of W (a view, corrected in place) from left to right; fill their part of `mask`.
+def _kept_counts(W: Tensor, blocks: list[tuple[int, int]], pattern: Pattern) -> list[int]:
+    """Entries that stay in every block of columns: they share the matrix's count so that it is met exactly."""
+    rows, columns = W.shape
+    total = pattern.base.pruned_count(rows * columns)
+    kept = [rows * (stop - start) - total * stop // columns + total * start // columns for start, stop in blocks]
+    if isinstance(pattern, Within):
+        room = torch.stack([pattern.allowed[:, start:stop].sum() for start, stop in blocks])
+        return [int(count) for count in capped(torch.tensor(kept), room.cpu())]
+    return kept
+
+
+def _sweep_block(W: Tensor, U: Tensor, keep: Tensor, kept: int, pattern: Pattern) -> Tensor:
+    """Prune the columns of W (a view, corrected in place) from left to right.
+
+    Args:
+        W: weights of the block, shape (out, block).
+        U: its part of the factor, shape (block, block).
+        keep: its part of the mask, shape (out, block); filled.
+        kept: how many entries of it stay, for an unstructured pattern.
+        pattern: on these columns.
 
     Returns:
         The scaled errors Q (out, block), with which all later columns are corrected at once.
     """
-    width = W.shape[1]
-    keep = mask[:, start : start + width]
+    base, everything = pattern.base, slice(None)
     Q = torch.empty_like(W)
     diagonal = U.diagonal()
-    if isinstance(pattern, Unstructured):
-        keep.copy_(_adaptive_mask(W.square() / diagonal.square(), mask.shape[1], start, pattern))
-    for j in range(width):
-        if isinstance(pattern, SemiStructured) and j % pattern.group == 0:
-            group = slice(j, j + pattern.group)
-            keep[:, group] = keep_largest(W[:, group].square() / diagonal[group].square(), pattern)
+    if isinstance(base, Unstructured):
+        scores = pattern.limited(W.square() / diagonal.square())
+        keep.copy_(top_mask(scores.reshape(-1), kept).reshape(scores.shape))
+    for j in range(W.shape[1]):
+        if isinstance(base, SemiStructured) and j % base.group == 0:
+            group = slice(j, j + base.group)
+            scores = W[:, group].square() / diagonal[group].square()
+            keep[:, group] = keep_largest(scores, pattern.part(everything, group))
         pruned = torch.where(keep[:, j], W[:, j], 0.0)
         torch.div(W[:, j] - pruned, diagonal[j], out=Q[:, j])
         W[:, j] = pruned
         W[:, j + 1 :].addr_(Q[:, j], U[j, j + 1 :], alpha=-1)
     return Q
-
-
-def _adaptive_mask(scores: Tensor, columns: int, start: int, pattern: Unstructured) -> Tensor:
-    """Best entries of one block; blocks share the matrix's count so that their totals add up exactly."""
-    rows, width = scores.shape
-    total = pattern.pruned_count(rows * columns)
-    pruned = total * (start + width) // columns - total * start // columns
-    return top_mask(scores.reshape(-1), scores.numel() - pruned).reshape(scores.shape)

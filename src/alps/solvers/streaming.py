@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+from alps.solvers.pattern import Pattern, Unstructured, Within, keep_largest
 from alps.solvers.selection import nearly_top
 
 # By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
@@ -112,7 +112,9 @@ class StreamingSteps:
     def _project(self, Z: Tensor, slack: float = _SLACK) -> None:
         sizes = torch.abs(Z, out=self._scratch)
         kept = Z.numel() - self._pattern.pruned_count(Z.numel())
-        if slack and isinstance(self._pattern, Unstructured) and 0 < kept < Z.numel():
+        if isinstance(self._pattern, Within):
+            sizes.masked_fill_(~self._pattern.allowed, -float("inf"))
+        if slack and isinstance(self._pattern.base, Unstructured) and 0 < kept < Z.numel():
             nearly_top(sizes.view(-1), kept, slack, self._M.view(-1))
         else:
             self._M.copy_(keep_largest(sizes, self._pattern))

@@ -4,6 +4,7 @@ legend  W    dense weight                                       (rows, in)
         H    Hessian with unit diagonal                         (in, in)
         D    pruned weight, supported on M                      (rows, in)
         M    support, True = kept                               (rows, in)
+        free entries off M that may enter it                    (rows, in)
         R    residual (W - D) H                                 (rows, in)
         S    candidates: places to leave, then places to enter  (rows, c)
         F    kept places that are no candidates                 (rows, f)
@@ -47,14 +48,24 @@ class Offers:
 class Tableau:
     """The reduced problems of some rows; `sound` says which of them could be factorised."""
 
-    def __init__(self, H: Tensor, d: Tensor, m: Tensor, R: Tensor, leaving: Tensor, entering: Tensor, pattern: Pattern):
+    def __init__(
+        self,
+        H: Tensor,
+        d: Tensor,
+        m: Tensor,
+        free: Tensor,
+        R: Tensor,
+        leaving: Tensor,
+        entering: Tensor,
+        pattern: Pattern,
+    ) -> None:
         self.k, self.S = leaving.shape[1], torch.cat([leaving, entering], dim=1)
         rows, c = self.S.shape
         # Places of the wrong kind, in rows that have too few of the right one, take no part.
-        self.usable = torch.cat([m.gather(1, leaving), ~m.gather(1, entering)], dim=1)
+        self.usable = torch.cat([m.gather(1, leaving), free.gather(1, entering)], dim=1)
         pairs = self.usable[:, : self.k, None] & self.usable[:, None, self.k :]
-        if isinstance(pattern, SemiStructured):
-            pairs &= (leaving // pattern.group)[:, :, None] == (entering // pattern.group)[:, None, :]
+        if isinstance(base := pattern.base, SemiStructured):
+            pairs &= (leaving // base.group)[:, :, None] == (entering // base.group)[:, None, :]
         self.pairs = pairs
         # Positions in S: first those of kept places, then those of pruned ones; an exchange swaps two of them.
         self.slots = torch.arange(c, device=d.device).repeat(rows, 1)
