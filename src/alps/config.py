@@ -86,11 +86,11 @@ class PruneSettings(BaseModel):
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
-    activation_memory: float | None = Field(default=None, ge=0)
+    activation_memory: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     errors: bool = True
 
     def build_pattern(self) -> Pattern:
@@ -217,6 +217,10 @@ def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
             raise ConfigError(
                 f"Setting '{key}' is not among the {where} ({', '.join(fields) or 'it has none'})."
                 f"{did_you_mean(str(key), fields)}"
+            )
+        if isinstance(value, float | int) and not 0 <= value < math.inf:
+            raise ConfigError(
+                f"Setting '{key}' of the {where} is wrong: it cannot be below 0 or infinite, not {value}."
             )
         current = getattr(method, key)
         if dataclasses.is_dataclass(current) and isinstance(value, dict):

@@ -53,6 +53,8 @@ def prune_directory(
         drawn = (settings.samples, settings.seqlen, settings.seed)
         windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
         facts["the calibration's hash"] = windows.sha256
+    if loaded.store is not None:
+        loaded.store.check_finite()
     with open_journal(out, facts) as journal, _kept(journal):
         remove_partial(out)
         if journal.finished:

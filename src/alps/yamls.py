@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from alps.errors import ConfigError, did_you_mean
+from alps.errors import ConfigError, did_you_mean, shortened
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"Configuration '{path}' cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"Configuration '{path}' is not valid YAML{where}.") from None
@@ -53,9 +54,9 @@ def sentence(error: ValidationError, where: str, known: Iterable[str]) -> str:
         known: keys that there are, to suggest one.
     """
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"Setting '{key}' in {where} is unknown.{did_you_mean(key, known)}"
     if first["type"] == "missing":
         return f"Setting '{key}' is missing in {where}."
-    return f"Setting '{key}' in {where} is wrong: {first['msg'].lower()}, not {first['input']!r}."
+    return f"Setting '{key}' in {where} is wrong: {first['msg'].lower()}, not {reprlib.repr(first['input'])}."
