@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from alps.errors import CheckpointError
+from alps.errors import CheckpointError, shortened
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -153,8 +153,14 @@ def _indexed(path: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> str:
-    if not path.is_file():
-        raise CheckpointError(f"'{path}' is missing, though the index names it: fetch or save the model again.")
+    try:
+        missing = not path.is_file()
+    except OSError:  # too long for a path
+        missing = True
+    if missing:
+        raise CheckpointError(
+            f"'{shortened(path)}' is missing, though the index names it: fetch or save the model again."
+        )
     try:
         with safe_open(path, framework="pt"):  # checks the header, and that the file has the length it states
             pass
