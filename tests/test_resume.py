@@ -176,7 +176,8 @@ def _command(settings: dict[str, Any], out: Path) -> list[str]:
 def test_signals_end_a_run_in_a_sentence(
     number: signal.Signals, code: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    chosen = {**settings, "method": "alps", "match": 30}
+    # A minute if nothing stops it: the signal must not come after the end.
+    chosen = {**settings, "method": "alps", "samples": 32, "match": 400}
     running = subprocess.Popen(_command(chosen, tmp_path / "out"), stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT)
     place = journal_place(tmp_path / "out")
     deadline = time.monotonic() + 120

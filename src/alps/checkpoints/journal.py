@@ -36,14 +36,18 @@ class Journal:
 
     Attributes:
         place: the directory.
-        finished: number of blocks that are done; they are the first ones.
     """
 
     def __init__(self, place: Path, facts: Facts, notes: dict[str, Any]) -> None:
         self.place, self._facts, self._notes = place, dict(facts), notes
-        self.finished = 0
-        while self._path(self.finished, "json").is_file():
-            self.finished += 1
+        self._known = 0
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are done, the first ones. Their files say so: a signal may fall just after one."""
+        while self._path(self._known, "json").is_file():
+            self._known += 1
+        return self._known
 
     @property
     def notes(self) -> Mapping[str, Any]:
@@ -76,7 +80,6 @@ class Journal:
         write_tensors(self._path(index, "safetensors"), pending)
         write_text(self._path(index, "json"), json.dumps(record, allow_nan=False))
         sync(self.place)
-        self.finished += 1
 
     def tensors(self, index: int) -> dict[str, Stored]:
         """Where the tensors of a finished block lie, by their names inside the block.
