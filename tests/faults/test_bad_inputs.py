@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from faults.scene import Scene, arguments, attempt
+from faults.scene import PICKLES, Scene, arguments, attempt
 from faults.table import FAULTS, Fault, meet
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
@@ -44,6 +46,36 @@ def test_without_a_fault_the_run_comes_through(tmp_path: Path, stories: Path) ->
     scene = Scene(tmp_path, stories)
     assert attempt(scene, arguments(scene, "prune")).code == 0
     assert scene.out.is_dir()
+
+
+def test_code_beside_a_known_architecture_is_left_alone(tmp_path: Path, stories: Path) -> None:
+    """Many checkpoints still bring the code from before transformers had their architecture."""
+    scene = Scene(tmp_path, stories)
+    for name in ("own.py", "tokenizer_own.py"):
+        (scene.model / name).write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    scene.settings("config.json", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    scene.settings("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenizer_own.Own"]})
+    assert attempt(scene, arguments(scene, "prune")).code == 0
+    assert attempt(scene, arguments(scene, "inspect")).code == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickles_of_tensors_alone_are_read(tmp_path: Path, stories: Path) -> None:
+    scene = Scene(tmp_path, stories)
+    plain = attempt(scene, arguments(scene, "prune"))
+    (tmp_path / "out").rename(tmp_path / "plain")
+    torch.save(load_file(scene.weights), scene.model / PICKLES)
+    scene.weights.unlink()
+    pickled = attempt(scene, arguments(scene, "prune"))
+    assert plain.code == pickled.code == 0, pickled.told
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_name_with_a_line_break_does_not_break_the_sentence(tmp_path: Path, stories: Path) -> None:
+    scene = Scene(tmp_path, stories)
+    found = attempt(scene, arguments(scene, "prune", "--calibration", "a\nb\x1b[31m"))
+    assert found.code == 2 and "'a\\nb\\x1b[31m'" in found.told and found.told.count("\n") == 1
 
 
 def test_the_page_tells_of_every_fault() -> None:
