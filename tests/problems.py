@@ -112,6 +112,64 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 
+WIDE = 64
+
+
+def twice_the_same_inputs() -> Problem:
+    """A singular Gram: every input has a double."""
+    inputs = correlated_inputs(100, 400, WIDE // 2)
+    return Problem(normal(101, 24, WIDE), torch.cat([inputs, inputs], dim=1))
+
+
+def condition_1e12() -> Problem:
+    """Singular values of X from 1 to 1e-6, so that X^T X has a condition number of 1e12."""
+    left, _ = torch.linalg.qr(normal(5, 400, WIDE).double())
+    right, _ = torch.linalg.qr(normal(6, WIDE, WIDE).double())
+    return Problem(
+        normal(102, 24, WIDE), (30 * left * torch.logspace(0, -6, WIDE, dtype=torch.float64) @ right).float()
+    )
+
+
+def huge_input() -> Problem:
+    inputs = correlated_inputs(110, 400, WIDE)
+    inputs[:, 7] *= 1e4
+    return Problem(normal(103, 24, WIDE), inputs)
+
+
+def huge_activation() -> Problem:
+    """One number of all activations, 1e4 times as large as the rest."""
+    inputs = correlated_inputs(111, 400, WIDE)
+    inputs[5, 9] *= 1e4
+    return Problem(normal(104, 24, WIDE), inputs)
+
+
+def outlier_channels() -> Problem:
+    weight = normal(106, 24, WIDE)
+    weight[:, [3, 40]] *= 50
+    return Problem(weight.to(torch.bfloat16).float(), correlated_inputs(113, 400, WIDE))
+
+
+def outlier_channels_on_weak_inputs() -> Problem:
+    """The largest weights matter least."""
+    inputs = correlated_inputs(113, 400, WIDE)
+    inputs[:, [3, 40]] /= 500
+    return Problem(outlier_channels().weight, inputs)
+
+
+# What breaks numerics: `zero_inputs`, `dead_inputs`, `few_tokens`, `huge_range` and `huge_token` above are such, too.
+ADVERSARIAL: dict[str, Callable[[], Problem]] = {
+    make.__name__: make
+    for make in (
+        twice_the_same_inputs,
+        condition_1e12,
+        huge_input,
+        huge_activation,
+        outlier_channels,
+        outlier_channels_on_weak_inputs,
+    )
+}
+
+
 def random_mask(seed: int, rows: int, columns: int, share: float = 0.5) -> Tensor:
     """A seeded boolean mask with about `share` of its entries True."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < share

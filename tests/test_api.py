@@ -18,6 +18,7 @@ from alps.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
 from alps.progress import Silent
 from alps.pruned import prune_directory
 from alps.report import RunReport
+from alps.solvers.wanda import Wanda
 
 _FILES = {"config.json", "model.safetensors", "tokenizer.json", "report.json", "README.md"}
 
@@ -187,7 +188,7 @@ def test_a_checkpoint_that_is_broken_leaves_nothing_behind(
     model.save_pretrained(tmp_path / "nan")
     word_tokenizer.save_pretrained(tmp_path / "nan")
     before = _tree(tmp_path)
-    with pytest.raises(SolveFailed, match=r"layers\.1\.fc1: the dense weights hold NaN"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.fc1\.weight of .* holds NaN"):
         alps.prune(tmp_path / "nan", 0.5, calibration=english_file, samples=4, seqlen=32, out=tmp_path / "out")
     assert _tree(tmp_path) == before
 
@@ -249,10 +250,67 @@ def test_token_ids_that_cannot_be_are_refused_and_the_model_is_untouched(
 def test_the_mode_of_a_model_outlives_a_failure(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama").train()
     with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(float("inf"))
+        model.model.layers[0].self_attn.v_proj.weight.fill_(1e38)  # whose outputs overflow
     with pytest.raises(SolveFailed):
         alps.prune(model, 0.5, calibration=ids)
     assert model.training
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_model_in_memory_with_nan_is_refused_before_anything_is_pruned(
+    tiny_model: Callable[..., Any], ids: Tensor, name: str
+) -> None:
+    model, before = tiny_model("llama"), tiny_model("llama")
+    for one in (model, before):
+        with torch.no_grad():
+            one.get_parameter(name).view(-1)[-1] = torch.nan
+    with pytest.raises(CheckpointError, match=rf"^Tensor {name} of 'LlamaForCausalLM' holds NaN"):
+        alps.prune(model, 0.5, calibration=ids)
+    assert _same(model, before)
+
+
+@pytest.mark.parametrize("place", ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_no_nan_reaches_a_checkpoint(
+    tiny_model: Callable[..., Any], ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Whatever breaks a result after the last site was solved."""
+    model, run = tiny_model("llama"), alps.api.run
+
+    def broken(*arguments: Any) -> RunReport:
+        report = run(*arguments)
+        with torch.no_grad():
+            model.get_parameter(place).view(-1)[3] = torch.inf
+        return report
+
+    monkeypatch.setattr("alps.api.run", broken)
+    with pytest.raises(
+        CheckpointError, match=f"Tensor {place} for '.*out' has become NaN or infinite and is not written"
+    ):
+        alps.prune(model, 0.5, "wanda", calibration=ids, out=tmp_path / "out")
+    assert _tree(tmp_path) == []
+
+
+def test_no_nan_reaches_the_journal(
+    checkpoint: Path, english_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = Wanda.solve
+
+    def broken(self: Wanda, *arguments: Any) -> Any:
+        solution = solve(self, *arguments)
+        solution.weight[0, 0] = torch.nan
+        return solution
+
+    def unchecked(_: Any, __: Any, site: Any, ___: Any, ____: Any, solution: Any, *_____: Any) -> None:
+        site.write(solution.weight)
+
+    monkeypatch.setattr("alps.solving.SiteSolver._write", unchecked)
+    monkeypatch.setattr(Wanda, "solve", broken)
+    settings = PruneSettings(
+        model=str(checkpoint), sparsity=0.6, method="wanda", calibration=str(english_file), samples=4, seqlen=32
+    )
+    with pytest.raises(CheckpointError, match=r"Tensor .*weight for '.*out\.partial' has become NaN"):
+        prune_directory(settings, tmp_path / "out", Silent(), lambda _: None)
+    assert _tree(tmp_path) == []
 
 
 def test_a_text_without_a_tokenizer_is_refused(tiny_model: Callable[..., Any], english_file: Path) -> None:

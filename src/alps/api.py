@@ -20,6 +20,7 @@ from alps.errors import ConfigError
 from alps.loaded import Loaded, load
 from alps.matching import Matching
 from alps.models.classes import is_composite
+from alps.models.finite import check_finite, check_result
 from alps.models.order import Order
 from alps.models.save import save_model, save_streamed
 from alps.progress import Silent, Watcher
@@ -119,6 +120,7 @@ def prune(
 
 def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
+    check_finite(model.named_parameters(), name)
     return Loaded(name, model, tokenizer)
 
 
@@ -211,6 +213,7 @@ def write(
     start = time.perf_counter()
     with new_directory(out, replaceable) as folder:
         if loaded.store is None:
+            check_result(loaded.model, str(out))
             save_model(loaded.model, loaded.tokenizer, folder)
         else:
             assert journal is not None

@@ -37,7 +37,7 @@ def run() -> None:
     try:
         app()
     except AlpsError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         # typer turns an interrupt into an exit of its own, and drops what it says.
@@ -46,6 +46,11 @@ def run() -> None:
             raise
         print(str(stop) or "Interrupted: nothing was written.", file=sys.stderr)
         sys.exit(143 if isinstance(stop, _Terminated) else 130)
+
+
+def _one_line(sentence: str) -> str:
+    """A name in it may hold line breaks, or what a terminal takes for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
 
 
 def _interrupt_behind(end: BaseException | None) -> KeyboardInterrupt | None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alps.config import PRESETS, PruneSettings, load_settings
 from alps.errors import CheckpointError, ConfigError
-from alps.yamls import read_yaml, sentence
+from alps.yamls import read_value, read_yaml, sentence
 
 COMPARISON_NAME = "compare.yaml"
 # A comparison may grow in these; everything else has to stay as it was for its runs to be comparable.
@@ -157,4 +157,4 @@ def _setting(word: str) -> tuple[str, Any]:
     key, equals, value = word.partition("=")
     if key == "keep_dense" and equals:
         return key, value  # a name may begin with a star, which YAML would take for something else
-    return key, yaml.safe_load(value) if equals else True
+    return key, read_value(value, word) if equals else True

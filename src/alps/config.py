@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alps.errors import ConfigError, did_you_mean
+from alps.errors import ConfigError, did_you_mean, shortened
 from alps.matching import Matching
 from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
@@ -86,11 +87,11 @@ class PruneSettings(BaseModel):
     calibration: str = "c4"
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
-    activation_memory: float | None = Field(default=None, ge=0)
+    activation_memory: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     errors: bool = True
 
     def build_pattern(self) -> Pattern:
@@ -215,9 +216,11 @@ def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
     for key, value in options.items():
         if key not in fields:
             raise ConfigError(
-                f"Setting '{key}' is not among the {where} ({', '.join(fields) or 'it has none'})."
+                f"Setting '{shortened(key)}' is not among the {where} ({', '.join(fields) or 'it has none'})."
                 f"{did_you_mean(str(key), fields)}"
             )
+        if isinstance(value, float | int) and not 0 <= value < math.inf:
+            raise ConfigError(f"Setting '{key}' of the {where} is wrong: {reprlib.repr(value)} is below 0 or infinite.")
         current = getattr(method, key)
         if dataclasses.is_dataclass(current) and isinstance(value, dict):
             changes[key] = _with_options(current, value, f"{key} {where}")
@@ -225,9 +228,8 @@ def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
         try:
             changes[key] = TypeAdapter(_hints(method)[key]).validate_python(value)
         except ValidationError as error:
-            raise ConfigError(
-                f"Setting '{key}' of the {where} is wrong: {error.errors()[0]['msg'].lower()}, not {value!r}."
-            ) from None
+            reason = f"{error.errors()[0]['msg'].lower()}, not {reprlib.repr(value)}"
+            raise ConfigError(f"Setting '{key}' of the {where} is wrong: {reason}.") from None
     return dataclasses.replace(method, **changes)
 
 

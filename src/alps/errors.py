@@ -29,6 +29,12 @@ class CheckpointError(AlpsError):
     """A directory that cannot be read as a checkpoint or must not be written to."""
 
 
+def shortened(word: object) -> str:
+    """A name or value that a user gave, in at most 200 characters."""
+    text = str(word)
+    return text if len(text) <= 200 else f"{text[:190]}..."
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

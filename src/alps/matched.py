@@ -26,7 +26,7 @@ from alps.pairs import check_pair, check_request, count_zeros, describe, read_se
 from alps.progress import Watcher
 from alps.records import MatchRecord, MatchRun, calibration_record
 from alps.report import RunReport
-from alps.runtime import exact_float32, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.runtime import exact_float32, memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
 
 
 class MatchSettings(BaseModel):
@@ -49,7 +49,7 @@ class MatchSettings(BaseModel):
     calibration: str = "c4"
     samples: int = Field(default=128, ge=2)
     seqlen: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
@@ -159,7 +159,7 @@ def _match_blocks(
     records = []
     watcher.start("match", len(tuned))
     try:
-        with exact_float32():
+        with memory_told("use --offload, or give fewer --samples or a lower --seqlen"), exact_float32():
             targets = _captured(capture(dense, models, ids, batch), storage)
             inputs = _captured(capture(pruned, tuned, ids, batch), storage)
             predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from alps.errors import ConfigError
 from alps.inspection import USUAL_PATTERNS, group_violations
 from alps.loaded import Loaded
 from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.finite import check_result
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.packaged import NAME as PACKAGED
 from alps.models.save import save_model
@@ -37,7 +39,9 @@ def read_settings(kind: type[_Settings], given: dict[str, Any]) -> _Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"Setting '{key}' is wrong: {first['msg'].lower()}, not {first['input']!r}.") from None
+        raise ConfigError(
+            f"Setting '{key}' is wrong: {first['msg'].lower()}, not {reprlib.repr(first['input'])}."
+        ) from None
 
 
 def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -> RunReport | None:
@@ -127,6 +131,7 @@ def write_changed(pruned: Loaded, report: RunReport, out: Path, tell: Callable[[
     The times of the one-shot run stay its own: saving is not added to them. `tell` is given a line where the page of
     figures is left out.
     """
+    check_result(pruned.model, str(out))
     with new_directory(out) as folder:
         save_model(pruned.model, pruned.tokenizer, folder)
         (folder / REPORT_NAME).write_text(report.to_json())

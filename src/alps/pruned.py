@@ -47,15 +47,16 @@ def prune_directory(
         drawn = (settings.samples, settings.seqlen, settings.seed)
         windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
         facts["the calibration's hash"] = windows.sha256
-    with open_journal(out, facts) as journal:
-        with _kept(journal):
-            remove_partial(out)
-            if journal.finished:
-                tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
-            walk.resumable, walk.spill_folder = Resumable(journal), journal.place
-            report = run(loaded, walk, windows, settings.seed)
-            report.add_seconds("load", seconds)
-            write(loaded, report, out, settings, tell=tell, journal=journal)
+    if loaded.store is not None:
+        loaded.store.check_finite()
+    with open_journal(out, facts) as journal, _kept(journal):
+        remove_partial(out)
+        if journal.finished:
+            tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
+        walk.resumable, walk.spill_folder = Resumable(journal), journal.place
+        report = run(loaded, walk, windows, settings.seed)
+        report.add_seconds("load", seconds)
+        write(loaded, report, out, settings, tell=tell, journal=journal)
         journal.discard()
     return report
 

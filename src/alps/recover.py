@@ -24,7 +24,7 @@ from alps.models.sites import routing_parameters
 from alps.pairs import check_pair, count_zeros
 from alps.progress import Watcher
 from alps.records import RecoveryReport, calibration_record
-from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.runtime import memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
 
 _MOST_HELD_BACK = 8
 
@@ -51,7 +51,7 @@ class RecoverSettings(BaseModel):
     samples: int = Field(default=512, ge=2)
     seqlen: int = Field(default=512, ge=2)
     batch_tokens: int = Field(default=2048, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
@@ -102,11 +102,15 @@ def recover(
     zeros = count_zeros(pruned.model)
     training = dense.model.training, pruned.model.training
     try:
-        dense.model.to(device).eval()
-        with _computing(pruned.model.to(device).eval()) as tuned, Masters(pruned.model, tuned, settings.lr) as masters:
-            run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, watcher)
-            run.train()
-            entries, seconds = masters.entries, run.clock.elapsed
+        with memory_told("lower --batch-tokens and --seqlen, or use --device cpu"):
+            dense.model.to(device).eval()
+            with (
+                _computing(pruned.model.to(device).eval()) as tuned,
+                Masters(pruned.model, tuned, settings.lr) as masters,
+            ):
+                run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, watcher)
+                run.train()
+                entries, seconds = masters.entries, run.clock.elapsed
     finally:
         dense.model.train(training[0])
         pruned.model.train(training[1])

@@ -187,7 +187,7 @@ class RunReport(Record):
             data = json.loads(path.read_text())
             data.pop("summary", None)
             return cls.model_validate(data)
-        except (ValueError, AttributeError, TypeError, ValidationError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, ValidationError):
             raise CheckpointError(f"'{path}' is not a report of this program: remove or replace it.") from None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from alps.checkpoints.directory import write_text
-from alps.errors import CheckpointError
+from alps.errors import CheckpointError, shortened
 from alps.evaluation.records import ComparisonRecord, EvaluationRecord, TaskRecord
 from alps.records import CalibrationRecord, Record
 from alps.report import LayerRecord, RunReport
@@ -175,7 +175,7 @@ def read_results(path: Path) -> list[Result]:
             found.append(Result.model_validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = shortened(".".join(map(str, first["loc"])))
             raise CheckpointError(
                 f"'{path}', line {number}: not a result of this program ({where + ': ' if where else ''}"
                 f"{first['msg'].lower()}): remove the line or the file."

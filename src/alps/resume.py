@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from alps.checkpoints.journal import Journal
 from alps.errors import CheckpointError
 from alps.models.blocks import Block
+from alps.models.finite import check_result
 from alps.records import MatchRecord, Record
 from alps.report import LayerRecord
 from alps.solvers.pattern import Pattern, Unstructured, parse_pattern
@@ -55,8 +56,9 @@ class Resumable:
         """The block that was begun is done: write it down.
 
         Raises:
-            CheckpointError: when it cannot be written.
+            CheckpointError: when it cannot be written, or holds NaN.
         """
+        check_result(block.module, str(self.journal.place))
         spent = {phase: total - self._phases.get(phase, 0.0) for phase, total in seconds.items()}
         spent["total"] = time.perf_counter() - self._begun
         record = _BlockRecord(sites=sites, match=match, seconds=spent)

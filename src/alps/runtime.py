@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alps.errors import ConfigError
+from alps.errors import ConfigError, SolveFailed
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,6 +35,31 @@ def pick_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
         raise ConfigError(f"Device '{name}' cannot be used here ({reason}): choose auto, cpu or cuda:N.") from None
     return device
+
+
+@contextmanager
+def memory_told(advice: str, host: str | None = None) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or on the host, into one sentence.
+
+    Args:
+        advice: what needs less, as the sentence ends.
+        host: the same where it is the host's memory that is short; None for the same words.
+
+    Raises:
+        SolveFailed: in place of torch's error; it keeps a site that was named on the way.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = str(error)
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in words:
+            raise
+        where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = words.splitlines()[0].split(". ")[0].rstrip(".")[:120] if words else "the device is out of memory"
+        else:
+            reason, advice = "The host is out of memory", host or advice
+        raise SolveFailed(f"{where}{reason}: {advice}.") from error
 
 
 def derived_seed(seed: int, purpose: str) -> int:

@@ -151,3 +151,6 @@ def _naming(sites: list[Site]) -> Iterator[None]:
         yield
     except SolveFailed as error:
         raise SolveFailed(f"Site {', '.join(site.name for site in sites)}: {error}.") from error
+    except (RuntimeError, MemoryError) as error:
+        error.add_note(f"Site {', '.join(site.name for site in sites)}")
+        raise

@@ -30,7 +30,7 @@ from alps.records import MatchRecord
 from alps.report import LayerRecord
 from alps.resume import Resumable
 from alps.rules import Rules
-from alps.runtime import exact_float32
+from alps.runtime import exact_float32, memory_told
 from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
 from alps.solving import Phases, SiteSolver
@@ -38,6 +38,9 @@ from alps.stats import InputStats, Needs
 
 # Calibration tokens per forward of a block.
 _BATCH_TOKENS = 4096
+
+_NEEDS_LESS = "keep activations on the CPU with --offload, give fewer --samples, or use --dtype bfloat16"
+_NEEDS_LESS_HERE = "keep activations in files with --activation-memory, give fewer --samples, or use --dtype bfloat16"
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Walk:
         check_budget(self.budget, self.pattern)
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
-            with exact_float32():
+            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32():
                 if not self.reads_inputs or (self.resumable is not None and self.resumable.has(blocks[-1])):
                     self._without_inputs(blocks)
                 else:

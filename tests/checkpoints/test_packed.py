@@ -374,10 +374,10 @@ def _index(text: str) -> Callable[[Path], None]:
     [
         (_no_weights, "holds neither model.safetensors nor model.safetensors.index.json: save"),
         (_cut, r"model.safetensors' cannot be read \(.*\): fetch or save the model again"),
-        (_quantized, "are quantized: pack the unquantized checkpoint"),
+        (_quantized, "are quantized: use the unquantized checkpoint"),
         (_index('{"weight_map": {"a": "three.safetensors"}}'), "three.safetensors' is missing, though the index"),
         (_index('{"weight_map": {"a": "../one.safetensors"}}'), "names no files of its own directory"),
-        (_index('{"weight_map": 3}'), "is no index of safetensors files"),
+        (_index('{"weight_map": 3}'), "is no index of weight files"),
         (
             _index('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'),
             "Tensor a is in both one.safetensors and two.safetensors",

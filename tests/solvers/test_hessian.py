@@ -138,11 +138,15 @@ def test_hopeless_sums_are_refused() -> None:
         inverse_factor(handmade([-50.0, 1.0, 2.0, 3.0]), 0.01)
 
 
-def test_a_shift_that_is_too_small_is_refused() -> None:
+def test_the_scaled_hessian_raises_its_damping_like_the_factor() -> None:
     stats = handmade([-0.5, 1.0, 1.2, 1.4, 1.1, 0.9])
-    with pytest.raises(SolveFailed, match=r"not positive definite at rho = 0\.1"):
-        scaled(stats, 0.01).inverse(0.1)
-    assert bool(torch.isfinite(scaled(stats, 0.01).inverse(5.0)).all())
+    state = scaled(stats, 0.01)
+    _, damping, notes = inverse_factor(stats, 0.01)
+    assert state.damping == damping and state.notes[0] == notes[0] == "damping raised to 1 of the mean diagonal"
+    exact = torch.linalg.inv(state.matrix.double() + 0.1 * torch.eye(6))
+    torch.testing.assert_close(state.inverse(0.1).double(), exact, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SolveFailed, match="indefinite under any damping"):
+        scaled(handmade([-50.0, 1.0, 2.0, 3.0]), 0.01)
 
 
 def unit_diagonal(inputs: Tensor) -> Tensor:

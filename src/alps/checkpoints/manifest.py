@@ -112,7 +112,7 @@ def read_manifest(directory: Path) -> Manifest:
         if hashlib.sha256(data.replace(stated.encode(), _NO_HASH.encode(), 1)).hexdigest() != stated:
             raise CheckpointError(damaged)
         return _build(fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(damaged) from None
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from alps.errors import CheckpointError
+from alps.errors import CheckpointError, shortened
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_PICKLES_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ def find_weights(directory: Path) -> list[WeightFile]:
     if (directory / SINGLE_NAME).is_file():
         names = [SINGLE_NAME]
     elif (directory / INDEX_NAME).is_file():
-        names = _indexed(directory / INDEX_NAME)
+        names = sorted(set(_indexed(directory / INDEX_NAME).values()))
     else:
         raise CheckpointError(
             f"'{directory}' holds neither {SINGLE_NAME} nor {INDEX_NAME}: save the model with save_pretrained first."
         )
-    return [WeightFile(name, directory / name, _header(directory / name)) for name in names]
+    files = [WeightFile(name, directory / name, _header(directory / name)) for name in names]
+    if names != [SINGLE_NAME]:
+        _check_index(directory / INDEX_NAME, files)
+    return files
 
 
 def weight_file(path: Path) -> WeightFile:
@@ -61,6 +65,16 @@ def weight_file(path: Path) -> WeightFile:
         CheckpointError: when it is missing or damaged.
     """
     return WeightFile(path.name, path, _header(path))
+
+
+def check_pickles(directory: Path) -> None:
+    """Refuse an index of pickled weights that leads out of its directory; their content is not looked at.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    if (directory / _PICKLES_INDEX).is_file():
+        _indexed(directory / _PICKLES_INDEX)
 
 
 def other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
@@ -91,40 +105,69 @@ def parse_header(header: str) -> list[Entry]:
     """The tensors of a safetensors header in the order of their bytes in the file.
 
     Raises:
-        ValueError: when they are not one after the other without a gap.
+        ValueError: when it is no such header, or its tensors are not one after the other without a gap.
     """
-    records = {name: record for name, record in json.loads(header).items() if name != "__metadata__"}
+    try:
+        records = {name: record for name, record in json.loads(header).items() if name != "__metadata__"}
+        ordered = sorted(records.items(), key=lambda item: item[1]["data_offsets"])
+        found = [
+            (name, str(one["dtype"]), tuple(map(_size, one["shape"])), one["data_offsets"]) for name, one in ordered
+        ]
+        spans = [tuple(map(_size, offsets)) for *_, offsets in found]
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("it is no header of safetensors") from None
     position, entries = 0, []
-    for name, record in sorted(records.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = record["data_offsets"]
-        if begin != position or end < begin:
+    for (name, dtype, shape, _), span in zip(found, spans, strict=True):
+        if len(span) != 2 or span[0] != position or span[1] < position:
             raise ValueError(f"the bytes of {name} do not follow those before them")
-        entries.append(Entry(name, record["dtype"], tuple(record["shape"]), end - begin))
-        position = end
+        entries.append(Entry(name, dtype, shape, span[1] - position))
+        position = span[1]
     return entries
 
 
-def _indexed(path: Path) -> list[str]:
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
+
+
+def _check_index(path: Path, files: list[WeightFile]) -> None:
+    held = {file.name: {entry.name for entry in parse_header(file.header)} for file in files}
+    for tensor, name in _indexed(path).items():
+        if tensor not in held[name]:
+            raise CheckpointError(
+                f"'{path}' names {tensor} in {name}, which does not hold it: fetch or save the model again."
+            )
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """The file of every tensor."""
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        wrong = [name for name in names if not is_inside(name)]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"'{path}' is no index of safetensors files: fetch or save the model again.") from None
-    if wrong or not names:
+        places: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+        wrong = [name for name in places.values() if not is_inside(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"'{path}' is no index of weight files: fetch or save the model again.") from None
+    if wrong or not places:
         raise CheckpointError(f"'{path}' names no files of its own directory: fetch or save the model again.")
-    return names
+    return places
 
 
 def _header(path: Path) -> str:
-    if not path.is_file():
-        raise CheckpointError(f"'{path}' is missing, though the index names it: fetch or save the model again.")
+    try:
+        missing = not path.is_file()
+    except OSError:  # too long for a path
+        missing = True
+    if missing:
+        raise CheckpointError(
+            f"'{shortened(path)}' is missing, though the index names it: fetch or save the model again."
+        )
     try:
         with safe_open(path, framework="pt"):  # checks the header, and that the file has the length it states
             pass
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little")).decode()
         parse_header(header)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"'{path}' cannot be read ({error}): fetch or save the model again.") from None
     return header
 
@@ -135,7 +178,7 @@ def _refuse_quantized(directory: Path) -> None:
         return
     try:
         config: Any = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"'{path}' is not JSON: fetch or save the model again.") from None
     if isinstance(config, dict) and config.get("quantization_config"):
-        raise CheckpointError(f"The weights in '{directory}' are quantized: pack the unquantized checkpoint.")
+        raise CheckpointError(f"The weights in '{directory}' are quantized: use the unquantized checkpoint.")

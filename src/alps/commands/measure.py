@@ -15,7 +15,7 @@ from alps.errors import ConfigError
 from alps.evaluation.records import EvaluationRecord, TaskRecord
 from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.loaded import load
-from alps.runtime import pick_device
+from alps.runtime import memory_told, pick_device
 from alps.tables import evaluation_table, inspection_tables, task_table
 
 
@@ -58,11 +58,13 @@ def evaluate_command(
     loaded = load(directory, dtype, tell)
     if text:
         dense = None if reference is None else load(reference, dtype, tell)
-        found = evaluate(loaded, text, seqlen, windows, device, watcher, dense)
+        with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
+            found = evaluate(loaded, text, seqlen, windows, device, watcher, dense)
         errors.print(evaluation_table(found))
         rows += found
     if wanted is not None:
-        scores = score_tasks(loaded, wanted, place, batch_size or 8)
+        with memory_told("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
+            scores = score_tasks(loaded, wanted, place, batch_size or 8)
         errors.print(task_table(scores))
         rows += scores
     print(json.dumps([row.model_dump() for row in rows], indent=1))

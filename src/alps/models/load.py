@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
-from alps.errors import ConfigError, UnsupportedModel
+from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, check_pickles, find_weights
+from alps.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.classes import auto_class
+from alps.models.finite import check_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,10 +76,15 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises:
         ConfigError: when the path is missing, or the hub cannot be reached.
+        CheckpointError: when a file of the weights is damaged, or holds NaN.
         UnsupportedModel: when transformers has no causal language model of that kind.
     """
     check_model_path(name)
     source, extra = _source(name)
+    directory = Path(source)
+    if not extra and any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):
+        find_weights(directory)  # whose sentences are plainer than those of transformers
+    check_pickles(directory)
     if extra:
         # Newer releases may leave a GGUF's weights packed; older ones know nothing but dense.
         if hasattr(transformers, "GgufConfig"):
@@ -86,9 +94,18 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         extra["dtype"] = dtype or "auto"
     with quiet(), _readable(name):
         # The configuration of a GGUF file takes reading all of it, and is that of a causal language model.
-        kind = AutoModelForCausalLM if "gguf_file" in extra else auto_class(AutoConfig.from_pretrained(source))
-        model, info = kind.from_pretrained(source, output_loading_info=True, **extra)
+        gguf = "gguf_file" in extra
+        kind = AutoModelForCausalLM if gguf else auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        model, info = kind.from_pretrained(
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            weights_only=True,
+            trust_remote_code=False,
+            **extra,
+        )
     _check_complete(name, model, info)
+    check_finite(model.named_parameters(), name)
     _forget_quantization(model)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -101,7 +118,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     source, extra = _source(name)
     with quiet(), _readable(name):
-        return AutoTokenizer.from_pretrained(source, **extra)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -118,6 +135,11 @@ def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
         raise ConfigError(
             f"Checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
             "it is incomplete or stored in a format that this transformers does not read."
+        )
+    if mismatched := sorted(str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ())):
+        raise ConfigError(
+            f"Checkpoint '{name}' has another shape of {mismatched[0]} than its config.json says: "
+            "fetch or save the model again."
         )
     if any(not p.is_floating_point() for p in model.parameters()):
         raise UnsupportedModel(f"Checkpoint '{name}' holds quantized weights: prune the unquantized model.")
@@ -142,10 +164,31 @@ def _readable(name: str) -> Iterator[None]:
     """Turn what transformers raises for an unusable checkpoint into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except AlpsError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"Model '{name}' cannot be loaded: its pickled weights hold more than tensors, and code in pickles is "
+            "never run; fetch it as safetensors."
+        ) from error
+    except Exception as error:  # of any kind: a broken file meets many parsers in there
+        reason = _sentence(error)
+        if "trust_remote_code" in reason or "custom code" in reason:
+            raise UnsupportedModel(
+                f"Model '{name}' needs code of its own, which is never run: use an architecture that transformers has."
+            ) from error
         kind = UnsupportedModel if "Unrecognized configuration class" in reason else ConfigError
-        raise kind(f"Model '{name}' cannot be loaded: {reason}") from error
+        raise kind(f"Model '{name}' cannot be loaded: {reason}.") from error
+
+
+def _sentence(error: Exception) -> str:
+    """What an error of another library says, at most in 300 characters, without the stop at the end."""
+    words = " ".join(str(error).split())
+    if len(words) > 300:
+        words = words[:300].rpartition(". ")[0] or words[:300]
+    if not words or isinstance(error, KeyError):
+        words = f"{type(error).__name__} {words}".rstrip()
+    return words.rstrip(".!")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alps.checkpoints.shards import Pending, Stored
 from alps.checkpoints.weights import WeightFile
 from alps.models.blocks import Block
+from alps.models.finite import check_finite
 from alps.models.origins import Origin
 
 _META = torch.device("meta")
@@ -75,6 +76,17 @@ class Streamed:
         for name in self._of(block):
             self._empty(name)
         _give_back()
+
+    def check_finite(self) -> None:
+        """Read every tensor of the model once, and refuse NaN, infinity, and what becomes infinite in its dtype.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        for slot in self._slots.values():
+            for part in dict.fromkeys(part for row in slot.origin.parts for part in row):
+                stored = self._stored[part]
+                check_finite([(part, stored.read())], str(stored.path), slot.dtype)
 
     def identity(self) -> str:
         """Sha256 over the configuration, and over the headers and 64 samples of 64 KiB of every file of weights.

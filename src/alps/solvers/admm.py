@@ -14,12 +14,14 @@ a smaller penalty are in the authors' code and not in the paper.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from alps.errors import ConfigError
 from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.pattern import Pattern, keep_largest
@@ -53,6 +55,13 @@ class AdmmSettings:
     restart_share: float = 0.005
     restart_factor: float = 0.2
     max_restarts: int = 4
+
+    def __post_init__(self) -> None:
+        factors = (self.rho, self.restart_factor, *(factor for _, factor in self.growth))
+        if self.check_every < 1 or not all(0 < factor < math.inf for factor in factors):
+            raise ConfigError(
+                "The penalty's schedule needs a check_every of at least 1, and a rho and factors above 0."
+            )
 
 
 # `high` anneals eight times as slowly: the square root of every growth factor, after 12 iterations in place of 3.

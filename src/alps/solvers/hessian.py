@@ -10,6 +10,7 @@ The text of the paper says lam = 0.01 Tr(G); its authors' code uses the mean of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from alps.errors import SolveFailed
 from alps.solvers.reductions import column_squares, inner
 from alps.stats import InputStats
 
+_HOPELESS = "the Hessian stays indefinite under any damping: the calibration inputs are unusable"
 # Inverses kept for the other sites of the same input, which begin with the same penalties.
 _CACHE_BYTES = 2**28
 
@@ -139,20 +141,44 @@ def invert_(A: Tensor) -> bool:
 def scaled(stats: InputStats, fraction: float) -> ScaledHessian:
     """Damp and scale the Gram to unit diagonal.
 
+    Sums of float32 can be indefinite by rounding. Damping that does not make up for it is raised tenfold, at most three
+    times, and a note says so; without damping (`fraction` 0) the matrix is left as it is.
+
     Args:
         stats: sums of the inputs, with a Gram.
         fraction: damping as a fraction of the Gram's mean diagonal.
+
+    Raises:
+        SolveFailed: when no damping in reach makes the Hessian positive definite.
     """
-    hessian, damping = damped(stats, fraction)
-    scale = hessian.diagonal().rsqrt()
-    hessian.mul_(scale).mul_(scale[:, None])
-    hessian.diagonal().fill_(1.0)
-    notes = []
+    notes: list[str] = []
+    for raised, raise_note in _attempts(fraction):
+        hessian, damping = damped(stats, raised)
+        scale = hessian.diagonal().rsqrt()
+        hessian.mul_(scale).mul_(scale[:, None])
+        hessian.diagonal().fill_(1.0)
+        notes = raise_note
+        if raised == 0 or _is_definite(hessian):
+            break
+    else:
+        raise SolveFailed(_HOPELESS)
     if dead := int((stats.square == 0).sum()):
         notes.append(f"{dead} of {len(scale)} inputs were zero on every calibration token")
     if stats.tokens < len(scale):
         notes.append(f"{stats.tokens} calibration tokens for {len(scale)} inputs: use more samples")
     return ScaledHessian(hessian, scale, damping, notes)
+
+
+def _attempts(fraction: float) -> Iterator[tuple[float, list[str]]]:
+    """The damping asked for, then tenfold ones, each with the notes that go with it."""
+    for attempt in range(4):
+        raised = fraction * 10**attempt
+        yield raised, [f"damping raised to {raised:g} of the mean diagonal"] if attempt else []
+
+
+def _is_definite(A: Tensor) -> bool:
+    # float32's own rounding fails where the matrix is nearly singular; only float64 may say so.
+    return any(not int(torch.linalg.cholesky_ex(A.to(kind))[1]) for kind in (torch.float32, torch.float64))
 
 
 def inverse_factor(stats: InputStats, fraction: float) -> tuple[Tensor, float, list[str]]:
@@ -168,9 +194,7 @@ def inverse_factor(stats: InputStats, fraction: float) -> tuple[Tensor, float, l
     Raises:
         SolveFailed: when no damping in reach makes H positive definite.
     """
-    notes: list[str] = []
-    for attempt in range(4):
-        raised = fraction * 10**attempt
+    for raised, notes in _attempts(fraction):
         hessian, damping = damped(stats, raised)
         factor, failed = torch.linalg.cholesky_ex(hessian.double())
         if not int(failed):
@@ -178,5 +202,4 @@ def inverse_factor(stats: InputStats, fraction: float) -> tuple[Tensor, float, l
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return upper.float(), damping, notes
-        notes = [f"damping raised to {raised * 10:g} of the mean diagonal"]
-    raise SolveFailed("the Hessian stays indefinite under any damping: the calibration inputs are unusable")
+    raise SolveFailed(_HOPELESS)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alps.errors import SolveFailed
+
 # Entries handled at a time on a CPU; a GPU takes many at once. At most 2^24, up to which float32 counts exactly.
 _COUNTABLE = 2**24
 _CPU_CHUNK, _GPU_CHUNK = 2**18, _COUNTABLE
@@ -34,12 +36,17 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, kept: int) -> Tensor:
-    """Mask of exactly the `kept` largest of a vector of scores; among equals the first ones win."""
+    """Mask of exactly the `kept` largest of a vector of scores; among equals the first ones win.
+
+    Raises:
+        SolveFailed: when scores are NaN, which finite weights and inputs only are where their products overflow.
+    """
     size = scores.numel()
     if kept <= 0 or kept >= size:
         return torch.full_like(scores, kept > 0, dtype=torch.bool)
     cut = _kth_largest(scores, kept)
-    assert not bool(cut.isnan()), "scores hold NaN"
+    if bool(cut.isnan()):
+        raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
     mask = torch.empty_like(scores, dtype=torch.bool)
     for part, answer in zip(torch.split(scores, chunk_of(scores)), torch.split(mask, chunk_of(scores)), strict=True):
         answer.copy_(torch.ge(part, cut, out=torch.empty_like(part)))

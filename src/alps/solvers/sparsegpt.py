@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alps.errors import ConfigError
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.hessian import inverse_factor
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, Within, keep_largest
@@ -41,6 +42,10 @@ class SparseGPT(Method):
 
     damping: float = 0.01
     block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigError("SparseGPT's block needs at least 1 column.")
 
     @property
     def name(self) -> str:

@@ -1,0 +1,236 @@
+"""Mutated headers, manifests, JSON lines, results and YAML files: errors of this program, or valid results.
+
+The default suite takes 150 of each; `-m slow` 10,000. Examples come from fixed seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from alps.checkpoints.manifest import read_manifest
+from alps.checkpoints.packed import pack_directory
+from alps.checkpoints.shards import stored_tensors
+from alps.checkpoints.weights import find_weights, parse_header
+from alps.comparison import load_comparison
+from alps.config import load_settings
+from alps.data.text import load_text
+from alps.errors import AlpsError
+from alps.report import RunReport
+from alps.results import Result, read_results
+
+# No example may take longer: a hang is a failure as well as a traceback.
+_SECONDS = 5.0
+_SMALL, _FULL = 150, 10_000
+_TENSORS = {"a.weight": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.ones(())}
+_TEXTS = '{"text": "Once upon a time."}\n{"text": "caf\\u00e9", "more": [1, 2.5, null]}\n\n{"text": ""}\n'
+_PRUNE = (
+    "model: a/b\nsparsity: 0.7\nmethod: alps\noptions:\n  damping: 0.02\n  admm: {rho: 0.3, growth: [[0.1, 1.3]]}\n"
+)
+_PRUNE += "samples: 16\nseqlen: 128\nseed: 3\ntarget: 0.4\noffload: true\ncalibration: 'c4:1,self:2'\n"
+_COMPARE = (
+    "model: a/b\nmethods: [wanda+refit, alps+target=0.4, best]\nsparsity: [0.5, 0.7]\npattern: ['2:4']\nseeds: 2\n"
+)
+_COMPARE += "texts: [wikitext2]\nprompts: [Once]\nwindows: null\nlimit: 3\ntasks: [piqa]\n"
+_RESULT = Result(
+    model="m",
+    model_sha256="0" * 64,
+    architecture="L",
+    dtype="float32",
+    device="cpu",
+    method="alps",
+    pattern="2:4",
+    seed=0,
+    seconds={"solve": 1.5},
+).model_dump_json()
+
+# Nine levels of nine references each: nine to the ninth values when they are written out.
+_BOMB = "x0: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{','.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 10))
+_BOMB += "options: {growth: *x9}\nsparsity: *x9\n"
+
+# What parsers stumble over: depth, size, halves of surrogates, numbers beyond any type, tags and anchors of YAML.
+_BITS = [
+    *(b"\x00", b"\xff", b"\xed\xa0\x80", b'"\\ud800"', b"\\u0000", b"NaN", b"-Infinity", b"1e999", b"null", b"true"),
+    *(b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"-1", b"18446744073709551616", b"0.5", b'""', b"{}", b"[]", b'"x"'),
+    *(
+        b"!!int ''",
+        b"!!bool x",
+        b"!!timestamp x",
+        b"!!float x",
+        b"!!python/object/apply:os.system [true]",
+        b"!!set {a}",
+    ),
+    *(
+        b"&a [*a]",
+        b"*b",
+        b"? {a: b}",
+        b"<<: 3\n",
+        b"=",
+        b"1:30:00",
+        b"2001-01-01",
+        b"!!binary x",
+        b"---\n",
+        b"\t",
+        b"%",
+    ),
+    *(b"\n" + _BOMB.encode(), b"&a [x,x,x]\nb: &b [*a,*a,*a]\noptions: {z: [*b,*b,*b]}\n", b": ", b"\n", b"\x85"),
+    *(b"data_offsets", b"__metadata__", b'"shape": [9223372036854775807, 4]', b'"dtype": "F8_E4M3"', b"../x", b"text"),
+]
+
+
+def mutated(seed: bytes, numbers: random.Random) -> bytes:
+    """A few cuts, changed bytes, repetitions and strange insertions, at random places."""
+    data = bytearray(seed)
+    for _ in range(numbers.choice((1, 1, 2, 3, 6))):
+        start = numbers.randrange(len(data) + 1)
+        end = min(start + numbers.choice((0, 1, 1, 4, 20)), len(data))
+        kind = numbers.randrange(5)
+        if kind == 0:
+            data[start:end] = b""
+        elif kind == 1:
+            data[start:end] = numbers.choice(_BITS)
+        elif kind == 2 and start < len(data):
+            data[start] ^= 1 << numbers.randrange(8)
+        elif kind == 3:
+            data[start:start] = data[numbers.randrange(len(data) + 1) :][:40]
+        else:
+            del data[numbers.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+def _parts(seed: bytes) -> st.SearchStrategy[bytes]:
+    return st.integers(min_value=0, max_value=2**64).map(lambda n: mutated(seed, random.Random(n)))
+
+
+class Target:
+    """Something that reads a file: the seed that is mutated, and the call."""
+
+    def __init__(self, seed: str | bytes, read: Callable[[Path, bytes], Any]) -> None:
+        self.seed = seed.encode() if isinstance(seed, str) else seed
+        self.read = read
+
+
+def _file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
+    def call(folder: Path, data: bytes) -> Any:
+        (folder / name).write_bytes(data)
+        return read(folder / name)
+
+    return call
+
+
+def _header(folder: Path, data: bytes) -> Any:
+    """With a length that fits, so that what is inside the header counts."""
+    (folder / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(54))
+    with contextlib.suppress(AlpsError):
+        return [stored_tensors(file) for file in find_weights(folder)]
+    with contextlib.suppress(ValueError):
+        parse_header(data.decode())
+    return None
+
+
+def _manifest(folder: Path, data: bytes) -> Any:
+    """With a hash that fits, where there is room for one."""
+    place = data.find(b"0" * 64)
+    if place >= 0:
+        data = data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
+    (folder / "packed.json").write_bytes(data)
+    return read_manifest(folder)
+
+
+def _settings(path: Path) -> Any:
+    found = load_settings(path, {})
+    assert load_settings(path, {}) == found or "nan" in str(found)
+    found.build_pattern(), found.build_method(), found.target_share(), found.to_yaml(), found.facts()
+    return found
+
+
+def _comparison(path: Path) -> Any:
+    found = load_comparison(path, {})
+    if found.seeds * len(found.methods) * len(found.sparsity) < 1000:
+        found.combinations()
+    return found.to_yaml()
+
+
+def _index(folder: Path, data: bytes) -> Any:
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    return find_weights(folder)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    folder = tmp_path_factory.mktemp("seeds")
+    (folder / "in").mkdir()
+    save_file(_TENSORS, folder / "in" / "model.safetensors")
+    raw = (folder / "in" / "model.safetensors").read_bytes()
+    pack_directory(folder / "in", folder / "packed")
+    manifest = json.loads((folder / "packed" / "packed.json").read_text())
+    return {
+        "header": Target(raw[8 : 8 + int.from_bytes(raw[:8], "little")], _header),
+        "safetensors": Target(raw, _file("model.safetensors", lambda path: find_weights(path.parent))),
+        "index": Target('{"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}', _index),
+        "config": Target('{"a": {"b": [1]}}', _file("config.json", lambda path: find_weights(path.parent))),
+        "manifest": Target(json.dumps({**manifest, "sha256": "0" * 64}), _manifest),
+        "JSON lines": Target(_TEXTS, _file("t.jsonl", lambda path: load_text(str(path), "calibration"))),
+        "text": Target(_TEXTS, _file("t.txt", lambda path: load_text(str(path), "calibration"))),
+        "prune": Target(_PRUNE, _file("p.yaml", _settings)),
+        "compare": Target(_COMPARE, _file("c.yaml", _comparison)),
+        "results": Target(f"{_RESULT}\n{_RESULT}\n", _file("results.jsonl", read_results)),
+        "report": Target(
+            '{"summary": {}, "model": "m", "sites": []}', _file("report.json", lambda p: RunReport.read(p.parent))
+        ),
+    }
+
+
+_NAMES = ["header", "safetensors", "index", "config", "manifest", "JSON lines", "text", "prune", "compare"]
+_NAMES += ["results", "report"]
+
+
+def _fuzz(target: Target, folder: Path, examples: int) -> tuple[int, int]:
+    """How many inputs were refused, and how many were valid."""
+    counts = [0, 0]
+
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(_parts(target.seed))
+    def run(data: bytes) -> None:
+        start = time.process_time()
+        try:
+            target.read(folder, data)
+            counts[1] += 1
+        except AlpsError as error:
+            assert len(str(error)) < 10_000  # no more than the input has
+            counts[0] += 1
+        assert time.process_time() - start < _SECONDS
+
+    run()
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_mutated_inputs_are_refused_in_a_sentence_or_read(
+    name: str, targets: dict[str, Target], tmp_path: Path
+) -> None:
+    assert list(targets) == _NAMES
+    refused, valid = _fuzz(targets[name], tmp_path, _SMALL)
+    assert refused + valid >= _SMALL and (refused or name == "header")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", _NAMES)
+def test_ten_thousand_of_each(name: str, targets: dict[str, Target], tmp_path: Path) -> None:
+    refused, valid = _fuzz(targets[name], tmp_path, _FULL)
+    assert refused + valid >= _FULL
