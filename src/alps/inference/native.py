@@ -17,7 +17,8 @@ from torch import Tensor
 from alps.inference.compile import LIBRARY_NAME
 
 VERSION = 1  # ALPS_VERSION of kernel.h
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Dtypes of the values that it multiplies.
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class _Matrix(ctypes.Structure):
@@ -55,14 +56,14 @@ class Matrix:
         rows, words = mask.shape
         self.tensors = (mask, values, offsets, bias)
         shapes = (words == -(-columns // 32), offsets.shape == (rows + 1,), values.ndim == 1)
-        types = (mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in _KINDS)
+        types = (mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in KINDS)
         if not all((*shapes, *types, *(t is None or t.is_contiguous() and t.is_cpu for t in self.tensors))):
             raise ValueError("mask, values and offsets are not those of a packed matrix on the CPU")
         if bias is not None and (bias.shape != (rows,) or bias.dtype != values.dtype):
             raise ValueError("the bias has another length or dtype than the matrix")
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
         wide = offsets.dtype == torch.int64
-        self.fields = _Matrix(*pointers, rows, columns, words, len(values), wide, _KINDS[values.dtype])
+        self.fields = _Matrix(*pointers, rows, columns, words, len(values), wide, KINDS[values.dtype])
         self.pointer = byref(self.fields)
         if not kernel.library.alps_is_sound(self.pointer):
             raise ValueError("mask, offsets and values do not fit together")
@@ -74,6 +75,7 @@ class Kernel:
     Attributes:
         path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512` or `avx512bf16`.
         paths: all that this processor has, the best last.
+        few: up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them.
 
     Args:
         file: the library.
@@ -95,6 +97,7 @@ class Kernel:
         self.paths = [name for name in names if name]
         self.path = path or self.paths[-1]
         self.index = names.index(self.path)
+        self.few = 16 if self.path == "avx512bf16" else 8
         self.multiply = self.library.alps_multiply
 
     def linear(self, matrix: Matrix, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         extra["dtype"] = dtype or torch.bfloat16
     else:
         extra["dtype"] = dtype or "auto"
-    with quiet(), _readable(name):
+    with quiet(), readable(name):
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **extra)
     _check_complete(name, model, info)
     _forget_quantization(model)
@@ -97,7 +97,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ConfigError: when there is none.
     """
     source, extra = _source(name)
-    with quiet(), _readable(name):
+    with quiet(), readable(name):
         return AutoTokenizer.from_pretrained(source, **extra)
 
 
@@ -135,7 +135,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn what transformers raises for an unusable checkpoint into one sentence."""
     try:
         yield
