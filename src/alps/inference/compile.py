@@ -1,4 +1,4 @@
-"""Builds the kernel with the system's C compiler, when the package is installed or by `python -m alps.inference.compile`.
+"""Builds the kernel with the system's C compiler, at installation or by `python -m alps.inference.compile`.
 
 Every instruction set is a file with flags of its own; a file that this compiler cannot build is left out, and so is the
 whole library where there is no compiler. This file imports nothing but the standard library: the package's build loads

@@ -120,7 +120,7 @@ class PackedLinear(nn.Module):
     def _by_torch(self, input: Tensor) -> Tensor:
         if not self.out_features:
             return input.new_empty(*input.shape[:-1], 0)
-        biases = itertools.repeat(None) if self.bias is None else self.bias.split(self._tile_rows())
+        biases = itertools.repeat(None) if self.bias is None else torch.split(self.bias, self._tile_rows())
         parts = [F.linear(input, tile, bias) for tile, bias in zip(self._tiles(), biases, strict=False)]
         return torch.cat(parts, dim=-1)
 
@@ -163,8 +163,8 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
         # A parameter may get other memory and stay the same object.
         self._bound = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": None}
-

@@ -75,7 +75,7 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
             "that."
         )
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     refuse_saving(model)
     return model.requires_grad_(False).eval()
 

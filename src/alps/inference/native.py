@@ -57,7 +57,7 @@ class Matrix:
         self.tensors = (mask, values, offsets, bias)
         shapes = (words == -(-columns // 32), offsets.shape == (rows + 1,), values.ndim == 1)
         types = (mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in KINDS)
-        if not all((*shapes, *types, *(t is None or t.is_contiguous() and t.is_cpu for t in self.tensors))):
+        if not all((*shapes, *types, *(t is None or (t.is_contiguous() and t.is_cpu) for t in self.tensors))):
             raise ValueError("mask, values and offsets are not those of a packed matrix on the CPU")
         if bias is not None and (bias.shape != (rows,) or bias.dtype != values.dtype):
             raise ValueError("the bias has another length or dtype than the matrix")
@@ -103,9 +103,7 @@ class Kernel:
     def linear(self, matrix: Matrix, x: Tensor) -> Tensor:
         """x (tokens, columns), contiguous and in the matrix's dtype, times the transposed matrix, plus its bias."""
         out = x.new_empty(len(x), matrix.fields.rows)
-        if self.multiply(
-            matrix.pointer, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads(), self.index
-        ):
+        if self.multiply(matrix.pointer, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads(), self.index):
             raise MemoryError
         return out
 

@@ -23,11 +23,11 @@ def pack_linears(model: nn.Module) -> int:
     for name, layer in list(model.named_modules()):
         if type(layer) not in (nn.Linear, Conv1D) or f"{name}.weight" in tied or not name:
             continue
-        weight: Tensor = layer.weight.data  # type: ignore[assignment,union-attr]
+        weight: Tensor = layer.weight.data
         if weight.dtype not in KINDS or not weight.numel() or not weight.is_cpu:
             continue
         weight = rows_out(layer, weight)
-        if not pays(*weight.shape, kept_weights(weight), weight.element_size()):
+        if not pays(len(weight), weight.shape[1], kept_weights(weight), weight.element_size()):
             continue
         put(model, name, packed_layer(layer, pack(weight)))
         count += 1
@@ -66,7 +66,7 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def refuse_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` raise: what it wrote, transformers would load with random weights for every packed layer."""
+    """Let `save_pretrained` raise: transformers would give every packed layer of what it wrote random weights."""
     model.save_pretrained = _refuse  # type: ignore[assignment]
 
 
