@@ -98,8 +98,9 @@ def _compiler() -> list[str] | None:
 
 
 def _reason(error: Exception) -> str:
-    said = str(getattr(error, "stderr", "") or error).strip().splitlines()
-    return f"the C compiler failed ({said[0] if said else type(error).__name__})"
+    said = str(getattr(error, "stderr", "") or "").strip().splitlines()
+    code = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
+    return f"the C compiler failed ({said[0] if said else code})"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 #include <stdlib.h>
 
-enum { SHARES = 4, LEAST_BYTES = 1 << 16 }; /* shares per thread, and what is worth a thread */
+/* Shares per thread, what is worth a thread, and a multiple of all ROWS. */
+enum { SHARES = 4, LEAST_BYTES = 1 << 16, TOGETHER = 4 };
 
 static const size_t sizes[ALPS_KINDS] = {2, 2, 4};
 
@@ -90,7 +91,8 @@ static int64_t cost(const alps_matrix *matrix, int64_t row) {
     return alps_offset(matrix, row) * (int64_t)sizes[matrix->kind] + 4 * row * matrix->words;
 }
 
-/* The first row of a share: that at which so much of all bytes is behind. */
+/* The first row of a share: about that at which so much of all bytes is behind, and a multiple of TOGETHER, so that the
+   same rows are multiplied together, and summed in the same order, however many threads there are. */
 static int64_t boundary(const job *job, int share) {
     const int64_t begin = cost(job->matrix, job->from), all = cost(job->matrix, job->to) - begin;
     int64_t low = job->from, high = job->to;
@@ -102,7 +104,8 @@ static int64_t boundary(const job *job, int share) {
         else
             high = middle;
     }
-    return low;
+    low -= low % TOGETHER;
+    return low > job->from ? low : job->from;
 }
 
 static void work(void *given) {

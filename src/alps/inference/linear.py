@@ -68,6 +68,7 @@ class PackedLinear(nn.Module):
             or bound.matrix is None
             or input.dtype is not self.values.dtype
             or not input.is_cpu
+            or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
         ):
             return self._by_torch(input)
