@@ -24,6 +24,7 @@ class _Bound:
     """The kernel on the very tensors that a layer had when it was bound; None where torch has to do."""
 
     tensors: tuple[Tensor | None, ...]
+    dtype: torch.dtype
     kernel: Kernel | None
     matrix: Matrix | None
 
@@ -59,24 +60,29 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of the values."""
+        # Few calls and no attribute lookups through the module: small layers take ten microseconds in all.
         bound = self._binding()
+        kernel, matrix = bound.kernel, bound.matrix
         shape = input.shape
-        if shape[-1] != self.in_features:
-            raise RuntimeError(f"the input has {shape[-1]} features, the layer {self.in_features}")
+        if not shape or shape[-1] != self.in_features:
+            raise RuntimeError(f"the input is of shape {tuple(shape)}, the layer takes {self.in_features} features")
         if (
-            bound.kernel is None
-            or bound.matrix is None
-            or input.dtype is not self.values.dtype
+            kernel is None
+            or matrix is None
+            or input.dtype is not bound.dtype
             or not input.is_cpu
             or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
         ):
             return self._by_torch(input)
-        x = input.reshape(-1, self.in_features)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        product = bound.kernel.linear(bound.matrix, x) if len(x) <= bound.kernel.few else self._by_tiles(bound, x)
-        return product.view(*shape[:-1], self.out_features)
+        x = input if input.is_contiguous() else input.contiguous()
+        tokens = x.numel() // self.in_features
+        out = x.new_empty((*shape[:-1], self.out_features))
+        if tokens <= kernel.few:
+            kernel.linear(matrix, x, out, tokens)
+        else:
+            self._by_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
+        return out
 
     def to_dense(self) -> Tensor:
         """The weight (out, in), on the layer's device: a copy, to the bit."""
@@ -102,21 +108,18 @@ class PackedLinear(nn.Module):
         kept = f"{len(self.values) / weights:.2%} kept" if weights else "empty"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
-    def _by_tiles(self, bound: _Bound, x: Tensor) -> Tensor:
-        """Many vectors: rows are unpacked into one buffer after the other, and multiplied as dense ones."""
-        assert bound.kernel is not None and bound.matrix is not None
-        out = x.new_empty(len(x), self.out_features)
+    def _by_tiles(self, kernel: Kernel, matrix: Matrix, x: Tensor, out: Tensor) -> None:
+        """Many vectors: rows are unpacked into one buffer again and again, and multiplied as dense ones."""
         count = self._tile_rows()
         tile = x.new_empty(min(count, self.out_features), self.in_features)
         for first in range(0, self.out_features, count):
             rows = tile[: self.out_features - first]
-            bound.kernel.unpack(bound.matrix, first, rows)
+            kernel.unpack(matrix, first, rows)
             part = out[:, first : first + len(rows)]
             if self.bias is None:
                 torch.mm(x, rows.t(), out=part)
             else:
                 torch.addmm(self.bias[first : first + len(rows)], x, rows.t(), out=part)
-        return out
 
     def _by_torch(self, input: Tensor) -> Tensor:
         if not self.out_features:
@@ -156,10 +159,10 @@ class PackedLinear(nn.Module):
         tensors = (self.mask, self.values, self.offsets, self.bias)
         kernel = find_kernel()
         if kernel is None or not self.values.is_cpu or self.values.dtype not in KINDS:
-            return _Bound(tensors, None, None)
+            return _Bound(tensors, self.values.dtype, None, None)
         if self.bias is not None and self.bias.dtype != self.values.dtype:
-            return _Bound(tensors, None, None)
-        return _Bound(tensors, kernel, Matrix(kernel, *tensors[:3], self.in_features, self.bias))
+            return _Bound(tensors, self.values.dtype, None, None)
+        return _Bound(tensors, self.values.dtype, kernel, Matrix(kernel, *tensors[:3], self.in_features, self.bias))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
         # A parameter may get other memory and stay the same object.

@@ -100,12 +100,14 @@ class Kernel:
         self.few = 16 if self.path == "avx512bf16" else 8
         self.multiply = self.library.alps_multiply
 
-    def linear(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """x (tokens, columns), contiguous and in the matrix's dtype, times the transposed matrix, plus its bias."""
-        out = x.new_empty(len(x), matrix.fields.rows)
-        if self.multiply(matrix.pointer, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads(), self.index):
+    def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
+        """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).
+
+        Both are contiguous, in the matrix's dtype and of any leading shape; nothing here checks it.
+        """
+        threads = torch.get_num_threads()
+        if self.multiply(matrix.pointer, x.data_ptr(), out.data_ptr(), tokens, threads, self.index):
             raise MemoryError
-        return out
 
     def unpack(self, matrix: Matrix, first: int, out: Tensor) -> None:
         """Write rows `first` to `first + len(out)` into `out`, contiguous and in the matrix's dtype."""
