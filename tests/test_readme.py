@@ -79,7 +79,9 @@ def test_the_file_tree_is_the_one_on_disk() -> None:
         else:
             listed.add((folder if indent == 4 else "") + name)
     source = ROOT / "src" / "alps"
-    found = {str(path.relative_to(source)) for suffix in ("py", "html", "c", "h") for path in source.rglob(f"*.{suffix}")}
+    found = {
+        str(path.relative_to(source)) for suffix in ("py", "html", "c", "h") for path in source.rglob(f"*.{suffix}")
+    }
     assert listed == {name for name in found if not name.endswith(("__init__.py", "__main__.py"))}
 
 

@@ -87,6 +87,7 @@ def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     # Buffers that no checkpoint holds, such as rotary frequencies, are computed as ever.
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config.dtype = dtype  # from_pretrained says it there, from_config only in newer releases
     model.tie_weights()  # type: ignore[operator]
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
     if dtype == torch.float16:
