@@ -54,11 +54,11 @@ def test_a_pruned_directory_is_the_model_pruned_in_memory(
 ) -> None:
     settings: dict[str, Any] = {"calibration": english_file, "samples": 6, "seqlen": 48, "seed": 5}
     report = alps.prune(stories, pattern, "alps", out=tmp_path / "out", dtype=dtype, **settings)
-    loaded = alps.load(str(stories), dtype)
+    loaded = alps.loaded.load(str(stories), dtype)
     in_memory = alps.prune(loaded.model, pattern, "alps", tokenizer=loaded.tokenizer, **settings)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert again.dtype is (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    assert _same(again, loaded.model) and not _same(again, alps.load(str(stories), dtype).model)
+    assert _same(again, loaded.model) and not _same(again, alps.loaded.load(str(stories), dtype).model)
     assert [r.error for r in report.sites] == [r.error for r in in_memory.sites]
 
     assert set(_tree(tmp_path / "out")) >= _FILES and _tree(tmp_path) == sorted(

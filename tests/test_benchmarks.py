@@ -271,3 +271,25 @@ def test_paper_tells_mistakes_in_one_line(tmp_path: Path, options: list[str], co
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inference_prints_layers_and_models(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    sizes = "--shapes 96x160 --cycle-mib 1 --rounds 2 --sparsities 0.5,0.9 --threads 1 --tokens 1,20"
+    rows = run(tmp_path, "inference.py", "layer", *sizes.split())[2:]
+    for tokens in ("1", "20"):
+        found = {row[3]: row for row in rows if row[1] == tokens}
+        assert {"stream", "dense bfloat16", "dense float32", "packed bfloat16 50%", "torch CSR float32 90%"} <= set(
+            found
+        )
+        best = max(float(row[5]) for name, row in found.items() if name.startswith("dense"))
+        assert best == 1 and float(found["stream"][8]) == 1
+        # Bytes in closed form: a word of the mask for 32 columns, 2 bytes a weight, 97 offsets.
+        assert abs(float(found["packed bfloat16 50%"][6]) - (96 * 20 + 0.5 * 96 * 160 * 2 + 97 * 4) / 1e6) < 0.06
+    built = str(tmp_path_factory.mktemp("models") / "built")
+    shape = "--vocabulary 64 --hidden 64 --intermediate 96 --layers 2 --heads 4 --kv-heads 2 --sparsities 0.7"
+    assert run(tmp_path, "inference.py", "build", built, *shape.split()) == []
+    folders = ("--dense", f"{built}/dense", "--packed", f"{built}/packed-70")
+    sizes = "--threads 1 --rounds 2 --tokens 8 --prompt 4"
+    rows = run(tmp_path, "inference.py", "model", *folders, *sizes.split())
+    assert [row[0] for row in rows[2:]] == [f"{built}/dense", f"{built}/packed-70"]
+    assert all(float(row[2]) > 0 and float(row[7]) >= float(row[6]) > 0.1 for row in rows[2:])

@@ -39,7 +39,7 @@ SMALL = MatchSettings(epochs=1, rate=3e-3, samples=8, seqlen=32, device="cpu")
 
 @pytest.fixture(scope="module")
 def dense(stories: Path) -> Loaded:
-    return alps.load(str(stories))
+    return alps.loaded.load(str(stories))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     (tmp_path / "my-text.txt").write_text(english)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    named = ["prune", "inspect", "eval", "prune", "compare", "report", "recover", "match", "pack", "unpack"]
+    named = ["prune", "inspect", "eval", "prune", "compare", "report", "recover", "match", "pack", "unpack", "generate"]
     assert [line.split()[1] for line in lines] == named
     for line in lines:
         shell = line.replace("smollm2-135m", str(stories))
@@ -51,7 +51,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     assert (tmp_path / "unpacked" / "model.safetensors").read_bytes() == weights
 
     snippets = blocks("python")
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         script = snippet.replace("smollm2-135m", str(stories))
         done = subprocess.run(
@@ -79,7 +79,9 @@ def test_the_file_tree_is_the_one_on_disk() -> None:
         else:
             listed.add((folder if indent == 4 else "") + name)
     source = ROOT / "src" / "alps"
-    found = {str(path.relative_to(source)) for suffix in ("py", "html") for path in source.rglob(f"*.{suffix}")}
+    found = {
+        str(path.relative_to(source)) for suffix in ("py", "html", "c", "h") for path in source.rglob(f"*.{suffix}")
+    }
     assert listed == {name for name in found if not name.endswith(("__init__.py", "__main__.py"))}
 
 

@@ -32,7 +32,7 @@ Settings = Callable[..., RecoverSettings]
 
 @pytest.fixture(scope="module")
 def dense(stories: Path) -> Loaded:
-    return alps.load(str(stories))
+    return alps.loaded.load(str(stories))
 
 
 @pytest.fixture(scope="module")

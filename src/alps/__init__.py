@@ -5,7 +5,9 @@ from importlib.metadata import version
 from alps.api import prune
 from alps.assessment import evaluate, evaluate_tasks
 from alps.errors import AlpsError
-from alps.loaded import load
+from alps.inference.load import load
+from alps.inference.replace import pack_linears
+from alps.loaded import Loaded
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
 from alps.solvers.pattern import SemiStructured, Unstructured
 
@@ -16,6 +18,7 @@ __all__ = [
     "Alps",
     "AlpsError",
     "DSnoT",
+    "Loaded",
     "Magnitude",
     "Refitted",
     "SemiStructured",
@@ -26,5 +29,6 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "load",
+    "pack_linears",
     "prune",
 ]

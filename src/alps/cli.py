@@ -12,6 +12,7 @@ import typer
 from alps import __version__
 from alps.commands.compare import compare_command
 from alps.commands.demo import demo
+from alps.commands.generate import generate_command
 from alps.commands.measure import evaluate_command, inspect_command
 from alps.commands.pack import pack_command, unpack_command
 from alps.commands.prune import prune
@@ -87,4 +88,5 @@ app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("pack")(pack_command)
 app.command("unpack")(unpack_command)
+app.command("generate")(generate_command)
 app.command()(demo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from alps.data.text import Text, load_text
 from alps.data.windows import Windows, calibration_windows, evaluation_windows
 from alps.errors import ConfigError
 from alps.generated import generated_windows
+from alps.inference.load import is_packed, load_packed
 from alps.models.blocks import Block, find_blocks
 from alps.models.classes import text_config
 from alps.models.identity import model_sha256
@@ -155,18 +157,22 @@ class Loaded:
             )
 
 
-def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None, packed: bool = False) -> Loaded:
     """Load a model and its tokenizer.
 
     Args:
         name: directory, GGUF file, hub name, or the packaged name `smollm2-135m`.
         dtype: `auto` keeps the checkpoint's.
         tell: is given one line before each slow step.
+        packed: whether a directory that `alps pack` wrote will do: its layers stay packed, so that it can be measured
+            and not changed.
 
     Raises:
-        ConfigError, UnsupportedModel: when it cannot be loaded.
+        ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
     kept = parse_dtype(dtype)
+    if packed and is_packed(name):
+        return Loaded(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
     place = str(packaged_model(tell)) if name == PACKAGED else name
     return Loaded(name, load_model(place, kept), load_tokenizer(place))
 

@@ -59,7 +59,7 @@ def test_divergence_is_that_of_a_plain_loop(
 
 
 def test_perplexities_are_those_measured_alone(stories: Path, english_file: Path) -> None:
-    dense, pruned = alps.load(str(stories)), alps.load(str(stories))
+    dense, pruned = alps.loaded.load(str(stories)), alps.loaded.load(str(stories))
     alps.prune(pruned.model, 0.5, "magnitude", measure_errors=False)
     # 20 windows of 150 tokens are two batches, and more rows than are in float32 at a time.
     found = _compare(pruned, dense, english_file, 150, 20)
@@ -75,7 +75,7 @@ def test_perplexities_are_those_measured_alone(stories: Path, english_file: Path
 
 
 def test_a_model_is_nowhere_from_itself(stories: Path, english_file: Path) -> None:
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     found = _compare(loaded, loaded, english_file, 32, 4)
     assert (found.kl, found.agreement, found.ratio) == (0.0, 1.0, 1.0)
 
@@ -114,10 +114,10 @@ def test_what_cannot_be_compared(
 ) -> None:
     model, text = Loaded("tiny", tiny_model("llama"), word_tokenizer), [str(english_file)]
     with pytest.raises(ConfigError, match=r"cuts 'english\.txt' into other tokens"):
-        alps.evaluate(model, text, 16, 2, reference=alps.load(str(stories)))
-    wider = alps.load(str(stories))
+        alps.evaluate(model, text, 16, 2, reference=alps.loaded.load(str(stories)))
+    wider = alps.loaded.load(str(stories))
     wider.tokenizer = None
     with pytest.raises(ConfigError, match="predicts over 64 tokens and the reference over 512"):
         alps.evaluate(model, text, 16, 2, reference=wider)
     with pytest.raises(ConfigError, match="longer than the 128"):
-        alps.evaluate(alps.load(str(stories)), text, 129, 2, reference=Loaded("t", tiny_model("gpt2"), None))
+        alps.evaluate(alps.loaded.load(str(stories)), text, 129, 2, reference=Loaded("t", tiny_model("gpt2"), None))

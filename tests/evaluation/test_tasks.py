@@ -92,7 +92,7 @@ def _rows(data: Path, task: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def records(data: Path, stories: Path) -> dict[str, TaskRecord]:
-    found = alps.evaluate_tasks(alps.load(str(stories)), TASKS, data, batch_size=16)
+    found = alps.evaluate_tasks(alps.loaded.load(str(stories)), TASKS, data, batch_size=16)
     return {record.task: record for record in found}
 
 
@@ -111,7 +111,7 @@ def own(data: Path, stories: Path) -> Any:
         items = datasets.Dataset.from_list(rows)
         return dict.fromkeys(("train", "validation", "test", "dev"), items)
 
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     model = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", answer)
@@ -186,7 +186,7 @@ def test_accuracies_are_those_of_a_plain_loop(
     task: str, data: Path, stories: Path, records: dict[str, TaskRecord]
 ) -> None:
     """Sum of log-probabilities of every choice, one forward each, without lm-eval."""
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     documents = read_documents(task, data)
     right, right_by_length = 0, 0
     for document in documents:
@@ -213,7 +213,7 @@ def _numpy_state() -> str:
 
 
 def test_nothing_of_the_caller_is_changed(data: Path, stories: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     loaded.model.train()
     state = torch.get_rng_state(), random.getstate(), _numpy_state()
     weights = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
@@ -265,7 +265,7 @@ def test_without_data_the_names_are_lm_evals(
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **config}))
     manager = functools.partial(lm_eval.tasks.TaskManager, include_path=str(tmp_path))
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: manager(include_defaults=False))
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     (record,) = alps.evaluate_tasks(loaded, ["mine"], limit=5)
     assert (record.task, record.items, record.num_fewshot) == ("mine", 5, 2)
     assert set(record.metrics) == {"acc", "acc_norm"}
@@ -276,7 +276,7 @@ def test_without_data_the_names_are_lm_evals(
 
 
 def test_what_cannot_be_scored(data: Path, stories: Path) -> None:
-    loaded = alps.load(str(stories))
+    loaded = alps.loaded.load(str(stories))
     with pytest.raises(ConfigError, match="Batches of 0"):
         alps.evaluate_tasks(loaded, ["piqa"], data, batch_size=0)
     loaded.tokenizer = None

@@ -55,19 +55,18 @@ def unpack(packed: Packed) -> Tensor:
     Raises:
         ValueError: when mask, values and offsets contradict each other.
     """
-    mask, offsets, columns = packed.mask, packed.offsets, packed.columns
-    if mask.dtype != torch.int32 or mask.ndim != 2 or mask.shape[1] != _words(columns):
-        raise ValueError(f"its mask is not int32 of {_words(columns)} words a row")
-    there = _from_words(mask)
-    if there[:, columns:].any():
-        raise ValueError("its mask has bits past the last column")
-    there = there[:, :columns]
-    counted = offsets.new_zeros(len(there) + 1)
-    counted[1:] = _counts(there).cumsum(0)
-    if not torch.equal(offsets, counted) or packed.values.shape != (int(counted[-1]),):
-        raise ValueError("its mask, offsets and values do not fit together")
+    there = _checked(packed)
     bits = torch.zeros(there.shape, dtype=BITS[packed.values.element_size()])
     return bits.masked_scatter_(there, _bits(packed.values)).view(packed.values.dtype)
+
+
+def check(packed: Packed) -> None:
+    """Make sure that a matrix is one.
+
+    Raises:
+        ValueError: when mask, values and offsets contradict each other.
+    """
+    _checked(packed)
 
 
 def kept_weights(weight: Tensor) -> int:
@@ -90,6 +89,22 @@ def offsets_from_mask(mask: Tensor, kept: int) -> Tensor:
     offsets = mask.new_zeros(len(mask) + 1, dtype=_offset_dtype(kept))
     offsets[1:] = _counts(_from_words(mask)).cumsum(0)
     return offsets
+
+
+def _checked(packed: Packed) -> Tensor:
+    """Booleans (rows, columns), or a ValueError."""
+    mask, offsets, columns = packed.mask, packed.offsets, packed.columns
+    if mask.dtype != torch.int32 or mask.ndim != 2 or mask.shape[1] != _words(columns):
+        raise ValueError(f"its mask is not int32 of {_words(columns)} words a row")
+    there = _from_words(mask)
+    if there[:, columns:].any():
+        raise ValueError("its mask has bits past the last column")
+    there = there[:, :columns]
+    counted = offsets.new_zeros(len(there) + 1)
+    counted[1:] = _counts(there).cumsum(0)
+    if not torch.equal(offsets, counted) or packed.values.shape != (int(counted[-1]),):
+        raise ValueError("its mask, offsets and values do not fit together")
+    return there
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -62,17 +62,30 @@ def merge(
     if kept is None:
         elements = torch.Size(shape).numel()
         return _joined(name, elements, itemsize, part) if compressed else part(name)
+    return unpack(gather(name, shape, itemsize, kept, compressed, part))
+
+
+def gather(
+    name: str, shape: list[int], itemsize: int, kept: int, compressed: bool, part: Callable[[str], Tensor]
+) -> Packed:
+    """The matrix of a packed tensor as it is stored; of compressed parts, values are the bits as integers.
+
+    Args:
+        name, shape, itemsize, kept, compressed, part: as for `merge`.
+
+    Raises:
+        ValueError: when the parts have other sizes than stated; `unpack` checks the rest.
+    """
     rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
     words = -(-columns // 32)
     if compressed:
         mask = decompress(part(f"{name}.mask.zst"), 4 * rows * words).view(torch.int32).view(rows, words)
         values = _joined(name, kept, itemsize, part).view(BITS[itemsize])
-        return unpack(Packed(mask, values, offsets_from_mask(mask, kept), columns))
+        return Packed(mask, values, offsets_from_mask(mask, kept), columns)
     mask = part(f"{name}.mask")
     if mask.shape != (*shape[:-1], words):
         raise ValueError("its mask has another shape than stated")
-    found = Packed(mask.view(rows, words), part(f"{name}.values"), part(f"{name}.offsets"), columns)
-    return unpack(found)
+    return Packed(mask.view(rows, words), part(f"{name}.values"), part(f"{name}.offsets"), columns)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

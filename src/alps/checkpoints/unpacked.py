@@ -36,7 +36,7 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
         check_compression()
     check_target(out)
     for name, record in {**manifest.shards, **manifest.files}.items():
-        _check_file(packed / name, record.bytes, record.sha256)
+        check_file(packed / name, record.bytes, record.sha256)
     with new_directory(out) as folder, ExitStack() as stack:
         for stored, copied in manifest.files.items():
             (folder / copied.name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,12 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
     return manifest
 
 
-def _check_file(path: Path, size: int, sha256: str) -> None:
+def check_file(path: Path, size: int, sha256: str) -> None:
+    """Make sure that a file is the one that was written.
+
+    Raises:
+        CheckpointError: when it is missing, or has another length or hash.
+    """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing: fetch the packed directory again.")
     if (found := path.stat().st_size) != size:

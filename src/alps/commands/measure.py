@@ -20,7 +20,9 @@ from alps.tables import evaluation_table, inspection_tables, task_table
 
 
 def evaluate_command(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, as MODEL of `alps prune`.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint, as MODEL of `alps prune`, or a packed one.")
+    ],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +57,7 @@ def evaluate_command(
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
-    loaded = load(directory, dtype, tell)
+    loaded = load(directory, dtype, tell, packed=True)
     if text:
         dense = None if reference is None else load(reference, dtype, tell)
         with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):

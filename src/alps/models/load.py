@@ -92,7 +92,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         extra["dtype"] = dtype or torch.bfloat16
     else:
         extra["dtype"] = dtype or "auto"
-    with quiet(), _readable(name):
+    with quiet(), readable(name):
         # The configuration of a GGUF file takes reading all of it, and is that of a causal language model.
         gguf = "gguf_file" in extra
         kind = AutoModelForCausalLM if gguf else auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -117,7 +117,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ConfigError: when there is none.
     """
     source, extra = _source(name)
-    with quiet(), _readable(name):
+    with quiet(), readable(name):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
 
 
@@ -160,7 +160,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn what transformers raises for an unusable checkpoint into one sentence."""
     try:
         yield

@@ -1,0 +1,303 @@
+"""Packed layers and models against dense ones, side by side in one run: time, bytes per second, memory.
+
+    python benchmarks/inference.py layer --threads 1,2
+    python benchmarks/inference.py build built
+    python benchmarks/inference.py model --dense built/dense --packed built/packed-50,built/packed-70,built/packed-80
+
+`layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. Every
+contestant has its turn in every round, so that a slow moment of the machine strikes all of them; figures are medians.
+`build` writes a LLaMA of random weights, 1.1 billion of them by default, dense and packed at several sparsities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+import alps
+from alps.checkpoints.packed import pack_directory
+from alps.checkpoints.packing import pack
+from alps.inference.linear import PackedLinear
+from alps.inference.native import describe, find_kernel
+from alps.runtime import peak_host_bytes, provenance
+from layers import markdown
+
+
+@dataclass
+class Contestant:
+    """Something that multiplies, on one matrix after the other.
+
+    Attributes:
+        calls: one for every copy of its matrix.
+        nbytes: of one copy.
+    """
+
+    name: str
+    calls: list[Callable[[], object]]
+    nbytes: int
+    seconds: list[float] = field(default_factory=list)
+    turn: int = 0
+
+    def run(self, count: int) -> None:
+        """Time the next calls."""
+        for _ in range(count):
+            call = self.calls[self.turn % len(self.calls)]
+            self.turn += 1
+            start = time.perf_counter()
+            call()
+            self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call."""
+        return statistics.median(self.seconds)
+
+
+def sparse(rows: int, columns: int, sparsity: float) -> Tensor:
+    """Gaussian, bfloat16, with zeros at random places."""
+    there = torch.rand(rows, columns) >= sparsity
+    return torch.where(there, torch.randn(rows, columns), 0).bfloat16()
+
+
+def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespace) -> list[Contestant]:
+    """All that multiply with a matrix of that shape, each with copies of more bytes than the caches hold."""
+    found: list[Contestant] = []
+
+    def add(name: str, nbytes: int, make: Callable[[], Callable[[], object]]) -> None:
+        copies = max(-(-options.cycle_mib * 2**20 // nbytes), 1)
+        found.append(Contestant(name, [make() for _ in range(copies)], nbytes))
+
+    x = torch.randn(tokens, columns)
+    stream = torch.ones(options.cycle_mib * 2**18)
+    found.append(Contestant("stream", [lambda: stream.sum()], stream.nbytes))
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, own = torch.randn(rows, columns).to(dtype), x.to(dtype)
+
+        def dense(weight: Tensor = weight, own: Tensor = own) -> Callable[[], object]:
+            copy = weight.clone()
+            return lambda: F.linear(own, copy)
+
+        add(f"dense {str(dtype).removeprefix('torch.')}", weight.nbytes, dense)
+    for sparsity in map(float, options.sparsities.split(",")):
+        weight = sparse(rows, columns, sparsity)
+        packed = pack(weight)
+
+        def layer(packed: Any = packed) -> Callable[[], object]:
+            module, own = PackedLinear(packed), x.bfloat16()
+            for name, buffer in list(module.named_buffers()):
+                setattr(module, name, buffer.clone())
+            module.check()  # bound to its tensors before the first call
+            return lambda: module(own)
+
+        add(f"packed bfloat16 {sparsity:.0%}", packed.nbytes, layer)
+        if options.csr:
+            _csr(weight.float(), x, sparsity, add)
+    return found
+
+
+def _csr(weight: Tensor, x: Tensor, sparsity: float, add: Callable[..., None]) -> None:
+    """torch's sparse rows, and scipy's where it is installed (on one thread, whatever torch has); both in float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the support is in beta
+        rows = weight.to_sparse_csr()
+    parts = (rows.crow_indices().int(), rows.col_indices().int(), rows.values())
+    across = x.T.contiguous()
+
+    def by_torch() -> Callable[[], object]:
+        crow, column, values = (part.clone() for part in parts)
+        own = torch.sparse_csr_tensor(crow, column, values, weight.shape, check_invariants=True)
+        return lambda: own @ across
+
+    add(f"torch CSR float32 {sparsity:.0%}", sum(part.nbytes for part in parts), by_torch)
+    try:
+        from scipy.sparse import csr_matrix
+    except ImportError:
+        return
+
+    def by_scipy() -> Callable[[], object]:
+        crow, column, values = (part.clone().numpy() for part in parts)
+        own, right = csr_matrix((values, column, crow), shape=tuple(weight.shape)), across.numpy()
+        return lambda: own @ right
+
+    add(f"scipy CSR float32 {sparsity:.0%}", sum(part.nbytes for part in parts), by_scipy)
+
+
+def layer_rows(options: argparse.Namespace) -> list[list[str]]:
+    """A row for every contestant, at every shape, number of tokens and of threads."""
+    rows = []
+    for shape in options.shapes.split(","):
+        out, columns = map(int, shape.split("x"))
+        for tokens in map(int, options.tokens.split(",")):
+            among = contestants(out, columns, tokens, options)
+            for threads in map(int, options.threads.split(",")):
+                torch.set_num_threads(threads)
+                with torch.inference_mode():
+                    for one in among:
+                        one.run(1)
+                        one.seconds.clear()
+                    for _ in range(options.rounds):
+                        for one in among:
+                            one.run(1 if one.name == "stream" else options.calls)
+                rows += [_cells(shape, tokens, threads, one, among) for one in among]
+    return rows
+
+
+def _cells(shape: str, tokens: int, threads: int, one: Contestant, among: list[Contestant]) -> list[str]:
+    best = min(other.median for other in among if other.name.startswith("dense"))
+    rate, stream = one.nbytes / one.median, among[0].nbytes / among[0].median
+    numbers = ["", ""] if one.name == "stream" else [f"{1e3 * one.median:.3f}", f"{best / one.median:.2f}"]
+    cells = [shape, str(tokens), str(threads), one.name, *numbers]
+    return [*cells, f"{one.nbytes / 1e6:.1f}", f"{rate / 1e9:.1f}", f"{rate / stream:.2f}"]
+
+
+def build(options: argparse.Namespace) -> None:
+    """Write a LLaMA of random weights, dense, and packed at every sparsity."""
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    model: Any = LlamaForCausalLM(config).bfloat16()
+    out = Path(options.out)
+    model.save_pretrained(out / "dense")
+    dense = {name: p.data.clone() for name, p in model.named_parameters() if "proj" in name}
+    for sparsity in map(float, options.sparsities.split(",")):
+        for name, parameter in model.named_parameters():
+            if name in dense:
+                there = torch.rand(parameter.shape) >= sparsity
+                parameter.data = torch.where(there, dense[name], 0)
+        percent = f"{100 * sparsity:g}"
+        model.save_pretrained(out / f"dense-{percent}")
+        pack_directory(out / f"dense-{percent}", out / f"packed-{percent}")
+
+
+class _Times(BaseStreamer):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:  # noqa: ARG002
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and tokens a second after it."""
+    ids, times = torch.arange(1, prompt + 1)[None], _Times()
+    start = time.perf_counter()
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **settings)
+    return times.times[1] - start, (tokens - 1) / (times.times[-1] - times.times[1])
+
+
+def model_rows(options: argparse.Namespace) -> list[list[str]]:
+    """A row for every directory and number of threads; all models are in memory together, and take turns."""
+    folders = [options.dense, *options.packed.split(",")]
+    memory = {folder: _alone(folder, options) for folder in folders}
+    models = {folder: alps.load(folder) for folder in folders}
+    rows = []
+    for threads in map(int, options.threads.split(",")):
+        torch.set_num_threads(threads)
+        found: dict[str, list[tuple[float, float]]] = {folder: [] for folder in folders}
+        for round_ in range(options.rounds + 1):
+            for folder, model in models.items():
+                measured = generate(model, options.prompt, options.tokens)
+                found[folder] += [measured] * (round_ > 0)
+        rates = {folder: statistics.median(rate for _, rate in pairs) for folder, pairs in found.items()}
+        for folder in folders:
+            first = statistics.median(seconds for seconds, _ in found[folder])
+            speed = [f"{rates[folder]:.2f}", f"{rates[folder] / rates[options.dense]:.2f}", f"{first:.3f}"]
+            rows.append([folder, str(threads), *speed, *(f"{size / 1e9:.3f}" for size in memory[folder])])
+    return rows
+
+
+def _alone(folder: str, options: argparse.Namespace) -> tuple[int, int, int]:
+    """Bytes of weights, resident after generating, and at the peak, in a process of its own."""
+    sizes = (str(options.prompt), str(options.tokens))
+    done = subprocess.run([sys.executable, __file__, "memory", folder, *sizes], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    weights, resident, peak = json.loads(done.stdout.splitlines()[-1])
+    return weights, resident, peak
+
+
+def memory(options: argparse.Namespace) -> None:
+    """What `_alone` runs."""
+    model = alps.load(options.folder)
+    generate(model, options.prompt, options.tokens)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    print(json.dumps([model.get_memory_footprint(), resident, peak_host_bytes()]))
+
+
+def main() -> None:
+    """Print one table."""
+    options = _options()
+    torch.manual_seed(0)
+    if options.what == "build":
+        return build(options)
+    if options.what == "memory":
+        return memory(options)
+    facts = provenance()
+    print(f"{facts['machine']}, {describe(find_kernel())}, torch {facts['torch']}, commit {facts['commit']}\n")
+    if options.what == "layer":
+        head = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s", "of stream"]
+        print(markdown(head, layer_rows(options)))
+    else:
+        head = ["model", "threads", "tokens/s", "times dense", "first s", "weights GB", "resident GB", "peak GB"]
+        print(markdown(head, model_rows(options)))
+    return None
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    layer, building, model, alone = (what.add_parser(name) for name in ("layer", "build", "model", "memory"))
+    layer.add_argument("--shapes", default="4096x4096,11008x4096", help="out x in")
+    layer.add_argument("--tokens", default="1", help="vectors at once")
+    layer.add_argument("--calls", type=int, default=4, help="of each contestant in a round")
+    layer.add_argument("--cycle-mib", type=int, default=256, help="matrices of each contestant together")
+    layer.add_argument("--no-csr", dest="csr", action="store_false")
+    for one in (layer, building):
+        one.add_argument("--sparsities", default="0.5,0.7,0.8,0.9")
+    for one in (layer, model):
+        one.add_argument("--threads", default="1,2")
+        one.add_argument("--rounds", type=int, default=11)
+    building.add_argument("out")
+    sizes = {"vocabulary": 32000, "hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv-heads": 4}
+    for name, size in sizes.items():
+        building.add_argument(f"--{name}", type=int, default=size)
+    model.add_argument("--dense", required=True)
+    model.add_argument("--packed", required=True, help="packed directories, separated by commas")
+    model.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    model.add_argument("--tokens", type=int, default=32, help="tokens to generate")
+    alone.add_argument("folder")
+    alone.add_argument("prompt", type=int)
+    alone.add_argument("tokens", type=int)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+/* What Python calls: the choice of an instruction set, and rows shared out among threads by their bytes, so that every
+   thread has as much to read. A row's result does not depend on who computes it. */
+
+#include "kernel.h"
+
+#include <stdlib.h>
+
+/* Shares per thread, what is worth a thread, and a multiple of all ROWS. */
+enum { SHARES = 4, LEAST_BYTES = 1 << 16, TOGETHER = 4 };
+
+static const size_t sizes[ALPS_KINDS] = {2, 2, 4};
+
+/* Best last. */
+static const alps_path *const paths[] = {
+    &alps_portable,
+#ifdef ALPS_NEON
+    &alps_neon,
+#endif
+#ifdef ALPS_AVX2
+    &alps_avx2,
+#endif
+#ifdef ALPS_AVX512
+    &alps_avx512,
+#endif
+#ifdef ALPS_AVX512BF16
+    &alps_avx512bf16,
+#endif
+};
+
+enum { PATHS = sizeof paths / sizeof *paths };
+
+static int available(const alps_path *path) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef ALPS_AVX512BF16
+    if (path == &alps_avx512bf16)
+        return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+#endif
+#ifdef ALPS_AVX512
+    if (path == &alps_avx512) return avx512;
+#endif
+#ifdef ALPS_AVX2
+    if (path == &alps_avx2) return avx2;
+#endif
+    (void)avx512;
+#endif
+    return path != 0;
+}
+
+/* To be called once, before anything else. `parallel`: GOMP_parallel, or NULL. */
+int alps_start(void *parallel) {
+    alps_use_openmp(parallel);
+    for (int i = 0; i < PATHS; i++)
+        if (paths[i]->start) paths[i]->start();
+    return ALPS_VERSION;
+}
+
+/* The name of path `i`, the best last; NULL past the end; an empty name where the processor lacks it. */
+const char *alps_path_name(int i) {
+    if (i >= PATHS) return 0;
+    return available(paths[i]) ? paths[i]->name : "";
+}
+
+/* Whether mask, offsets and `kept` belong together, which all functions below take for granted. */
+int alps_is_sound(const alps_matrix *matrix) {
+    const int spare = (int)(matrix->words * ALPS_WORD - matrix->columns);
+    if (alps_offset(matrix, 0)) return 0;
+    for (int64_t row = 0; row < matrix->rows; row++) {
+        const uint32_t *mask = matrix->mask + row * matrix->words;
+        int64_t count = 0;
+        for (int64_t w = 0; w < matrix->words; w++) count += __builtin_popcount(mask[w]);
+        if (alps_offset(matrix, row + 1) - alps_offset(matrix, row) != count) return 0;
+        if (spare && mask[matrix->words - 1] >> (ALPS_WORD - spare)) return 0;
+    }
+    return alps_offset(matrix, matrix->rows) == matrix->kept;
+}
+
+typedef struct {
+    const alps_matrix *matrix;
+    const alps_path *path;
+    const void *x; /* NULL to unpack */
+    int64_t stride, from, to;
+    void *out;
+    int tokens, shares, next;
+} job;
+
+static int64_t cost(const alps_matrix *matrix, int64_t row) {
+    return alps_offset(matrix, row) * (int64_t)sizes[matrix->kind] + 4 * row * matrix->words;
+}
+
+/* The first row of a share: about that at which so much of all bytes is behind, and a multiple of TOGETHER, so that the
+   same rows are multiplied together, and summed in the same order, however many threads there are. */
+static int64_t boundary(const job *job, int share) {
+    const int64_t begin = cost(job->matrix, job->from), all = cost(job->matrix, job->to) - begin;
+    int64_t low = job->from, high = job->to;
+    if (share == job->shares) return job->to;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (cost(job->matrix, middle) - begin < all / job->shares * share)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    low -= low % TOGETHER;
+    return low > job->from ? low : job->from;
+}
+
+static void work(void *given) {
+    job *job = given;
+    const alps_matrix *matrix = job->matrix;
+    const size_t size = sizes[matrix->kind];
+    for (int share; (share = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->shares;) {
+        const int64_t from = boundary(job, share), to = boundary(job, share + 1);
+        if (job->x)
+            job->path->multiply[matrix->kind](matrix, from, to, job->x, job->stride, job->out, job->tokens);
+        else
+            job->path->unpack[matrix->kind](
+                matrix, from, to, (char *)job->out + (size_t)((from - job->from) * matrix->columns) * size);
+    }
+}
+
+static void share_out(job *job, int threads) {
+    const int64_t worth = (cost(job->matrix, job->to) - cost(job->matrix, job->from)) / LEAST_BYTES + 1;
+    if (threads > worth) threads = (int)worth;
+    job->shares = threads > 1 ? threads * SHARES : 1;
+    job->next = 0;
+    alps_team(work, job, threads);
+}
+
+/* x as the rows' functions take it, in `room` if it has to be another array. */
+static const void *prepare(const alps_matrix *matrix, alps_widen widen, const void *x, void *room, int tokens) {
+    const int64_t stride = matrix->words * ALPS_WORD, columns = matrix->columns;
+    const size_t from = sizes[matrix->kind], to = widen ? sizeof(float) : from;
+    if (!widen && stride == columns) return x;
+    for (int t = 0; t < tokens; t++) {
+        const char *source = (const char *)x + (size_t)(t * columns) * from;
+        char *target = (char *)room + (size_t)(t * stride) * to;
+        if (widen)
+            widen(source, (float *)target, columns);
+        else
+            memcpy(target, source, (size_t)columns * from);
+        memset(target + (size_t)columns * to, 0, (size_t)(stride - columns) * to);
+    }
+    return room;
+}
+
+/* out (tokens, rows) = x (tokens, columns) times the matrix, transposed, plus the bias; all in the matrix's type.
+   Returns 0, or 1 without memory. */
+int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t tokens, int threads, int path) {
+    const size_t size = sizes[matrix->kind];
+    const alps_path *chosen = paths[path];
+    while (!chosen->multiply[matrix->kind]) chosen = chosen->below;
+    const alps_widen widen = chosen->widen[matrix->kind];
+    const int64_t stride = matrix->words * ALPS_WORD;
+    void *room = 0;
+    if ((widen || stride != matrix->columns) && tokens) {
+        const int64_t most = tokens < ALPS_TOKENS ? tokens : ALPS_TOKENS;
+        if (posix_memalign(&room, 64, (size_t)(most * stride) * sizeof(float))) return 1;
+    }
+    for (int64_t first = 0; first < tokens; first += ALPS_TOKENS) {
+        const int some = (int)(tokens - first < ALPS_TOKENS ? tokens - first : ALPS_TOKENS);
+        const char *source = (const char *)x + (size_t)(first * matrix->columns) * size;
+        job job = {.matrix = matrix, .path = chosen, .stride = stride, .to = matrix->rows, .tokens = some};
+        job.x = prepare(matrix, widen, source, room, some);
+        job.out = (char *)out + (size_t)(first * matrix->rows) * size;
+        share_out(&job, threads);
+    }
+    free(room);
+    return 0;
+}
+
+/* Rows `from` to `to` as a dense matrix at `out`. */
+void alps_unpack(const alps_matrix *matrix, int64_t from, int64_t to, void *out, int threads, int path) {
+    const alps_path *chosen = paths[path];
+    while (!chosen->unpack[matrix->kind]) chosen = chosen->below;
+    job job = {.matrix = matrix, .path = chosen, .from = from, .to = to, .out = out};
+    share_out(&job, threads);
+}

@@ -1,0 +1,174 @@
+"""A linear layer that keeps its weight packed: what is not zero is read, the rest is never there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alps.checkpoints.packing import Packed, check
+from alps.inference.native import KINDS, Kernel, Matrix, find_kernel
+from alps.inference.tiles import unpack_rows
+
+# Rows that are unpacked at once for a dense product: small enough to stay in the cache until then.
+_TILE_BYTES = 2**21
+
+
+@dataclass
+class _Bound:
+    """The kernel on the very tensors that a layer had when it was bound; None where torch has to do."""
+
+    tensors: tuple[Tensor | None, ...]
+    dtype: torch.dtype
+    kernel: Kernel | None
+    matrix: Matrix | None
+
+
+class PackedLinear(nn.Module):
+    """`y = x W^T + b` with W packed as in docs/format.md; for inference, W is not a parameter and cannot be trained.
+
+    On a CPU the compiled kernel multiplies, where there is one; anywhere else, and where gradients with respect to the
+    input are asked for, rows are unpacked by torch, some at a time, and multiplied densely: correct, and slower.
+
+    Args:
+        packed: the weight (out, in), of bfloat16, float16 or float32 for the kernel.
+        bias: (out), or None.
+
+    Attributes:
+        mask, values, offsets: the packed weight, as buffers; they move and are cast with the module.
+        in_features, out_features: as of `nn.Linear`.
+    """
+
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, len(packed.mask)
+        self.register_buffer("mask", packed.mask.contiguous())
+        self.register_buffer("values", packed.values.contiguous())
+        self.register_buffer("offsets", packed.offsets.contiguous())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._bound: _Bound | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of the values."""
+        # Few calls and no attribute lookups through the module: small layers take ten microseconds in all.
+        bound = self._binding()
+        kernel, matrix = bound.kernel, bound.matrix
+        shape = input.shape
+        if not shape or shape[-1] != self.in_features:
+            raise RuntimeError(f"the input is of shape {tuple(shape)}, the layer takes {self.in_features} features")
+        if (
+            kernel is None
+            or matrix is None
+            or input.dtype is not bound.dtype
+            or not input.is_cpu
+            or torch.is_autocast_enabled("cpu")
+            or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
+        ):
+            return self._by_torch(input)
+        x = input if input.is_contiguous() else input.contiguous()
+        tokens = x.numel() // self.in_features
+        out = x.new_empty((*shape[:-1], self.out_features))
+        if tokens <= kernel.few:
+            kernel.linear(matrix, x, out, tokens)
+        else:
+            self._by_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
+        return out
+
+    def to_dense(self) -> Tensor:
+        """The weight (out, in), on the layer's device: a copy, to the bit."""
+        bound = self._binding()
+        if bound.kernel is None or bound.matrix is None:
+            return torch.cat(list(self._tiles())) if self.out_features else self.values.new_empty(0, self.in_features)
+        dense = self.values.new_empty(self.out_features, self.in_features)
+        bound.kernel.unpack(bound.matrix, 0, dense)
+        return dense
+
+    def check(self) -> None:
+        """Make sure that mask, values and offsets fit together, which products take for granted.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        if self._binding().matrix is None:
+            check(Packed(self.mask, self.values, self.offsets, self.in_features))
+
+    def extra_repr(self) -> str:
+        """What is printed of the layer."""
+        weights = self.in_features * self.out_features
+        kept = f"{len(self.values) / weights:.2%} kept" if weights else "empty"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
+
+    def _by_tiles(self, kernel: Kernel, matrix: Matrix, x: Tensor, out: Tensor) -> None:
+        """Many vectors: rows are unpacked into one buffer again and again, and multiplied as dense ones."""
+        count = self._tile_rows()
+        tile = x.new_empty(min(count, self.out_features), self.in_features)
+        for first in range(0, self.out_features, count):
+            rows = tile[: self.out_features - first]
+            kernel.unpack(matrix, first, rows)
+            part = out[:, first : first + len(rows)]
+            if self.bias is None:
+                torch.mm(x, rows.t(), out=part)
+            else:
+                torch.addmm(self.bias[first : first + len(rows)], x, rows.t(), out=part)
+
+    def _by_torch(self, input: Tensor) -> Tensor:
+        if not self.out_features:
+            return input.new_empty(*input.shape[:-1], 0)
+        biases = itertools.repeat(None) if self.bias is None else torch.split(self.bias, self._tile_rows())
+        parts = [F.linear(input, tile, bias) for tile, bias in zip(self._tiles(), biases, strict=False)]
+        return torch.cat(parts, dim=-1)
+
+    def _tiles(self) -> Iterator[Tensor]:
+        count = self._tile_rows()
+        for first in range(0, self.out_features, count):
+            last = min(first + count, self.out_features)
+            yield unpack_rows(self.mask, self.values, self.offsets, self.in_features, first, last)
+
+    def _trains_bias(self) -> bool:
+        return self.bias is not None and self.bias.requires_grad
+
+    def _tile_rows(self) -> int:
+        return max(_TILE_BYTES // (self.in_features * self.values.element_size()), 1)
+
+    def _binding(self) -> _Bound:
+        """The kernel on the tensors that are here now: they may have been moved, cast or replaced."""
+        bound, buffers = self._bound, self._buffers
+        if bound is not None:
+            mask, values, offsets, bias = bound.tensors
+            if (
+                buffers["values"] is values
+                and buffers["mask"] is mask
+                and buffers["offsets"] is offsets
+                and self._parameters["bias"] is bias
+            ):
+                return bound
+        self._bound = self._bind()
+        return self._bound
+
+    def _bind(self) -> _Bound:
+        tensors = (self.mask, self.values, self.offsets, self.bias)
+        kernel = find_kernel()
+        if kernel is None or not self.values.is_cpu or self.values.dtype not in KINDS:
+            return _Bound(tensors, self.values.dtype, None, None)
+        if self.bias is not None and self.bias.dtype != self.values.dtype:
+            return _Bound(tensors, self.values.dtype, None, None)
+        return _Bound(tensors, self.values.dtype, kernel, Matrix(kernel, *tensors[:3], self.in_features, self.bias))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
+        # A parameter may get other memory and stay the same object.
+        self._bound = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": None}

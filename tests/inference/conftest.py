@@ -1,0 +1,41 @@
+"""The kernel, compiled for the tests from the sources as they are, so that no older build can pass for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from alps.inference import linear
+from alps.inference.compile import LIBRARY_NAME, compile_library
+from alps.inference.native import Kernel
+
+
+@pytest.fixture(scope="session")
+def kernel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled library; skips without a compiler."""
+    target = tmp_path_factory.mktemp("kernel") / LIBRARY_NAME
+    if failed := compile_library(target):
+        if "was found" not in failed:
+            pytest.fail(failed)
+        pytest.skip(failed)
+    return target
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def multiplier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Packed layers multiply by the kernel, or by torch alone as where it was not built."""
+    name: str = request.param
+    kernel = Kernel(request.getfixturevalue("kernel_file")) if name == "kernel" else None
+    monkeypatch.setattr(linear, "find_kernel", lambda: kernel)
+    return name
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's number of threads, back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,207 @@
+"""The compiled kernel: every instruction set of this machine against float64, within its memory, for any threads."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alps.checkpoints.packing import BITS, pack
+from alps.inference import compile as building
+from alps.inference import native
+from alps.inference.compile import FOLDER, LIBRARY_NAME, compile_library
+from alps.inference.native import Kernel, Matrix
+
+DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-6}
+CHECK = Path(__file__).parent / "paths.c"
+
+
+def sparse(rows: int, columns: int, kept: float, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    return torch.where(torch.rand(rows, columns, generator=generator) < kept, weight, torch.zeros((), dtype=dtype))
+
+
+def matrix(kernel: Kernel, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    packed = pack(weight)
+    return Matrix(kernel, packed.mask, packed.values, packed.offsets, packed.columns, bias)
+
+
+def multiply(kernel: Kernel, packed: Matrix, x: Tensor) -> Tensor:
+    out = torch.full((len(x), packed.fields.rows), torch.nan, dtype=x.dtype)
+    kernel.linear(packed, x, out, len(x))
+    return out
+
+
+def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within one rounding to the dtype, and the error of float32 sums, of the exact answer."""
+    exact, most = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, most = exact + bias.double(), most + bias.double().abs()
+    bound = DTYPES[weight.dtype] * exact.abs() + 2e-6 * most + (6e-8 if weight.dtype == torch.float16 else 0)
+    assert found.dtype == weight.dtype and bool(((found.double() - exact).abs() <= bound).all())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
+    kept=st.sampled_from([0.0, 0.02, 0.3, 0.5, 1.0]),
+    tokens=st.integers(1, 20),
+    dtype=st.sampled_from(list(DTYPES)),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_every_path_multiplies_and_unpacks(
+    kernel_file: Path, rows: int, columns: int, kept: float, tokens: int, dtype: torch.dtype, biased: bool, seed: int
+) -> None:
+    weight = sparse(rows, columns, kept, dtype, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    for path in Kernel(kernel_file).paths:
+        kernel = Kernel(kernel_file, path)
+        packed = matrix(kernel, weight, bias)
+        assert_close(multiply(kernel, packed, x), x, weight, bias)
+        for first in {0, rows // 2}:
+            dense = torch.full((rows - first, columns), torch.nan, dtype=dtype)
+            kernel.unpack(packed, first, dense)
+            assert torch.equal(dense, weight[first:]), path
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_threads(kernel_file: Path, dtype: torch.dtype, threads: None) -> None:
+    # Large enough for three threads, with rows of very different lengths and many empty ones.
+    weight = sparse(700, 1000, 0.4, dtype, 5) * (torch.arange(700) % 7 < 3)[:, None]
+    weight[600:] = 0
+    x = torch.randn(11, 1000, generator=torch.Generator().manual_seed(6)).to(dtype)
+    for path in Kernel(kernel_file).paths:
+        kernel = Kernel(kernel_file, path)
+        packed = matrix(kernel, weight)
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            dense = torch.empty_like(weight)
+            kernel.unpack(packed, 0, dense)
+            assert torch.equal(dense, weight)
+            found.append(multiply(kernel, packed, x))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), path
+        assert_close(found[0], x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_any_kind_come_back(kernel_file: Path, dtype: torch.dtype) -> None:
+    """Negative zeros, subnormals, infinities and NaNs with their payloads."""
+    bits = BITS[dtype.itemsize]
+    info = torch.iinfo(bits)
+    there = torch.randint(info.min, info.max, (64, 100), generator=torch.Generator().manual_seed(1), dtype=bits)
+    there[torch.rand(64, 100, generator=torch.Generator().manual_seed(2)) < 0.5] = 0
+    there[:, 3] = info.min
+    for path in Kernel(kernel_file).paths:
+        kernel, out = Kernel(kernel_file, path), torch.empty(64, 100, dtype=dtype)
+        kernel.unpack(matrix(kernel, there.view(dtype)), 0, out)
+        assert torch.equal(out.view(bits), there), path
+
+
+def test_threads_are_those_of_torch(kernel_file: Path) -> None:
+    entry = native._openmp()
+    if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[-1]:
+        pytest.skip("this torch has no OpenMP")
+    assert entry is not None and ctypes.cast(entry, ctypes.c_void_p).value
+
+
+def test_a_matrix_that_contradicts_itself_is_refused(kernel_file: Path) -> None:
+    kernel, packed = Kernel(kernel_file), pack(sparse(8, 40, 0.5, torch.bfloat16, 0))
+    mask, values, offsets = packed.mask, packed.values, packed.offsets
+    spare, moved = mask.clone(), offsets.clone()
+    spare[2, 1] |= 1 << 20
+    moved[3] += 1
+    wide = torch.randn(8).bfloat16()
+    for wrong in (
+        (spare, values, offsets, 40, None),
+        (mask, values, moved, 40, None),
+        (mask, values[:-1].clone(), offsets, 40, None),
+        (mask, values, offsets[:-1].clone(), 40, None),
+        (mask, values, offsets, 65, None),
+        (mask, values.double(), offsets, 40, None),
+        (mask.T, values, offsets, 40, None),
+        (mask, values, offsets, 40, wide.float()),
+        (mask, values, offsets, 40, wide[1:]),
+    ):
+        with pytest.raises(ValueError):
+            Matrix(kernel, *wrong)
+    Matrix(kernel, mask, values, offsets.long(), 40, wide)
+
+
+def run_paths(library: Path, folder: Path, compiler: str, launcher: list[str]) -> list[str]:
+    """Run the program beside this file, which puts every array right before memory that may not be touched."""
+    program = folder / "paths"
+    command = [compiler, "-std=gnu11", "-O1", f"-I{FOLDER}", str(CHECK), str(library), "-o", str(program), "-lm"]
+    subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], check=True)
+    done = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stdout)
+    return done.stdout.split()
+
+
+def test_nothing_is_touched_past_the_arrays(kernel_file: Path, tmp_path: Path) -> None:
+    compiler = building._compiler()
+    assert compiler is not None
+    assert run_paths(kernel_file, tmp_path, compiler[0], []) == Kernel(kernel_file).paths
+
+
+def test_the_arm_path_in_an_emulator(tmp_path: Path) -> None:
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+    if not (shutil.which(compiler) and shutil.which(emulator)):
+        pytest.skip(f"needs {compiler} and {emulator}")
+    library = tmp_path / LIBRARY_NAME
+    assert compile_library(library, [compiler]) is None
+    assert run_paths(library, tmp_path, compiler, [emulator, "-L", "/usr/aarch64-linux-gnu"]) == ["portable", "neon"]
+
+
+def test_without_a_compiler_there_is_a_reason_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / LIBRARY_NAME
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert compile_library(target) == "no C compiler was found (cc, gcc or clang)"
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert "the C compiler failed" in str(compile_library(target))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_lacks_an_instruction_set_builds_the_rest(tmp_path: Path, kernel_file: Path) -> None:
+    if "avx2" not in Kernel(kernel_file).paths:
+        pytest.skip("needs AVX2")
+    wrapper = tmp_path / "cc"
+    real = (building._compiler() or [""])[0]
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *avx512f*) exit 1;; esac\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    assert compile_library(tmp_path / LIBRARY_NAME, [str(wrapper)]) is None
+    assert Kernel(tmp_path / LIBRARY_NAME).paths == ["portable", "avx2"]
+
+
+def test_a_library_of_other_sources_is_not_used(
+    kernel_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native.find_kernel.__wrapped__() is None
+    shutil.copy(kernel_file, tmp_path / LIBRARY_NAME)
+    found = native.find_kernel.__wrapped__()
+    assert found is not None and native.describe(found) == f"kernel {found.paths[-1]}"
+    with pytest.raises(ValueError):
+        Kernel(kernel_file, "none")
+    monkeypatch.setattr(native, "VERSION", 99)
+    assert native.find_kernel.__wrapped__() is None
+    assert "torch alone" in native.describe(None)
+
+
+def test_no_source_is_longer_than_250_lines() -> None:
+    files = [*FOLDER.glob("*.c"), *FOLDER.glob("*.h")]
+    assert len(files) == 9
+    assert {file.name for file in files if len(file.read_text().splitlines()) > 250} == set()

@@ -1,0 +1,295 @@
+"""Packed directories load as models that answer like the unpacked ones, and are never dense in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from typer.testing import CliRunner
+
+import alps
+from alps import cli
+from alps.checkpoints.packed import pack_directory
+from alps.errors import CheckpointError
+from alps.evaluation.perplexity import perplexity
+from alps.inference.linear import PackedLinear
+from alps.inference.replace import packed_modules
+from alps.inference.writing import write
+from alps.loaded import Loaded
+
+SITES = {"llama": 7, "opt": 6, "opt-postnorm": 6, "gpt2": 4}
+
+
+def prune(model: nn.Module, sparsity: float = 0.7) -> None:
+    """The smallest weights of every matrix outside embeddings and head become zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "emb" not in name and "head" not in name and "wte" not in name and "wpe" not in name:
+            order = parameter.data.abs().float().flatten().argsort()
+            parameter.data.view(-1)[order[: round(sparsity * len(order))]] = 0
+
+
+@pytest.fixture
+def packed_stories(stories: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A real trained model at 30 % of its weights in float32, dense and packed."""
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "dense")
+    pack_directory(tmp_path / "dense", tmp_path / "packed")
+    return tmp_path / "dense", tmp_path / "packed"
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compress", [False, True])
+def test_every_kind_answers_like_the_dense_one(
+    multiplier: str,
+    kind: str,
+    dtype: torch.dtype,
+    compress: bool,
+    tiny_model: Callable[..., Any],
+    ids: Tensor,
+    tmp_path: Path,
+) -> None:
+    if compress:
+        pytest.importorskip("zstandard")
+    model = tiny_model(kind, dtype)
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+    pack_directory(tmp_path / "dense", tmp_path / "packed", compress)
+    packed = alps.load(tmp_path / "packed")
+    assert type(packed) is type(model) and not packed.training
+    inside = [name for name, _ in packed_modules(packed) if "layers." in name or ".h." in name]
+    assert len(inside) == 3 * SITES[kind]
+    for name, weight in model.named_parameters():
+        layer = packed.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, PackedLinear) and name.endswith("weight"):
+            dense = layer.to_dense()
+            assert torch.equal(dense.T if kind == "gpt2" else dense, weight), name
+            assert len(layer.values) == int((weight != 0).sum())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    wanted = logits(model, ids)
+    torch.testing.assert_close(logits(packed, ids), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+    # One token at a time, with the cache.
+    for one in (model, packed):
+        one.generation_config.eos_token_id = None
+    outputs = [one.generate(ids[:2], max_new_tokens=5, do_sample=False) for one in (model, packed)]
+    if dtype == torch.float32:
+        assert torch.equal(*outputs)
+
+
+def test_the_same_greedy_tokens_and_perplexity(
+    multiplier: str, packed_stories: tuple[Path, Path], english_file: Path
+) -> None:
+    dense, packed = AutoModelForCausalLM.from_pretrained(packed_stories[0]), alps.load(packed_stories[1])
+    tokenizer = AutoTokenizer.from_pretrained(packed_stories[1])
+    assert len(list(packed_modules(packed))) == 35
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+    wanted = dense.generate(ids, **settings)
+    assert torch.equal(packed.generate(ids, **settings), wanted) and wanted.shape[1] == ids.shape[1] + 200
+    # A batch of prompts of different lengths, padded on the left, and beams.
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = tokenizer(["Once upon a time there was", "Lily"], return_tensors="pt", padding=True)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    more = {"max_new_tokens": 20, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    assert torch.equal(packed.generate(**batch, **more), dense.generate(**batch, **more))
+    values = []
+    for model in (dense, packed):
+        loaded = Loaded("model", model, tokenizer)
+        windows = loaded.evaluation(str(english_file), 128, 10)
+        values.append(perplexity(model, windows, "model", torch.device("cpu")).perplexity)
+    assert f"{values[0]:.4g}" == f"{values[1]:.4g}" and values[0] > 1
+
+
+def test_dtypes(multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor) -> None:
+    for dtype in ("bfloat16", "float16"):
+        packed = alps.load(packed_stories[1], dtype=dtype)
+        dense = AutoModelForCausalLM.from_pretrained(packed_stories[0], dtype=dtype)
+        assert packed.dtype == dense.dtype and packed.config.dtype == dense.config.dtype
+        layer = next(layer for _, layer in packed_modules(packed))
+        assert layer.values.dtype == dense.dtype
+        wanted = logits(dense, ids)
+        torch.testing.assert_close(logits(packed, ids), wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
+_PEAK = """
+import json, sys
+import torch
+import alps
+from alps.runtime import forget_peaks, peak_host_bytes
+from pathlib import Path
+import transformers.models.llama.modeling_llama
+import accelerate
+forget_peaks(torch.device("cpu"))
+before = peak_host_bytes()
+model = alps.load(sys.argv[1])
+model(torch.zeros(1, 40, dtype=torch.long))
+print(json.dumps({"grown": peak_host_bytes() - before, "footprint": model.get_memory_footprint()}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks can be reset on Linux alone")
+def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12
+    )
+    model = LlamaForCausalLM(config)
+    prune(model, 0.9)
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "dense")
+    del model
+    # All in one file: what is mapped of it, and what is read and packed no more, would count.
+    pack_directory(tmp_path / "dense", tmp_path / "packed")
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "packed")], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["footprint"] < 0.15 * dense
+    assert found["grown"] < 0.4 * dense, (found, dense)
+
+
+def test_an_ordinary_directory_is_dense_and_can_be_packed(
+    multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor
+) -> None:
+    model, packed = alps.load(packed_stories[0]), alps.load(packed_stories[1])
+    assert list(packed_modules(model)) == [] and not any(p.requires_grad for p in model.parameters())
+    assert alps.pack_linears(model) == 35
+    assert [name for name, _ in packed_modules(model)] == [name for name, _ in packed_modules(packed)]
+    assert torch.equal(logits(model, ids), logits(packed, ids))
+
+
+def test_tied_and_sparse_embeddings_are_dense(tmp_path: Path, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("gpt2")
+    prune(model)
+    model.transformer.wte.weight.data[:, 5:20] = 0
+    model.save_pretrained(tmp_path / "dense")
+    manifest = pack_directory(tmp_path / "dense", tmp_path / "packed")
+    assert manifest.tensors["transformer.wte.weight"].stored == "packed"
+    packed = alps.load(tmp_path / "packed")
+    assert packed.lm_head.weight is packed.transformer.wte.weight
+    assert torch.equal(packed.lm_head.weight, model.lm_head.weight)
+    torch.testing.assert_close(logits(packed, ids), logits(model, ids))
+    assert alps.pack_linears(model) == 12 and isinstance(model.lm_head, nn.Linear)
+
+
+def renamed(source: Path, target: Path, rename: Callable[[str], str | None]) -> Path:
+    """A copy of a checkpoint of one file with other names of tensors; None leaves one out."""
+    target.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    new = {name: tensor for old, tensor in tensors.items() if (name := rename(old)) is not None}
+    save_file(new, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text((source / "config.json").read_text())
+    return target
+
+
+def test_names_with_and_without_the_prefix(tmp_path: Path, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("gpt2")
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+    bare = renamed(tmp_path / "dense", tmp_path / "bare", lambda name: name.removeprefix("transformer."))
+    pack_directory(bare, tmp_path / "packed")
+    torch.testing.assert_close(logits(alps.load(tmp_path / "packed"), ids), logits(model, ids))
+
+
+def test_directories_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+
+    def refused(name: str, rename: Callable[[str], str | None], reason: str, edit: str = "") -> None:
+        folder = renamed(tmp_path / "dense", tmp_path / name, rename)
+        if edit:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **json.loads(edit)}))
+        pack_directory(folder, tmp_path / f"{name}-packed")
+        with pytest.raises(CheckpointError, match=reason):
+            alps.load(tmp_path / f"{name}-packed")
+
+    refused("more", lambda name: name.replace("q_proj", "q_project"), "no tensor called .*q_project.weight.*unpack")
+    refused("fewer", lambda name: None if "layers.1.mlp.up" in name else name, "lacks 1 tensors .*layers.1.mlp.up_proj")
+    refused("other", lambda name: name, "has shape", edit='{"intermediate_size": 48}')
+
+    pack_directory(tmp_path / "dense", tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "packed.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        alps.load(tmp_path / "damaged")
+
+
+def test_experts_under_other_names_are_refused(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data[..., ::2] = 0
+    model.save_pretrained(tmp_path / "dense")
+    pack_directory(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(CheckpointError, match=r"no tensor called .*experts.*alps unpack"):
+        alps.load(tmp_path / "packed")
+
+
+def test_a_packed_model_is_not_saved(packed_stories: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="save_pretrained"):
+        alps.load(packed_stories[1]).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path], english_file: Path) -> None:
+    dense, packed = map(str, packed_stories)
+    runner = CliRunner()
+    options = ("--prompt", "Once upon a time", "--tokens", "40")
+    found = runner.invoke(cli.app, ["generate", packed, *options])
+    assert found.exit_code == 0, found.output
+    model, tokenizer = alps.load(dense), AutoTokenizer.from_pretrained(dense)
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    assert found.stdout.strip() == tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    said = found.stderr.replace("\n", " ")
+    assert f"{len(wanted)} tokens after {ids.shape[1]}: the first in" in said and "tokens/s; weights" in said
+    assert "35 packed layers by" in said and "peak memory" in said
+    written = write(model, tokenizer, "Once upon a time", 1)
+    assert written.tokens == 1 and written.tokens_per_second is None
+    # Sampled by a seed, and twice the same.
+    texts = [write(model, tokenizer, "Once", 20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    refused = runner.invoke(cli.app, ["generate", packed, *options, "--chat"])
+    assert refused.exit_code != 0 and "chat template" in str(refused.exception)
+
+    measured = []
+    for folder in (dense, packed):
+        told = runner.invoke(cli.app, ["eval", folder, "--text", str(english_file), "--seqlen", "64", "--windows", "4"])
+        assert told.exit_code == 0, told.output
+        measured.append(json.loads(told.stdout)[0]["perplexity"])
+    assert f"{measured[0]:.4g}" == f"{measured[1]:.4g}"
+
+
+def test_a_chat_template_is_used(packed_stories: tuple[Path, Path]) -> None:
+    model, tokenizer = alps.load(packed_stories[1]), AutoTokenizer.from_pretrained(packed_stories[1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Once"
+    plain = write(model, tokenizer, "Hello", 5)
+    chat = write(model, tokenizer, "Hello", 5, chat=True)
+    assert chat.prompt_tokens > plain.prompt_tokens
