@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from alps.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
 from alps.checkpoints.packing import Packed, pack
 from alps.checkpoints.parts import gather, merge
+from alps.checkpoints.shards import DTYPES, stored_tensors
 from alps.checkpoints.transport import check_compression
 from alps.checkpoints.unpacked import check_file
+from alps.checkpoints.weights import weight_file
 from alps.errors import CheckpointError
 from alps.inference.replace import packed_layer, put, refuse_saving, rows_out, tied_parameters
-from alps.inference.shards import DTYPES, Shard, typed
 from alps.models.load import load_model, parse_dtype, quiet, readable
+from alps.models.skeleton import empty_model
 from alps.runtime import pick_device
 
 
@@ -61,7 +64,7 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
     for name, record in {**manifest.shards, **manifest.files}.items():
         check_file(directory / name, record.bytes, record.sha256)
     with quiet(), readable(str(directory)):
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model = _skeleton(config, dtype or config.dtype or _first_dtype(manifest))
     try:
         _fill(model, directory, manifest)
@@ -82,13 +85,7 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
 def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with parameters that have no memory, in the dtypes in which transformers would load them."""
-    from accelerate import init_empty_weights
-
-    # Buffers that no checkpoint holds, such as rotary frequencies, are computed as ever.
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.config.dtype = dtype  # from_pretrained says it there, from_config only in newer releases
-    model.tie_weights()  # type: ignore[operator]
+    model = empty_model(config, dtype)
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
     if dtype == torch.float16:
         kept += getattr(model, "_keep_in_fp32_modules", None) or ()
@@ -132,28 +129,41 @@ class _Names:
 def _fill(model: nn.Module, directory: Path, manifest: Manifest) -> None:
     """Put every tensor of the directory where it belongs, one at a time."""
     names, tied = _Names(model), tied_parameters(model)
-    shards = {name: Shard(directory / name) for name in manifest.shards}
+    shards = {name: _reader(directory / name) for name in manifest.shards}
     compressed = bool(manifest.compression)
     for stored, record in manifest.tensors.items():
         name = names.find(stored, record.shape)
         if name is None:
             continue
         owner, _, own = name.rpartition(".")
-        module, part = model.get_submodule(owner), shards[record.shard].read
+        module, part = model.get_submodule(owner), shards[record.shard]
         dtype: torch.dtype = getattr(module, own).dtype
         if record.kept is not None and type(module) is nn.Linear and own == "weight" and name not in tied:
             packed = gather(stored, record.shape, record.itemsize, record.kept, compressed, part)
-            values = typed(packed.values, record.dtype, [record.kept]).to(dtype)
+            values = _typed(packed.values, record.dtype, [record.kept]).to(dtype)
             _put_packed(model, owner, module, replace(packed, values=values))
             continue
         bits = merge(stored, record.shape, record.itemsize, record.kept, compressed, part)
-        tensor = typed(bits, record.dtype, record.shape).to(dtype)
+        tensor = _typed(bits, record.dtype, record.shape).to(dtype)
         if record.kept is not None and type(module) is Conv1D and own == "weight" and name not in tied:
             _put_packed(model, owner, module, pack(rows_out(module, tensor)))
         elif own in module._parameters:
             module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[own] = tensor
+
+
+def _reader(path: Path) -> Callable[[str], Tensor]:
+    """Tensors of a file by their names, read into memory of their own: a mapped file would stay there beside them."""
+    stored = {one.name: one for one in stored_tensors(weight_file(path))}
+    return lambda name: stored[name].read()
+
+
+def _typed(data: Tensor, dtype: str, shape: list[int]) -> Tensor:
+    """The bytes of a contiguous tensor as one of another dtype, in safetensors' words, and shape."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not known")
+    return data.reshape(-1).view(torch.uint8).view(DTYPES[dtype]).view(shape)
 
 
 def _put_packed(model: nn.Module, name: str, module: nn.Module, packed: Packed) -> None:

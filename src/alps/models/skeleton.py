@@ -68,15 +68,25 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
     return Streamed(model, directory, files, origins)
 
 
+def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of transformers whose parameters, all of one dtype, have no memory.
+
+    Buffers that no checkpoint holds, such as rotary frequencies, are computed as ever.
+    """
+    with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
+        model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
+    model.config.dtype = dtype  # from_config says it in newer releases only
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
 def _skeleton(directory: Path, dtype: torch.dtype | None, stored: set[torch.dtype]) -> nn.Module:
     with quiet():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         chosen = dtype or getattr(config, "dtype", None)
         if not isinstance(chosen, torch.dtype):
             (chosen,) = stored  # several raise a ValueError: transformers takes the first one it meets
-        with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
-            model: nn.Module = auto_class(config).from_config(config, dtype=chosen)
-        model.tie_weights()  # type: ignore[operator]
+        model = empty_model(config, chosen)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)  # type: ignore[union-attr]
