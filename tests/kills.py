@@ -10,6 +10,7 @@ written. Prints a line of JSON: kills by what was going on, and whether results 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -121,7 +122,9 @@ def _over(child: int) -> bool:
 
 def _half_written(folder: Path) -> set[Path]:
     """Files of a block, or of the checkpoint, that have not got their names yet."""
-    return {*folder.glob("killed.partial/.*.partial-*"), *folder.glob(".killed.partial-*/.*")}
+    with contextlib.suppress(FileNotFoundError):  # a folder may get its name, or go, while it is looked at
+        return {*folder.glob("killed.partial/.*.partial-*"), *folder.glob(".killed.partial-*/.*")}
+    return set()
 
 
 def _weights(folder: Path) -> list[bytes]:

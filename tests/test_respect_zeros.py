@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import alps
 from alps.cli import app
+from alps.loaded import load
 from alps.models.blocks import find_blocks
 from alps.report import RunReport
 from alps.solvers import METHODS, get_method
@@ -41,7 +42,7 @@ def half(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("name", [*METHODS, "wanda+refit", "alps+refine"])
 @pytest.mark.parametrize("pattern", [0.7, "1:4"])
 def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name: str, pattern: str | float) -> None:
-    loaded = alps.load(str(half))
+    loaded = load(str(half))
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
     base, _, extra = name.partition("+")
     method = get_method(base, refit=extra == "refit", refine=extra == "refine")
@@ -62,7 +63,7 @@ def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name
 
 
 def test_without_it_zeros_may_come_back(half: Path, text: Path) -> None:
-    loaded = alps.load(str(half))
+    loaded = load(str(half))
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, 0.7, "alps", **settings)
@@ -76,7 +77,7 @@ def test_zeros_stay_with_targets_matching_and_budgets(
     half: Path, text: Path, settings: dict[str, Any], budget: str
 ) -> None:
     """One site has more zeros than any budget would give it: they stay, and the others get fewer."""
-    loaded = alps.load(str(half))
+    loaded = load(str(half))
     first = _sites(loaded.model)["model.layers.2.mlp.up_proj"]
     first[:, : first.shape[1] * 95 // 100] = 0
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
@@ -95,7 +96,7 @@ def test_zeros_stay_with_targets_matching_and_budgets(
 
 
 def test_a_model_with_zeros_enough_is_left_as_it_is(half: Path, text: Path) -> None:
-    loaded = alps.load(str(half))
+    loaded = load(str(half))
     dense = copy.deepcopy(loaded.model)
     shared: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, 0.4, "alps", respect_zeros=True, **shared)
@@ -120,7 +121,7 @@ def test_the_command_line_respects_zeros_and_rules(half: Path, text: Path, tmp_p
     assert result.exit_code == 0, result.output
     assert "were zero before, stay zero and are counted" in result.stdout
     assert "5 more with 20,480 weights are kept dense by rules (*.o_proj)" in result.stdout
-    before, after = (_sites(alps.load(str(folder)).model) for folder in (half, out))
+    before, after = (_sites(load(str(folder)).model) for folder in (half, out))
     for site, weight in after.items():
         assert not bool(((before[site] == 0) & (weight != 0)).any())
         if site.endswith("o_proj"):

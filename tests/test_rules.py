@@ -17,6 +17,7 @@ from alps.comparison import method_settings
 from alps.config import PruneSettings, load_settings
 from alps.errors import ConfigError
 from alps.inspection import inspect
+from alps.loaded import load
 from alps.models.blocks import Block, find_blocks
 from alps.progress import Silent
 from alps.pruned import foresee, prune_directory
@@ -139,7 +140,7 @@ def test_a_directory_tells_of_its_rules_and_is_inspected_by_them(
     assert settings.keep_dense == ["lm_head", "*.o_proj"]
     report = prune_directory(settings, out, Silent(), lambda _: None)
     assert load_settings(out / "alps.yaml", {}) == settings and RunReport.read(out) == report
-    before, after = alps.load(str(stories)).model, alps.load(str(out)).model
+    before, after = load(str(stories)).model, load(str(out)).model
     kept = [name for name, _ in before.named_parameters() if "o_proj" in name]
     assert len(kept) == 5 and all(_unchanged(after, before, name) for name in kept)
     entries = sum(after.get_parameter(name).numel() for name in kept)
@@ -249,7 +250,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
     for name, check in checks.items():
         assert check.groups == sum(record.entries for record in report.sites if record.pattern == name) // 4
     # The same from Python, with patterns as objects.
-    loaded = alps.load(str(stories))
+    loaded = load(str(stories))
     overrides: dict[str, Any] = {"*.mlp": alps.SemiStructured(2, 4), "*.v_proj": "1:4", "model.layers.1.*": 0.25}
     again = alps.prune(
         loaded.model, 0.6, "wanda", calibration=english_file, tokenizer=loaded.tokenizer, samples=4, seqlen=32,
