@@ -1,0 +1,168 @@
+"""The kernels for GPUs where there is none: run in triton's interpreter, and compiled for two generations of GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alps.inference import gpu
+from alps.inference.gpu import BLOCKS, GpuKernel, describe_gpu, find_gpu_kernel
+
+CASES = Path(__file__).parent / "triton_cases.py"
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+POINTERS = {"mask": "*i32", "offsets": "*i32", "starts": "*i16"}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[gpu-test]'"
+)
+
+
+def run_cases(interpret: str) -> str:
+    """triton_cases.py in a process of its own: triton is interpreted from its import on, or never."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parent.parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_the_cases_in_the_interpreter() -> None:
+    found = re.search(r"(\d+) passed, 1 skipped", run_cases("1"))
+    assert found is not None and int(found[1]) >= 45
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_cases_compiled_on_a_gpu() -> None:
+    assert "skipped" not in run_cases("0")
+
+
+def compiled(name: str, capability: int, dtype: str, biased: bool = True, wide: bool = False) -> Any:
+    """A kernel for a GPU that need not be there, with the blocks, types and alignments of its launches."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from alps.inference import triton_kernels
+
+    function = getattr(triton_kernels, name)
+    constants: dict[str, object] = {key: value for key, value in BLOCKS[name].items() if key.isupper()}
+    if "BIASED" in function.arg_names:
+        constants["BIASED"] = biased
+    kinds = {**POINTERS, **dict.fromkeys(("values", "x", "bias", "out"), f"*{dtype}")}
+    if wide:
+        kinds |= {"offsets": "*i64", "starts": "*i32"}
+    signature = {key: "constexpr" if key in constants else kinds.get(key, "i32") for key in function.arg_names}
+    aligned = {*kinds, "columns"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(function.arg_names) if key in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {key: value for key, value in BLOCKS[name].items() if key.islower()}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack and its spilled registers, by triton's own tool."""
+    import triton
+
+    file, tool = folder / "kernel.cubin", Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file.write_bytes(cubin)
+    done = subprocess.run([str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("multiply_one", dtype) for dtype in TYPES),
+        ("multiply_few", "bf16"),
+        ("multiply_few", "fp16"),
+        ("unpack", "bf16"),
+        ("unpack", "fp32"),
+    ],
+)
+def test_kernels_compile(
+    name: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compiled(name, capability, dtype)
+    code, used = kernel.asm["ptx"], usage(kernel.asm["cubin"], tmp_path)
+    assert f".target sm_{capability}" in code
+    # Nothing is spilled, and of 65,536 registers 4 blocks of 4 warps (3 with tensor cores) have enough.
+    most = 170 if name == "multiply_few" else 128
+    assert used["STACK"] == used["LOCAL"] == 0 and 16 < used["REG"] <= most, used
+    # The bits of a word are counted by one instruction, for two words around each octet of a thread.
+    block = BLOCKS[name]
+    octets = block["ROWS"] * block["OCTETS"] // (32 * block["num_warps"])
+    assert code.count("popc.b32") == 2 * octets
+    # A predicated load for each bit: no lane reads a weight that it does not have.
+    loads = re.findall(rf"@%p\d+ ld\.global\.b{8 * TYPES[dtype]} ", code)
+    assert len(loads) >= 8 * octets
+    if name == "unpack":
+        # 8 neighbours leave a thread together, 16 bytes at a time.
+        assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * (octets * TYPES[dtype] // 2)
+    if name == "multiply_few":
+        # The vectors come 16 bytes at a time, ahead of their step, past the registers.
+        assert "mma.sync" in code and re.search(
+            r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ \d+ \], \[ %rd\d+ \+ 0 \], 0x10", code
+        )
+
+
+@needs_triton
+def test_wide_offsets_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    used = usage(compiled("multiply_one", 90, "bf16", biased=False, wide=True).asm["cubin"], tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, there = torch.device("cuda:1"), {"capability": (8, 0), "triton": True}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: there["capability"])
+    kernel: Any = object()
+    monkeypatch.setattr(gpu, "GpuKernel", lambda: kernel)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there["triton"] else None)
+    monkeypatch.setattr(gpu, "_compiled_kernel", gpu._compiled_kernel.__wrapped__)
+    assert find_gpu_kernel(device) is kernel
+    assert find_gpu_kernel(torch.device("cpu")) is None and find_gpu_kernel(torch.device("meta")) is None
+    there["capability"] = (7, 5)
+    assert find_gpu_kernel(device) is None
+    there["capability"], there["triton"] = (12, 0), False
+    assert find_gpu_kernel(device) is None
+    there["triton"] = True
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert find_gpu_kernel(device) is None
+    assert "torch alone" in describe_gpu(None)
+
+
+_LAZY = """
+import sys
+import torch
+before = set(sys.modules)
+import alps
+from alps.checkpoints.packing import pack
+from alps.inference.linear import PackedLinear
+layer = PackedLinear(pack(torch.eye(8)))
+layer(torch.ones(1, 8))
+layer.to("meta")
+print("alps.inference.triton_kernels" in sys.modules)
+"""
+
+
+def test_a_cpu_never_imports_the_kernels() -> None:
+    done = subprocess.run([sys.executable, "-c", _LAZY], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@needs_triton
+def test_described_by_its_name() -> None:
+    assert describe_gpu(GpuKernel()) == "kernels in Triton"
