@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from alps.checkpoints.packing import pack
-from alps.inference import gpu
+from alps.inference import gpu, writing
 from alps.inference.gpu import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
+from alps.inference.native import describe, find_kernel
 
 CASES = Path(__file__).parent / "triton_cases.py"
 needs_triton = pytest.mark.skipif(
@@ -204,5 +205,12 @@ def test_a_cpu_never_imports_the_kernels() -> None:
 
 
 @needs_triton
-def test_described_by_its_name() -> None:
+def test_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the summary of `alps generate` has it."""
     assert describe_gpu(GpuKernel()) == "kernels in Triton"
+    layer: Any = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda:0")))
+    for kernel, words in ((GpuKernel(), "kernels in Triton"), (None, "torch alone, no triton for this GPU")):
+        monkeypatch.setattr(writing, "find_gpu_kernel", lambda device, kernel=kernel: kernel)
+        assert writing._multiplier(layer) == words
+    layer.values.device = torch.device("cpu")
+    assert writing._multiplier(layer) == describe(find_kernel())

@@ -192,7 +192,9 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel: GpuKernel) -> None:
     spare[2, 1] |= -(2**31)
     moved[3] += 1
     bias = torch.zeros(8, dtype=torch.bfloat16, device=DEVICE)
+    wider, more, further = (part.to(DEVICE) for part in vars_of(pack(sparse(8, 64, 0.5, torch.bfloat16, 0))))
     for wrong in (
+        (wider, more, further, 40, None),  # sound but for bits past the last column
         (spare, values, offsets, 40, None),
         (mask, values, moved, 40, None),
         (mask, values, offsets + 1, 40, None),
