@@ -49,6 +49,7 @@ class _Bound:
     tensors: tuple[Tensor | None, ...]
     dtype: torch.dtype
     device: torch.device
+    kind: str
     kernel: Multiplier | None = None
     matrix: Any = None
     few: int = 0
@@ -95,8 +96,8 @@ class PackedLinear(nn.Module):
         if (
             kernel is None
             or input.dtype is not bound.dtype
-            or input.device != bound.device
-            or torch.is_autocast_enabled(bound.device.type)
+            or (not input.is_cpu if bound.kind == "cpu" else input.device != bound.device)
+            or torch.is_autocast_enabled(bound.kind)
             or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
         ):
             return self._by_torch(input)
@@ -187,7 +188,7 @@ class PackedLinear(nn.Module):
 
     def _bind(self) -> _Bound:
         mask, values, offsets, bias = tensors = (self.mask, self.values, self.offsets, self.bias)
-        bound = _Bound(tensors, values.dtype, values.device)
+        bound = _Bound(tensors, values.dtype, values.device, values.device.type)
         kernel: Multiplier | None = find_kernel() if values.is_cpu else find_gpu_kernel(values.device)
         if kernel is None or values.dtype not in KINDS or (bias is not None and bias.dtype != values.dtype):
             return bound
