@@ -94,7 +94,7 @@ def _widened(operand: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (33, 65), (9, 1100)])
 def test_products(kernel: GpuKernel, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
     weight, x = sparse(rows, columns, 0.3, dtype, rows), random(min(tokens, FEW[dtype]), columns, dtype=dtype)
@@ -103,7 +103,7 @@ def test_products(kernel: GpuKernel, dtype: torch.dtype, tokens: int, rows: int,
 
 
 @settings(
-    max_examples=20 if INTERPRETED else 200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12 if INTERPRETED else 200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     rows=st.integers(1, 40),
