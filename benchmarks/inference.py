@@ -1,11 +1,13 @@
 """Packed layers and models against dense ones, side by side in one run: time, bytes per second, memory.
 
     python benchmarks/inference.py layer --threads 1,2
+    python benchmarks/inference.py layer --device cuda
     python benchmarks/inference.py build built
     python benchmarks/inference.py model --dense built/dense --packed built/packed-50,built/packed-70,built/packed-80
 
 `layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. Every
 contestant has its turn in every round, so that a slow moment of the machine strikes all of them; figures are medians.
+On a GPU the table is another one, of gpu_layers.py.
 `build` writes a LLaMA of random weights, 1.1 billion of them by default, dense and packed at several sparsities.
 """
 
@@ -30,11 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import alps
+import gpu_layers
 from alps.checkpoints.packed import pack_directory
 from alps.checkpoints.packing import pack
+from alps.errors import ConfigError
+from alps.inference.gpu import describe_gpu, find_gpu_kernel
 from alps.inference.linear import PackedLinear
 from alps.inference.native import describe, find_kernel
-from alps.runtime import peak_host_bytes, provenance
+from alps.runtime import peak_host_bytes, pick_device, provenance
 from layers import markdown
 
 
@@ -261,6 +266,8 @@ def main() -> None:
     if options.what == "memory":
         return memory(options)
     facts = provenance()
+    if options.what == "layer" and options.device != "cpu":
+        return gpu_table(options, facts)
     print(f"{facts['machine']}, {describe(find_kernel())}, torch {facts['torch']}, commit {facts['commit']}\n")
     if options.what == "layer":
         head = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s", "of stream"]
@@ -271,12 +278,24 @@ def main() -> None:
     return None
 
 
+def gpu_table(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """The layers' table on a GPU."""
+    device = pick_device(options.device)
+    if device.type != "cuda":
+        raise ConfigError(f"Device '{options.device}' is no GPU here: leave --device out for the table of the CPU.")
+    with torch.cuda.device(device):
+        what = describe_gpu(find_gpu_kernel(device))
+        print(f"{torch.cuda.get_device_name(device)}, {what}, torch {facts['torch']}, commit {facts['commit']}\n")
+        print(markdown(gpu_layers.HEAD, gpu_layers.rows(options, device)))
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     layer, building, model, alone = (what.add_parser(name) for name in ("layer", "build", "model", "memory"))
-    layer.add_argument("--shapes", default="4096x4096,11008x4096", help="out x in")
-    layer.add_argument("--tokens", default="1", help="vectors at once")
+    layer.add_argument("--device", default="cpu", help="cpu, or cuda:N for the table of a GPU")
+    layer.add_argument("--shapes", help="out x in; 4096x4096,11008x4096, on a GPU 8192x8192,28672x8192")
+    layer.add_argument("--tokens", help="vectors at once; 1, on a GPU 1,4,16,2048")
     layer.add_argument("--calls", type=int, default=4, help="of each contestant in a round")
     layer.add_argument("--cycle-mib", type=int, default=256, help="matrices of each contestant together")
     layer.add_argument("--no-csr", dest="csr", action="store_false")
@@ -296,8 +315,17 @@ def _options() -> argparse.Namespace:
     alone.add_argument("folder")
     alone.add_argument("prompt", type=int)
     alone.add_argument("tokens", type=int)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.what == "layer":
+        on_gpu = options.device != "cpu"
+        options.shapes = options.shapes or ("8192x8192,28672x8192" if on_gpu else "4096x4096,11008x4096")
+        options.tokens = options.tokens or ("1,4,16,2048" if on_gpu else "1")
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

@@ -7,9 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+
+import gpu_layers
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "2", "--seqlen", "32"]
@@ -293,3 +297,21 @@ def test_inference_prints_layers_and_models(tmp_path: Path, tmp_path_factory: py
     rows = run(tmp_path, "inference.py", "model", *folders, *sizes.split())
     assert [row[0] for row in rows[2:]] == [f"{built}/dense", f"{built}/packed-70"]
     assert all(float(row[2]) > 0 and float(row[7]) >= float(row[6]) > 0.1 for row in rows[2:])
+
+
+def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Path) -> None:
+    options = Namespace(shapes="1024x1024", tokens="1,20", sparsities="0.5,0.9", rounds=2, cycle_mib=1)
+    rows = gpu_layers.rows(options, torch.device("cpu"))
+    names = ["stream", "dense bfloat16", "packed 50%", "packed 90%", "packed 2:4"]
+    assert [row[2] for row in rows] == 2 * names and all(len(row) == len(gpu_layers.HEAD) for row in rows)
+    assert [row[5] for row in rows][:2] == ["", "1.00"] and all(float(row[3]) > 0 for row in rows)
+    # A bit and half a weight of 2 bytes for each, and 1025 offsets: 1.18 MB, where dense are 2.10.
+    assert rows[4][6] == f"{(1024 * 128 + 1024 * 1024 + 1025 * 4) / 1e6:.1f}" == "1.2" and rows[1][6] == "2.1"
+    # Twenty vectors are unpacked for, one is not; the dense product never.
+    assert [bool(row[9]) for row in rows] == [False] * 5 + [False, False, True, True, True]
+    if not torch.cuda.is_available():
+        for device in ("cuda", "meta"):
+            command = [sys.executable, str(ROOT / "benchmarks" / "inference.py"), "layer", "--device", device]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{device}'" in done.stderr
+            assert done.stdout == ""

@@ -5,18 +5,41 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alps.checkpoints.packing import Packed, check
-from alps.inference.native import KINDS, Kernel, Matrix, find_kernel
+from alps.inference.gpu import find_gpu_kernel
+from alps.inference.native import KINDS, find_kernel
 from alps.inference.tiles import unpack_rows
 
-# Rows that are unpacked at once for a dense product: small enough to stay in the cache until then.
+# Rows that are unpacked at once for a dense product. On a CPU they are small enough to stay in the cache until then. A
+# GPU needs many for its own product to be fast: most layers are unpacked whole.
 _TILE_BYTES = 2**21
+_GPU_TILE_BYTES = 2**28
+
+
+class Multiplier(Protocol):
+    """`alps.inference.native.Kernel` on a CPU, `alps.inference.gpu.GpuKernel` on a GPU; what they bind is their own."""
+
+    @property
+    def bind(self) -> Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Any]:
+        """Make sure that a packed matrix is one, and prepare it."""
+
+    @property
+    def few(self) -> Callable[[torch.dtype], int]:
+        """Up to so many vectors are multiplied with the packed matrix as it is."""
+
+    @property
+    def linear(self) -> Callable[[Any, Tensor, Tensor, int], None]:
+        """Multiply so many vectors into a tensor."""
+
+    @property
+    def unpack(self) -> Callable[[Any, int, Tensor], None]:
+        """Write dense rows, from a first one on, into a tensor."""
 
 
 @dataclass
@@ -25,15 +48,19 @@ class _Bound:
 
     tensors: tuple[Tensor | None, ...]
     dtype: torch.dtype
-    kernel: Kernel | None
-    matrix: Matrix | None
+    device: torch.device
+    kind: str
+    kernel: Multiplier | None = None
+    matrix: Any = None
+    few: int = 0
 
 
 class PackedLinear(nn.Module):
     """`y = x W^T + b` with W packed as in docs/format.md; for inference, W is not a parameter and cannot be trained.
 
-    On a CPU the compiled kernel multiplies, where there is one; anywhere else, and where gradients with respect to the
-    input are asked for, rows are unpacked by torch, some at a time, and multiplied densely: correct, and slower.
+    On a CPU the compiled kernel multiplies, where there is one, and on a GPU those in Triton; anywhere else, and where
+    gradients with respect to the input are asked for, rows are unpacked by torch, some at a time, and multiplied
+    densely: correct, and slower.
 
     Args:
         packed: the weight (out, in), of bfloat16, float16 or float32 for the kernel.
@@ -68,17 +95,16 @@ class PackedLinear(nn.Module):
             raise RuntimeError(f"the input is of shape {tuple(shape)}, the layer takes {self.in_features} features")
         if (
             kernel is None
-            or matrix is None
             or input.dtype is not bound.dtype
-            or not input.is_cpu
-            or torch.is_autocast_enabled("cpu")
+            or (not input.is_cpu if bound.kind == "cpu" else input.device != bound.device)
+            or torch.is_autocast_enabled(bound.kind)
             or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
         ):
             return self._by_torch(input)
         x = input if input.is_contiguous() else input.contiguous()
         tokens = x.numel() // self.in_features
         out = x.new_empty((*shape[:-1], self.out_features))
-        if tokens <= kernel.few:
+        if tokens <= bound.few:
             kernel.linear(matrix, x, out, tokens)
         else:
             self._by_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
@@ -87,7 +113,7 @@ class PackedLinear(nn.Module):
     def to_dense(self) -> Tensor:
         """The weight (out, in), on the layer's device: a copy, to the bit."""
         bound = self._binding()
-        if bound.kernel is None or bound.matrix is None:
+        if bound.kernel is None:
             return torch.cat(list(self._tiles())) if self.out_features else self.values.new_empty(0, self.in_features)
         dense = self.values.new_empty(self.out_features, self.in_features)
         bound.kernel.unpack(bound.matrix, 0, dense)
@@ -99,7 +125,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: when they do not.
         """
-        if self._binding().matrix is None:
+        if self._binding().kernel is None:
             check(Packed(self.mask, self.values, self.offsets, self.in_features))
 
     def extra_repr(self) -> str:
@@ -108,8 +134,12 @@ class PackedLinear(nn.Module):
         kept = f"{len(self.values) / weights:.2%} kept" if weights else "empty"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
-    def _by_tiles(self, kernel: Kernel, matrix: Matrix, x: Tensor, out: Tensor) -> None:
-        """Many vectors: rows are unpacked into one buffer again and again, and multiplied as dense ones."""
+    def _by_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor) -> None:
+        """Many vectors: rows are unpacked into one buffer again and again, and multiplied as dense ones.
+
+        On a GPU torch's allocator gives every layer the same memory for it, in the order of the stream and within CUDA
+        graphs; a buffer of our own would have to be kept apart by streams, and would stay when nobody needs it.
+        """
         count = self._tile_rows()
         tile = x.new_empty(min(count, self.out_features), self.in_features)
         for first in range(0, self.out_features, count):
@@ -138,7 +168,8 @@ class PackedLinear(nn.Module):
         return self.bias is not None and self.bias.requires_grad
 
     def _tile_rows(self) -> int:
-        return max(_TILE_BYTES // (self.in_features * self.values.element_size()), 1)
+        most = _GPU_TILE_BYTES if self.values.is_cuda else _TILE_BYTES
+        return max(most // (self.in_features * self.values.element_size()), 1)
 
     def _binding(self) -> _Bound:
         """The kernel on the tensors that are here now: they may have been moved, cast or replaced."""
@@ -156,13 +187,14 @@ class PackedLinear(nn.Module):
         return self._bound
 
     def _bind(self) -> _Bound:
-        tensors = (self.mask, self.values, self.offsets, self.bias)
-        kernel = find_kernel()
-        if kernel is None or not self.values.is_cpu or self.values.dtype not in KINDS:
-            return _Bound(tensors, self.values.dtype, None, None)
-        if self.bias is not None and self.bias.dtype != self.values.dtype:
-            return _Bound(tensors, self.values.dtype, None, None)
-        return _Bound(tensors, self.values.dtype, kernel, Matrix(kernel, *tensors[:3], self.in_features, self.bias))
+        mask, values, offsets, bias = tensors = (self.mask, self.values, self.offsets, self.bias)
+        bound = _Bound(tensors, values.dtype, values.device, values.device.type)
+        kernel: Multiplier | None = find_kernel() if values.is_cpu else find_gpu_kernel(values.device)
+        if kernel is None or values.dtype not in KINDS or (bias is not None and bias.dtype != values.dtype):
+            return bound
+        bound.kernel, bound.few = kernel, kernel.few(values.dtype)
+        bound.matrix = kernel.bind(mask, values, offsets, self.in_features, bias)
+        return bound
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
         # A parameter may get other memory and stay the same object.

@@ -20,14 +20,15 @@ from alps.checkpoints.shards import DTYPES, stored_tensors
 from alps.checkpoints.transport import check_compression
 from alps.checkpoints.unpacked import check_file
 from alps.checkpoints.weights import weight_file
-from alps.errors import CheckpointError
+from alps.errors import CheckpointError, ConfigError
 from alps.inference.replace import packed_layer, put, refuse_saving, rows_out, tied_parameters
+from alps.inference.semi_structured import check_device, semi_structure
 from alps.models.load import load_model, parse_dtype, quiet, readable
 from alps.models.skeleton import empty_model
 from alps.runtime import pick_device
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> Any:
+def load(path: str | Path, device: str = "cpu", dtype: str = "auto", semi_structured: bool = False) -> Any:
     """Load a causal language model for inference.
 
     Of a directory that `alps pack` wrote, linear layers that are packed there become `PackedLinear` and stay packed in
@@ -38,17 +39,28 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> Any:
 
     Args:
         path: a packed directory, or what `alps prune` takes as MODEL.
-        device: `cpu`, `cuda:N`, or `auto`. Packed layers are fast on a CPU; elsewhere torch unpacks rows for every use.
+        device: `cpu`, `cuda:N`, or `auto`. Packed layers have kernels for CPUs, and for GPUs in Triton; elsewhere torch
+            unpacks rows for every use.
         dtype: `auto` keeps the checkpoint's; or float32, bfloat16, float16.
+        semi_structured: give layers of a packed directory that are 2:4 to torch's semi-structured tensors, on a GPU.
 
     Raises:
         CheckpointError: when a file of a packed directory is missing or damaged, or tensors do not belong to the model.
-        ConfigError, UnsupportedModel: when transformers cannot make the model.
+        ConfigError, UnsupportedModel: when transformers cannot make the model, or `semi_structured` has nothing to do.
     """
     place, wanted = pick_device(device), parse_dtype(dtype)
+    if semi_structured:
+        check_device(place)
     if not is_packed(path):
+        if semi_structured:
+            raise ConfigError(
+                f"'{path}' is not packed, and semi_structured is for packed layers: `alps pack` it first."
+            )
         return load_model(str(path), wanted).requires_grad_(False).to(place)
-    return load_packed(Path(path).expanduser(), wanted).to(place)
+    model = load_packed(Path(path).expanduser(), wanted).to(place)
+    if semi_structured:
+        semi_structure(model)
+    return model
 
 
 def is_packed(path: str | Path) -> bool:

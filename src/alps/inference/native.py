@@ -75,7 +75,6 @@ class Kernel:
     Attributes:
         path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512` or `avx512bf16`.
         paths: all that this processor has, the best last.
-        few: up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them.
 
     Args:
         file: the library.
@@ -97,8 +96,15 @@ class Kernel:
         self.paths = [name for name in names if name]
         self.path = path or self.paths[-1]
         self.index = names.index(self.path)
-        self.few = 16 if self.path == "avx512bf16" else 8
         self.multiply = self.library.alps_multiply
+
+    def bind(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None) -> Matrix:
+        """The matrix for the other methods; see `Matrix`."""
+        return Matrix(self, mask, values, offsets, columns, bias)
+
+    def few(self, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them."""
+        return 16 if self.path == "avx512bf16" else 8
 
     def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
         """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 
 from alps.errors import ConfigError
+from alps.inference.gpu import describe_gpu, find_gpu_kernel
+from alps.inference.linear import PackedLinear
 from alps.inference.native import describe, find_kernel
 from alps.inference.replace import packed_modules
 from alps.runtime import peak_host_bytes
@@ -104,12 +106,17 @@ def summary(model: nn.Module, written: Written) -> str:
     """How fast text came, in how much memory, and by what."""
     layers = [layer for _, layer in packed_modules(model)]
     speed = "" if written.tokens_per_second is None else f", then {written.tokens_per_second:.1f} tokens/s"
-    how = f"{len(layers)} packed layers by {describe(find_kernel())}" if layers else "no packed layers"
+    how = f"{len(layers)} packed layers by {_multiplier(layers[0])}" if layers else "no packed layers"
     return (
         f"{written.tokens} tokens after {written.prompt_tokens}: the first in {written.first_seconds:.2f} s{speed}; "
         f"weights {written.weight_bytes / 2**30:.3f} GiB, peak memory {peak_host_bytes() / 2**30:.2f} GiB; {how}, "
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}."
     )
+
+
+def _multiplier(layer: PackedLinear) -> str:
+    device = layer.values.device
+    return describe_gpu(find_gpu_kernel(device)) if device.type == "cuda" else describe(find_kernel())
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:

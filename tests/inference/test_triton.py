@@ -1,0 +1,216 @@
+"""The kernels for GPUs where there is none: run in triton's interpreter, and compiled for two generations of GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from alps.checkpoints.packing import pack
+from alps.inference import gpu, writing
+from alps.inference.gpu import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
+from alps.inference.native import describe, find_kernel
+
+CASES = Path(__file__).parent / "triton_cases.py"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[gpu-test]'"
+)
+
+
+def run_cases(interpret: str) -> str:
+    """triton_cases.py in a process of its own: triton is interpreted from its import on, or never."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parent.parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_the_cases_in_the_interpreter() -> None:
+    found = re.search(r"(\d+) passed, 1 skipped", run_cases("1"))
+    assert found is not None and int(found[1]) >= 37
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_cases_compiled_on_a_gpu() -> None:
+    assert "skipped" not in run_cases("0")
+
+
+class Launches:
+    """Stands for the module of kernels: what is launched is compiled instead, for a GPU that need not be there.
+
+    Arguments, their types and alignments, and options are those of the launch.
+    """
+
+    def __init__(self, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.driver import driver
+
+        from alps.inference import triton_kernels
+
+        target = GPUTarget("cuda", capability, 32)
+        # triton keeps what it compiled by device.
+        here = {"get_current_device": lambda: capability, "get_current_stream": lambda _: 0}
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target, **here))
+        self._module = triton_kernels
+        self.compiled: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return self._Grids(self, getattr(self._module, name))
+
+    class _Grids:
+        def __init__(self, launches: Launches, function: Any) -> None:
+            self._launches, self._function = launches, function
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def compile_instead(*arguments: object, **options: object) -> None:
+                self._launches.compiled.append(self._function.warmup(*arguments, grid=grid, **options))
+
+            return compile_instead
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """For the compute capability that the test asks for by `capability`; nothing comes from triton's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return Launches(request.getfixturevalue("capability"), monkeypatch)
+
+
+def launch(launches: Launches, name: str, dtype: torch.dtype, columns: int = 256, first: int = 0) -> Any:
+    """What is compiled for a product or unpacking, of tensors that begin `first` elements into their memory."""
+    generator = torch.Generator().manual_seed(0)
+    packed = pack((torch.rand(40, columns, generator=generator) > 0.7).to(dtype))
+    memory = [
+        packed.mask,
+        packed.values,
+        packed.offsets,
+        *(torch.zeros(n, dtype=dtype) for n in (columns * 3, 120, 40)),
+    ]
+    shifted = [torch.cat([part.flatten()[:first], part.flatten()])[first:].view(part.shape) for part in memory]
+    mask, values, offsets, x, out, bias = shifted
+    kernel = GpuKernel()
+    kernel._kernels = launches
+    matrix = kernel.bind(mask, values, offsets.long() if first else offsets, columns, None if first else bias)
+    if name == "unpack":
+        kernel.unpack(matrix, 1, torch.zeros(39 * columns + first, dtype=dtype)[first:].view(39, columns))
+    else:
+        kernel.linear(matrix, x, out, 1 if name == "multiply_one" else 3)
+    (compiled,) = launches.compiled
+    assert compiled.metadata.name == name
+    return compiled
+
+
+def usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack and its spilled registers, by triton's own tool."""
+    import triton
+
+    file, tool = folder / "kernel.cubin", Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file.write_bytes(cubin)
+    done = subprocess.run([str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("multiply_one", dtype) for dtype in FEW),
+        ("multiply_few", torch.bfloat16),
+        ("multiply_few", torch.float16),
+        ("unpack", torch.bfloat16),
+        ("unpack", torch.float32),
+    ],
+)
+def test_kernels_compile(name: str, dtype: torch.dtype, capability: int, launches: Launches, tmp_path: Path) -> None:
+    kernel = launch(launches, name, dtype)
+    code, used = kernel.asm["ptx"], usage(kernel.asm["cubin"], tmp_path)
+    assert f".target sm_{capability}" in code
+    # Nothing is spilled, and of 65,536 registers 4 blocks of 4 warps (2 with tensor cores) have enough.
+    most = 192 if name == "multiply_few" else 128
+    assert used["STACK"] == used["LOCAL"] == 0 and 16 < used["REG"] <= most, used
+    # The bits of a word are counted by one instruction, for two words around each octet of a thread.
+    block = BLOCKS[name]
+    octets = block["ROWS"] * block["OCTETS"] // (32 * block["num_warps"])
+    assert code.count("popc.b32") == 2 * octets
+    # A predicated load for each bit: no lane reads a weight that it does not have.
+    loads = re.findall(rf"@%p\d+ ld\.global\.b{8 * dtype.itemsize} ", code)
+    assert len(loads) >= 8 * octets
+    if name == "unpack":
+        # 8 neighbours leave a thread together, 16 bytes at a time.
+        assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * (octets * dtype.itemsize // 2)
+    if name == "multiply_few":
+        # The vectors come 16 bytes at a time, ahead of their step, past the registers.
+        assert "mma.sync" in code and re.search(
+            r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ \d+ \], \[ %rd\d+ \+ 0 \], 0x10", code
+        )
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [90])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_other_launches_compile(name: str, capability: int, launches: Launches, tmp_path: Path) -> None:
+    """Odd sizes, addresses that are no multiples of 16, offsets of 64 bits, no bias."""
+    used = usage(launch(launches, name, torch.bfloat16, columns=77, first=1).asm["cubin"], tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, there = torch.device("cuda:1"), {"capability": (8, 0), "triton": True}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: there["capability"])
+    kernel: Any = object()
+    monkeypatch.setattr(gpu, "GpuKernel", lambda: kernel)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there["triton"] else None)
+    monkeypatch.setattr(gpu, "_compiled_kernel", gpu._compiled_kernel.__wrapped__)
+    assert find_gpu_kernel(device) is kernel
+    assert find_gpu_kernel(torch.device("cpu")) is None and find_gpu_kernel(torch.device("meta")) is None
+    there["capability"] = (7, 5)
+    assert find_gpu_kernel(device) is None
+    there["capability"], there["triton"] = (12, 0), False
+    assert find_gpu_kernel(device) is None
+    there["triton"] = True
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert find_gpu_kernel(device) is None
+    assert "torch alone" in describe_gpu(None)
+
+
+_LAZY = """
+import sys
+import torch
+before = set(sys.modules)
+import alps
+from alps.checkpoints.packing import pack
+from alps.inference.linear import PackedLinear
+layer = PackedLinear(pack(torch.eye(8)))
+layer(torch.ones(1, 8))
+layer.to("meta")
+print("alps.inference.triton_kernels" in sys.modules)
+"""
+
+
+def test_a_cpu_never_imports_the_kernels() -> None:
+    done = subprocess.run([sys.executable, "-c", _LAZY], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@needs_triton
+def test_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the summary of `alps generate` has it."""
+    assert describe_gpu(GpuKernel()) == "kernels in Triton"
+    layer: Any = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda:0")))
+    for kernel, words in ((GpuKernel(), "kernels in Triton"), (None, "torch alone, no triton for this GPU")):
+        monkeypatch.setattr(writing, "find_gpu_kernel", lambda device, kernel=kernel: kernel)
+        assert writing._multiplier(layer) == words
+    layer.values.device = torch.device("cpu")
+    assert writing._multiplier(layer) == describe(find_kernel())
