@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+
+from alps.models.hub import find_cached
 
 # What a processor of images and videos is made of, beside the tokenizer.
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -58,10 +59,5 @@ def processor_files(model: nn.Module, place: str) -> list[Path]:
     """What makes images into inputs of a model that reads them, beside its weights at `place`; of others nothing."""
     if not is_composite(model) or not place:
         return []
-    missing: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
-    found = (cached_file(place, name, **missing) for name in _PROCESSOR)
-    return [Path(path) for path in found if path is not None]
+    found = (find_cached(place, name) for name in _PROCESSOR)
+    return [path for path in found if path is not None]

@@ -15,7 +15,8 @@ from transformers import AutoConfig, GenerationConfig
 from alps.checkpoints.shards import stored_tensors
 from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, find_weights
 from alps.models.classes import auto_class
-from alps.models.load import quiet
+from alps.models.hub import fetched_directory
+from alps.models.load import looks_local, quiet, readable
 from alps.models.origins import find_origin
 from alps.models.streamed import Streamed
 
@@ -30,9 +31,10 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
     Raises:
         CheckpointError: when a file of the checkpoint is damaged.
     """
-    directory = Path(place).expanduser()
-    if not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
-        return "it is no local directory of safetensors files (download a model from the hub to stream it)"
+    with quiet(), readable(place):
+        directory = Path(place).expanduser() if looks_local(place) else fetched_directory(place)
+    if directory is None or not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return "it has no safetensors files"
     files = {file: stored_tensors(file) for file in find_weights(directory)}
     stored = {one.name: one for tensors in files.values() for one in tensors}
     try:
