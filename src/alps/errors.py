@@ -29,6 +29,10 @@ class CheckpointError(AlpsError):
     """A directory that cannot be read as a checkpoint or must not be written to."""
 
 
+class RankLost(AlpsError):
+    """Another process of the run has ended or does not answer; says which, where, and what it said last."""
+
+
 def shortened(word: object) -> str:
     """A name or value that a user gave, in at most 200 characters."""
     text = str(word)

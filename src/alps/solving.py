@@ -6,20 +6,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alps.errors import SolveFailed
 from alps.models.blocks import Block
-from alps.models.observe import Observation
 from alps.models.sites import Site
 from alps.models.starving import SharedInput
 from alps.progress import Watcher
 from alps.report import LayerRecord, solve_record
+from alps.solvers.alps import Alps
 from alps.solvers.base import Method, Solution
 from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, Within, keep_largest, within
+from alps.solvers.rows import Rows
 from alps.solvers.selection import masked
 from alps.solvers.target import correction, retarget
 
@@ -71,30 +73,19 @@ class SiteSolver:
     phases: Phases
     records: list[LayerRecord]
 
-    def observed(self, block: Block, seen: Observation) -> None:
-        """Prune everything that was observed.
+    def shared_input(self, block: Block, shared: SharedInput, rows: Rows | None = None) -> None:
+        """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
 
         Raises:
-            SolveFailed: when inputs or answers are not finite; names the sites.
+            SolveFailed: when an answer is not finite; names the site.
         """
-        for shared in seen.shared:
-            if not shared.stats.is_finite():
-                names = ", ".join(site.name for site in shared.sites)
-                raise SolveFailed(
-                    f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
-                    "check the model's weights, or run with --dtype float32."
-                )
-            self.shared_input(block, shared)
-
-    def shared_input(self, block: Block, shared: SharedInput) -> None:
-        """Prune the sites of one input."""
         shown = block.index in self.shown and not shared.sites[0].expert
         shift, method = None, self.method.traced() if shown else self.method
         with self.phases.timed("prepare"), _naming(shared.sites):
             state = method.prepare(shared.stats)
             if shared.stats.drift is not None:
                 shift = correction(shared.stats, self.target, self.target_damping)
-        for site in shared.sites:
+        for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()
             if shift is not None:
                 aim = retarget(aim, shift)
@@ -102,20 +93,41 @@ class SiteSolver:
             if self.respect_zeros:
                 pattern = within(pattern.base, site.read())
             with self.phases.timed("solve"), _naming([site]):
-                solution = method.solve(aim, state, pattern)
-            self._write(block, site, aim, pattern, solution, shared)
+                if rows is None:
+                    solution = method.solve(aim, state, pattern)
+                else:
+                    solution = _by_rows(method, aim, state, pattern, rows)
+            stored = self._store(site, solution)
+            # Of what several processes solve together each keeps the record of some sites.
+            if rows is None or index % rows.size == rows.rank:
+                self._record(block, site, aim, pattern, solution, stored, shared)
 
-    def _write(
-        self, block: Block, site: Site, aim: Tensor, pattern: Pattern, solution: Solution, shared: SharedInput
-    ) -> None:
-        found = 0 if self.respect_zeros else None
-        if isinstance(pattern, Within):
-            found = int(torch.count_nonzero(~pattern.allowed))
+    def told(self, record: LayerRecord) -> None:
+        """A site is done, here or in another process."""
+        self.watcher.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
+
+    @staticmethod
+    def _store(site: Site, solution: Solution) -> Tensor:
         stored = site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
                 f"Site {site.name}: pruned weights overflow {site.dtype}: run with --dtype bfloat16 or float32."
             )
+        return stored
+
+    def _record(
+        self,
+        block: Block,
+        site: Site,
+        aim: Tensor,
+        pattern: Pattern,
+        solution: Solution,
+        stored: Tensor,
+        shared: SharedInput,
+    ) -> None:
+        found = 0 if self.respect_zeros else None
+        if isinstance(pattern, Within):
+            found = int(torch.count_nonzero(~pattern.allowed))
         for phase, seconds in solution.info.seconds.items():
             self.phases.add(phase, seconds)
         error = magnitude_error = None
@@ -142,7 +154,19 @@ class SiteSolver:
                 found_zeros=found,
             )
         )
-        self.watcher.step(site.name + ("" if error is None else f"  error {error:.4f}"))
+        self.told(self.records[-1])
+
+
+def _by_rows(method: Method, aim: Tensor, state: Any, pattern: Pattern, rows: Rows) -> Solution:
+    """Solve this process's rows of a matrix, and get the others' from them."""
+    assert isinstance(method, Alps)
+    bounds = [len(aim) * rank // rows.size for rank in range(rows.size + 1)]
+    mine = slice(bounds[rows.rank], bounds[rows.rank + 1])
+    solution = method.solve_rows(aim[mine], state, pattern, aim.numel(), rows)
+    whole = torch.zeros_like(aim)
+    whole[mine] = solution.weight
+    solution.weight = rows.total(whole)
+    return solution
 
 
 @contextmanager

@@ -86,9 +86,15 @@ class InputStats:
         total, square = self.total + other.total, self.square + other.square
         return InputStats(self.tokens + other.tokens, total, square, upper, drift)
 
-    def averaged(self, tokens: int) -> InputStats:
-        """The sums of so many tokens that are each like the average of these; none of an empty set."""
-        share = tokens / self.tokens if self.tokens else 0.0
+    def averaged(self, tokens: int, of: int | None = None) -> InputStats:
+        """The sums of so many tokens that are each like the average of these; none of an empty set.
+
+        Args:
+            tokens: how many.
+            of: tokens of which these are a part of the sums; None where they are all.
+        """
+        count = self.tokens if of is None else of
+        share = tokens / count if count else 0.0
         upper = None if self.upper is None else self.upper * share
         drift = None if self.drift is None else self.drift * share
         return InputStats(tokens, self.total * share, self.square * share, upper, drift)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit, plan
+from alps.distributed import Group
 from alps.matching import Matching, Predictions, match
 from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device
@@ -31,6 +32,7 @@ from alps.report import LayerRecord
 from alps.resume import Resumable
 from alps.rules import Rules
 from alps.runtime import exact_float32, memory_told
+from alps.sharing import solve_sites
 from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
 from alps.solving import Phases, SiteSolver
@@ -66,6 +68,7 @@ class Walk:
         respect_zeros: zeros that a site has stay zero, and count towards its pattern.
         watcher: told after every site.
         resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
+        group: the processes that do it together; windows and sites are shared out among them.
         records: one for every site, in the order in which they were solved.
         seconds: wall time by phase.
     """
@@ -87,6 +90,7 @@ class Walk:
     respect_zeros: bool = False
     resumable: Resumable | None = None
     rules: Rules = field(default_factory=Rules)
+    group: Group = field(default_factory=Group)
     records: list[LayerRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -151,14 +155,15 @@ class Walk:
                 if self._restored(block):
                     continue
                 self._begin()
-                for site in block.sites:
-                    empty = InputStats.zeros(site.shape[1], Needs.NOTHING, self.device)
-                    solver.shared_input(block, SharedInput(empty, [site]))
+                nothing = [InputStats.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
+                shared = [SharedInput(empty, [site]) for empty, site in zip(nothing, block.sites, strict=True)]
+                solve_sites(solver, self.group, block, shared)
                 self._keep(block)
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._phases.timed("capture"):
-            batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens
+            windows = self.group.share(windows)
+            batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens // self.group.size
             storage = torch.device("cpu") if self.offload else self.device
             kept = Activations(storage, self.activation_bytes, self.spill_folder)
             inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1), kept)
@@ -175,7 +180,7 @@ class Walk:
                 if not restored:
                     self._begin()
                     for seen in self._observations(block, inputs, dense):
-                        solver.observed(block, seen)
+                        solve_sites(solver, self.group, block, seen.shared)
                 if dense is not None and (self.matching is not None or ending is None):
                     with self._phases.timed("forward"):
                         dense.advance(self.device)
@@ -191,7 +196,8 @@ class Walk:
                         inputs.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
-        steps = observations(block, inputs, self.needs, self.device, self.order, dense)
+        peers = self.group if self.group.size > 1 else None
+        steps = observations(block, inputs, self.needs, self.device, self.order, dense, peers)
         while True:
             with self._phases.timed("forward"):
                 seen = next(steps, None)

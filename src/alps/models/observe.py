@@ -14,7 +14,7 @@ from alps.errors import UnsupportedModel
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.sites import Site
-from alps.models.starving import SharedInput, fed
+from alps.models.starving import Peers, SharedInput, fed
 from alps.models.streams import AllSeen, DenseStream, watching
 from alps.stats import InputStats, Needs
 
@@ -92,6 +92,26 @@ class _Collector:
             if site.parameter_name in fused and not self.knows(site):
                 self._begin([site])
 
+    def agree(self, wanted: Sequence[Site], peers: Peers) -> None:
+        """Know the same inputs as all peers, in the same order: those of which nothing was seen here are empty."""
+        sites = {site.name: site for site in wanted}
+        groups = {names[0]: names for one in peers.gathered(self._groups()) for names in one}
+        mine = {names[0]: names for names in self._groups()}
+        if any(mine.get(leader, names) != names for leader, names in groups.items()) or any(
+            self.knows(sites[name]) for leader, names in groups.items() if leader not in mine for name in names
+        ):
+            raise UnsupportedModel(
+                "Which sites share an input differs between the windows of two processes: prune in one process."
+            )
+        for leader, names in groups.items():
+            if leader not in mine:
+                self._begin([sites[name] for name in names])
+        order = list(groups)
+        self.shared.sort(key=lambda one: order.index(one.name))
+
+    def _groups(self) -> list[list[str]]:
+        return [[site.name for site in one.sites] for one in self.shared]
+
     def received_once(self, shared: SharedInput) -> bool:
         """Whether an input has been met exactly once since the batch began."""
         return self._received.get(shared.sites[0].name) == 1
@@ -143,6 +163,7 @@ def observe(
     device: torch.device,
     groups: Sequence[Sequence[Site]] = (),
     dense: DenseStream | None = None,
+    peers: Peers | None = None,
 ) -> Observation:
     """Run `block` over all batches and sum up what its sites receive.
 
@@ -158,9 +179,11 @@ def observe(
         groups: the sites to watch, as `discover` grouped them: each group shares one input and is called once in a
             batch. Without it all sites are watched, and who shares what is found out.
         dense: the dense model's side of the same batches, needed for `Needs.DRIFT`.
+        peers: processes that observe other windows: the answer then has the same inputs in the same order on all of
+            them, each with the sums of its own windows.
 
     Raises:
-        UnsupportedModel: when a site receives other tokens in the dense model.
+        UnsupportedModel: when a site receives other tokens in the dense model, or shares another input elsewhere.
     """
     collector = _Collector(needs, device, groups)
     wanted = [site for group in groups for site in group] or block.sites
@@ -178,7 +201,9 @@ def observe(
                 inputs.run(block.index, block.module, batch, device)
             collector.end_batch(complete=all(map(collector.knows, wanted)))
     collector.begin_starved(wanted)
-    shared = fed(collector.shared, block, inputs, needs, device)
+    if peers is not None:
+        collector.agree(wanted, peers)
+    shared = fed(collector.shared, block, inputs, needs, device, peers)
     return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
 
 

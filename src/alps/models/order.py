@@ -11,6 +11,7 @@ from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.observe import Observation, discover, observe
 from alps.models.sites import Site
+from alps.models.starving import Peers
 from alps.models.streams import DenseStream
 from alps.stats import Needs
 
@@ -24,6 +25,7 @@ def observations(
     device: torch.device,
     order: Order = "block",
     dense: DenseStream | None = None,
+    peers: Peers | None = None,
 ) -> Iterator[Observation]:
     """What the sites of a block receive, to be pruned between one answer and the next.
 
@@ -36,6 +38,7 @@ def observations(
             all experts at once, first maps before second ones), and a last one for sites that the first batch did not
             reach.
         dense: the dense model's side, needed for `Needs.DRIFT`.
+        peers: processes that observe other windows, see `observe`.
     """
     if not block.sites:
         return
@@ -43,19 +46,30 @@ def observations(
     if order == "block":
         if dense is not None and wants_dense:
             dense.record(_comparable(block.sites), device)
-        yield observe(block, inputs, needs, device, dense=dense)
+        yield observe(block, inputs, needs, device, dense=dense, peers=peers)
         return
-    groups = discover(block, inputs, device)
+    groups = _discovered(block, inputs, device, peers)
     if dense is not None and wants_dense:
         dense.record(_comparable([group[0] for group in groups]), device)
-    steps: dict[str, list[list[Site]]] = {}
+    steps: dict[str, list[Sequence[Site]]] = {}
     for group in groups:
         steps.setdefault(group[0].parameter_name, []).append(group)
     for step in steps.values():
-        yield observe(block, inputs, needs, device, step, dense)
+        yield observe(block, inputs, needs, device, step, dense, peers)
     found = {site.name for group in groups for site in group}
     if rest := [site for site in block.sites if site.name not in found]:
-        yield observe(Block(block.index, block.name, block.module, rest), inputs, needs, device, dense=dense)
+        yield observe(block.only(rest), inputs, needs, device, dense=dense, peers=peers)
+
+
+def _discovered(
+    block: Block, inputs: BlockInputs, device: torch.device, peers: Peers | None
+) -> Sequence[Sequence[Site]]:
+    """What the first batch shows; with peers, what it shows the first of them."""
+    if peers is None:
+        return discover(block, inputs, device)
+    sites = {site.name: site for site in block.sites}
+    names = peers.first(lambda: [[site.name for site in group] for group in discover(block, inputs, device)])
+    return [[sites[name] for name in group] for group in names]
 
 
 def _comparable(sites: Sequence[Site]) -> list[Site]:

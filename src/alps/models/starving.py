@@ -10,13 +10,17 @@ other sums alike. The rule is continuous at T_e = c in, leaves an expert with en
 the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a second
 map is what the expert's own first map makes of all those tokens, since the features between the two are its own. Where
 a module of experts cannot be asked to send tokens elsewhere, it is all that the same map of all experts received.
+
+Where several processes see a part of the tokens each, T_e and T are those of all of them. The rule is linear in the
+sums: each process fills up its own part, and the parts add up to what one process would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,10 +56,9 @@ class SharedInput:
         return self.stats.tokens - self.added
 
     @property
-    def missing(self) -> int:
-        """Tokens that an expert would need in addition; 0 for every other site."""
-        site = self.sites[0]
-        return 0 if site.expert is None else max(ENOUGH * site.shape[1] - self.tokens, 0)
+    def name(self) -> str:
+        """That of its first site."""
+        return self.sites[0].name
 
     @property
     def notes(self) -> list[str]:
@@ -66,11 +69,36 @@ class SharedInput:
         return [f"{self.tokens} tokens were routed here for {inputs} inputs: {self.added} average ones were added"]
 
 
+class Peers(Protocol):
+    """The processes that see the other tokens of the same calibration; see `alps.distributed.Group`."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that counts what there is only one of."""
+
+    def counts(self, mine: Mapping[str, int]) -> dict[str, int]:
+        """Sums over all processes by name."""
+
+    def first(self, value: Callable[[], Any]) -> Any:
+        """What the first of them makes of `value`."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all of them."""
+
+
 def fed(
-    shared: Sequence[SharedInput], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
+    shared: Sequence[SharedInput],
+    block: Block,
+    inputs: BlockInputs,
+    needs: Needs,
+    device: torch.device,
+    peers: Peers | None = None,
 ) -> list[SharedInput]:
-    """The same inputs, with those of starving experts filled up."""
-    hungry = [one for one in shared if one.missing]
+    """The same inputs, with those of starving experts filled up; with `peers`, this process's part of it."""
+    experts = {one.name: one.stats.tokens for one in shared if one.sites[0].expert is not None}
+    received = peers.counts(experts) if peers is not None and experts else experts
+    missing = {name: max(ENOUGH * _inputs_of(name, shared) - count, 0) for name, count in received.items()}
+    hungry = [one for one in shared if missing.get(one.name)]
     if not hungry or needs is Needs.NOTHING:
         return list(shared)
     own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
@@ -79,13 +107,24 @@ def fed(
         name = one.sites[0].parameter_name
         if one.sites[0].expert is not None and one.sites[0].name not in own:
             fused[name] = fused[name] + one.stats if name in fused else one.stats
-    return [_filled(one, own, fused) if one.missing else one for one in shared]
+    pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in hungry}
+    sizes = {name: pool.tokens for name, pool in pools.items()}
+    if peers is not None:
+        sizes = peers.counts(sizes)
+    counted = peers is None or peers.leads
+    return [
+        _filled(one, pools[one.name], missing[one.name], sizes[one.name], counted) if one.name in pools else one
+        for one in shared
+    ]
 
 
-def _filled(one: SharedInput, own: dict[str, InputStats], fused: dict[str, InputStats]) -> SharedInput:
-    site = one.sites[0]
-    pool = own[site.name] if site.name in own else fused[site.parameter_name]
-    return replace(one, stats=one.stats + pool.averaged(one.missing), added=one.missing)
+def _inputs_of(name: str, shared: Sequence[SharedInput]) -> int:
+    return next(one.sites[0].shape[1] for one in shared if one.name == name)
+
+
+def _filled(one: SharedInput, pool: InputStats, missing: int, of: int, counted: bool) -> SharedInput:
+    added = pool.averaged(missing, of)
+    return replace(one, stats=one.stats + replace(added, tokens=missing if counted else 0), added=missing)
 
 
 def _rerouted_pools(

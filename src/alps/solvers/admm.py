@@ -15,6 +15,7 @@ a smaller penalty are in the authors' code and not in the paper.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,8 @@ from torch import Tensor
 from alps.errors import ConfigError
 from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.pattern import Pattern
+from alps.solvers.rows import select
 from alps.solvers.selection import masked
 
 
@@ -118,7 +120,7 @@ class PlainSteps:
         self.restart()
 
     def restart(self) -> None:
-        self.mask = keep_largest(self._dense.abs(), self._pattern)
+        self.mask = select(self._dense.abs(), self._pattern)
         self._D, self._V = masked(self._dense, self.mask), torch.zeros_like(self._dense)
         self._W, self._inverse, self._rho = self._dense, None, 0.0
 
@@ -138,7 +140,9 @@ class PlainSteps:
         return self._D
 
 
-def run(steps: Steps, k: int, settings: AdmmSettings, energy: float | None = None) -> AdmmResult:
+def run(
+    steps: Steps, k: int, settings: AdmmSettings, energy: float | None = None, total: Callable[[int], int] = int
+) -> AdmmResult:
     """Drive the splitting from the magnitude projection of the scaled dense weight until its support rests.
 
     Args:
@@ -146,6 +150,7 @@ def run(steps: Steps, k: int, settings: AdmmSettings, energy: float | None = Non
         k: number of entries that stay.
         settings: schedule and stopping rules.
         energy: of the dense outputs; where given, every check notes the error of D, which takes a product.
+        total: sums a count over the processes that hold other rows, so that the schedule is the same for all.
     """
     mask_at_check = steps.mask
     rho, grown, restarts, trace = settings.rho, False, 0, list[TracePoint]()
@@ -154,7 +159,7 @@ def run(steps: Steps, k: int, settings: AdmmSettings, energy: float | None = Non
         steps.step(rho)
         if iteration % settings.check_every:
             continue
-        change, gap = int(torch.count_nonzero(steps.mask ^ mask_at_check)), steps.gap()
+        change, gap = total(int(torch.count_nonzero(steps.mask ^ mask_at_check))), steps.gap()
         trace.append(TracePoint(iteration, rho, change, gap, steps.lost_energy() / energy if energy else None))
         if not grown and change < settings.restart_share * k and restarts < settings.max_restarts:
             restarts, rho = restarts + 1, rho * settings.restart_factor
@@ -184,7 +189,7 @@ def project(W: Tensor, V: Tensor, rho: float, pattern: Pattern) -> tuple[Tensor,
     Since D equals W + V / rho on its support, the new V is rho (W + V / rho) off the support and zero on it.
     """
     Z = torch.add(W, V, alpha=1 / rho)
-    mask = keep_largest(Z.abs(), pattern)
+    mask = select(Z.abs(), pattern)
     D = masked(Z, mask)
     return D, Z.sub_(D).mul_(rho), mask
 

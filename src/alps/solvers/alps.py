@@ -10,21 +10,24 @@ Meng, Behdin, Wang, Mazumder: ALPS, NeurIPS 2024, arXiv 2406.07831: Section 3 (s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from alps.errors import SolveFailed
 from alps.solvers import admm
 from alps.solvers.admm import AdmmResult, Steps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.exchange import exchange
 from alps.solvers.hessian import ScaledHessian, scaled
-from alps.solvers.pattern import Pattern, keep_largest
+from alps.solvers.pattern import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, descend
 from alps.solvers.precision import has_fast_bfloat16
 from alps.solvers.reductions import inner
+from alps.solvers.rows import Part, Rows, select
 from alps.solvers.selection import masked
 from alps.solvers.streaming import StreamingSteps
 from alps.stats import InputStats, Needs
@@ -74,16 +77,53 @@ class Alps(Method):
     def prepare(self, stats: InputStats) -> ScaledHessian:
         return scaled(stats, self.damping)
 
+    def solve_rows(self, weight: Tensor, state: ScaledHessian, pattern: Pattern, entries: int, rows: Rows) -> Solution:
+        """Prune some rows of a matrix while other processes prune the others.
+
+        The penalty follows the same schedule everywhere. Errors and traces are those of these rows.
+
+        Args:
+            weight: these rows, shape (rows, in), any float dtype; there may be none.
+            state: what `prepare` made of the same statistics in every process.
+            pattern: of the whole matrix, of which nothing has to stay zero.
+            entries: of the whole matrix.
+            rows: the processes.
+
+        Raises:
+            SolveFailed: when the weights, or the answer, are not finite, here or elsewhere.
+        """
+        assert not self.refine and not pattern.keeps_all
+        dense = weight.detach().to(torch.float32)
+        wrong = torch.stack([(~torch.isfinite(dense)).any(), dense.any()]).to("cpu", torch.int64)
+        infinite, nonzero = rows.total(wrong).tolist()
+        if infinite:
+            raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
+        part = Part(pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
+        if not nonzero:
+            mask = select(dense.abs(), part)
+            return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
+        solution = self._split(dense, state, part, entries, lambda count: int(rows.total(torch.tensor(count))))
+        solution.weight = torch.where(solution.mask, solution.weight, 0.0)
+        if int(rows.total((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
+            raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")
+        return solution
+
     def _solve(self, weight: Tensor, state: ScaledHessian, pattern: Pattern) -> Solution:
+        if not bool(weight.any()):
+            info = SolveInfo(Status.UNCHANGED, damping=state.damping, notes=list(state.notes))
+            return Solution(weight.clone(), keep_largest((weight / state.scale).abs(), pattern), info)
+        return self._split(weight, state, pattern, weight.numel(), int)
+
+    def _split(
+        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, entries: int, total: Callable[[int], int]
+    ) -> Solution:
+        """Splitting and refit of a weight, or of some rows of one that has `entries`."""
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
         W = weight / state.scale
-        if not bool(W.any()):
-            info.status = Status.UNCHANGED
-            return Solution(weight.clone(), keep_largest(W.abs(), pattern), info)
-        kept = W.numel() - pattern.pruned_count(W.numel())
+        kept = entries - pattern.pruned_count(entries)
         energy = state.undamped_energy(W) if self.trace_errors else None
         with info.timed("admm"):
-            split = admm.run(self._steps(state, W, pattern), kept, self.admm, energy)
+            split = admm.run(self._steps(state, W, pattern, entries), kept, self.admm, energy, total)
         info.status, info.iterations, info.restarts = split.status, split.iterations, split.restarts
         info.trace, info.gap = split.trace, split.gap
         if split.status is Status.MAX_ITERATIONS:
@@ -108,8 +148,8 @@ class Alps(Method):
         energy = state.undamped_energy(W)
         info.error_after_exchange = state.undamped_energy(W.sub_(D)) / (energy or 1.0)
 
-    def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern) -> Steps:
-        large = W.numel() >= _LARGE
+    def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern, entries: int) -> Steps:
+        large = entries >= _LARGE
         low = self.precision == "bfloat16" or (self.precision == "auto" and large and has_fast_bfloat16(W.device))
         if large or low:
             return StreamingSteps(state, W, pattern, torch.bfloat16 if low else torch.float32)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.pattern import Pattern, Unstructured, Within, keep_largest
+from alps.solvers.rows import Part
 from alps.solvers.selection import nearly_top
 
 # By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
@@ -111,6 +112,9 @@ class StreamingSteps:
 
     def _project(self, Z: Tensor, slack: float = _SLACK) -> None:
         sizes = torch.abs(Z, out=self._scratch)
+        if isinstance(self._pattern, Part):
+            self._M.copy_(self._pattern.select(sizes))
+            return
         kept = Z.numel() - self._pattern.pruned_count(Z.numel())
         if isinstance(self._pattern, Within):
             sizes.masked_fill_(~self._pattern.allowed, -float("inf"))

@@ -1,0 +1,101 @@
+"""A matrix whose rows are solved by several processes at the same time: what they have to agree on.
+
+Rows are independent in the W-step, in conjugate gradients and under N:M. What ties them together is the selection of
+the largest entries of the whole matrix, and how much of the support still changes. The selection is exact: scores are
+not negative, so that their bits as integers are in their order; two histograms, of the upper and of the lower half of
+the bits, summed over the processes, say which score is the last one to stay. Among equal ones the first rows win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alps.errors import SolveFailed
+from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+
+_HALF = 16
+_INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number
+
+
+class Rows(Protocol):
+    """The processes that hold the rows of a matrix, each its own, the first ones the first."""
+
+    rank: int
+    size: int
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all processes, the same on every one of them; may overwrite `values`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Unstructured):
+    """A fraction of a matrix of which this process holds some rows.
+
+    Attributes:
+        entries: of the whole matrix.
+        rows: who holds the others.
+    """
+
+    entries: int = 0
+    rows: Rows | None = None
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Mask (out, in) of the entries that stay: with the other processes' rows exactly as many as the pattern keeps.
+
+        Args:
+            scores: of these rows, shape (out, in), float32, none negative.
+        """
+        assert self.rows is not None
+        kept = self.entries - self.pruned_count(self.entries)
+        return top_of_all(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
+
+
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """`pattern.keep_largest` on a whole matrix, or on these rows of one that is shared; scores are not negative."""
+    return pattern.select(scores) if isinstance(pattern, Part) else keep_largest(scores, pattern)
+
+
+def top_of_all(scores: Tensor, kept: int, rows: Rows) -> Tensor:
+    """Mask of those of this process's scores that are among the `kept` largest of all processes.
+
+    Args:
+        scores: a vector of float32, none negative; it may be empty.
+        kept: entries that stay, of all processes.
+        rows: the processes.
+
+    Raises:
+        SolveFailed: when scores are NaN.
+    """
+    keys = scores.contiguous().view(torch.int32)
+    upper = keys >> _HALF
+    histogram = rows.total(torch.bincount(upper, minlength=2**_HALF // 2).cpu())
+    if int(histogram[_INFINITE + 1 :].sum()):
+        raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
+    if kept <= 0 or kept >= int(histogram.sum()):
+        return torch.full_like(scores, kept > 0, dtype=torch.bool)
+    bin_, missing = _bin_of(histogram, kept)
+    lower = keys[upper == bin_] & (2**_HALF - 1)
+    last, missing = _bin_of(rows.total(torch.bincount(lower, minlength=2**_HALF).cpu()), missing)
+    cut = (bin_ << _HALF) | last
+    mask = keys > cut
+    ties = (keys == cut).nonzero().squeeze(1)
+    mask[ties[: max(missing - _before(len(ties), rows), 0)]] = True
+    return mask
+
+
+def _bin_of(histogram: Tensor, kept: int) -> tuple[int, int]:
+    """The bin of the `kept`-th largest entry, and how many of that bin stay."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, kept))
+    return len(histogram) - 1 - place, kept - (int(from_top[place - 1]) if place else 0)
+
+
+def _before(count: int, rows: Rows) -> int:
+    """The counts of the processes before this one."""
+    counts = torch.zeros(rows.size, dtype=torch.int64)
+    counts[rows.rank] = count
+    return int(rows.total(counts)[: rows.rank].sum())
