@@ -16,13 +16,14 @@ from alps.checkpoints.journal import Journal
 from alps.config import SETTINGS_NAME, PruneSettings, parse_target, split_names
 from alps.data.mix import load_calibration
 from alps.data.windows import Windows
+from alps.distributed import Group
 from alps.errors import ConfigError
 from alps.loaded import Loaded, load
 from alps.matching import Matching
 from alps.models.classes import is_composite
 from alps.models.finite import check_finite, check_result
 from alps.models.order import Order
-from alps.models.save import save_model, save_streamed
+from alps.models.save import save_beside, save_model, write_files
 from alps.progress import Silent, Watcher
 from alps.published import publish_run
 from alps.records import calibration_record
@@ -202,6 +203,7 @@ def write(
     replaceable: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     journal: Journal | None = None,
+    group: Group | None = None,
 ) -> None:
     """Write model, tokenizer, report, page, card and settings to `out`, which appears whole or not at all.
 
@@ -209,15 +211,25 @@ def write(
         replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
         tell: is given a line where the page is left out.
         journal: holds the pruned blocks of a model that is not in memory.
+        group: processes that each write some of its files; the first one does all else.
     """
-    start = time.perf_counter()
+    start, group = time.perf_counter(), group or Group()
+    if not group.leads:
+        place = Path(group.first(str))
+        if loaded.store is not None and journal is not None:
+            write_files(loaded.store, loaded.blocks(), journal, place, group.rank, group.size)
+        group.wait()
+        return
     with new_directory(out, replaceable) as folder:
+        group.first(lambda: str(folder.absolute()))
         if loaded.store is None:
             check_result(loaded.model, str(out))
             save_model(loaded.model, loaded.tokenizer, folder)
         else:
             assert journal is not None
-            save_streamed(loaded.store, loaded.blocks(), journal, loaded.tokenizer, folder)
+            write_files(loaded.store, loaded.blocks(), journal, folder, group.rank, group.size)
+            save_beside(loaded.store, loaded.tokenizer, folder)
+        group.wait()
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, tell, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from alps.distributed import Group
 from alps.evaluation.divergence import divergence
 from alps.evaluation.perplexity import perplexity
 from alps.evaluation.records import EvaluationRecord, TaskRecord
@@ -22,25 +23,28 @@ def evaluate(
     device: str = "auto",
     watcher: Watcher | None = None,
     reference: Loaded | None = None,
+    group: Group | None = None,
 ) -> list[EvaluationRecord]:
     """Perplexity of a loaded model on each text; see `alps.evaluation.perplexity` for the convention.
 
     Args:
         reference: the dense model, to compare with on the same windows: every record is then a `ComparisonRecord`,
             see `alps.evaluation.divergence`.
+        group: processes that share out the windows, each with the same arguments.
 
     Raises:
         ConfigError: for a text that is missing or too short, windows longer than the model takes, or a reference with
             another tokenizer or vocabulary.
     """
-    place = pick_device(device)
+    group = group or Group()
+    place = group.device(device, pick_device(device))
     cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
     if reference is None:
-        return [perplexity(loaded.model, one, loaded.name, place, watcher) for one in cut]
+        return [perplexity(loaded.model, one, loaded.name, place, watcher, group) for one in cut]
     for one, text in zip(cut, texts, strict=True):
         reference.check_same(one, text, windows)
     names = (loaded.name, reference.name)
-    return [divergence(loaded.model, reference.model, one, names, place, watcher) for one in cut]
+    return [divergence(loaded.model, reference.model, one, names, place, watcher, group) for one in cut]
 
 
 def evaluate_tasks(

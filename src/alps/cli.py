@@ -18,6 +18,7 @@ from alps.commands.pack import pack_command, unpack_command
 from alps.commands.prune import prune
 from alps.commands.report import report_command
 from alps.commands.train import match_command, recover
+from alps.distributed import alone
 from alps.errors import AlpsError
 
 app = typer.Typer(
@@ -26,6 +27,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# Commands that several processes can run together.
+_TOGETHER = ("prune", "eval")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -72,11 +77,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Prune large language models in one shot, and see what it did to them."""
+    if not version and context.invoked_subcommand not in _TOGETHER:
+        alone(str(context.invoked_subcommand))
 
 
 app.command()(prune)

@@ -44,6 +44,25 @@ class Group:
         """Whether this is the process that prints, and keeps what there is only one of."""
         return self.rank == 0
 
+    def device(self, asked: str, found: torch.device) -> torch.device:
+        """Where this process works: on `found`, or on the GPU of its own number where several are to be used.
+
+        Args:
+            asked: as the user named it.
+            found: what that is for one process.
+
+        Raises:
+            ConfigError: for one GPU for several processes, or without a GPU for each.
+        """
+        if self.size == 1 or found.type != "cuda":
+            return found
+        if asked not in ("auto", "cuda"):
+            raise ConfigError(f"Device '{asked}' is one GPU for {self.size} processes: leave --device out.")
+        if self.local >= torch.cuda.device_count():
+            raise ConfigError(f"{torch.cuda.device_count()} GPUs are here for more processes: start one for each GPU.")
+        torch.cuda.set_device(self.local)
+        return torch.device("cuda", self.local)
+
     def share(self, values: Tensor) -> Tensor:
         """Every `size`-th of the rows of a tensor, those of this process.
 

@@ -91,6 +91,12 @@ class Masters:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Sum the gradients over the processes that train the same weights on other batches."""
+        for master in self._masters:
+            assert master.grad is not None
+            master.grad.copy_(total(master.grad))
+
     def step(self, share: float) -> bool:
         """Clip the gradients, take one step of Adam at this share of its largest size, and publish the weights.
 

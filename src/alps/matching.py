@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ def match(
     device: torch.device,
     seed: int = 0,
     predictions: Predictions | None = None,
+    peers: Sharing | None = None,
 ) -> MatchRecord:
     """Tune a pruned block in place.
 
@@ -93,6 +95,7 @@ def match(
         device: where to compute.
         seed: shuffles the batches.
         predictions: for the last block: compare what the head makes of the outputs.
+        peers: processes that have the other windows of every batch, and take the same steps.
 
     Returns:
         What became of the loss; the block is left as it was unless the loss on the held-back windows fell.
@@ -106,7 +109,7 @@ def match(
         target = targets[batch].to(device)
         return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch)
 
-    tuning = _Tuning(block.index, loss_of, len(targets), settings, seed)
+    tuning = _Tuning(block.index, loss_of, _shares([len(one) for one in targets], peers), settings, seed, peers)
     tuned = _tuned(block, settings.norms)
     if not tuned:
         return tuning.untouched()
@@ -115,6 +118,26 @@ def match(
     near = nullcontext() if predictions is None else predictions.head.on(device)
     with near, torch.enable_grad(), Masters(whole, tuned, settings.rate) as masters:
         return tuning.run(masters)
+
+
+class Sharing(Protocol):
+    """Processes that tune the same block, each on its part of every batch; see `alps.distributed.Group`."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all of them."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all of them; may overwrite `values`."""
+
+
+def _shares(sizes: Sequence[int], peers: Sharing | None) -> list[float]:
+    """Of every batch the share of its windows that is here; a process may have none of the last one."""
+    if peers is None:
+        return [1.0] * len(sizes)
+    every: list[list[int]] = peers.gathered(list(sizes))
+    count = max(map(len, every))
+    totals = [sum(one[i] for one in every if i < len(one)) for i in range(count)]
+    return [(sizes[i] if i < len(sizes) else 0) / totals[i] for i in range(count)]
 
 
 def _tuned(block: Block, norms: bool) -> list[Tuned]:
@@ -151,11 +174,13 @@ class _Tuning:
 
     index: int
     loss_of: Callable[[int], Tensor]
-    batches: int
+    shares: Sequence[float]
     settings: Matching
     seed: int
+    peers: Sharing | None = None
 
     def __post_init__(self) -> None:
+        self.batches = len(self.shares)
         self._held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
 
     def untouched(self) -> MatchRecord:
@@ -172,7 +197,7 @@ class _Tuning:
         due = max(len(training) // self.settings.checks, 1)
         for _ in range(self.settings.epochs):
             for batch in torch.randperm(len(training), generator=generator).tolist():
-                self.loss_of(training[batch]).backward()  # type: ignore[no-untyped-call]
+                self._descend(training[batch], masters)
                 masters.step(self._share(step / total))
                 step += 1
                 if step % due == 0 or step == total:
@@ -181,6 +206,14 @@ class _Tuning:
                         best, best_step, kept = now, step, masters.snapshot()
         masters.restore(kept)
         return MatchRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
+
+    def _descend(self, batch: int, masters: Masters) -> None:
+        if self.peers is None:
+            self.loss_of(batch).backward()  # type: ignore[no-untyped-call]
+            return
+        if self.shares[batch]:
+            (self.loss_of(batch) * self.shares[batch]).backward()  # type: ignore[no-untyped-call]
+        masters.add_up(self.peers.total)
 
     def _share(self, done: float) -> float:
         floor = self.settings.floor
@@ -196,4 +229,6 @@ class _Tuning:
         # A single batch is trained on and looked at, too.
         held_back = range(self.batches - self._held, self.batches) if self._held else [0]
         with torch.no_grad():
-            return sum(float(self.loss_of(batch)) for batch in held_back) / len(held_back)
+            mine = [float(self.loss_of(batch)) * self.shares[batch] for batch in held_back if self.shares[batch]]
+        loss = sum(mine) / len(held_back)
+        return loss if self.peers is None else float(self.peers.total(torch.tensor(loss, dtype=torch.float64)))

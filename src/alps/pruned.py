@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from alps.api import build_walk, run, write
 from alps.checkpoints.directory import check_target, remove_partial
-from alps.checkpoints.journal import Journal, check_journal, open_journal
+from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
 from alps.config import PruneSettings
 from alps.data.mix import Mix, load_calibration
+from alps.distributed import Group
 from alps.errors import AlpsError
 from alps.forecast import Forecast, forecast
 from alps.loaded import Loaded, load, open_model
@@ -24,7 +25,12 @@ from alps.walk import Walk
 
 
 def prune_directory(
-    settings: PruneSettings, out: Path, watcher: Watcher, tell: Callable[[str], None], resume: bool = False
+    settings: PruneSettings,
+    out: Path,
+    watcher: Watcher,
+    tell: Callable[[str], None],
+    resume: bool = False,
+    group: Group | None = None,
 ) -> RunReport:
     """What `alps prune` does: check everything that can be checked, then open the model, prune and write.
 
@@ -32,33 +38,52 @@ def prune_directory(
 
     Args:
         resume: refuse to begin anew.
+        group: the processes that do it together, each with the same arguments; None for this one alone. They see the
+            same files.
 
     Raises:
-        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; `out` is not written then.
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError, RankLost: one sentence each; `out` is not written
+            then.
     """
+    group = group or Group()
     walk, source = _checked(settings, out, watcher)
-    check_journal(out, settings.facts(), resume)
+    walk.group, walk.device = group, group.device(settings.device, walk.device)
+    group.first(lambda: check_journal(out, settings.facts(), resume))
     start = time.perf_counter()
     loaded = _opened(settings, source, tell)
     seconds = time.perf_counter() - start
     facts = {**settings.facts(), "the model's weights": loaded.identity()}
     windows = None
     if source is not None:
-        drawn = (settings.samples, settings.seqlen, settings.seed)
-        windows = loaded.calibration(source, *drawn, walk.device, watcher, tell)
+        drawn = (source, settings.samples, settings.seqlen, settings.seed)
+        windows = group.first(lambda: loaded.calibration(*drawn, walk.device, watcher, tell))
         facts["the calibration's hash"] = windows.sha256
     if loaded.store is not None:
-        loaded.store.check_finite()
-    with open_journal(out, facts) as journal, _kept(journal):
-        remove_partial(out)
-        if journal.finished:
+        loaded.store.check_finite(group.rank, group.size)
+    with _shared_journal(out, facts, group) as journal, _kept(journal):
+        if journal.finished and group.leads:
             tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
-        walk.resumable, walk.spill_folder = Resumable(journal), journal.place
+        walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
         report = run(loaded, walk, windows, settings.seed)
         report.add_seconds("load", seconds)
-        write(loaded, report, out, settings, tell=tell, journal=journal)
-        journal.discard()
+        write(loaded, report, out, settings, tell=tell, journal=journal, group=group)
+        group.wait()
+        if group.leads:
+            journal.discard()
     return report
+
+
+@contextmanager
+def _shared_journal(out: Path, facts: Mapping[str, str], group: Group) -> Iterator[Journal]:
+    """The journal of a run: the first process holds it, the others read it and add their blocks."""
+    if group.leads:
+        with open_journal(out, facts) as journal:
+            remove_partial(out)
+            group.wait()
+            yield journal
+    else:
+        group.wait()
+        yield follow_journal(out)
 
 
 def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> Forecast:

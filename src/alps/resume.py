@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from alps.checkpoints.journal import Journal
+from alps.distributed import Group
 from alps.errors import CheckpointError
 from alps.models.blocks import Block
 from alps.models.finite import check_result
@@ -34,10 +35,12 @@ class Resumable:
 
     Attributes:
         journal: where finished blocks go.
+        group: the processes of the run: they take turns in writing blocks, and the first one says that a block is done.
         before: wall time of the blocks that an earlier process has finished, in seconds.
     """
 
     journal: Journal
+    group: Group = field(default_factory=Group)
     before: float = 0.0
     _phases: dict[str, float] = field(default_factory=dict)
     _begun: float = 0.0
@@ -58,11 +61,17 @@ class Resumable:
         Raises:
             CheckpointError: when it cannot be written, or holds NaN.
         """
-        check_result(block.module, str(self.journal.place))
+        mine = block.index % self.group.size == self.group.rank
+        if mine:
+            check_result(block.module, str(self.journal.place))
         spent = {phase: total - self._phases.get(phase, 0.0) for phase, total in seconds.items()}
         spent["total"] = time.perf_counter() - self._begun
         record = _BlockRecord(sites=sites, match=match, seconds=spent)
-        self.journal.keep(block.index, dict(block.module.state_dict()), record.model_dump(mode="json"))
+        if mine:
+            self.journal.keep_tensors(block.index, dict(block.module.state_dict()))
+        self.group.wait()
+        if self.group.leads:
+            self.journal.keep_record(block.index, record.model_dump(mode="json"))
 
     def restore(self, block: Block, seconds: dict[str, float]) -> tuple[list[LayerRecord], MatchRecord | None]:
         """Give the block its finished weights, and `seconds` the time that they took.

@@ -5,8 +5,8 @@ legend  n  inputs of a site                                  scalar
         R  iterations of a solve                             scalar
         K  inverses of n x n that they take                  scalar
 A solve takes about K n^3 + 2 R m n^2 operations, and the sites of one input share the first term. Whole inputs go to
-the process with the least to do (`distributed.assign`); one that would keep a process busy while others wait is split by
-rows, which shares out the second term alone.
+the process with the least to do (`distributed.assign`); one that would keep a process busy while others wait is split
+by rows, which shares out the second term alone.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _spread(shared: SharedInput, group: Group, owner: int) -> None:
     flat = torch.cat([site.read().reshape(-1) for site in shared.sites])
     group.send(flat, owner)
     if group.rank != owner:
-        for site, part in zip(shared.sites, flat.split([site.entries for site in shared.sites]), strict=True):
+        for site, part in zip(shared.sites, torch.split(flat, [site.entries for site in shared.sites]), strict=True):
             site.read().copy_(part.view(site.shape))
 
 

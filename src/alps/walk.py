@@ -1,9 +1,9 @@
 """The walk: blocks in order, each pruned on what the already pruned ones before it produce.
 
 For every block: one pass over the calibration batches collects the inputs of its sites, the sites are solved and
-written back, a second pass turns the batches into the inputs of the next block. In sequential order there is a pass
-for every input of a block, so that each site is solved on what the pruned ones before it leave of its inputs. With a
-dense target or block matching the dense model walks beside: a second set of activations, and a dense copy of one block.
+written back, a second pass turns the batches into the inputs of the next block. In sequential order there is a pass for
+every input of a block, so that each site is solved on what those before it leave of it. With a dense target or
+block matching the dense model walks beside: a second set of activations, and a dense copy of one block.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Walk:
             input once all sites before it are pruned.
         target: share of the dense target, see `alps.solvers.target`; 0 reproduces the dense weight on the pruned
             prefix's inputs, 1 the dense model's own outputs.
-        target_damping: what draws the dense target back to the dense weight, as a share of the Gram's mean diagonal.
+        target_damping: draws the dense target to the dense weight, as a share of the Gram's mean diagonal.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
@@ -106,6 +106,10 @@ class Walk:
         return Needs.GRAM if self.measure_errors else self.method.needs
 
     @property
+    def _peers(self) -> Group | None:
+        return self.group if self.group.size > 1 else None
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether calibration windows are needed."""
         return self.needs is not Needs.NOTHING or self.matching is not None or self.budget != "uniform"
@@ -143,8 +147,9 @@ class Walk:
             return known
         free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.timed("budget"):
-            found = plan(model, free, windows, self.budget, self.pattern, self.device, self.respect_zeros)
-        if self.resumable is not None:
+            asked = (self.budget, self.pattern, self.device, self.respect_zeros)
+            found: Mapping[str, Pattern] = self.group.first(lambda: plan(model, free, windows, *asked))
+        if self.resumable is not None and self.group.leads:
             self.resumable.plan(found)
         return found
 
@@ -154,9 +159,10 @@ class Walk:
             with on_device(block, self.device):
                 if self._restored(block):
                     continue
-                self._begin()
-                nothing = [InputStats.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
-                shared = [SharedInput(empty, [site]) for empty, site in zip(nothing, block.sites, strict=True)]
+                if self.resumable is not None:
+                    self.resumable.begin(self.seconds)
+                empty = [InputStats.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
+                shared = [SharedInput(one, [site]) for one, site in zip(empty, block.sites, strict=True)]
                 solve_sites(solver, self.group, block, shared)
                 self._keep(block)
 
@@ -178,7 +184,8 @@ class Walk:
                 ending = predictions if block is blocks[-1] else None
                 restored = self._restored(block)
                 if not restored:
-                    self._begin()
+                    if self.resumable is not None:
+                        self.resumable.begin(self.seconds)
                     for seen in self._observations(block, inputs, dense):
                         solve_sites(solver, self.group, block, seen.shared)
                 if dense is not None and (self.matching is not None or ending is None):
@@ -189,15 +196,15 @@ class Walk:
                         assert dense is not None
                         with self._phases.timed("match"):
                             targets = dense.inputs.hidden
-                            self.matches.append(match(block, inputs, targets, self.matching, self.device, 0, ending))
+                            how = (self.matching, self.device, 0, ending, self._peers)
+                            self.matches.append(match(block, inputs, targets, *how))
                     self._keep(block)
                 if ending is None:
                     with self._phases.timed("forward"):
                         inputs.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
-        peers = self.group if self.group.size > 1 else None
-        steps = observations(block, inputs, self.needs, self.device, self.order, dense, peers)
+        steps = observations(block, inputs, self.needs, self.device, self.order, dense, self._peers)
         while True:
             with self._phases.timed("forward"):
                 seen = next(steps, None)
@@ -235,10 +242,6 @@ class Walk:
         for site in sites:
             self.watcher.step(f"{site.name}  as it was kept")
         return True
-
-    def _begin(self) -> None:
-        if self.resumable is not None:
-            self.resumable.begin(self.seconds)
 
     def _keep(self, block: Block) -> None:
         if self.resumable is not None:

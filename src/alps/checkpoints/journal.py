@@ -75,9 +75,17 @@ class Journal:
         Raises:
             CheckpointError: when it cannot be written.
         """
+        self.keep_tensors(index, tensors)
+        self.keep_record(index, record)
+
+    def keep_tensors(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """The first half of `keep`, for whichever process holds the tensors; the block is not done yet."""
         assert index == self.finished, f"block {index} after {self.finished} finished ones"
         pending = [Pending(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]  # type: ignore[misc]
         write_tensors(self._path(index, "safetensors"), pending)
+
+    def keep_record(self, index: int, record: Mapping[str, Any]) -> None:
+        """The second half of `keep`, when the tensors are on the disk: with it the block is done."""
         write_text(self._path(index, "json"), json.dumps(record, allow_nan=False))
         sync(self.place)
 
@@ -150,6 +158,19 @@ def open_journal(out: Path, facts: Facts) -> Iterator[Journal]:
             if not journal.finished and place.is_dir():
                 for path in (*place.glob("block-*"), place / JOURNAL_NAME):
                     path.unlink(missing_ok=True)
+
+
+def follow_journal(out: Path) -> Journal:
+    """The journal that another process has opened, to read it and to keep tensors in it.
+
+    Raises:
+        CheckpointError: when there is none: the processes do not see the same files.
+    """
+    place = journal_place(out)
+    content = _read(place)
+    if content is None:
+        raise CheckpointError(f"'{place}' is not there for every process: give an OUT that all hosts share.")
+    return Journal(place, content["facts"], content["notes"])
 
 
 def _read(place: Path) -> dict[str, Any] | None:

@@ -9,11 +9,11 @@ from rich.console import Console
 from alps.progress import ConsoleWatcher
 
 
-def consoles() -> tuple[Console, ConsoleWatcher, Callable[[str], None]]:
-    """Results go to stdout; progress and remarks to stderr, so that output can be piped."""
-    errors = Console(stderr=True)
+def consoles(quiet: bool = False) -> tuple[Console, ConsoleWatcher, Callable[[str], None]]:
+    """Results go to stdout; progress and remarks to stderr, so that output can be piped. `quiet` drops all of it."""
+    errors = Console(stderr=True, quiet=quiet)
     return (
-        Console(),
+        Console(quiet=quiet),
         ConsoleWatcher(errors),
         lambda line: errors.print(line, markup=False, highlight=False, soft_wrap=True),
     )

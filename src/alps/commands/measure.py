@@ -11,6 +11,7 @@ from rich.console import Console
 
 from alps.assessment import evaluate
 from alps.commands.consoles import consoles
+from alps.distributed import alone, joined
 from alps.errors import ConfigError
 from alps.evaluation.records import EvaluationRecord, TaskRecord
 from alps.evaluation.tasks import find_tasks, score_tasks
@@ -53,15 +54,21 @@ def evaluate_command(
     _check_needed("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--batch-size": batch_size})
     if not text and tasks is None:
         raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
-    _, watcher, tell = consoles()
-    errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
+    if tasks is not None:
+        alone("eval --tasks")
+    errors, rows, found = Console(stderr=True), list[EvaluationRecord | TaskRecord](), list[EvaluationRecord]()
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
-    loaded = load(directory, dtype, tell, packed=True)
-    if text:
-        dense = None if reference is None else load(reference, dtype, tell)
-        with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
-            found = evaluate(loaded, text, seqlen, windows, device, watcher, dense)
+    with joined() as group:
+        _, watcher, tell = consoles(quiet=not group.leads)
+        loaded = load(directory, dtype, tell, packed=True)
+        if text:
+            dense = None if reference is None else load(reference, dtype, tell)
+            with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
+                found = evaluate(loaded, text, seqlen, windows, device, watcher, dense, group)
+    if not group.leads:
+        return
+    if found:
         errors.print(evaluation_table(found))
         rows += found
     if wanted is not None:

@@ -10,6 +10,7 @@ import typer
 from alps.budgets import BUDGETS
 from alps.commands.consoles import consoles
 from alps.config import PRESETS, load_settings
+from alps.distributed import alone, joined
 from alps.forecast import forecast_summary
 from alps.pruned import foresee, prune_directory
 from alps.solvers import METHODS
@@ -113,10 +114,13 @@ def prune(
         "activation_memory": activation_memory,
         "errors": errors,
     }
-    console, watcher, tell = consoles()
-    settings = load_settings(config, given)
     if dry_run:
-        console.print(forecast_summary(foresee(settings, out, tell)), soft_wrap=True, highlight=False, markup=False)
-        return
-    report = prune_directory(settings, out, watcher, tell, resume)
-    console.print(prune_summary(report, out), soft_wrap=True)
+        alone("prune --dry-run")
+    with joined() as group:
+        console, watcher, tell = consoles(quiet=not group.leads)
+        settings = load_settings(config, given)
+        if dry_run:
+            console.print(forecast_summary(foresee(settings, out, tell)), soft_wrap=True, highlight=False, markup=False)
+            return
+        report = prune_directory(settings, out, watcher, tell, resume, group)
+        console.print(prune_summary(report, out), soft_wrap=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.data.windows import Windows
+from alps.distributed import Group
 from alps.errors import ConfigError
 from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
 from alps.evaluation.records import ComparisonRecord
@@ -28,6 +29,7 @@ def divergence(
     names: tuple[str, str],
     device: torch.device,
     watcher: Watcher | None = None,
+    group: Group | None = None,
 ) -> ComparisonRecord:
     """Compare a causal language model with a reference on windows of tokens.
 
@@ -37,14 +39,15 @@ def divergence(
         names: what to call the model and the reference in the record.
         device: where to run.
         watcher: told after every batch.
+        group: processes that share out the batches; all get the record of all windows.
 
     Raises:
         ConfigError: when the two predict over vocabularies of different sizes.
     """
-    watcher = watcher or Silent()
+    watcher, group = watcher or Silent(), group or Group()
     training = model.training, reference.training
     model, reference = model.to(device).eval(), reference.to(device).eval()
-    parts = batches(windows)
+    parts = batches(windows)[group.rank :: group.size]
     sums = _Sums()
     watcher.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
     try:
@@ -56,6 +59,7 @@ def divergence(
         watcher.finish()
         model.train(training[0])
         reference.train(training[1])
+    sums.values = group.total(sums.values)
     return _record(sums, windows, names)
 
 

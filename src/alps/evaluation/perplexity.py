@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.data.windows import Windows
+from alps.distributed import Group
 from alps.evaluation.records import EvaluationRecord
 from alps.progress import Silent, Watcher
 
@@ -24,7 +25,12 @@ LOSS_ROWS = 128
 
 
 def perplexity(
-    model: nn.Module, windows: Windows, name: str, device: torch.device, watcher: Watcher | None = None
+    model: nn.Module,
+    windows: Windows,
+    name: str,
+    device: torch.device,
+    watcher: Watcher | None = None,
+    group: Group | None = None,
 ) -> EvaluationRecord:
     """Measure a causal language model on windows of tokens.
 
@@ -34,11 +40,12 @@ def perplexity(
         name: what to call the model in the record.
         device: where to run.
         watcher: told after every batch.
+        group: processes that share out the batches; all get the record of all windows.
     """
-    watcher = watcher or Silent()
+    watcher, group = watcher or Silent(), group or Group()
     training = model.training
     model = model.to(device).eval()
-    parts = batches(windows)
+    parts = batches(windows)[group.rank :: group.size]
     total = torch.zeros((), dtype=torch.float64)
     watcher.start(f"{name} on {windows.source}", len(parts))
     try:
@@ -50,7 +57,7 @@ def perplexity(
         watcher.finish()
         model.train(training)
     predicted = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-    loss = float(total) / predicted
+    loss = float(group.total(total)) / predicted
     return EvaluationRecord(
         model=name,
         text=windows.source,

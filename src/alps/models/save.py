@@ -43,14 +43,29 @@ def save_streamed(
     Raises:
         CheckpointError: when a file cannot be read or written.
     """
+    write_files(store, blocks, journal, folder)
+    save_beside(store, tokenizer, folder)
+
+
+def write_files(
+    store: Streamed, blocks: Sequence[Block], journal: Journal, folder: Path, first: int = 0, step: int = 1
+) -> None:
+    """Every `step`-th file of the weights, from the `first` on.
+
+    Raises:
+        CheckpointError: when a file cannot be read or written.
+    """
     changed = {f"{b.name}.{name}": tensor for b in blocks for name, tensor in journal.tensors(b.index).items()}
-    places, total = {}, 0
-    for file in store.files:
-        pending = store.rewritten(file, changed)
-        write_tensors(folder / file.name, pending)
-        places.update({one.name: file.name for one in pending})
-        total += sum(one.nbytes for one in pending)
-    if len(store.files) > 1:
+    for file in list(store.files)[first::step]:
+        write_tensors(folder / file.name, store.rewritten(file, changed))
+
+
+def save_beside(store: Streamed, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """All that belongs to a model that is not in memory but the files of its weights."""
+    held = {file: store.rewritten(file, {}) for file in store.files}
+    if len(held) > 1:
+        places = {one.name: file.name for file, tensors in held.items() for one in tensors}
+        total = sum(one.nbytes for tensors in held.values() for one in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     config, model = copy.deepcopy(store.model.config), store.model
