@@ -54,14 +54,14 @@ def _weights(folder: Path) -> bytes:
 
 def _stop_after(blocks: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a run fail when it has kept so many blocks."""
-    keep = Journal.keep
+    keep = Journal.keep_tensors
 
     def failing(self: Journal, index: int, *rest: Any) -> None:
         if index == blocks:
             raise error
         keep(self, index, *rest)
 
-    monkeypatch.setattr(Journal, "keep", failing)
+    monkeypatch.setattr(Journal, "keep_tensors", failing)
 
 
 @pytest.mark.parametrize(

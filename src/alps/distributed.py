@@ -130,17 +130,13 @@ class Group:
 
     def wait(self) -> None:
         """Go on when every process is here."""
-        if self.size > 1:
-            with self._together():
-                dist.all_reduce(torch.zeros(1))
+        self.total(torch.zeros(1))
 
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Turn the loss of another process into one sentence."""
         try:
             yield
-        except AlpsError:
-            raise
         except RuntimeError as error:
             raise RankLost(self._loss(error)) from error
 

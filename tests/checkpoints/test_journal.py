@@ -25,7 +25,8 @@ def _keep_two(out: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), open_journal(out, _FACTS) as journal:
         journal.note("patterns", {"a": "0.5"})
         for index in range(2):
-            journal.keep(index, {"w": torch.full((2, 3), index, dtype=torch.bfloat16)}, {"number": index})
+            journal.keep_tensors(index, {"w": torch.full((2, 3), index, dtype=torch.bfloat16)})
+            journal.keep_record(index, {"number": index})
         raise RuntimeError("stop")
 
 
@@ -50,7 +51,7 @@ def test_a_block_without_its_record_is_not_finished(tmp_path: Path) -> None:
     (journal_place(tmp_path / "out") / "block-00001.json").unlink()
     with open_journal(tmp_path / "out", _FACTS) as journal:
         assert journal.finished == 1
-        journal.keep(1, {"w": torch.zeros(1)}, {})
+        journal.keep_tensors(1, {"w": torch.zeros(1)})
         assert torch.equal(journal.tensors(1)["w"].read(), torch.zeros(1))
 
 
@@ -88,7 +89,8 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         "except CheckpointError as error:\n    print(error)\n"
     )
     with open_journal(tmp_path / "out", {}) as journal:
-        journal.keep(0, {}, {})
+        journal.keep_tensors(0, {})
+        journal.keep_record(0, {})
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, timeout=120
         )

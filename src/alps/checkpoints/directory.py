@@ -30,12 +30,12 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
         if out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).is_file()):
             raise CheckpointError(f"Output directory '{out}' is not empty: give a new name or empty it first.")
         ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-        probe = Path(tempfile.mkdtemp(prefix=".alps-probe-", dir=ancestor))
+        # Named as what `remove_partial` removes: a kill may fall in between.
+        probe = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=ancestor))
         try:
             (probe / out.name).mkdir()
-            (probe / out.name).rmdir()
         finally:
-            probe.rmdir()
+            shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"Output directory '{out}' cannot be created ({error.strerror}): choose a place you can write to."

@@ -64,28 +64,26 @@ class Journal:
         content = {"format": _FORMAT, "facts": self._facts, "notes": self._notes}
         write_text(self.place / JOURNAL_NAME, json.dumps(content, indent=1))
 
-    def keep(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """A block is done.
+    def keep_tensors(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what a block became; it is not done yet, and whichever process holds the tensors may do it.
 
         Args:
             index: of the block; the next one after those that are finished.
             tensors: by their names inside the block.
-            record: what is to be known of it, as plain JSON values.
 
         Raises:
-            CheckpointError: when it cannot be written.
+            CheckpointError: when they cannot be written.
         """
-        self.keep_tensors(index, tensors)
-        self.keep_record(index, record)
-
-    def keep_tensors(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """The first half of `keep`, for whichever process holds the tensors; the block is not done yet."""
         assert index == self.finished, f"block {index} after {self.finished} finished ones"
         pending = [Pending(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]  # type: ignore[misc]
         write_tensors(self._path(index, "safetensors"), pending)
 
     def keep_record(self, index: int, record: Mapping[str, Any]) -> None:
-        """The second half of `keep`, when the tensors are on the disk: with it the block is done."""
+        """Write what is to be known of a block whose tensors are on the disk, as plain JSON values: it is done.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
         write_text(self._path(index, "json"), json.dumps(record, allow_nan=False))
         sync(self.place)
 
