@@ -7,7 +7,7 @@
 
 `layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. Every
 contestant has its turn in every round, so that a slow moment of the machine strikes all of them; figures are medians.
-On a GPU the table is another one, of gpu_layers.py.
+The tables are those of cpu_layers.py and gpu_layers.py.
 `build` writes a LLaMA of random weights, 1.1 billion of them by default, dense and packed at several sparsities.
 """
 
@@ -19,155 +19,23 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import alps
+import cpu_layers
 import gpu_layers
 from alps.checkpoints.packed import pack_directory
-from alps.checkpoints.packing import pack
 from alps.errors import ConfigError
 from alps.inference.gpu import describe_gpu, find_gpu_kernel
-from alps.inference.linear import PackedLinear
 from alps.inference.native import describe, find_kernel
 from alps.runtime import peak_host_bytes, pick_device, provenance
 from layers import markdown
-
-
-@dataclass
-class Contestant:
-    """Something that multiplies, on one matrix after the other.
-
-    Attributes:
-        calls: one for every copy of its matrix.
-        nbytes: of one copy.
-    """
-
-    name: str
-    calls: list[Callable[[], object]]
-    nbytes: int
-    seconds: list[float] = field(default_factory=list)
-    turn: int = 0
-
-    def run(self, count: int) -> None:
-        """Time the next calls."""
-        for _ in range(count):
-            call = self.calls[self.turn % len(self.calls)]
-            self.turn += 1
-            start = time.perf_counter()
-            call()
-            self.seconds.append(time.perf_counter() - start)
-
-    @property
-    def median(self) -> float:
-        """Seconds of a call."""
-        return statistics.median(self.seconds)
-
-
-def sparse(rows: int, columns: int, sparsity: float) -> Tensor:
-    """Gaussian, bfloat16, with zeros at random places."""
-    there = torch.rand(rows, columns) >= sparsity
-    return torch.where(there, torch.randn(rows, columns), 0).bfloat16()
-
-
-def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespace) -> list[Contestant]:
-    """All that multiply with a matrix of that shape, each with copies of more bytes than the caches hold."""
-    found: list[Contestant] = []
-
-    def add(name: str, nbytes: int, make: Callable[[], Callable[[], object]]) -> None:
-        copies = max(-(-options.cycle_mib * 2**20 // nbytes), 1)
-        found.append(Contestant(name, [make() for _ in range(copies)], nbytes))
-
-    x = torch.randn(tokens, columns)
-    stream = torch.ones(options.cycle_mib * 2**18)
-    found.append(Contestant("stream", [lambda: stream.sum()], stream.nbytes))
-    for dtype in (torch.bfloat16, torch.float32):
-        weight, own = torch.randn(rows, columns).to(dtype), x.to(dtype)
-
-        def dense(weight: Tensor = weight, own: Tensor = own) -> Callable[[], object]:
-            copy = weight.clone()
-            return lambda: F.linear(own, copy)
-
-        add(f"dense {str(dtype).removeprefix('torch.')}", weight.nbytes, dense)
-    for sparsity in map(float, options.sparsities.split(",")):
-        weight = sparse(rows, columns, sparsity)
-        packed = pack(weight)
-
-        def layer(packed: Any = packed) -> Callable[[], object]:
-            module, own = PackedLinear(packed), x.bfloat16()
-            for name, buffer in list(module.named_buffers()):
-                setattr(module, name, buffer.clone())
-            module.check()  # bound to its tensors before the first call
-            return lambda: module(own)
-
-        add(f"packed bfloat16 {sparsity:.0%}", packed.nbytes, layer)
-        if options.csr:
-            _csr(weight.float(), x, sparsity, add)
-    return found
-
-
-def _csr(weight: Tensor, x: Tensor, sparsity: float, add: Callable[..., None]) -> None:
-    """torch's sparse rows, and scipy's where it is installed (on one thread, whatever torch has); both in float32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the support is in beta
-        rows = weight.to_sparse_csr()
-    parts = (rows.crow_indices().int(), rows.col_indices().int(), rows.values())
-    across = x.T.contiguous()
-
-    def by_torch() -> Callable[[], object]:
-        crow, column, values = (part.clone() for part in parts)
-        own = torch.sparse_csr_tensor(crow, column, values, weight.shape, check_invariants=True)
-        return lambda: own @ across
-
-    add(f"torch CSR float32 {sparsity:.0%}", sum(part.nbytes for part in parts), by_torch)
-    try:
-        from scipy.sparse import csr_matrix
-    except ImportError:
-        return
-
-    def by_scipy() -> Callable[[], object]:
-        crow, column, values = (part.clone().numpy() for part in parts)
-        own, right = csr_matrix((values, column, crow), shape=tuple(weight.shape)), across.numpy()
-        return lambda: own @ right
-
-    add(f"scipy CSR float32 {sparsity:.0%}", sum(part.nbytes for part in parts), by_scipy)
-
-
-def layer_rows(options: argparse.Namespace) -> list[list[str]]:
-    """A row for every contestant, at every shape, number of tokens and of threads."""
-    rows = []
-    for shape in options.shapes.split(","):
-        out, columns = map(int, shape.split("x"))
-        for tokens in map(int, options.tokens.split(",")):
-            among = contestants(out, columns, tokens, options)
-            for threads in map(int, options.threads.split(",")):
-                torch.set_num_threads(threads)
-                with torch.inference_mode():
-                    for one in among:
-                        one.run(1)
-                        one.seconds.clear()
-                    for _ in range(options.rounds):
-                        for one in among:
-                            one.run(1 if one.name == "stream" else options.calls)
-                rows += [_cells(shape, tokens, threads, one, among) for one in among]
-    return rows
-
-
-def _cells(shape: str, tokens: int, threads: int, one: Contestant, among: list[Contestant]) -> list[str]:
-    best = min(other.median for other in among if other.name.startswith("dense"))
-    rate, stream = one.nbytes / one.median, among[0].nbytes / among[0].median
-    numbers = ["", ""] if one.name == "stream" else [f"{1e3 * one.median:.3f}", f"{best / one.median:.2f}"]
-    cells = [shape, str(tokens), str(threads), one.name, *numbers]
-    return [*cells, f"{one.nbytes / 1e6:.1f}", f"{rate / 1e9:.1f}", f"{rate / stream:.2f}"]
 
 
 def build(options: argparse.Namespace) -> None:
@@ -254,7 +122,8 @@ def memory(options: argparse.Namespace) -> None:
     generate(model, options.prompt, options.tokens)
     lines = Path("/proc/self/status").read_text().splitlines()
     resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-    print(json.dumps([model.get_memory_footprint(), resident, peak_host_bytes()]))
+    # The system's count of the peak may lag behind that of the moment.
+    print(json.dumps([model.get_memory_footprint(), resident, max(peak_host_bytes(), resident)]))
 
 
 def main() -> None:
@@ -270,8 +139,7 @@ def main() -> None:
         return gpu_table(options, facts)
     print(f"{facts['machine']}, {describe(find_kernel())}, torch {facts['torch']}, commit {facts['commit']}\n")
     if options.what == "layer":
-        head = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s", "of stream"]
-        print(markdown(head, layer_rows(options)))
+        print(markdown(cpu_layers.HEAD, cpu_layers.rows(options)))
     else:
         head = ["model", "threads", "tokens/s", "times dense", "first s", "weights GB", "resident GB", "peak GB"]
         print(markdown(head, model_rows(options)))
@@ -294,7 +162,7 @@ def _options() -> argparse.Namespace:
     what = parser.add_subparsers(dest="what", required=True)
     layer, building, model, alone = (what.add_parser(name) for name in ("layer", "build", "model", "memory"))
     layer.add_argument("--device", default="cpu", help="cpu, or cuda:N for the table of a GPU")
-    layer.add_argument("--shapes", help="out x in; 4096x4096,11008x4096, on a GPU 8192x8192,28672x8192")
+    layer.add_argument("--shapes", help="out x in; 4096x4096,11008x4096,4096x11008, on a GPU 8192x8192,28672x8192")
     layer.add_argument("--tokens", help="vectors at once; 1, on a GPU 1,4,16,2048")
     layer.add_argument("--calls", type=int, default=4, help="of each contestant in a round")
     layer.add_argument("--cycle-mib", type=int, default=256, help="matrices of each contestant together")
@@ -318,7 +186,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.what == "layer":
         on_gpu = options.device != "cpu"
-        options.shapes = options.shapes or ("8192x8192,28672x8192" if on_gpu else "4096x4096,11008x4096")
+        options.shapes = options.shapes or ("8192x8192,28672x8192" if on_gpu else "4096x4096,11008x4096,4096x11008")
         options.tokens = options.tokens or ("1,4,16,2048" if on_gpu else "1")
     return options
 

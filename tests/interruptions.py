@@ -1,4 +1,4 @@
-"""What happens to runs that are cut off, and what is lost: the second table of docs/reliability.md.
+"""What happens to runs that are cut off, and what is lost: the table of docs/long-runs.md.
 
     python tests/interruptions.py MODEL TEXT.txt
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps.distributed import Group, assign
 from alps.errors import ConfigError
@@ -180,12 +181,50 @@ def test_two_processes_agree_with_one_and_with_themselves(stories: Path, wikitex
     assert not (tmp_path / "two.partial").exists()
 
 
+def _together(*arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What tests/together.py says in one process, and in two."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
+    commands = ([sys.executable, *words, str(here / "together.py"), *map(str, arguments)] for words in ([], launcher))
+    one, two = (
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=environment)
+        for command in commands
+    )
+    return json.loads(one.stdout), json.loads(two.stdout)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("qwen2_moe", "sequential"), ("gpt2", "block")])
+def test_experts_and_turned_weights_are_those_of_one_process(kind: str, order: str) -> None:
+    """Wanda amplifies no rounding: tokens of every expert, what was added to them, and all weights are equal."""
+    one, two = _together(kind, order, 0)
+    assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-12)
+    found = {name: rest for name, *rest in two["sites"]}
+    assert found.keys() == {name for name, *_ in one["sites"]}
+    assert any(site[2] for site in one["sites"]) == (kind != "gpt2")
+    for name, tokens, added, zeros, error in one["sites"]:
+        assert found[name] == [tokens, added, zeros, pytest.approx(error, rel=1e-5)], name
+
+
+def test_blocks_are_matched_by_the_gradients_of_all_windows() -> None:
+    one, two = _together("llama", "block", 3)
+    assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    for mine, theirs in zip(one["matches"], two["matches"], strict=True):
+        assert (theirs["steps"], theirs["best_step"]) == (mine["steps"], mine["best_step"])
+        assert theirs["after"] == pytest.approx(mine["after"], rel=1e-3)
+    assert any(match["after"] < 0.9 * match["before"] for match in one["matches"])
+
+
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_three(
     stories: Path, wikitext: Path, tmp_path: Path
 ) -> None:
     """The whole preset: sequential order, dense target, matching, a budget; rows of a site in every process."""
-    out = tmp_path / "out"
-    arguments = ("prune", stories, out, *_settings(wikitext), "--samples", 48, "--preset", "best")
+    out, model = tmp_path / "out", tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(stories).save_pretrained(model, max_shard_size="300KB")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(model)
+    shards = sorted(path.name for path in model.glob("*.safetensors"))
+    assert len(shards) > 3
+    arguments = ("prune", model, out, *_settings(wikitext), "--samples", 48, "--preset", "best")
     running = subprocess.Popen(
         _command(2, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -209,6 +248,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_three(
     assert report is not None
     assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.matches) == 5
     assert report.mean_error is not None and report.mean_error < 0.1
+    # Each process has written some of the files.
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    for name in shards:
+        assert load_file(out / name).keys() == load_file(model / name).keys()
 
 
 def _children(pid: int) -> list[str]:

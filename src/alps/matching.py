@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from alps.distributed import Group
 from alps.divergence import kl_divergence
 from alps.errors import SolveFailed
 from alps.masters import Masters, Tuned
@@ -83,7 +83,7 @@ def match(
     device: torch.device,
     seed: int = 0,
     predictions: Predictions | None = None,
-    peers: Sharing | None = None,
+    peers: Group | None = None,
 ) -> MatchRecord:
     """Tune a pruned block in place.
 
@@ -120,17 +120,7 @@ def match(
         return tuning.run(masters)
 
 
-class Sharing(Protocol):
-    """Processes that tune the same block, each on its part of every batch; see `alps.distributed.Group`."""
-
-    def gathered(self, value: Any) -> list[Any]:
-        """The values of all of them."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sums over all of them; may overwrite `values`."""
-
-
-def _shares(sizes: Sequence[int], peers: Sharing | None) -> list[float]:
+def _shares(sizes: Sequence[int], peers: Group | None) -> list[float]:
     """Of every batch the share of its windows that is here; a process may have none of the last one."""
     if peers is None:
         return [1.0] * len(sizes)
@@ -177,7 +167,7 @@ class _Tuning:
     shares: Sequence[float]
     settings: Matching
     seed: int
-    peers: Sharing | None = None
+    peers: Group | None = None
 
     def __post_init__(self) -> None:
         self.batches = len(self.shares)

@@ -5,6 +5,7 @@ A weight counts as zero when all its bits are zero, so that -0.0 and every NaN c
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,28 @@ def offsets_from_mask(mask: Tensor, kept: int) -> Tensor:
     offsets = mask.new_zeros(len(mask) + 1, dtype=_offset_dtype(kept))
     offsets[1:] = _counts(_from_words(mask)).cumsum(0)
     return offsets
+
+
+def check_layout(packed: Packed, bias: Tensor | None, dtypes: Collection[torch.dtype]) -> None:
+    """Refuse tensors that a kernel could not read as a packed matrix; what they hold is not looked at.
+
+    Args:
+        packed: the matrix.
+        bias: (rows) in the dtype of the values, or None.
+        dtypes: that the values may have.
+
+    Raises:
+        ValueError: for other shapes or dtypes, tensors on several devices, or such as are not contiguous.
+    """
+    mask, values, offsets = packed.mask, packed.values, packed.offsets
+    rows = len(mask)
+    shapes = mask.shape == (rows, _words(packed.columns)), offsets.shape == (rows + 1,), values.ndim == 1
+    types = mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in dtypes
+    tensors = [tensor for tensor in (mask, values, offsets, bias) if tensor is not None]
+    if not all((*shapes, *types, *(t.is_contiguous() and t.device == values.device for t in tensors))):
+        raise ValueError("mask, values and offsets are not those of a packed matrix on one device")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != values.dtype):
+        raise ValueError("the bias has another length or dtype than the matrix")
 
 
 def _checked(packed: Packed) -> Tensor:

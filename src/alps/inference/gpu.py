@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.checkpoints.packing import WORD
+from alps.checkpoints.packing import WORD, Packed, check_layout
 
 # Dtypes of the values that are multiplied packed, and up to how many vectors at once.
 FEW = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 4}
@@ -44,21 +44,14 @@ class GpuMatrix:
     """
 
     def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None) -> None:
-        rows, words = mask.shape
-        shapes = (words == -(-columns // WORD), offsets.shape == (rows + 1,), values.ndim == 1)
-        types = (mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in FEW)
-        tensors = [tensor for tensor in (mask, values, offsets, bias) if tensor is not None]
-        same = all(tensor.is_contiguous() and tensor.device == values.device for tensor in tensors)
-        if not (all(shapes) and all(types) and same):
-            raise ValueError("mask, values and offsets are not those of a packed matrix on one device")
-        if bias is not None and (bias.shape != (rows,) or bias.dtype != values.dtype):
-            raise ValueError("the bias has another length or dtype than the matrix")
+        check_layout(Packed(mask, values, offsets, columns), bias, FEW)
+        rows = len(mask)
         self.mask, self.values, self.offsets, self.bias, self.columns = mask, values, offsets, bias, columns
         counts = _set_bits(mask)
         ends = counts.cumsum(1, dtype=torch.int32)
         spare = mask[:, -1] >> (columns % WORD) if columns % WORD else mask.new_zeros(rows)
         expected = torch.zeros_like(offsets)
-        if words:
+        if mask.shape[1]:
             expected[1:] = ends[:, -1].cumsum(0, dtype=offsets.dtype)
         # One number for the host to wait for.
         wrong = (expected != offsets).any() | spare.ne(0).any() | (offsets[-1] != len(values))

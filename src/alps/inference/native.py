@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alps.checkpoints.packing import Packed, check_layout
 from alps.inference.compile import LIBRARY_NAME
 
 VERSION = 1  # ALPS_VERSION of kernel.h
@@ -53,14 +54,11 @@ class Matrix:
     def __init__(
         self, kernel: Kernel, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None
     ) -> None:
-        rows, words = mask.shape
+        check_layout(Packed(mask, values, offsets, columns), bias, KINDS)
+        if not values.is_cpu:
+            raise ValueError("the library reads matrices on the CPU alone")
         self.tensors = (mask, values, offsets, bias)
-        shapes = (words == -(-columns // 32), offsets.shape == (rows + 1,), values.ndim == 1)
-        types = (mask.dtype == torch.int32, offsets.dtype in (torch.int32, torch.int64), values.dtype in KINDS)
-        if not all((*shapes, *types, *(t is None or (t.is_contiguous() and t.is_cpu) for t in self.tensors))):
-            raise ValueError("mask, values and offsets are not those of a packed matrix on the CPU")
-        if bias is not None and (bias.shape != (rows,) or bias.dtype != values.dtype):
-            raise ValueError("the bias has another length or dtype than the matrix")
+        rows, words = mask.shape
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
         wide = offsets.dtype == torch.int64
         self.fields = _Matrix(*pointers, rows, columns, words, len(values), wide, KINDS[values.dtype])
