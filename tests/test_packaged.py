@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import alps
+from alps.cli import app
 from alps.errors import ConfigError
 from alps.models import packaged
 
@@ -63,6 +67,15 @@ def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatc
     (target / "config.json").write_text("{}")
     monkeypatch.setattr(packaged, "_gguf", lambda tell: pytest.fail("the cache was not used"))
     assert packaged.packaged_model() == target
+
+
+def test_every_command_knows_its_name(cache: Path, stories: Path) -> None:
+    shutil.copytree(stories, cache / f"{packaged.NAME}-bf16-{packaged._SHA256[:12]}")
+    assert packaged.place_of(str(stories)) == str(stories)
+    expected = {name: tensor.shape for name, tensor in alps.load(stories).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in alps.load(packaged.NAME).state_dict().items()} == expected
+    done = CliRunner().invoke(app, ["generate", packaged.NAME, "--prompt", "Once", "--tokens", "3"])
+    assert done.exit_code == 0 and "3 tokens after" in done.stderr, done.output
 
 
 def test_pip_is_asked_to_resume_only_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

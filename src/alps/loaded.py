@@ -20,8 +20,7 @@ from alps.models.blocks import Block, find_blocks
 from alps.models.classes import text_config
 from alps.models.identity import model_sha256
 from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
-from alps.models.packaged import NAME as PACKAGED
-from alps.models.packaged import packaged_model
+from alps.models.packaged import place_of
 from alps.models.skeleton import open_streamed
 from alps.models.streamed import Streamed
 from alps.progress import Watcher
@@ -173,7 +172,7 @@ def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _:
     kept = parse_dtype(dtype)
     if packed and is_packed(name):
         return Loaded(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
-    place = str(packaged_model(tell)) if name == PACKAGED else name
+    place = place_of(name, tell)
     return Loaded(name, load_model(place, kept), load_tokenizer(place))
 
 
@@ -186,7 +185,7 @@ def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lam
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
-    place = str(packaged_model(tell)) if name == PACKAGED else name
+    place = place_of(name, tell)
     check_model_path(place)
     found = open_streamed(place, parse_dtype(dtype))
     if isinstance(found, Streamed):

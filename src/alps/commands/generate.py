@@ -24,9 +24,11 @@ def generate_command(
     from alps.inference.load import load
     from alps.inference.writing import summary, write
     from alps.models.load import load_tokenizer
+    from alps.models.packaged import place_of
 
     _, _, tell = consoles()
-    model, tokenizer = load(path, device, dtype), load_tokenizer(path)
+    place = place_of(path, tell)
+    model, tokenizer = load(place, device, dtype), load_tokenizer(place)
 
     def emit(text: str) -> None:
         sys.stdout.write(text)

@@ -24,6 +24,7 @@ from alps.errors import CheckpointError, ConfigError
 from alps.inference.replace import packed_layer, put, refuse_saving, rows_out, tied_parameters
 from alps.inference.semi_structured import check_device, semi_structure
 from alps.models.load import load_model, parse_dtype, quiet, readable
+from alps.models.packaged import place_of
 from alps.models.skeleton import empty_model
 from alps.runtime import pick_device
 
@@ -56,7 +57,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto", semi_struct
             raise ConfigError(
                 f"'{path}' is not packed, and semi_structured is for packed layers: `alps pack` it first."
             )
-        return load_model(str(path), wanted).requires_grad_(False).to(place)
+        return load_model(place_of(str(path)), wanted).requires_grad_(False).to(place)
     model = load_packed(Path(path).expanduser(), wanted).to(place)
     if semi_structured:
         semi_structure(model)

