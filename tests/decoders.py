@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from alps.models.blocks import Block
+from alps.models.capture import capture
+from alps.models.probe import Head
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -206,3 +210,17 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
                 shift = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
                 parameter.copy_(shift + scale * torch.randn_like(parameter))
     return model.eval().to(dtype)
+
+
+def check_walk(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
+    """Walking the blocks one by one, with nothing pruned, has to give the logits of the model."""
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        inputs = capture(model, blocks, ids, batch_size=4)
+        for block in blocks:
+            before = torch.cat(inputs.hidden)
+            inputs.advance(block.index, block.module, torch.device("cpu"))
+            # A block that hardly mattered could be left out unnoticed.
+            assert float((torch.cat(inputs.hidden) - before).norm() / before.norm()) > 0.05, block.name
+        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+    assert float((found - wanted).abs().max()) < 1e-5 * max(float(wanted.abs().max()), 1.0)

@@ -121,3 +121,12 @@ def test_what_cannot_be_compared(
         alps.evaluate(model, text, 16, 2, reference=wider)
     with pytest.raises(ConfigError, match="longer than the 128"):
         alps.evaluate(alps.loaded.load(str(stories)), text, 129, 2, reference=Loaded("t", tiny_model("gpt2"), None))
+
+
+def test_names_do_and_a_bare_model_is_refused_in_a_sentence(stories: Path, english_file: Path) -> None:
+    texts = [str(english_file)]
+    (named,) = alps.evaluate(stories, texts, 64, 3, reference=str(stories))
+    (loaded,) = alps.evaluate(alps.loaded.load(str(stories)), texts, 64, 3)
+    assert named.loss == loaded.loss and isinstance(named, ComparisonRecord) and named.kl == 0
+    with pytest.raises(ConfigError, match=r"A LlamaForCausalLM cannot be measured without its tokenizer"):
+        alps.evaluate(alps.load(stories), texts, 64, 3)

@@ -23,10 +23,9 @@ from alps.cli import app
 from alps.errors import ConfigError, UnsupportedModel
 from alps.inspection import inspect
 from alps.models.blocks import find_blocks
-from alps.models.capture import capture
 from alps.models.classes import auto_class, reads_images
-from alps.models.probe import Head
 from alps.report import RunReport
+from decoders import check_walk
 from vision import VISION, vision_model
 
 _CPU = torch.device("cpu")
@@ -38,15 +37,7 @@ def test_the_blocks_are_those_of_the_text_decoder_and_walk_like_the_model(kind: 
     model = vision_model(kind)
     blocks = find_blocks(model)
     assert [block.name for block in blocks] == [f"{VISION[kind][1]}.{i}" for i in range(3)]
-    with torch.no_grad():
-        wanted = model(input_ids=ids, use_cache=False).logits
-        inputs = capture(model, blocks, ids, batch_size=4)
-        for block in blocks:
-            before = torch.cat(inputs.hidden)
-            inputs.advance(block.index, block.module, _CPU)
-            assert float((torch.cat(inputs.hidden) - before).norm() / before.norm()) > 0.05, block.name
-        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
-    assert float((found - wanted).abs().max()) < 1e-5 * max(float(wanted.abs().max()), 1.0)
+    check_walk(model, blocks, ids)
 
 
 @pytest.mark.parametrize(
