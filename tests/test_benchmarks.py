@@ -56,6 +56,12 @@ def test_gpu_prints_every_site_and_the_whole_model(tmp_path: Path) -> None:
     assert [row[0] for row in whole] == ["alps", "sparsegpt"] and all(float(row[6]) > 0 for row in whole)
 
 
+def test_halves_prints_a_row_for_each_direction(tmp_path: Path, stories: Path) -> None:
+    rows = run(tmp_path, "halves.py", str(stories), "--windows", "2", "--seqlen", "32", "--rounds", "1")
+    assert [row[0] for row in rows[2:]] == ["forward", "forward and backward"]
+    assert all(len(row) == 5 and float(row[4]) > 0 for row in rows[2:])
+
+
 def test_solver_prints_every_method(tmp_path: Path, stories: Path, english_file: Path) -> None:
     rows = run(
         tmp_path,

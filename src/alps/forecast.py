@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alps.budgets import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
+from alps.halves import fast_halves
 from alps.loaded import Loaded
 from alps.models.blocks import Block, on_device
 from alps.models.capture import BlockInputs, capture
@@ -119,7 +120,7 @@ def _measure(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int) -> _M
     model = loaded.model.eval()
     inputs, found, pruned = capture(model, blocks, ids, 1), _Measured(), [block for block in blocks if block.sites]
     block = pruned[len(pruned) // 2]
-    with exact_float32(), on_device(block, walk.device):
+    with exact_float32(), fast_halves(model, walk.device), on_device(block, walk.device):
         # Solves write into a copy.
         copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
         _timed_forward(inputs, copy, walk)

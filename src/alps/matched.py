@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alps.data.mix import Mix, load_calibration
 from alps.errors import ConfigError
+from alps.halves import fast_halves
 from alps.loaded import Loaded, load
 from alps.matching import Matching, Predictions, match
 from alps.models.blocks import find_blocks, on_device
@@ -159,7 +160,11 @@ def _match_blocks(
     records = []
     watcher.start("match", len(tuned))
     try:
-        with memory_told("use --offload, or give fewer --samples or a lower --seqlen"), exact_float32():
+        with (
+            memory_told("use --offload, or give fewer --samples or a lower --seqlen"),
+            exact_float32(),
+            fast_halves(pruned, device),
+        ):
             targets = _captured(capture(dense, models, ids, batch), storage)
             inputs = _captured(capture(pruned, tuned, ids, batch), storage)
             predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))

@@ -17,6 +17,7 @@ from torch import nn
 from alps.data.text import Text, load_text
 from alps.distillation import Distillation, Schedule
 from alps.errors import ConfigError
+from alps.halves import fast_halves
 from alps.loaded import Loaded
 from alps.masters import Masters, Tuned
 from alps.models.blocks import find_blocks
@@ -105,6 +106,7 @@ def recover(
         with memory_told("lower --batch-tokens and --seqlen, or use --device cpu"):
             dense.model.to(device).eval()
             with (
+                fast_halves(pruned.model, device),
                 _computing(pruned.model.to(device).eval()) as tuned,
                 Masters(pruned.model, tuned, settings.lr) as masters,
             ):

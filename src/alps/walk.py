@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit, plan
 from alps.distributed import Group
+from alps.halves import fast_halves
 from alps.matching import Matching, Predictions, match
 from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device
@@ -69,8 +70,7 @@ class Walk:
         watcher: told after every site.
         resumable: keeps every finished block, and has those of an earlier process; None keeps nothing.
         group: the processes that do it together; windows and sites are shared out among them.
-        records: one for every site, in the order in which they were solved.
-        seconds: wall time by phase.
+        records, seconds: one for every site in the order of the solves; wall time by phase.
     """
 
     method: Method
@@ -131,7 +131,7 @@ class Walk:
         check_budget(self.budget, self.pattern)
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
-            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32():
+            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(model, self.device):
                 if not self.reads_inputs or (self.resumable is not None and self.resumable.has(blocks[-1])):
                     self._without_inputs(blocks)
                 else:

@@ -19,6 +19,7 @@ from alps.distributed import Group
 from alps.errors import ConfigError
 from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
 from alps.evaluation.records import ComparisonRecord
+from alps.halves import fast_halves
 from alps.progress import Silent, Watcher
 
 
@@ -51,7 +52,7 @@ def divergence(
     sums = _Sums()
     watcher.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_halves(model, device):
             for part in parts:
                 sums.add(*_logits(model, reference, part.to(device)), part.to(device))
                 watcher.step("")

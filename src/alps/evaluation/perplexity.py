@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alps.data.windows import Windows
 from alps.distributed import Group
 from alps.evaluation.records import EvaluationRecord
+from alps.halves import fast_halves
 from alps.progress import Silent, Watcher
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
@@ -49,7 +50,7 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     watcher.start(f"{name} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_halves(model, device):
             for batch in parts:
                 total += window_losses(model, batch.to(device)).sum(dtype=torch.float64).cpu()
                 watcher.step("")

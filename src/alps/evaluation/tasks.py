@@ -27,6 +27,7 @@ from alps.errors import ConfigError, did_you_mean
 from alps.evaluation.definitions import DEFINITIONS, read_documents
 from alps.evaluation.items import Document
 from alps.evaluation.records import Estimate, TaskRecord
+from alps.halves import fast_halves
 from alps.loaded import Loaded
 
 # For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
@@ -103,7 +104,7 @@ def score_tasks(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size
         raise ConfigError(f"Batches of {batch_size} sequences hold nothing: give at least 1.")
     training = loaded.model.training
     try:
-        with _apart():
+        with _apart(), fast_halves(loaded.model, device):
             found = _scores(loaded, tasks, device, batch_size)
     except (OSError, ImportError) as error:
         if tasks.documents is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alps.checkpoints.packing import Packed, check
+from alps.halves import multiplies_by_float32
 from alps.inference.gpu import find_gpu_kernel
 from alps.inference.native import KINDS, find_kernel
 from alps.inference.tiles import unpack_rows
@@ -142,6 +143,9 @@ class PackedLinear(nn.Module):
         """
         count = self._tile_rows()
         tile = x.new_empty(min(count, self.out_features), self.in_features)
+        if multiplies_by_float32(x.dtype, x.device):
+            self._by_wide_tiles(kernel, matrix, x.float(), out, tile)
+            return
         for first in range(0, self.out_features, count):
             rows = tile[: self.out_features - first]
             kernel.unpack(matrix, first, rows)
@@ -150,6 +154,18 @@ class PackedLinear(nn.Module):
                 torch.mm(x, rows.t(), out=part)
             else:
                 torch.addmm(self.bias[first : first + len(rows)], x, rows.t(), out=part)
+
+    def _by_wide_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor, tile: Tensor) -> None:
+        """The same in float32, rounded once, where the processor has no instructions for halves (see `alps.halves`)."""
+        wide, product = torch.empty_like(tile, dtype=torch.float32), x.new_empty(len(x), len(tile))
+        for first in range(0, self.out_features, len(tile)):
+            count = min(len(tile), self.out_features - first)
+            kernel.unpack(matrix, first, tile[:count])
+            rows, part = wide[:count].copy_(tile[:count]), product[:, :count]
+            torch.mm(x, rows.t(), out=part)
+            if self.bias is not None:
+                part += self.bias[first : first + count]
+            out[:, first : first + count] = part
 
     def _by_torch(self, input: Tensor) -> Tensor:
         if not self.out_features:

@@ -100,9 +100,9 @@ class Kernel:
         """The matrix for the other methods; see `Matrix`."""
         return Matrix(self, mask, values, offsets, columns, bias)
 
-    def few(self, dtype: torch.dtype) -> int:  # noqa: ARG002
+    def few(self, dtype: torch.dtype) -> int:
         """Up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them."""
-        return 16 if self.path == "avx512bf16" else 8
+        return 16 if self.path == "avx512bf16" or (self.path == "avx2" and dtype != torch.float32) else 8
 
     def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
         """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).

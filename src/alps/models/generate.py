@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.errors import ConfigError, UnsupportedModel
+from alps.halves import fast_halves
 from alps.models.classes import text_config
 from alps.progress import Silent, Watcher
 from alps.runtime import derived_seed, exact_float32
@@ -79,7 +80,7 @@ def sample_windows(
     place = device or home
     watcher.start("sampling calibration windows", len(batches) * (seqlen - 1))
     try:
-        with torch.no_grad(), exact_float32():
+        with torch.no_grad(), exact_float32(), fast_halves(model, place):
             _move(model, place).eval()
             parts = []
             for batch in batches:

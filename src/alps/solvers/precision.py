@@ -17,3 +17,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     # Private names of torch, which other versions may lack: then the answer is the safe one.
     asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask is not None and bool(ask()) for ask in asked)
+
+
+def has_fast_float16(device: torch.device) -> bool:
+    """The same for float16. CPUs: what torch's library of kernels has for it (AVX-512 FP16, AMX)."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return ask is not None and bool(ask())

@@ -1,0 +1,74 @@
+"""A model in bfloat16 on the CPU by torch's own products, by float32 rounded once, and in float32: forward and backward.
+
+    python benchmarks/halves.py smollm2-135m
+
+All take turns on the same tokens; figures are medians. Where the processor has instructions for bfloat16, alps uses them, and
+the second column tells what it would lose otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import alps
+from alps.halves import Widened, multiplies_by_float32
+from alps.runtime import provenance
+from layers import markdown
+
+
+def forward(model: Any, ids: Tensor) -> None:
+    """Hidden states, without the output head."""
+    with torch.inference_mode():
+        model.base_model(ids, use_cache=False)
+
+
+def step(model: Any, ids: Tensor) -> None:
+    """Forward and backward."""
+    model.base_model(ids, use_cache=False).last_hidden_state.float().pow(2).mean().backward()
+    model.zero_grad()
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    half, full = (alps.load(options.model, dtype=dtype).requires_grad_() for dtype in ("bfloat16", "float32"))
+    ids = torch.randint(0, half.config.vocab_size, (options.windows, options.seqlen))
+    ways = [("torch's own", half, nullcontext), ("by float32", half, Widened), ("in float32", full, nullcontext)]
+    works: list[tuple[str, Callable[[Any, Tensor], None]]] = [("forward", forward), ("forward and backward", step)]
+    rows = []
+    for name, work in works:
+        seconds: dict[str, list[float]] = {way: [] for way, _, _ in ways}
+        for _ in range(options.rounds):
+            for way, model, context in ways:
+                start = time.perf_counter()
+                with context():
+                    work(model, ids)
+                seconds[way].append(time.perf_counter() - start)
+        medians = [statistics.median(found) for found in seconds.values()]
+        rows.append([name, *(f"{one:.2f}" for one in medians), f"{medians[0] / medians[1]:.2f}"])
+    facts = provenance()
+    used = "by float32" if multiplies_by_float32(torch.bfloat16, torch.device("cpu")) else "torch's own"
+    print(
+        f"{options.model}, {options.windows} x {options.seqlen} tokens, seconds; {facts['machine']}, torch "
+        f"{facts['torch']}, commit {facts['commit']}; alps goes {used} here\n"
+    )
+    print(markdown(["", *(way for way, _, _ in ways), "torch's own / by float32"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Half precision on CPUs without instructions for it: products are computed in float32 and rounded once.
+
+That is also what such instructions do: exact products of two halves, sums in float32, one rounding at the end. torch's
+own way takes up to eight times float32's time there (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alps.solvers.precision import has_fast_bfloat16, has_fast_float16
+
+_ops = torch.ops.aten
+_FAST = {torch.bfloat16: has_fast_bfloat16, torch.float16: has_fast_float16}
+# Entries that are held in float32 at once of each factor.
+_ENTRIES = 2**22
+# With the fewest rows, columns or terms below about this, converting the factors costs more than the product.
+_FEWEST = 20.0
+
+
+@contextmanager
+def fast_halves(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """For the time of the body, multiply matrices of the model's dtype in the fastest way that rounds as it should.
+
+    Does nothing on a GPU, for float32 and float64, and where the CPU has instructions of its own.
+    """
+    dtype = next((one.dtype for one in model.parameters() if one.dtype.is_floating_point), torch.float32)
+    with Widened() if multiplies_by_float32(dtype, device) else nullcontext():
+        yield
+
+
+def multiplies_by_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of matrices of that dtype are faster by float32 on that device."""
+    fast = _FAST.get(dtype)
+    return device.type == "cpu" and fast is not None and not fast(device)
+
+
+class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of bfloat16 or float16 matrices on the CPU go by float32, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of every operation."""
+        if func in _COMPOSED and _is_half(args[0]):
+            # Without gradients torch asks for these whole, and would not ask again for their parts.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        wide = _WIDE.get(func)
+        if wide is not None and _is_half(args[0]):
+            left, right = args[-2:]
+            if _pays(left.shape[-2], left.shape[-1], right.shape[-1]):
+                return wide(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16) and tensor.device.type == "cpu"
+
+
+def _pays(rows: int, terms: int, columns: int) -> bool:
+    fewest = min(rows, terms, columns)
+    return fewest > 0 and 1 / rows + 1 / terms + 1 / columns < 1 / _FEWEST
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    return _addmm(None, left, right)
+
+
+def _addmm(bias: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    out = left.new_empty(left.shape[0], right.shape[1])
+    bias = None if bias is None else bias.expand_as(out)
+    step = max(_ENTRIES // left.shape[1], 1)
+    for top in range(0, len(out), step):
+        rows = slice(top, top + step)
+        factor = left[rows].float()
+        for first in range(0, out.shape[1], step):
+            columns = slice(first, first + step)
+            other = right[:, columns].float()
+            if bias is None:
+                out[rows, columns] = factor @ other
+            else:
+                out[rows, columns] = torch.addmm(bias[rows, columns].float(), factor, other, beta=beta, alpha=alpha)
+    return out
+
+
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    return _baddbmm(None, left, right)
+
+
+def _baddbmm(bias: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    out = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    bias = None if bias is None else bias.expand_as(out)
+    for place in range(len(out)):
+        part = None if bias is None else bias[place]
+        out[place] = _addmm(part, left[place], right[place], beta=beta, alpha=alpha)
+    return out
+
+
+_WIDE: dict[Any, Callable[..., Tensor]] = {
+    _ops.mm.default: _mm,
+    _ops.addmm.default: _addmm,
+    _ops.bmm.default: _bmm,
+    _ops.baddbmm.default: _baddbmm,
+}
+_COMPOSED = {_ops.linear.default, _ops.matmul.default}

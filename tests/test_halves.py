@@ -1,0 +1,141 @@
+"""Products of halves by float32: the exact ones rounded once, in every way that torch asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alps import halves
+from alps.checkpoints.packing import pack
+from alps.halves import Widened, fast_halves, multiplies_by_float32
+from alps.inference import linear
+
+_HALVES = [torch.bfloat16, torch.float16]
+
+
+def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _products(dtype: torch.dtype) -> list[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Name, the product as a model asks for it, the exact one in float64."""
+    x, w, b = _numbers(70, 300, dtype=dtype), _numbers(90, 300, dtype=dtype), _numbers(90, dtype=dtype)
+    several, others = _numbers(3, 70, 300, dtype=dtype), _numbers(3, 300, 90, dtype=dtype)
+    added = _numbers(3, 70, 90, dtype=dtype)
+    X, W, B, S, T, A = (one.double() for one in (x, w, b, several, others, added))
+    return [
+        ("linear", lambda: F.linear(x, w), lambda: X @ W.T),
+        ("linear with bias", lambda: F.linear(x, w, b), lambda: X @ W.T + B),
+        ("linear of three dimensions", lambda: F.linear(several, w, b), lambda: S @ W.T + B),
+        ("matmul", lambda: several @ others, lambda: S @ T),
+        ("matmul, one for all", lambda: several @ w.T, lambda: S @ W.T),
+        ("addmm", lambda: torch.addmm(b, x, w.T, beta=0.5, alpha=2.0), lambda: 0.5 * B + 2 * X @ W.T),
+        ("baddbmm", lambda: torch.baddbmm(added, several, others, beta=2.0, alpha=0.5), lambda: 2 * A + S @ T / 2),
+        ("baddbmm of nothing", lambda: torch.baddbmm(added, several, others, beta=0.0), lambda: S @ T),
+    ]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dtype", _HALVES)
+def test_products_are_those_of_float64_rounded_once(
+    dtype: torch.dtype, mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tiles much smaller than the matrices, none of whose sides they divide.
+    monkeypatch.setattr(halves, "_ENTRIES", 300 * 32)
+    for name, product, exact in _products(dtype):
+        with mode(), Widened():
+            found = product()
+        assert found.dtype == dtype, name
+        wanted = exact()
+        # Sums of 300 terms in float32 err far less than the rounding of the answer: half a unit of its last place.
+        half = wanted.abs() * torch.finfo(dtype).eps / 2 + 1e-4
+        assert bool(((found.double() - wanted).abs() <= half * 1.01).all()), name
+
+
+def test_it_is_used_whether_or_not_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        asked.append((*left.shape, right.shape[1]))
+        return (left.float() @ right.float()).to(left.dtype)
+
+    monkeypatch.setitem(halves._WIDE, torch.ops.aten.mm.default, counted)
+    layer = nn.Linear(96, 64, bias=False).bfloat16()
+    x = _numbers(128, 96, dtype=torch.bfloat16).requires_grad_()
+    with Widened():
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                layer(x.detach())
+        assert asked == [(128, 96, 64)] * 2
+        layer(x).sum().backward()
+    # Forward, then the gradients of the weight and of the input.
+    assert sorted(asked[2:]) == sorted([(128, 96, 64), (64, 128, 96), (128, 64, 96)])
+
+
+def test_gradients_are_those_of_float32() -> None:
+    dtype = torch.bfloat16
+    x, w = _numbers(80, 200, dtype=dtype), _numbers(60, 200, dtype=dtype)
+    grads = []
+    for wide in (False, True):
+        own = [one.float().requires_grad_() if wide else one.clone().requires_grad_() for one in (x, w)]
+        with Widened():
+            F.linear(*own).pow(2).mean().backward()  # type: ignore[no-untyped-call]
+        grads.append([one.grad.float() for one in own if one.grad is not None])
+    for half, full in zip(*grads, strict=True):
+        assert float((half - full).norm() / full.norm()) < 0.01
+
+
+def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Tensor) -> Tensor:
+        raise AssertionError
+
+    for name in list(halves._WIDE):
+        monkeypatch.setitem(halves._WIDE, name, never)
+    with Widened(), torch.inference_mode():
+        F.linear(_numbers(1, 512, dtype=torch.bfloat16), _numbers(512, 512, dtype=torch.bfloat16))
+        F.linear(_numbers(100, 512, dtype=torch.float32), _numbers(512, 512, dtype=torch.float32))
+        F.linear(_numbers(100, 0, dtype=torch.bfloat16), _numbers(50, 0, dtype=torch.bfloat16))
+
+
+def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for slow in (True, False):
+        monkeypatch.setattr(halves, "_FAST", dict.fromkeys(_HALVES, lambda _, slow=slow: not slow))
+        for dtype in _HALVES:
+            assert multiplies_by_float32(dtype, cpu) is slow
+            assert not multiplies_by_float32(dtype, gpu)
+        assert not multiplies_by_float32(torch.float32, cpu)
+        seen: list[bool] = []
+        monkeypatch.setitem(
+            halves._WIDE,
+            torch.ops.aten.mm.default,
+            lambda a, b, seen=seen: (seen.append(True), a.new_empty(len(a), b.shape[1]))[1],
+        )
+        layer = nn.Linear(128, 128, bias=False).bfloat16()
+        with fast_halves(layer, cpu), torch.inference_mode():
+            layer(_numbers(128, 128, dtype=torch.bfloat16))
+        assert len(seen) == slow
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_packed_layers_multiply_many_vectors_by_float32(
+    slow: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halves, "_FAST", {torch.bfloat16: lambda _: not slow})
+    # Rows of several tiles, the last of them smaller.
+    monkeypatch.setattr(linear, "_TILE_BYTES", 2 * 256 * 24)
+    w = _numbers(100, 256, dtype=torch.bfloat16)
+    w[torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.7] = 0
+    x, bias = _numbers(3, 20, 256, dtype=torch.bfloat16), _numbers(100, dtype=torch.bfloat16) if biased else None
+    with torch.inference_mode():
+        found = linear.PackedLinear(pack(w), bias)(x)
+    exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    half = exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-4
+    assert found.shape == (3, 20, 100)
+    assert bool(((found.double() - exact).abs() <= half * 1.01).all())
