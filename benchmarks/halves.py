@@ -1,9 +1,9 @@
-"""A model in bfloat16 on the CPU by torch's own products, by float32 rounded once, and in float32: forward and backward.
+"""A model in bfloat16 on the CPU, by torch's own products and by float32 rounded once, beside the model in float32.
 
     python benchmarks/halves.py smollm2-135m
 
-All take turns on the same tokens; figures are medians. Where the processor has instructions for bfloat16, alps uses them, and
-the second column tells what it would lose otherwise.
+All take turns on the same tokens, forward and backward; figures are medians. Where the processor has instructions for
+bfloat16, alps uses them, and the second column tells what it would lose otherwise.
 """
 
 from __future__ import annotations
