@@ -1,0 +1,141 @@
+"""Packed models beside a dense one in 4 bits by llama.cpp: bytes, tokens per second, perplexity on the same windows.
+
+    pip install llama-cpp-python
+    python benchmarks/four_bit.py --dense smollm2-135m --packed packed-70 --gguf SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --text wikitext2:test.txt --windows 12 --seqlen 1024
+
+All generate from the same prompt of token ids, the most likely token each time, and take turns; rates are medians. For
+the packaged model, the dense checkpoint was made of that very GGUF file: the two hold the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import alps
+from alps.data.windows import Windows
+from alps.inference.native import describe, find_kernel
+from alps.models.packaged import place_of
+from alps.runtime import provenance
+from inference import generate
+from layers import markdown
+
+# First seconds until a token, then tokens a second.
+Speed = tuple[float, float]
+
+
+def llama(path: str, threads: int, context: int, every: bool = False) -> Any:
+    """The model in llama.cpp; with `every`, it keeps the logits of all tokens of a batch."""
+    from llama_cpp import Llama
+
+    return Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=every, verbose=False)
+
+
+def generate_llama(model: Any, prompt: int, tokens: int) -> Speed:
+    """As `inference.generate`."""
+    from llama_cpp import llama_get_logits_ith
+    from numpy.ctypeslib import as_array
+
+    model.reset()
+    times, start = [], time.perf_counter()
+    model.eval(list(range(1, prompt + 1)))
+    for _ in range(tokens):
+        chosen = int(as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).argmax())
+        times.append(time.perf_counter())
+        model.eval([chosen])
+    return times[0] - start, (tokens - 1) / (times[-1] - times[0])
+
+
+def perplexity_llama(model: Any, windows: Windows) -> float:
+    """As `alps.evaluation.perplexity`: every window on its own, all of its tokens but the first."""
+    total = torch.zeros((), dtype=torch.float64)
+    for window in windows.ids:
+        model.reset()
+        model.eval(window.tolist())
+        logits = torch.from_numpy(model.scores[: len(window) - 1])
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").double()
+    return float((total / (windows.ids.shape[0] * (windows.ids.shape[1] - 1))).exp())
+
+
+def main() -> None:
+    """Print one table."""
+    options = _options()
+    folders = [options.dense, *(options.packed.split(",") if options.packed else [])]
+    models = {name: alps.load(name) for name in folders}
+    threads = [int(count) for count in options.threads.split(",")]
+    speeds: dict[str, dict[int, Speed]] = {name: {} for name in (*folders, options.gguf)}
+    for count in threads:
+        torch.set_num_threads(count)
+        other = llama(options.gguf, count, options.prompt + options.tokens + 1)
+        calls: dict[str, Callable[[], Speed]] = {
+            name: partial(generate, model, options.prompt, options.tokens) for name, model in models.items()
+        }
+        calls[options.gguf] = partial(generate_llama, other, options.prompt, options.tokens)
+        for name, pairs in taken(calls, options.rounds).items():
+            speeds[name][count] = (
+                statistics.median(first for first, _ in pairs),
+                statistics.median(r for _, r in pairs),
+            )
+    rows = []
+    for name in (*folders, options.gguf):
+        cells = [f"{speeds[name][count][1]:.1f} ({speeds[name][count][0]:.3f})" for count in threads]
+        values = [f"{value:.2f}" for value in perplexities(name, options)]
+        rows.append([Path(name).name, f"{size_of(name) / 1e6:.1f}", *cells, *values])
+    facts = provenance()
+    print(
+        f"{facts['machine']}, {describe(find_kernel())}, torch {facts['torch']}, commit {facts['commit']}; "
+        f"{options.windows} x {options.seqlen} tokens of each text\n"
+    )
+    heads = [f"tokens/s (first, s), {count} thread{'s' * (count > 1)}" for count in threads]
+    print(markdown(["model", "MB", *heads, *options.text], rows))
+
+
+def taken(calls: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
+    """The measurements of all rounds but the first, everybody in turn."""
+    found: dict[str, list[Speed]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            found[name] += [call()] * (round_ > 0)
+    return found
+
+
+def perplexities(name: str, options: argparse.Namespace) -> list[float]:
+    """On every text; llama.cpp is given the windows of the dense model's tokenizer."""
+    if name != options.gguf:
+        return [row.perplexity for row in alps.evaluate(name, options.text, options.seqlen, options.windows)]
+    reader = alps.loaded.load(options.dense)
+    model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, every=True)
+    return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]
+
+
+def size_of(name: str) -> int:
+    """Bytes of the weights' files."""
+    place = Path(place_of(name))
+    return place.stat().st_size if place.is_file() else sum(file.stat().st_size for file in place.glob("*.safetensors"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", required=True)
+    parser.add_argument("--packed", default="", help="packed directories, separated by commas")
+    parser.add_argument("--gguf", required=True)
+    parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
