@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,35 @@ def test_the_command_prints_tasks_beside_texts(
     accuracy = rows[1]["metrics"]["acc"]
     assert f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f}" in printed.err
     assert "`pretrained` model" not in printed.err
+
+
+def _eval_in(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "alps", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_two_processes_share_out_the_items(data: Path, stories: Path, english_file: Path) -> None:
+    """Nine items of each, so that one process has an item more; what is resampled depends on the items' order."""
+    options = ["--tasks", "piqa,lambada_openai,hellaswag", "--task-data", data, "--limit", 9, "--batch-size", 2]
+    texts = ["--text", english_file, "--seqlen", 32, "--windows", 3]
+    found = [_eval_in(count, stories, *options, *texts) for count in (1, 2)]
+    assert [done.returncode for done in found] == [0, 0], found[1].stderr
+    one, two = (json.loads(done.stdout) for done in found)
+    assert [(row.get("task"), row.get("items")) for row in two[1:]] == [
+        (name, 9) for name in ("piqa", "lambada_openai", "hellaswag")
+    ]
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-9)
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        for name, estimate in mine["metrics"].items():
+            assert theirs["metrics"][name]["value"] == pytest.approx(estimate["value"], rel=1e-5)
+            if name.startswith("acc"):
+                assert theirs["metrics"][name]["stderr"] == pytest.approx(estimate["stderr"], rel=1e-9)
+
+
+def test_fewer_items_than_processes_are_refused(data: Path, stories: Path) -> None:
+    done = _eval_in(2, stories, "--tasks", "piqa", "--task-data", data, "--limit", 1)
+    assert done.returncode and "1 items of piqa cannot be split over 2 processes: give more." in done.stderr
 
 
 def test_without_data_the_names_are_lm_evals(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from alps.assessment import evaluate
 from alps.commands.consoles import consoles
-from alps.distributed import alone, joined
+from alps.distributed import joined
 from alps.errors import ConfigError
 from alps.evaluation.records import EvaluationRecord, TaskRecord
 from alps.evaluation.tasks import find_tasks, score_tasks
@@ -54,9 +54,7 @@ def evaluate_command(
     _check_needed("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--batch-size": batch_size})
     if not text and tasks is None:
         raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
-    if tasks is not None:
-        alone("eval --tasks")
-    errors, rows, found = Console(stderr=True), list[EvaluationRecord | TaskRecord](), list[EvaluationRecord]()
+    errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
     with joined() as group:
@@ -66,17 +64,17 @@ def evaluate_command(
             dense = None if reference is None else load(reference, dtype, tell)
             with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
                 found = evaluate(loaded, text, seqlen, windows, device, watcher, dense, group)
-    if not group.leads:
-        return
-    if found:
-        errors.print(evaluation_table(found))
-        rows += found
-    if wanted is not None:
-        with memory_told("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
-            scores = score_tasks(loaded, wanted, place, batch_size or 8)
-        errors.print(task_table(scores))
-        rows += scores
-    print(json.dumps([row.model_dump() for row in rows], indent=1))
+            rows += found
+            if group.leads:
+                errors.print(evaluation_table(found))
+        if wanted is not None:
+            with memory_told("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
+                scores = score_tasks(loaded, wanted, group.device(device, place), batch_size or 8, group)
+            rows += scores
+            if group.leads:
+                errors.print(task_table(scores))
+    if group.leads:
+        print(json.dumps([row.model_dump() for row in rows], indent=1))
 
 
 def _check_needed(option: str, value: object, given: dict[str, object]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from alps.distributed import Group
 from alps.errors import ConfigError, did_you_mean
 from alps.evaluation.definitions import DEFINITIONS, read_documents
 from alps.evaluation.items import Document
@@ -87,25 +88,34 @@ def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
     return TaskSet(wanted, documents, limit, index)
 
 
-def score_tasks(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int = 8) -> list[TaskRecord]:
+def score_tasks(
+    loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int = 8, group: Group | None = None
+) -> list[TaskRecord]:
     """Score a causal language model on tasks, in their order.
 
     Args:
         loaded: model, moved to `device` and left there, and its tokenizer.
         tasks: from `find_tasks`.
         batch_size: sequences in a forward.
+        group: processes that share out the items, each with the same arguments; all get the records of all items.
 
     Raises:
-        ConfigError: without a tokenizer, for an empty batch, or when data cannot be fetched from the hub.
+        ConfigError: without a tokenizer, for an empty batch, fewer items than processes, or when data cannot be fetched
+            from the hub.
     """
     if loaded.tokenizer is None:
         raise ConfigError("Tasks need the model's tokenizer: pass it with the model.")
     if batch_size < 1:
         raise ConfigError(f"Batches of {batch_size} sequences hold nothing: give at least 1.")
-    training = loaded.model.training
+    group, training = group or Group(), loaded.model.training
+    for name, documents in (tasks.documents or {}).items():
+        if len(documents) < group.size:
+            raise ConfigError(
+                f"{len(documents)} items of {name} cannot be split over {group.size} processes: give more."
+            )
     try:
         with _apart(), fast_halves(loaded.model, device):
-            found = _scores(loaded, tasks, device, batch_size)
+            found = _scores(loaded, tasks, device, batch_size, group)
     except (OSError, ImportError) as error:
         if tasks.documents is not None:
             raise
@@ -116,7 +126,10 @@ def score_tasks(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size
         ) from error
     finally:
         loaded.model.train(training)
-    return [_record(loaded.name, name, row, found) for name, row in found["results"].items()]
+    records: list[TaskRecord] = group.first(
+        lambda: [_record(loaded.name, name, row, found) for name, row in found["results"].items()]
+    )
+    return records
 
 
 def local_task(name: str, documents: list[Document]) -> Any:
@@ -138,13 +151,14 @@ def local_task(name: str, documents: list[Document]) -> Any:
     )
 
 
-def _scores(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int) -> Any:
+def _scores(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int, group: Group) -> Any:
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from alps.evaluation.shared_tasks import SharedModel
 
     with _without_remarks():
         # A copy, since lm-eval may give the tokenizer a padding token.
-        model = HFLM(loaded.model.to(device), tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
+        model = SharedModel(group, loaded.model.to(device), copy.deepcopy(loaded.tokenizer), batch_size)
         wanted = [local_task(*one) for one in tasks.documents.items()] if tasks.documents else list(tasks.names)
     return simple_evaluate(
         model,
