@@ -33,13 +33,16 @@ class Clocks:
     def work(self, rank: int, phase: str, seconds: float) -> None:
         """One process is busy."""
         self.now[rank] += seconds
-        self.spent.setdefault(phase, [0.0] * len(self.now))[rank] += seconds
+        if phase not in self.spent:
+            self.spent[phase] = [0.0] * len(self.now)
+        self.spent[phase][rank] += seconds
 
     def together(self, phase: str, seconds: float = 0.0, nbytes: float = 0.0) -> None:
         """All wait for the last one, and are busy with each other."""
         latest = max(self.now)
+        waited = self.waited.setdefault(phase, [0.0] * len(self.now))
         for rank, now in enumerate(self.now):
-            self.waited.setdefault(phase, [0.0] * len(self.now))[rank] += latest - now
+            waited[rank] += latest - now
             self.work(rank, phase, latest - now + seconds)
         self.nbytes[phase] = self.nbytes.get(phase, 0.0) + nbytes
 
@@ -58,14 +61,17 @@ def simulate(run: Run, machine: Machine) -> Clocks:
     clocks, ranks = Clocks(run.size), range(run.size)
     owners = assignment(run)
     shown = {0, run.model.blocks // 2, run.model.blocks - 1}
+    shares = {run.share(rank) for rank in ranks}
+    observing, passing = ({one: machine.forward(one, seen) for one in shares} for seen in (True, False))
+    inputs = [sites[0][1] for sites in run.model.inputs]
+    grams = {one: sum(machine.gram(n, one * run.seqlen) for n in inputs) for one in shares}
     for rank in ranks:
         clocks.work(rank, "start", machine.start())
     for block in range(run.model.blocks):
         for rank in ranks:
             clocks.work(rank, "fetch", 0.0 if run.changes.aside and block else machine.fetch())
-            clocks.work(rank, "forward", machine.forward(run.share(rank), observing=True))
-            for sites in run.model.inputs:
-                clocks.work(rank, "gram", machine.gram(sites[0][1], run.share(rank) * run.seqlen))
+            clocks.work(rank, "forward", observing[run.share(rank)])
+            clocks.work(rank, "gram", grams[run.share(rank)])
         _sums(clocks, run, machine, owners)
         for sites, owner in zip(run.model.inputs, owners, strict=True):
             if owner is None:
@@ -76,7 +82,7 @@ def simulate(run: Run, machine: Machine) -> Clocks:
         _answers(clocks, run, machine, owners)
         if block + 1 < run.model.blocks:
             for rank in ranks:
-                clocks.work(rank, "forward", machine.forward(run.share(rank), observing=False))
+                clocks.work(rank, "forward", passing[run.share(rank)])
         if not run.changes.aside:
             clocks.work(block % run.size, "keep", machine.keep())
             if run.size > 1:
