@@ -47,13 +47,15 @@ def main() -> None:
     else:
         sizes = [int(size) for size in options.sizes.split(",")]
         print(assumptions() + "\n")
-        for name in options.models.split(","):
+        *others, last = options.models.split(",")
+        for name in (*others, last):
+            counts = sizes if name != last else sorted({*sizes, options.goal})
             run = Run(MODELS[name], options.samples, options.seqlen)
-            print(f"### {name}, {options.samples} x {options.seqlen} tokens\n\n{plan_table(run, sizes)}\n")
-            print(f"{memory_table(run, sizes)}\n")
-        print(f"### {name} on {options.goal} GPUs, and what is not built\n")
+            print(f"### {name}, {options.samples} x {options.seqlen} tokens\n\n{plan_table(run, counts)}\n")
+            print(f"{memory_table(run, counts)}\n")
+        print(f"### {last} on {options.goal} GPUs, and what is not built\n")
         print(variants_table(replace(run, size=options.goal)) + "\n")
-        print(f"### {name} with all of that\n\n{plan_table(replace(run, changes=[*VARIANTS.values()][-1]), sizes)}")
+        print(f"### {last} with all of that\n\n{plan_table(replace(run, changes=[*VARIANTS.values()][-1]), counts)}")
 
 
 def pieces(constants: dict[str, Any]) -> list[list[str]]:
@@ -123,10 +125,10 @@ def _options() -> argparse.Namespace:
     command.add_argument("--measured", required=True, help="what measure has written")
     command = commands.add_parser("plan", help="large models on GPUs")
     command.add_argument("--models", default=",".join(MODELS))
-    command.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
+    command.add_argument("--sizes", default="1,2,4,8,16,32,64")
     command.add_argument("--samples", type=int, default=128)
     command.add_argument("--seqlen", type=int, default=2048)
-    command.add_argument("--goal", type=int, default=128, help="GPUs of the last table, for the last of the models")
+    command.add_argument("--goal", type=int, default=128, help="GPUs of the last tables, of the last model")
     return parser.parse_args()
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from layers import markdown
 
-# Seconds between two looks at the memory of the processes.
-_LOOK = 0.25
+# Seconds between two looks at the memory of the processes: rare enough not to disturb them.
+_LOOK = 1.0
 # How a run is started: by itself, as a group of one, as a group of two.
 WAYS = {"plain": 0, "group of 1": 1, "group of 2": 2}
 PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "errors", "exchange", "keep", "save")
