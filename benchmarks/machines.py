@@ -16,7 +16,7 @@ _BATCH_TOKENS = 4096
 # Columns of a panel of the Gram, and inputs up to which an inverse is LAPACK's.
 PANEL, _DIRECT = 256, 320
 # Passes over float32 matrices of a site: of an iteration, of a step of the refit, and of the errors.
-_ITERATION, _STEP, _ERRORS = 36, 14, 12
+_ITERATION, _STEP, _ERRORS = 36, 27, 20
 
 
 class Measured:

@@ -109,7 +109,7 @@ def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int
     n, size, part = sites[0][1], run.size, 1 / run.size
     inverses = run.inverses(sites) * machine.inverse(n)
     if run.changes.inverses_apart:
-        rounds = math.ceil(run.counts.inverses / size)
+        rounds = min(math.ceil(run.counts.penalties / size), run.counts.inverses)
         nbytes = float(n * n * run.inverse_itemsize)
         inverses = rounds * machine.inverse(n) + run.counts.inverses * machine.send(nbytes)
         clocks.nbytes["exchange"] = clocks.nbytes.get("exchange", 0.0) + run.counts.inverses * nbytes * (size - 1)
