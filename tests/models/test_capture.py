@@ -207,19 +207,22 @@ def test_arguments_are_moved_through_tuples_lists_and_dicts() -> None:
     assert isinstance(moved["tables"], tuple) and isinstance(moved["tables"][1], list)
 
 
-def test_the_output_head_runs_for_the_first_batch_only(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
+def test_the_output_head_runs_for_one_window_only(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
     model = tiny_model(kind)
     calls = {"head": 0, "embedding": 0}
 
     def count(name: str) -> Callable[..., None]:
         def forwarded(*_args: Any) -> None:
             calls[name] += 1
+            if name == "head":
+                assert len(_args[1][0]) == 1
 
         return forwarded
 
     model.get_output_embeddings().register_forward_hook(count("head"))
     model.get_input_embeddings().register_forward_hook(count("embedding"))
     inputs = capture(model, find_blocks(model), ids, 2)
-    assert calls == {"head": 1, "embedding": 4}
+    # That window first, then four batches.
+    assert calls == {"head": 1, "embedding": 5}
     assert [len(hidden) for hidden in inputs.hidden] == [2, 2, 2, 1]
     assert all(sorted(of_block) == [1, 2] for of_block in inputs.calls)

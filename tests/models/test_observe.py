@@ -319,3 +319,25 @@ def test_later_batches_stop_at_the_last_input(tiny_model: Callable[..., Any], ki
     assert batches == 4 and len(last) == 1
     assert runs == {site.name: 1 if site.name in last else batches for site in blocks[0].sites} | {"block": 1}
     assert all(shared.stats.tokens == ids.numel() for shared in seen.shared)
+
+
+def test_the_first_batch_stops_there_too_in_a_block_like_one_before(
+    tiny_model: Callable[..., Any], kind: str, ids: Tensor
+) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 2)
+    expected = observe(blocks[1], inputs, Needs.GRAM, _CPU)
+    ended: list[str] = []
+    for block in blocks[:2]:
+        block.module.register_forward_hook(lambda *_, name=block.name: ended.append(name))
+    inputs.called_once.clear()
+    for block in blocks[:2]:
+        seen = observe(block, inputs, Needs.GRAM, _CPU)
+    # The first block ran to its end once, the second one never; its sums are those of a block that did.
+    assert ended == [blocks[0].name]
+    assert [[site.name for site in one.sites] for one in seen.shared] == [
+        [site.name for site in one.sites] for one in expected.shared
+    ]
+    for mine, theirs in zip(seen.shared, expected.shared, strict=True):
+        assert mine.stats.tokens == ids.numel() and torch.equal(mine.stats.gram(), theirs.stats.gram())

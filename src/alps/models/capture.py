@@ -28,6 +28,10 @@ class Call:
         return hidden_of(block(hidden, *args, **kwargs))
 
 
+# The class of a block, and the names of its sites inside it.
+Structure = tuple[type, tuple[str, ...]]
+
+
 @dataclass
 class BlockInputs:
     """What the blocks receive for a set of equally long windows.
@@ -37,12 +41,14 @@ class BlockInputs:
         calls: for every block, by batch size, the other arguments.
         bare: whether blocks return their hidden states alone, not first in a tuple.
         activations: where the hidden states are kept.
+        called_once: structures of blocks that were seen to call each of their sites once, and no other.
     """
 
     hidden: list[Tensor]
     calls: list[dict[int, Call]]
     bare: bool = True
     activations: Activations = field(default_factory=Activations)
+    called_once: set[Structure] = field(default_factory=set)
 
     def beside(self) -> BlockInputs:
         """The same inputs for another walk over the blocks."""
@@ -77,8 +83,8 @@ def capture(
 ) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.
 
-    Only what comes before the blocks is computed (embeddings, masks, rotary tables), and in the first batch what
-    follows them and one real call of the first block, to learn how blocks are called and what they return.
+    Only what comes before the blocks is computed (embeddings, masks, rotary tables). Before that, one window is run
+    with what follows them and one real call of the first block, to learn how blocks are called and what they return.
 
     Args:
         model: a causal language model; it is called with `input_ids` and `use_cache=False`.
@@ -95,7 +101,7 @@ def capture(
     recorder = _Recorder(type(model).__name__, blocks, activations)
     with torch.no_grad(), outside(blocks), _ready(blocks[0]), replaced_forwards(blocks, recorder.forward):
         device = next(model.parameters()).device
-        for batch in torch.split(windows, batch_size):
+        for batch in (windows[:1], *torch.split(windows, batch_size)):
             recorder.begin()
             with suppress(_BlocksDone):
                 model(input_ids=batch.to(device), use_cache=False)
@@ -134,7 +140,9 @@ class _Recorder:
         self._expected, self._passed_on = 0, None
 
     def end(self) -> None:
-        """A forward of the model is over; the first one shows whether anything calls a block after the last."""
+        """A forward of the model is over. The first one, of which nothing is kept, shows whether anything calls a block
+        after the last.
+        """
         if self._expected != len(self.calls):
             raise self._unwalkable(f"block {self._expected} is not called")
         self._whole = True
@@ -149,11 +157,13 @@ class _Recorder:
             if index > 0 and not _same(states, self._passed_on):
                 raise self._unwalkable(f"block {index} is not handed what block {index - 1} returned")
             if index == 0:
-                if not self.hidden:
+                if self._whole:
+                    self.hidden.append(self._activations.place(states.detach()))
+                else:
                     output = real(*args, **kwargs)
                     self._rest = None if torch.is_tensor(output) else tuple(output[1:])
-                self.hidden.append(self._activations.place(states.detach()))
-            self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
+            if self._whole:
+                self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
             self._expected, self._passed_on = index + 1, states
             if self._expected == len(self.calls) and self._whole:
                 raise _BlocksDone

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alps.errors import UnsupportedModel
 from alps.models.blocks import Block
-from alps.models.capture import BlockInputs
+from alps.models.capture import BlockInputs, Structure
 from alps.models.sites import Site
 from alps.models.starving import Peers, SharedInput, fed
 from alps.models.streams import AllSeen, DenseStream, watching
@@ -37,8 +37,10 @@ class Observation:
 class _Collector:
     """Hooks for one pass: a site's first batch finds out whose input it shares, later ones watch one site per input."""
 
-    def __init__(self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = ()) -> None:
-        self.needs, self.device = needs, device
+    def __init__(
+        self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = (), last: int | None = None
+    ) -> None:
+        self.needs, self.device, self._last = needs, device, last
         self.shared: list[SharedInput] = []
         # By the name of a site, its input.
         self._owner: dict[str, SharedInput] = {}
@@ -63,7 +65,16 @@ class _Collector:
         return site.name in self._owner
 
     def first(self, site: Site, x: Tensor) -> None:
-        """A site that was not known when the batch began receives `x`."""
+        """A site that was not known when the batch began receives `x`.
+
+        Raises:
+            AllSeen: when every site was met in the first batch, and none is called again.
+        """
+        self._meet(site, x)
+        if len(self._owner) == self._last:
+            raise AllSeen
+
+    def _meet(self, site: Site, x: Tensor) -> None:
         owner = self._owner.get(site.name)
         if owner is None:
             for tensor, shared in self._met:
@@ -122,6 +133,8 @@ class _Collector:
         Once every input has been met exactly once in a batch, later batches may stop at their last input.
         """
         self._may_stop = complete and all(self.received_once(one) for one in self.shared)
+        # In later batches a site that is met for the first time may come before others that were met in the first one.
+        self._last = None
         self._received.clear()
         self._met.clear()
 
@@ -168,8 +181,8 @@ def observe(
     """Run `block` over all batches and sum up what its sites receive.
 
     A batch ends at the last site's input, since nothing after it is wanted: a block that calls its sites once each
-    is not run to its end but for the first batch. A block that then calls a site a second time in a later batch only,
-    which no decoder is known to do, would have that call overlooked.
+    is not run to its end but for the first batch, and that only in the first block of its structure. One that calls a
+    site a second time in a later batch or block only, which no decoder is known to do, would have that call overlooked.
 
     Args:
         block: the block, already on `device`.
@@ -185,8 +198,9 @@ def observe(
     Raises:
         UnsupportedModel: when a site receives other tokens in the dense model, or shares another input elsewhere.
     """
-    collector = _Collector(needs, device, groups)
     wanted = [site for group in groups for site in group] or block.sites
+    structure = _structure(block, wanted)
+    collector = _Collector(needs, device, groups, len(wanted) if structure in inputs.called_once else None)
     with torch.no_grad():
         for batch in range(len(inputs.hidden)):
             leaders = [shared.sites[0] for shared in collector.shared]
@@ -200,11 +214,18 @@ def observe(
             with hooks[0], hooks[1], suppress(AllSeen):
                 inputs.run(block.index, block.module, batch, device)
             collector.end_batch(complete=all(map(collector.knows, wanted)))
+            if not batch and not groups and collector.may_stop:
+                inputs.called_once.add(structure)
     collector.begin_starved(wanted)
     if peers is not None:
         collector.agree(wanted, peers)
     shared = fed(collector.shared, block, inputs, needs, device, peers)
     return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
+
+
+def _structure(block: Block, sites: Sequence[Site]) -> Structure:
+    # What `only` leaves of a block has fewer sites, and is another structure.
+    return type(block.module), tuple(site.name.removeprefix(block.name) for site in sites)
 
 
 def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[list[Site]]:

@@ -102,7 +102,9 @@ class Alps(Method):
         if not nonzero:
             mask = select(dense.abs(), part)
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
-        solution = self._split(dense, state, part, entries, lambda count: int(rows.total(torch.tensor(count))))
+        solution = self._split(
+            dense, state, part, entries, lambda count: int(rows.total(torch.tensor(count, device=dense.device)))
+        )
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
         if int(rows.total((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")

@@ -72,18 +72,19 @@ def top_of_all(scores: Tensor, kept: int, rows: Rows) -> Tensor:
     """
     keys = scores.contiguous().view(torch.int32)
     upper = keys >> _HALF
-    histogram = rows.total(torch.bincount(upper, minlength=2**_HALF // 2).cpu())
+    # Sums stay where the scores are: between GPUs they go by the links between GPUs.
+    histogram = rows.total(torch.bincount(upper, minlength=2**_HALF // 2))
     if int(histogram[_INFINITE + 1 :].sum()):
         raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
     if kept <= 0 or kept >= int(histogram.sum()):
         return torch.full_like(scores, kept > 0, dtype=torch.bool)
     bin_, missing = _bin_of(histogram, kept)
     lower = keys[upper == bin_] & (2**_HALF - 1)
-    last, missing = _bin_of(rows.total(torch.bincount(lower, minlength=2**_HALF).cpu()), missing)
+    last, missing = _bin_of(rows.total(torch.bincount(lower, minlength=2**_HALF)), missing)
     cut = (bin_ << _HALF) | last
     mask = keys > cut
     ties = (keys == cut).nonzero().squeeze(1)
-    mask[ties[: max(missing - _before(len(ties), rows), 0)]] = True
+    mask[ties[: max(missing - _before(len(ties), rows, scores.device), 0)]] = True
     return mask
 
 
@@ -94,8 +95,8 @@ def _bin_of(histogram: Tensor, kept: int) -> tuple[int, int]:
     return len(histogram) - 1 - place, kept - (int(from_top[place - 1]) if place else 0)
 
 
-def _before(count: int, rows: Rows) -> int:
+def _before(count: int, rows: Rows, device: torch.device) -> int:
     """The counts of the processes before this one."""
-    counts = torch.zeros(rows.size, dtype=torch.int64)
+    counts = torch.zeros(rows.size, dtype=torch.int64, device=device)
     counts[rows.rank] = count
     return int(rows.total(counts)[: rows.rank].sum())

@@ -1,0 +1,157 @@
+"""What one `alps prune` with ALPS takes in several processes: a simulation of its walk, process by process.
+
+Every process has a clock. Work moves one clock on; a collective call brings all of them to the latest first. Who
+solves what is asked of `alps.sharing`, what a piece of work takes of a machine (`machines.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from alps.sharing import job_of, shared_out
+from alps.solvers import get_method
+from cost_model import Machine, Run
+
+
+class Clocks:
+    """Time of every process.
+
+    Attributes:
+        now: by process.
+        spent: by phase and process; waiting for others counts to the phase in which it is done.
+        waited: of that, by phase and process.
+        nbytes: sent, by phase: what leaves or enters one process at least once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.now = [0.0] * size
+        self.spent: dict[str, list[float]] = {}
+        self.waited: dict[str, list[float]] = {}
+        self.nbytes: dict[str, float] = {}
+
+    def work(self, rank: int, phase: str, seconds: float) -> None:
+        """One process is busy."""
+        self.now[rank] += seconds
+        if phase not in self.spent:
+            self.spent[phase] = [0.0] * len(self.now)
+        self.spent[phase][rank] += seconds
+
+    def together(self, phase: str, seconds: float = 0.0, nbytes: float = 0.0) -> None:
+        """All wait for the last one, and are busy with each other."""
+        latest = max(self.now)
+        waited = self.waited.setdefault(phase, [0.0] * len(self.now))
+        for rank, now in enumerate(self.now):
+            waited[rank] += latest - now
+            self.work(rank, phase, latest - now + seconds)
+        self.nbytes[phase] = self.nbytes.get(phase, 0.0) + nbytes
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all processes together that are not waiting."""
+        return sum(map(sum, self.spent.values())) - sum(map(sum, self.waited.values()))
+
+
+def simulate(run: Run, machine: Machine) -> Clocks:
+    """The clocks after one run.
+
+    A block: the pass that observes, sums at those who solve, split inputs by all and whole ones by their owners,
+    weights sent to all, a second pass but after the last block, and the block written down by one of them.
+    """
+    clocks, ranks = Clocks(run.size), range(run.size)
+    owners = assignment(run)
+    shown = {0, run.model.blocks // 2, run.model.blocks - 1}
+    shares = {run.share(rank) for rank in ranks}
+    observing, passing = ({one: machine.forward(one, seen) for one in shares} for seen in (True, False))
+    inputs = [sites[0][1] for sites in run.model.inputs]
+    grams = {one: sum(machine.gram(n, one * run.seqlen) for n in inputs) for one in shares}
+    for rank in ranks:
+        clocks.work(rank, "start", machine.start())
+    for block in range(run.model.blocks):
+        for rank in ranks:
+            clocks.work(rank, "fetch", 0.0 if run.changes.aside and block else machine.fetch())
+            clocks.work(rank, "forward", observing[run.share(rank)])
+            clocks.work(rank, "gram", grams[run.share(rank)])
+        _sums(clocks, run, machine, owners)
+        for sites, owner in zip(run.model.inputs, owners, strict=True):
+            if owner is None:
+                _split(clocks, run, machine, sites, block in shown)
+        for sites, owner in zip(run.model.inputs, owners, strict=True):
+            if owner is not None:
+                _whole(clocks, run, machine, sites, owner, block in shown)
+        _answers(clocks, run, machine, owners)
+        if block + 1 < run.model.blocks:
+            for rank in ranks:
+                clocks.work(rank, "forward", passing[run.share(rank)])
+        if not run.changes.aside:
+            clocks.work(block % run.size, "keep", machine.keep())
+            if run.size > 1:
+                clocks.together("keep")
+    return clocks
+
+
+def assignment(run: Run) -> list[int | None]:
+    """Who solves each input of a block; None for all of them together."""
+    jobs = [job_of(get_method("alps"), sites, run.size) for sites in run.model.inputs]
+    return shared_out(jobs, run.size) if run.size > 1 else [0] * len(jobs)
+
+
+def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | None]) -> None:
+    if run.size == 1:
+        return
+    for sites, owner in zip(run.model.inputs, owners, strict=True):
+        nbytes = 4.0 * sites[0][1] ** 2
+        clocks.together("exchange", machine.reduce(nbytes, owner is None), nbytes * (run.size - 1))
+
+
+def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], shown: bool) -> None:
+    """All processes solve some rows of every site of one input; each has the record of some sites."""
+    n, size, part = sites[0][1], run.size, 1 / run.size
+    inverses = run.inverses(sites) * machine.inverse(n)
+    if run.changes.inverses_apart:
+        rounds = min(math.ceil(run.counts.penalties / size), run.counts.inverses)
+        nbytes = float(n * n * run.inverse_itemsize)
+        inverses = rounds * machine.inverse(n) + run.counts.inverses * machine.send(nbytes)
+        clocks.nbytes["exchange"] = clocks.nbytes.get("exchange", 0.0) + run.counts.inverses * nbytes * (size - 1)
+    for rank in range(size):
+        clocks.work(rank, "prepare", machine.prepare(n))
+        clocks.work(rank, "inverses", inverses)
+    for index, shape in enumerate(sites):
+        seconds = _solve(run, machine, shape, part, shown) + run.counts.iterations * machine.select()
+        for rank in range(size):
+            clocks.work(rank, "solve", seconds)
+        whole = 4.0 * shape[0] * n
+        clocks.together("exchange", machine.reduce(whole, True), whole * (size - 1))
+        errors = machine.errors(shape)
+        for rank in range(size):
+            if run.changes.aside:
+                clocks.work(rank, "errors", errors * part)
+            elif index % size == rank:
+                clocks.work(rank, "errors", errors)
+
+
+def _whole(
+    clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], owner: int, shown: bool
+) -> None:
+    n = sites[0][1]
+    clocks.work(owner, "prepare", machine.prepare(n))
+    clocks.work(owner, "inverses", run.inverses(sites) * machine.inverse(n))
+    for shape in sites:
+        clocks.work(owner, "solve", _solve(run, machine, shape, 1.0, shown))
+        clocks.work(owner, "errors", machine.errors(shape))
+
+
+def _solve(run: Run, machine: Machine, shape: tuple[int, int], part: float, shown: bool) -> float:
+    seconds = run.counts.iterations * machine.iteration(shape, part)
+    seconds += (run.counts.steps_of(shape) + 2) * machine.step(shape, part)
+    return seconds + (run.counts.inverses * machine.trace(shape, part) if shown else 0.0)
+
+
+def _answers(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | None]) -> None:
+    if run.size == 1:
+        return
+    clocks.together("exchange")
+    for sites, owner in zip(run.model.inputs, owners, strict=True):
+        if owner is not None:
+            nbytes = float(sum(m * n for m, n in sites) * run.itemsize)
+            clocks.together("exchange", machine.send(nbytes), nbytes * (run.size - 1))
