@@ -12,7 +12,6 @@ from typing import Any
 
 from cost_model import Counts, Model, Run
 
-_BATCH_TOKENS = 4096
 # Columns of a panel of the Gram, and inputs up to which an inverse is LAPACK's.
 PANEL, _DIRECT = 256, 320
 # Passes over float32 matrices of a site: of an iteration, of a step of the refit, and of the errors.
@@ -39,8 +38,8 @@ class Measured:
         return self._fixed["start"] + self._seconds["draw"] + self._seconds["capture"]
 
     def forward(self, windows: int, observing: bool) -> float:
-        whole = min(windows, max(_BATCH_TOKENS // self.run.seqlen, 1)) if observing else windows
-        return self.run.seqlen * (whole * self._seconds["forward"] + (windows - whole) * self._seconds["observing"])
+        # The first batch of the first block, which runs to its end, is not told apart.
+        return self.run.seqlen * windows * self._seconds["observing" if observing else "forward"]
 
     def gram(self, n: int, tokens: int) -> float:
         return tokens * self._seconds[f"gram {n}"]
@@ -146,7 +145,7 @@ class Card:
         model, tokens = self.run.model, windows * self.run.seqlen
         flops = 2.0 * model.weights * tokens
         if observing:
-            flops -= 2.0 * model.hidden * model.inner * max(tokens - _BATCH_TOKENS, 0)
+            flops -= 2.0 * model.hidden * model.inner * tokens
         # Causal attention: two products over half of the positions.
         flops += 2.0 * tokens * self.run.seqlen * model.hidden
         passes = (20.0 * model.hidden + 6.0 * model.inner) * self.run.itemsize * tokens
