@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# `alps.solvers.hessian` keeps so many bytes of inverses, for the other sites of an input.
-_CACHE_BYTES = 2**28
+from alps.solvers import hessian
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Run:
         """Inverses that the sites of one input take: later sites find again as many as are kept."""
         if self.changes.inverses_kept:
             return self.counts.inverses
-        kept = _CACHE_BYTES // (sites[0][1] ** 2 * self.inverse_itemsize)
+        kept = hessian._CACHE_BYTES // (sites[0][1] ** 2 * self.inverse_itemsize)
         return self.counts.inverses + (len(sites) - 1) * max(self.counts.inverses - kept, 0.0)
 
 

@@ -113,7 +113,7 @@ class Card:
             few small calls.
         read, write: bytes a second of a host from the files that all share, and of one process into them.
         upload: bytes a second of one process from the host's memory to its GPU.
-        begin: seconds of starting and of ending a self.run.
+        begin: seconds of starting and of ending a run.
         host: GPUs of one host; capacity: bytes of one GPU.
     """
 

@@ -86,6 +86,7 @@ def test_gradients_are_those_of_float32() -> None:
         with Widened():
             F.linear(*own).pow(2).mean().backward()  # type: ignore[no-untyped-call]
         grads.append([one.grad.float() for one in own if one.grad is not None])
+        assert len(grads[-1]) == 2
     for half, full in zip(*grads, strict=True):
         assert float((half - full).norm() / full.norm()) < 0.01
 
@@ -96,10 +97,13 @@ def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.Monk
 
     for name in list(halves._WIDE):
         monkeypatch.setitem(halves._WIDE, name, never)
-    with Widened(), torch.inference_mode():
-        F.linear(_numbers(1, 512, dtype=torch.bfloat16), _numbers(512, 512, dtype=torch.bfloat16))
-        F.linear(_numbers(100, 512, dtype=torch.float32), _numbers(512, 512, dtype=torch.float32))
-        F.linear(_numbers(100, 0, dtype=torch.bfloat16), _numbers(50, 0, dtype=torch.bfloat16))
+    half, full = torch.bfloat16, torch.float32
+    for rows, terms, columns, dtype in ((1, 512, 512, half), (100, 512, 512, full), (100, 0, 50, half)):
+        factors = _numbers(rows, terms, dtype=dtype), _numbers(columns, terms, dtype=dtype)
+        own = F.linear(*factors)
+        with Widened(), torch.inference_mode():
+            found = F.linear(*factors)
+        assert found.dtype == dtype and torch.equal(found, own), (rows, terms, dtype)
 
 
 def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +121,7 @@ def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) 
             lambda a, b, seen=seen: (seen.append(True), a.new_empty(len(a), b.shape[1]))[1],
         )
         layer = nn.Linear(128, 128, bias=False).bfloat16()
-        with fast_halves(layer, cpu), torch.inference_mode():
+        with fast_halves(cpu, nn.LayerNorm(8), layer), torch.inference_mode():
             layer(_numbers(128, 128, dtype=torch.bfloat16))
         assert len(seen) == slow
 

@@ -85,6 +85,19 @@ def test_the_file_tree_is_the_one_on_disk() -> None:
     assert listed == {name for name in found if not name.endswith(("__init__.py", "__main__.py"))}
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((docs/[^)]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).is_file()
+def _headings(page: Path) -> set[str]:
+    """What a link to a heading of a page ends with, as GitHub makes it."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^):]*\.md)?(?:#([^)]+))?\)", page.read_text())
+    for target, heading in links:
+        leads = page.parent / target if target else page
+        assert leads.is_file(), target
+        assert not heading or heading in _headings(leads), (target, heading)
+    assert links or page.name != "README.md"

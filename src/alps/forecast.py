@@ -120,7 +120,7 @@ def _measure(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int) -> _M
     model = loaded.model.eval()
     inputs, found, pruned = capture(model, blocks, ids, 1), _Measured(), [block for block in blocks if block.sites]
     block = pruned[len(pruned) // 2]
-    with exact_float32(), fast_halves(model, walk.device), on_device(block, walk.device):
+    with exact_float32(), fast_halves(walk.device, model), on_device(block, walk.device):
         # Solves write into a copy.
         copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
         _timed_forward(inputs, copy, walk)

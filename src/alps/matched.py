@@ -163,7 +163,7 @@ def _match_blocks(
         with (
             memory_told("use --offload, or give fewer --samples or a lower --seqlen"),
             exact_float32(),
-            fast_halves(pruned, device),
+            fast_halves(device, dense, pruned),
         ):
             targets = _captured(capture(dense, models, ids, batch), storage)
             inputs = _captured(capture(pruned, tuned, ids, batch), storage)

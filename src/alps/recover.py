@@ -106,7 +106,7 @@ def recover(
         with memory_told("lower --batch-tokens and --seqlen, or use --device cpu"):
             dense.model.to(device).eval()
             with (
-                fast_halves(pruned.model, device),
+                fast_halves(device, dense.model, pruned.model),
                 _computing(pruned.model.to(device).eval()) as tuned,
                 Masters(pruned.model, tuned, settings.lr) as masters,
             ):

@@ -131,7 +131,7 @@ class Walk:
         check_budget(self.budget, self.pattern)
         self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
         try:
-            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(model, self.device):
+            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(self.device, model):
                 if not self.reads_inputs or (self.resumable is not None and self.resumable.has(blocks[-1])):
                     self._without_inputs(blocks)
                 else:

@@ -49,6 +49,6 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torc
     first_end = ends[0] if isinstance(ends, list) else ends
     # The model's own generation settings may sample; without a padding token generate() warns.
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
-    with torch.inference_mode(), fast_halves(model, device):
+    with torch.inference_mode(), fast_halves(device, model):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -52,7 +52,7 @@ def divergence(
     sums = _Sums()
     watcher.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode(), fast_halves(model, device):
+        with torch.inference_mode(), fast_halves(device, model, reference):
             for part in parts:
                 sums.add(*_logits(model, reference, part.to(device)), part.to(device))
                 watcher.step("")

@@ -50,7 +50,7 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     watcher.start(f"{name} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode(), fast_halves(model, device):
+        with torch.inference_mode(), fast_halves(device, model):
             for batch in parts:
                 total += window_losses(model, batch.to(device)).sum(dtype=torch.float64).cpu()
                 watcher.step("")

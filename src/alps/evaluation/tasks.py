@@ -114,7 +114,7 @@ def score_tasks(
                 f"{len(documents)} items of {name} cannot be split over {group.size} processes: give more."
             )
     try:
-        with _apart(), fast_halves(loaded.model, device):
+        with _apart(), fast_halves(device, loaded.model):
             found = _scores(loaded, tasks, device, batch_size, group)
     except (OSError, ImportError) as error:
         if tasks.documents is not None:

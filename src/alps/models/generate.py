@@ -80,7 +80,7 @@ def sample_windows(
     place = device or home
     watcher.start("sampling calibration windows", len(batches) * (seqlen - 1))
     try:
-        with torch.no_grad(), exact_float32(), fast_halves(model, place):
+        with torch.no_grad(), exact_float32(), fast_halves(place, model):
             _move(model, place).eval()
             parts = []
             for batch in batches:
