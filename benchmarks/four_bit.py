@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 
 import alps
 from alps.data.windows import Windows
+from alps.errors import ConfigError
 from alps.inference.native import describe, find_kernel
 from alps.models.packaged import place_of
 from alps.runtime import provenance
@@ -138,4 +140,8 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ConfigError, ImportError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import alps
+from alps.errors import ConfigError
 from alps.halves import Widened, multiplies_by_float32
 from alps.runtime import provenance
 from layers import markdown
@@ -71,4 +73,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

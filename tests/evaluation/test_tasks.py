@@ -273,7 +273,7 @@ def test_two_processes_share_out_the_items(data: Path, stories: Path, english_fi
 
 def test_fewer_items_than_processes_are_refused(data: Path, stories: Path) -> None:
     done = _eval_in(2, stories, "--tasks", "piqa", "--task-data", data, "--limit", 1)
-    assert done.returncode and "1 items of piqa cannot be split over 2 processes: give more." in done.stderr
+    assert done.returncode and "Task piqa has 1 items for 2 processes: start fewer, or raise --limit." in done.stderr
 
 
 def test_without_data_the_names_are_lm_evals(

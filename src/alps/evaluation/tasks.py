@@ -111,7 +111,7 @@ def score_tasks(
     for name, documents in (tasks.documents or {}).items():
         if len(documents) < group.size:
             raise ConfigError(
-                f"{len(documents)} items of {name} cannot be split over {group.size} processes: give more."
+                f"Task {name} has {len(documents)} items for {group.size} processes: start fewer, or raise --limit."
             )
     try:
         with _apart(), fast_halves(device, loaded.model):
