@@ -20,7 +20,7 @@ from alps.models.streams import watching
 from alps.solvers import get_method
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import Unstructured
-from alps.stats import InputStats
+from alps.stats import InputStats, InputSums
 from layers import calibration_options, markdown
 
 _CENTRES, _CHOSEN, _MEASURED = 8, 2, 4
@@ -63,7 +63,7 @@ def routing(x: Tensor, seed: int) -> Tensor:
 
 def row(W: Tensor, x: Tensor, chosen: Tensor, share: float, options: argparse.Namespace) -> list[str]:
     """Mean held-out error over centres with so many tokens for each input, for every value of `ENOUGH`."""
-    method, pool, width = get_method("alps"), InputStats.of(x), W.shape[1]
+    method, pool, width = get_method("alps"), InputSums.of(x), W.shape[1]
     tokens, cells = int(share * width), []
     for enough in _ENOUGH:
         errors = []
@@ -72,10 +72,10 @@ def row(W: Tensor, x: Tensor, chosen: Tensor, share: float, options: argparse.Na
             mine = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(centre))]
             if len(mine) < 2 * tokens:
                 continue
-            stats = InputStats.of(mine[:tokens])
+            sums = InputSums.of(mine[:tokens])
             if enough * width > tokens:
-                stats = stats + pool.averaged(enough * width - tokens)
-            answer = method.solve(W, method.prepare(stats), Unstructured(options.sparsity)).weight
+                sums = sums + pool.averaged(enough * width - tokens)
+            answer = method.solve(W, method.prepare(sums.rounded()), Unstructured(options.sparsity)).weight
             errors.append(relative_error(answer, W, InputStats.of(mine[tokens:])))
         cells.append(f"{sum(errors) / len(errors):.4f}" if errors else "")
     return cells

@@ -23,7 +23,7 @@ from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import parse_pattern
-from alps.stats import InputStats
+from alps.stats import InputStats, InputSums
 from alps.walk import Walk
 
 _SHAPES = (
@@ -77,10 +77,10 @@ def problem(out_size: int, in_size: int, tokens: int, device: torch.device) -> t
 
     factors = max(in_size // 8, 1)
     mixing, sizes = normal(factors, in_size) / factors**0.5, torch.exp(0.5 * normal(in_size))
-    stats = InputStats.of((normal(1, factors) @ mixing + normal(1, in_size)) * sizes)
+    sums = InputSums.of((normal(1, factors) @ mixing + normal(1, in_size)) * sizes)
     for _ in range(0, tokens, 4096):
-        stats.update((normal(4096, factors) @ mixing + 0.5 * normal(4096, in_size)) * sizes)
-    return normal(out_size, in_size) / in_size**0.5, stats
+        sums.update((normal(4096, factors) @ mixing + 0.5 * normal(4096, in_size)) * sizes)
+    return normal(out_size, in_size) / in_size**0.5, sums.released()
 
 
 def site_row(

@@ -152,7 +152,9 @@ class Card:
         return flops / self.bfloat16 + passes / self.memory
 
     def gram(self, n: int, tokens: int) -> float:
-        return tokens * (gram_flops(n) / self.float32 + 18.0 * n / self.memory)
+        # Every window's products are written, read, and added to sums of 8 bytes an entry.
+        added = 24.0 * gram_flops(n) / 2 / self.run.seqlen
+        return tokens * (gram_flops(n) / self.float32 + (18.0 * n + added) / self.memory)
 
     def prepare(self, n: int) -> float:
         return n**3 / 3 / (self.definite * self.float32) + 10 * 4.0 * n * n / self.memory

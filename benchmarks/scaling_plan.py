@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+from alps.stats import InputSums, Needs
 from cost_model import Changes, Model, Run
 from layers import markdown
 from machines import Card
@@ -80,7 +81,7 @@ def memory(run: Run) -> dict[str, float]:
     return {
         "block": float(model.weights * run.itemsize),
         "activations": float(run.share(0) * run.seqlen * model.hidden * run.itemsize),
-        "statistics": sum(4.0 * sites[0][1] ** 2 for sites in model.inputs),
+        "statistics": float(sum(InputSums.nbytes(sites[0][1], Needs.GRAM) for sites in model.inputs)),
         "solver": solver,
     }
 

@@ -34,7 +34,7 @@ from alps.solvers.hessian import ScaledHessian
 from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, Unstructured, keep_largest
 from alps.solvers.selection import masked
-from alps.stats import InputStats, Needs
+from alps.stats import InputStats, InputSums, Needs
 from layers import calibration_options
 from machines import PANEL, gram_flops
 from scaling_runs import prune
@@ -141,7 +141,7 @@ def _blocks(options: argparse.Namespace, loaded: Loaded, inputs: BlockInputs, ti
                 seen = timer.time("observing", partial(observe, block, inputs, Needs.GRAM, _CPU, groups), share)
                 timer.found["observing"][-1] -= seen.seconds * share
                 for shared in seen.shared:
-                    _input(shared, Unstructured(options.sparsity), timer, counts)
+                    _input(shared, Unstructured(options.sparsity), options.seqlen, timer, counts)
             timer.time("forward", partial(inputs.advance, block.index, block.module, _CPU), share)
     return counts.means()
 
@@ -161,11 +161,11 @@ class _Counted:
         return {"iterations": mean(self.iterations), "inverses": mean(self.inverses), "steps": steps}
 
 
-def _input(shared: SharedInput, pattern: Pattern, timer: _Timer, counts: _Counted) -> None:
+def _input(shared: SharedInput, pattern: Pattern, seqlen: int, timer: _Timer, counts: _Counted) -> None:
     """Everything that is done with one input and its sites."""
     stats, method, n = shared.stats, Alps(), shared.sites[0].shape[1]
-    rows = torch.randn(_BATCH_TOKENS, n)
-    timer.time(f"gram {n}", lambda: InputStats.zeros(n, Needs.GRAM).update(rows), 1 / len(rows))
+    rows, sums = torch.randn(max(_BATCH_TOKENS // seqlen, 1), seqlen, n), InputSums.zeros(n, Needs.GRAM)
+    timer.time(f"gram {n}", partial(sums.update, rows), 1 / (len(rows) * seqlen))
     state = timer.time(f"prepare {n}", lambda: method.prepare(stats))
     # As if they were the first: other penalties than those of the solves.
     for rho in (0.11, 0.12, 0.13):
@@ -196,10 +196,10 @@ def _errors(weight: Tensor, aim: Tensor, pattern: Pattern, stats: InputStats) ->
 
 def _messages(group: Group, timer: _Timer, sizes: list[int]) -> None:
     for n in dict.fromkeys(sizes):
-        stats, values = InputStats.zeros(n, Needs.GRAM), torch.zeros(n, n)
+        sums, values, nbytes = InputSums.zeros(n, Needs.GRAM), torch.zeros(n, n), InputSums.nbytes(n, Needs.GRAM)
         for _ in range(5):
-            timer.time(f"reduce {n}", partial(group.sums, stats, 0), 1 / (4 * n * n))
-            timer.time(f"all-reduce {n}", partial(group.sums, stats, None), 1 / (4 * n * n))
+            timer.time(f"reduce {n}", partial(group.sums, sums, 0), 1 / nbytes)
+            timer.time(f"all-reduce {n}", partial(group.sums, sums, None), 1 / nbytes)
             timer.time(f"send {n}", partial(group.send, values, 0), 1 / (4 * n * n))
     histograms = [torch.zeros(size, dtype=torch.int64) for size in (2**15, 2**16, 2)]
     for _ in range(20):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from alps.sharing import job_of, shared_out
 from alps.solvers import get_method
+from alps.stats import InputSums, Needs
 from cost_model import Machine, Run
 
 
@@ -100,7 +101,7 @@ def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | Non
     if run.size == 1:
         return
     for sites, owner in zip(run.model.inputs, owners, strict=True):
-        nbytes = 4.0 * sites[0][1] ** 2
+        nbytes = float(InputSums.nbytes(sites[0][1], Needs.GRAM))
         clocks.together("exchange", machine.reduce(nbytes, owner is None), nbytes * (run.size - 1))
 
 

@@ -50,7 +50,7 @@ def test_counts_and_sizes_are_exact(
         "block": 2 * 2 * (weights + 2 * 32),  # dense and pruned, bfloat16, with both norms
         "solver": 4 * (6 * 44 * 32 + 4 * 32**2),
         "outside the blocks": 2 * (2 * 64 * 32 + 32),
-        "statistics": 2 * 4 * (3 * 32**2 + 44**2),
+        "statistics": 2 * 8 * (3 * 32**2 + 44**2),
         "activations": 2 * 160 * 32 * 2,
         "inputs of the dense block": 160 * (3 * 32 + 44) * 2,
     }

@@ -21,7 +21,7 @@ import scaling_rates
 import scaling_runs
 from alps.solvers.hessian import invert_
 from alps.solvers.objective import relative_errors
-from alps.stats import InputStats, Needs
+from alps.stats import InputSums, Needs
 from cost_model import Changes, Counts, Model, Run
 from machines import Card, Measured, gram_flops
 from scaling_plan import MODELS, VARIANTS, memory, plan_table
@@ -121,7 +121,8 @@ def test_two_processes_by_hand() -> None:
     waits = [max(solves) - solves[0], (3 - 2) + 4 * (12 - 8) * 0.25 + max(solves) - solves[1]]
     assert clocks.waited["exchange"] == [pytest.approx(wait) for wait in waits]
     assert clocks.waited["keep"] == [0.0, pytest.approx(4.0)]
-    assert clocks.nbytes["exchange"] == 4 * (3 * d * d + w * w) + 4 * run.model.weights
+    sums = 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
+    assert clocks.nbytes["exchange"] == sums + 4 * run.model.weights
 
 
 def test_later_sites_find_the_inverses_that_fit_into_what_is_kept() -> None:
@@ -187,8 +188,9 @@ def _flops(work: Callable[[], object]) -> int:
 def test_flops_are_those_of_the_program() -> None:
     n, m, tokens = 1280, 96, 64
     rows, weight = torch.randn(tokens, n), torch.randn(m, n)
-    stats = InputStats.zeros(n, Needs.GRAM)
-    assert _flops(lambda: stats.update(rows)) == tokens * gram_flops(n)
+    sums = InputSums.zeros(n, Needs.GRAM)
+    assert _flops(lambda: sums.update(rows)) == tokens * gram_flops(n)
+    stats = sums.rounded()
     # Three energies over the triangle, whose diagonal blocks are whole.
     assert _flops(lambda: relative_errors([weight, weight], weight, stats)) == 3 * m * n * (n + 256)
     definite = torch.eye(n)
@@ -200,7 +202,7 @@ def test_memory_is_added_up_and_shrinks_with_the_processes() -> None:
     run = Run(MODELS["LLaMA-3.1-405B"], 128, 2048)
     one = memory(run)
     d, w = 16384, 53248
-    assert one["statistics"] == 4 * (3 * d * d + w * w)
+    assert one["statistics"] == 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
     assert one["activations"] == 128 * 2048 * d * 2 and one["block"] == 2 * run.model.weights
     assert one["solver"] == 4 * (8 * d * w + 3 * w * w)
     split = memory(replace(run, size=128))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alps.errors import AlpsError, ConfigError, RankLost
-from alps.stats import InputStats
+from alps.stats import InputSums
 
 # How long a process waits for the others before it gives up, in seconds; ALPS_RANK_TIMEOUT says otherwise.
 _TIMEOUT = 1800.0
@@ -109,18 +109,18 @@ class Group:
                 dist.all_reduce(values)
         return values
 
-    def sums(self, stats: InputStats, owner: int | None) -> None:
+    def sums(self, mine: InputSums, owner: int | None) -> None:
         """Add up the sums of all processes in place: on `owner`, where alone they are whole, or on all for None."""
         if self.size == 1:
             return
-        tokens = torch.tensor([stats.tokens], dtype=torch.int64)
+        tokens = torch.tensor([mine.tokens], dtype=torch.int64)
         with self._together():
-            for part in (tokens, stats.total, stats.square, stats.upper, stats.drift):
-                if part is not None and owner is None:
+            for part in (tokens, *mine.parts()):
+                if owner is None:
                     dist.all_reduce(part)
-                elif part is not None:
+                else:
                     dist.reduce(part, dst=owner)
-        stats.tokens = int(tokens)
+        mine.tokens = int(tokens)
 
     def send(self, tensor: Tensor, source: int) -> None:
         """Give every process the values that `tensor` has on `source`, in place."""

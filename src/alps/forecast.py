@@ -24,6 +24,7 @@ from alps.models.streams import KEEP_BYTES, DenseStream
 from alps.records import Record
 from alps.runtime import exact_float32
 from alps.solving import Phases
+from alps.stats import InputSums
 from alps.walk import Walk
 
 _TOKENS = 512
@@ -193,7 +194,7 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         width = _width(loaded.blocks())
         states = tokens * width * size * (2 if walks_dense else 1)
         kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
-        found["statistics"] = sum(4 * n * n * (2 if walk.target > 0 else 1) for n in measured.inputs)
+        found["statistics"] = sum(InputSums.nbytes(n, walk.needs) for n in measured.inputs)
         found["activations"] = states if walk.activation_bytes is None else min(states, walk.activation_bytes)
         found["inputs of the dense block"] = kept if kept <= KEEP_BYTES else 0
     return found

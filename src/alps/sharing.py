@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from alps.distributed import Group, assign
-from alps.errors import SolveFailed
 from alps.models.blocks import Block
 from alps.models.starving import SharedInput
 from alps.report import LayerRecord
@@ -110,12 +109,13 @@ def solve_sites(solver: SiteSolver, group: Group, block: Block, shared: Sequence
     with solver.phases.timed("exchange"):
         for one, owner in zip(shared, owners, strict=True):
             group.place = f"block {block.index}, inputs of {one.name}"
-            group.sums(one.stats, owner)
+            group.sums(one.sums, owner)
+            if owner is not None and owner != group.rank:
+                one.sums.clear()
     begun = len(solver.records)
     for one, owner in sorted(zip(shared, owners, strict=True), key=lambda pair: pair[1] is not None):
         if owner is None or owner == group.rank:
             group.place = f"block {block.index}, {one.name}"
-            _check(block, one)
             solver.shared_input(block, one, group if owner is None else None)
     if group.size > 1:
         with solver.phases.timed("exchange"):
@@ -129,15 +129,6 @@ def solve_sites(solver: SiteSolver, group: Group, block: Block, shared: Sequence
 def _divisible(solver: SiteSolver, shared: SharedInput) -> bool:
     patterns = [solver.patterns.get(site.name, solver.pattern) for site in shared.sites]
     return not solver.respect_zeros and not any(pattern.keeps_all for pattern in patterns)
-
-
-def _check(block: Block, shared: SharedInput) -> None:
-    if not shared.stats.is_finite():
-        names = ", ".join(site.name for site in shared.sites)
-        raise SolveFailed(
-            f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
-            "check the model's weights, or run with --dtype float32."
-        )
 
 
 def _spread(shared: SharedInput, group: Group, owner: int) -> None:

@@ -24,6 +24,7 @@ from alps.solvers.pattern import Pattern, Within, keep_largest, within
 from alps.solvers.rows import Rows
 from alps.solvers.selection import masked
 from alps.solvers.target import correction, retarget
+from alps.stats import InputStats
 
 
 @dataclass
@@ -76,15 +77,20 @@ class SiteSolver:
     def shared_input(self, block: Block, shared: SharedInput, rows: Rows | None = None) -> None:
         """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
 
+        The sums are let go of: rounded, they are held for the time of the solves.
+
         Raises:
-            SolveFailed: when an answer is not finite; names the site.
+            SolveFailed: when the inputs or an answer are not finite; names the sites.
         """
         shown = block.index in self.shown and not shared.sites[0].expert
         shift, method = None, self.method.traced() if shown else self.method
+        with self.phases.timed("prepare"):
+            stats = shared.sums.released()
+            _check(stats, block, shared)
         with self.phases.timed("prepare"), _naming(shared.sites):
-            state = method.prepare(shared.stats)
-            if shared.stats.drift is not None:
-                shift = correction(shared.stats, self.target, self.target_damping)
+            state = method.prepare(stats)
+            if stats.drift is not None:
+                shift = correction(stats, self.target, self.target_damping)
         for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()
             if shift is not None:
@@ -100,7 +106,7 @@ class SiteSolver:
             stored = self._store(site, solution)
             # Of what several processes solve together each keeps the record of some sites.
             if rows is None or index % rows.size == rows.rank:
-                self._record(block, site, aim, pattern, solution, stored, shared)
+                self._record(block, site, aim, pattern, solution, stored, shared, stats)
 
     def told(self, record: LayerRecord) -> None:
         """A site is done, here or in another process."""
@@ -124,6 +130,7 @@ class SiteSolver:
         solution: Solution,
         stored: Tensor,
         shared: SharedInput,
+        stats: InputStats,
     ) -> None:
         found = 0 if self.respect_zeros else None
         if isinstance(pattern, Within):
@@ -134,7 +141,7 @@ class SiteSolver:
         if self.measure_errors:
             with self.phases.timed("errors"):
                 by_size = masked(aim, keep_largest(aim.abs(), pattern))
-                error, magnitude_error = relative_errors([stored.float(), by_size], aim, shared.stats)
+                error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
         solution.info.notes = [*solution.info.notes, *shared.notes]
         self.records.append(
             LayerRecord(
@@ -167,6 +174,15 @@ def _by_rows(method: Method, aim: Tensor, state: Any, pattern: Pattern, rows: Ro
     whole[mine] = solution.weight
     solution.weight = rows.total(whole)
     return solution
+
+
+def _check(stats: InputStats, block: Block, shared: SharedInput) -> None:
+    if not stats.is_finite():
+        names = ", ".join(site.name for site in shared.sites)
+        raise SolveFailed(
+            f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
+            "check the model's weights, or run with --dtype float32."
+        )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from alps.sharing import solve_sites
 from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
 from alps.solving import Phases, SiteSolver
-from alps.stats import InputStats, Needs
+from alps.stats import InputSums, Needs
 
 # Calibration tokens per forward of a block.
 _BATCH_TOKENS = 4096
@@ -161,7 +161,7 @@ class Walk:
                     continue
                 if self.resumable is not None:
                     self.resumable.begin(self.seconds)
-                empty = [InputStats.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
+                empty = [InputSums.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
                 shared = [SharedInput(one, [site]) for one, site in zip(empty, block.sites, strict=True)]
                 solve_sites(solver, self.group, block, shared)
                 self._keep(block)

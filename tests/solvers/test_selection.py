@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alps.solvers import selection
-from alps.solvers.selection import masked, nearly_top, top_mask
+from alps.solvers.selection import Whole, masked, nearly_top, top_mask
 
 DISTINCT = ("normal", "uniform", "heavy tails", "ascending", "descending", "shifted")
 TIED = ("few values", "constant", "mostly zero", "bfloat16")
@@ -44,7 +44,7 @@ def stable_top(scores: Tensor, kept: int) -> Tensor:
 def check_nearly(scores: Tensor, kept: int, slack: float) -> int:
     """Assert what `nearly_top` promises; by how many entries it is off."""
     before, out = scores.clone(), torch.full_like(scores, torch.nan)
-    assert nearly_top(scores, kept, slack, out) is out
+    assert nearly_top(Whole(scores), kept, slack, out) is out
     assert torch.equal(scores, before)
     assert bool(((out == 0) | (out == 1)).all())
     off = int(out.sum(dtype=torch.float64)) - kept
@@ -75,7 +75,7 @@ def test_ties_that_no_cut_can_split_are_split_by_position(size: int) -> None:
     """Half of the entries are equal, and the count ends among them: only the exact selection can answer."""
     scores = torch.where(torch.arange(size) % 2 == 0, 1.0, vector("uniform", size, 3))
     kept, out = size // 4, torch.empty(size)
-    nearly_top(scores, kept, 1e-3, out)
+    nearly_top(Whole(scores), kept, 1e-3, out)
     assert torch.equal(out.bool(), stable_top(scores, kept))
 
 

@@ -1,12 +1,14 @@
-"""InputStats: what is summed equals dense float64 sums, in whatever pieces and dtypes it arrives."""
+"""InputSums and InputStats: what is summed equals dense float64 sums, in whatever pieces and dtypes it arrives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.stats import InputStats, Needs
+from alps.stats import InputStats, InputSums, Needs
 from problems import normal
 
 WIDTHS = (1, 7, 255, 256, 257, 600)
@@ -55,11 +57,10 @@ def test_gram_is_a_fresh_copy() -> None:
 def test_parts_add_up(width: int) -> None:
     inputs = integers(2, 24, width)
     whole = InputStats.of(inputs)
-    added = InputStats.of(inputs[:7]) + InputStats.of(inputs[7:])
-    updated = InputStats.zeros(width, Needs.GRAM)
-    updated.update(inputs[:20])
+    added = (InputSums.of(inputs[:7]) + InputSums.of(inputs[7:])).rounded()
+    updated = InputSums.of(inputs[:20])
     updated.update(inputs[20:])
-    for other in (added, updated, InputStats.of(inputs.reshape(2, 3, 4, width))):
+    for other in (added, updated.rounded(), InputStats.of(inputs.reshape(2, 3, 4, width))):
         assert other.tokens == whole.tokens == 24
         assert torch.equal(other.total, whole.total)
         assert torch.equal(other.square, whole.square)
@@ -67,11 +68,11 @@ def test_parts_add_up(width: int) -> None:
 
 
 def test_adding_leaves_the_parts_alone() -> None:
-    left, right = InputStats.of(integers(3, 4, 6)), InputStats.of(integers(4, 5, 6))
-    before = left.gram()
+    left, right = InputSums.of(integers(3, 4, 6)), InputSums.of(integers(4, 5, 6))
+    before = left.rounded().gram()
     together = left + right
     together.update(integers(5, 3, 6))
-    assert left.tokens == 4 and torch.equal(left.gram(), before)
+    assert left.tokens == 4 and torch.equal(left.rounded().gram(), before)
     assert together.tokens == 12
 
 
@@ -109,11 +110,12 @@ def test_only_what_is_needed_is_held() -> None:
     assert torch.equal(light.square, InputStats.of(inputs).square)
     with pytest.raises(AssertionError, match="not collected"):
         light.gram()
-    assert (light + light).upper is None
+    sums = InputSums.of(inputs, Needs.MOMENTS)
+    assert (sums + sums).rounded().upper is None
 
 
 def test_empty_sums_are_finite() -> None:
-    stats = InputStats.zeros(3, Needs.GRAM)
+    stats = InputSums.zeros(3, Needs.GRAM).rounded()
     assert stats.tokens == 0 and stats.is_finite()
     assert stats.mean().tolist() == stats.variance().tolist() == stats.norms().tolist() == [0.0] * 3
 
@@ -175,12 +177,48 @@ def test_energy_needs_a_gram() -> None:
 
 def test_average_tokens_are_those_of_the_mean_and_scale_with_the_inputs() -> None:
     inputs = integers(3, 8, 5)
-    stats = InputStats.of(inputs)
-    six, doubled = stats.averaged(6), InputStats.of(2 * inputs).averaged(6)
+    sums = InputSums.of(inputs)
+    stats, six, doubled = sums.rounded(), sums.averaged(6).rounded(), InputSums.of(2 * inputs).averaged(6).rounded()
     assert six.tokens == doubled.tokens == 6
     assert torch.equal(six.total, inputs.sum(dim=0) * 0.75) and torch.equal(six.mean(), stats.mean())
     assert torch.equal(six.gram(), inputs.T @ inputs * 0.75) and torch.equal(doubled.gram(), 4 * six.gram())
     assert torch.equal(six.square, six.gram().diagonal())
-    both = stats + six
+    both = (sums + sums.averaged(6)).rounded()
     assert both.tokens == 14 and torch.equal(both.gram(), inputs.T @ inputs * 1.75)
-    assert float(InputStats.zeros(5, Needs.GRAM).averaged(6).square.abs().sum()) == 0
+    assert float(InputSums.zeros(5, Needs.GRAM).averaged(6).square.abs().sum()) == 0
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_windows_add_up_to_the_same_bits_in_any_order_and_in_any_batches(sizes: list[int], seed: int) -> None:
+    """As they are dealt to several processes; their sizes differ a hundredfold, as those of sink tokens do."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.randn(sum(sizes), 12, 40, generator=generator) * torch.logspace(-1, 1, 40)
+    dense = windows + 0.1 * torch.randn(windows.shape, generator=generator)
+
+    def added(order: list[int], batches: list[int]) -> InputStats:
+        sums, left = InputSums.zeros(40, Needs.DRIFT), iter(order)
+        for batch in ([next(left) for _ in range(size)] for size in batches):
+            part = InputSums.zeros(40, Needs.DRIFT)
+            part.update(windows[batch], dense[batch])
+            sums = part + sums
+        return sums.rounded()
+
+    one = added(list(range(len(windows))), [len(windows)])
+    other = added(torch.randperm(len(windows), generator=generator).tolist(), sizes)
+    assert one.tokens == other.tokens == 12 * len(windows)
+    assert torch.equal(one.gram(), other.gram()) and torch.equal(one.total, other.total)
+    assert one.drift is not None and other.drift is not None
+    assert torch.equal(one.square, other.square) and torch.equal(one.drift, other.drift)
+
+
+def test_sums_are_let_go_of_when_they_are_released() -> None:
+    inputs = normal(4, 20, 300)
+    sums = InputSums.zeros(300, Needs.DRIFT)
+    sums.update(inputs, 2 * inputs)
+    kept, held = sums.rounded(), sum(part.nbytes for part in sums.parts())
+    assert held == InputSums.nbytes(300, Needs.DRIFT) + sums.total.nbytes + sums.square.nbytes
+    released = sums.released()
+    assert torch.equal(released.gram(), kept.gram())
+    assert released.drift is not None and kept.drift is not None and torch.equal(released.drift, kept.drift)
+    assert sum(part.nbytes for part in sums.parts()) == sums.total.nbytes + sums.square.nbytes

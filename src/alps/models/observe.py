@@ -16,7 +16,7 @@ from alps.models.capture import BlockInputs, Structure
 from alps.models.sites import Site
 from alps.models.starving import Peers, SharedInput, fed
 from alps.models.streams import AllSeen, DenseStream, watching
-from alps.stats import InputStats, Needs
+from alps.stats import InputSums, Needs
 
 
 @dataclass
@@ -141,7 +141,7 @@ class _Collector:
     def _begin(self, sites: Sequence[Site]) -> SharedInput:
         # Which tokens an expert receives may differ between the dense and the pruned model: it has no drift.
         needs = self.needs if sites[0].expert is None else min(self.needs, Needs.GRAM)
-        shared = SharedInput(InputStats.zeros(sites[0].shape[1], needs, self.device), list(sites))
+        shared = SharedInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
         self.shared.append(shared)
         self._owner |= {site.name: shared for site in sites}
         return shared
@@ -150,7 +150,7 @@ class _Collector:
         start = self._now()
         name = shared.sites[0].name
         count = self._received.get(name, 0)
-        shared.stats.update(x, None if shared.stats.drift is None else self._twin(name, count, x))
+        shared.sums.update(x, None if shared.sums.drift is None else self._twin(name, count, x))
         self.seconds += self._now() - start
         self._received[name] = count + 1
 

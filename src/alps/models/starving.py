@@ -30,7 +30,7 @@ from alps.models.capture import BlockInputs
 from alps.models.experts import reroutable, rerouted
 from alps.models.sites import Site
 from alps.models.streams import AllSeen, watching
-from alps.stats import InputStats, Needs
+from alps.stats import InputStats, InputSums, Needs
 
 # Tokens for each input: with one the Gram has full rank, and still misleads (docs/experts.md).
 ENOUGH = 4
@@ -38,22 +38,27 @@ ENOUGH = 4
 
 @dataclass(frozen=True)
 class SharedInput:
-    """The statistics of one input and all the sites that read it (q, k and v; gate and up).
+    """What was collected of one input, and all the sites that read it (q, k and v; gate and up).
 
     Attributes:
-        stats: sums over the tokens.
+        sums: over the tokens.
         sites: in the order in which they were met.
-        added: average tokens of the pool among those of `stats`; none but for a starving expert.
+        added: average tokens of the pool among those of `sums`; none but for a starving expert.
     """
 
-    stats: InputStats
+    sums: InputSums
     sites: list[Site]
     added: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens that were really received."""
-        return self.stats.tokens - self.added
+        return self.sums.tokens - self.added
+
+    @property
+    def stats(self) -> InputStats:
+        """A fresh copy of the sums as solvers read them."""
+        return self.sums.rounded()
 
     @property
     def name(self) -> str:
@@ -95,18 +100,18 @@ def fed(
     peers: Peers | None = None,
 ) -> list[SharedInput]:
     """The same inputs, with those of starving experts filled up; with `peers`, this process's part of it."""
-    experts = {one.name: one.stats.tokens for one in shared if one.sites[0].expert is not None}
+    experts = {one.name: one.sums.tokens for one in shared if one.sites[0].expert is not None}
     received = peers.counts(experts) if peers is not None and experts else experts
     missing = {name: max(ENOUGH * _inputs_of(name, shared) - count, 0) for name, count in received.items()}
     hungry = [one for one in shared if missing.get(one.name)]
     if not hungry or needs is Needs.NOTHING:
         return list(shared)
     own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
-    fused: dict[str, InputStats] = {}
+    fused: dict[str, InputSums] = {}
     for one in shared:
         name = one.sites[0].parameter_name
         if one.sites[0].expert is not None and one.sites[0].name not in own:
-            fused[name] = fused[name] + one.stats if name in fused else one.stats
+            fused[name] = fused[name] + one.sums if name in fused else one.sums
     pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in hungry}
     sizes = {name: pool.tokens for name, pool in pools.items()}
     if peers is not None:
@@ -122,17 +127,17 @@ def _inputs_of(name: str, shared: Sequence[SharedInput]) -> int:
     return next(one.sites[0].shape[1] for one in shared if one.name == name)
 
 
-def _filled(one: SharedInput, pool: InputStats, missing: int, of: int, counted: bool) -> SharedInput:
+def _filled(one: SharedInput, pool: InputSums, missing: int, of: int, counted: bool) -> SharedInput:
     added = pool.averaged(missing, of)
-    return replace(one, stats=one.stats + replace(added, tokens=missing if counted else 0), added=missing)
+    return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), added=missing)
 
 
 def _rerouted_pools(
     hungry: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
-) -> dict[str, InputStats]:
+) -> dict[str, InputSums]:
     """By name of a site, what it receives when all tokens are sent to its expert; only where that can be done."""
     modules = {id(site.module): site.module for site in hungry if reroutable(site.module)}
-    pools: dict[str, InputStats] = {}
+    pools: dict[str, InputSums] = {}
     for module in modules.values():
         sites = [site for site in hungry if site.module is module]
         collector = _Everywhere(sites, pools, needs)
@@ -146,10 +151,10 @@ def _rerouted_pools(
 class _Everywhere:
     """Sends the tokens of every batch to each expert of one module, and sums up what its maps receive."""
 
-    def __init__(self, sites: Sequence[Site], pools: dict[str, InputStats], needs: Needs) -> None:
+    def __init__(self, sites: Sequence[Site], pools: dict[str, InputSums], needs: Needs) -> None:
         self._sites, self._pools, self._needs = sites, pools, min(needs, Needs.GRAM)
         # What a first map receives is the same for all experts, and is summed once.
-        self._first: dict[str, InputStats] = {}
+        self._first: dict[str, InputSums] = {}
         self._summed: set[str] = set()
         self._hidden: Tensor | None = None
 
@@ -171,5 +176,5 @@ class _Everywhere:
             self._summed.add(name)
             self._first[name].update(x)
 
-    def _zeros(self, x: Tensor) -> InputStats:
-        return InputStats.zeros(x.shape[-1], self._needs, x.device)
+    def _zeros(self, x: Tensor) -> InputSums:
+        return InputSums.zeros(x.shape[-1], self._needs, x.device)

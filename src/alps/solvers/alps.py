@@ -10,7 +10,6 @@ Meng, Behdin, Wang, Mazumder: ALPS, NeurIPS 2024, arXiv 2406.07831: Section 3 (s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -27,7 +26,7 @@ from alps.solvers.pattern import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, descend
 from alps.solvers.precision import has_fast_bfloat16
 from alps.solvers.reductions import inner
-from alps.solvers.rows import Part, Rows, select
+from alps.solvers.rows import Part, Rows, agreed, select
 from alps.solvers.selection import masked
 from alps.solvers.streaming import StreamingSteps
 from alps.stats import InputStats, Needs
@@ -98,13 +97,11 @@ class Alps(Method):
         infinite, nonzero = rows.total(wrong).tolist()
         if infinite:
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
-        part = Part(pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
+        part = Part.of(dense, pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
         if not nonzero:
             mask = select(dense.abs(), part)
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
-        solution = self._split(
-            dense, state, part, entries, lambda count: int(rows.total(torch.tensor(count, device=dense.device)))
-        )
+        solution = self._split(dense, state, part, entries, rows)
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
         if int(rows.total((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")
@@ -114,12 +111,16 @@ class Alps(Method):
         if not bool(weight.any()):
             info = SolveInfo(Status.UNCHANGED, damping=state.damping, notes=list(state.notes))
             return Solution(weight.clone(), keep_largest((weight / state.scale).abs(), pattern), info)
-        return self._split(weight, state, pattern, weight.numel(), int)
+        return self._split(weight, state, pattern, weight.numel())
 
     def _split(
-        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, entries: int, total: Callable[[int], int]
+        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, entries: int, rows: Rows | None = None
     ) -> Solution:
         """Splitting and refit of a weight, or of some rows of one that has `entries`."""
+
+        def total(count: int) -> int:
+            return count if rows is None else int(rows.total(torch.tensor(count, device=weight.device)))
+
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
         W = weight / state.scale
         kept = entries - pattern.pruned_count(entries)
@@ -132,7 +133,7 @@ class Alps(Method):
             info.notes.append(f"the support was still changing after {split.iterations} iterations")
         del W
         with info.timed("refit"):
-            D = self._refit(state, weight, split, info).weight
+            D = self._refit(state, weight, split, info, rows).weight
         mask = split.mask
         del split
         if self.refine:
@@ -157,7 +158,9 @@ class Alps(Method):
             return StreamingSteps(state, W, pattern, torch.bfloat16 if low else torch.float32)
         return admm.PlainSteps(state, W, W @ state.matrix, pattern)
 
-    def _refit(self, state: ScaledHessian, weight: Tensor, split: AdmmResult, info: SolveInfo) -> RefitResult:
+    def _refit(
+        self, state: ScaledHessian, weight: Tensor, split: AdmmResult, info: SolveInfo, rows: Rows | None
+    ) -> RefitResult:
         """Refine the projected weights on their support; notes both errors, which cost no product of their own."""
         W = weight / state.scale
         C = W @ state.matrix
@@ -169,8 +172,9 @@ class Alps(Method):
         info.error_before_refit = state.undamped(energy, delta) / reference
         # The steps need the room.
         del W, C, delta
-        least = self.refit_gain * energy
-        refined = descend(state.matrix, R, split.mask, split.D, right, self.refit_steps, self.refit_tolerance, least)
+        least = self.refit_gain * agreed(0.0, energy, rows, R.device)[1]
+        limits = (self.refit_steps, self.refit_tolerance, least)
+        refined = descend(state.matrix, R, split.mask, split.D, right, *limits, rows)
         delta = torch.div(weight, state.scale, out=R).sub_(refined.weight)
         info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference
         info.refit_steps, info.refit_residual = refined.steps, refined.residual

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alps.solvers.reductions import row_inner
+from alps.solvers.rows import Rows, agreed
 from alps.solvers.selection import masked
 
 
@@ -65,6 +66,7 @@ def descend(
     max_steps: int,
     tolerance: float,
     least_gain: float = 0.0,
+    rows: Rows | None = None,
 ) -> RefitResult:
     """The steps of `refit`, from a residual that is known already.
 
@@ -76,6 +78,7 @@ def descend(
         right: norm of every row's masked right-hand side, shape (out,).
         max_steps, tolerance: see `refit`.
         least_gain: stop after a step that lowers ||X - W||_H^2, summed over the rows, by no more than this.
+        rows: the processes that refine other rows of the same matrix, and take as many steps.
     """
     kept = M.view(torch.uint8).to(X.dtype)
     inverse_diagonal = H.diagonal().reciprocal()
@@ -84,24 +87,26 @@ def descend(
     P = R * inverse_diagonal
     rz = row_inner(R, P)
     buffer = torch.empty_like(R)
-    steps, residual, gain, last = 0, _worst(R, right), 0.0, float("inf")
+    steps, gain, last = 0, 0.0, float("inf")
+    residual, _ = agreed(_worst(R, right), 0.0, rows, R.device)
     while steps < max_steps and residual > tolerance and last > least_gain:
         HP = torch.mm(P, H, out=buffer).mul_(kept)
         # A finished row has R = P = 0: its step is 0 / 0, to be read as 0.
         alpha = _ratio(rz, row_inner(P, HP))
         X.addcmul_(alpha[:, None], P)
         R.addcmul_(-alpha[:, None], HP)
-        last = float((alpha * rz).sum(dtype=torch.float64))
+        mine = float((alpha * rz).sum(dtype=torch.float64))
         Z = torch.mul(R, inverse_diagonal, out=buffer)
         rz_next = row_inner(R, Z)
         P.mul_(_ratio(rz_next, rz)[:, None]).add_(Z)
         rz = rz_next
-        steps, residual, gain = steps + 1, _worst(R, right), gain + last
+        residual, last = agreed(_worst(R, right), mine, rows, R.device)
+        steps, gain = steps + 1, gain + mine
     return RefitResult(X, steps, residual, gain)
 
 
 def _worst(R: Tensor, right: Tensor) -> float:
-    return float((R.norm(dim=1) / right).max())
+    return float((R.norm(dim=1) / right).max()) if len(R) else 0.0
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

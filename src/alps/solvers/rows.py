@@ -1,9 +1,10 @@
 """A matrix whose rows are solved by several processes at the same time: what they have to agree on.
 
 Rows are independent in the W-step, in conjugate gradients and under N:M. What ties them together is the selection of
-the largest entries of the whole matrix, and how much of the support still changes. The selection is exact: scores are
-not negative, so that their bits as integers are in their order; two histograms, of the upper and of the lower half of
-the bits, summed over the processes, say which score is the last one to stay. Among equal ones the first rows win.
+the largest entries of the whole matrix, how much of the support still changes, and when conjugate gradients stop. All
+of it is decided from sums over the processes, as one process would decide it. The exact selection: scores are not
+negative, so that their bits as integers are in their order; two histograms, of the upper and of the lower half of the
+bits, summed over the processes, say which score is the last one to stay. Among equal ones the first rows win.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from alps.errors import SolveFailed
 from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+from alps.solvers.selection import Scores
 
 _HALF = 16
 _INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number
@@ -37,11 +39,18 @@ class Part(Unstructured):
 
     Attributes:
         entries: of the whole matrix.
+        before: entries of the rows before these.
         rows: who holds the others.
     """
 
     entries: int = 0
+    before: int = 0
     rows: Rows | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor, sparsity: float, entries: int, rows: Rows) -> Part:
+        """These rows, shape (rows, in), of a matrix with so many `entries`."""
+        return cls(sparsity, entries, _before(matrix.numel(), rows, matrix.device), rows)
 
     def select(self, scores: Tensor) -> Tensor:
         """Mask (out, in) of the entries that stay: with the other processes' rows exactly as many as the pattern keeps.
@@ -52,6 +61,45 @@ class Part(Unstructured):
         assert self.rows is not None
         kept = self.entries - self.pruned_count(self.entries)
         return top_of_all(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
+
+    def scores(self, values: Tensor) -> Scores:
+        """Those of these rows, a vector, as a part of all."""
+        assert self.rows is not None
+        return _Shared(values, self.entries, self.before, self.rows)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A part of a vector of scores; see `alps.solvers.selection.Scores`."""
+
+    values: Tensor
+    entries: int
+    before: int
+    rows: Rows
+
+    def sample(self, stride: int) -> Tensor:
+        # Those of the others are zeros here, so that the sum has everybody's.
+        first = -(-self.before // stride)
+        mine = self.values[first * stride - self.before :: stride]
+        sample = self.values.new_zeros(-(-self.entries // stride))
+        sample[first : first + len(mine)] = mine
+        return self.rows.total(sample)
+
+    def total(self, count: int) -> int:
+        return int(self.rows.total(torch.tensor(count, device=self.values.device)))
+
+    def top(self, kept: int) -> Tensor:
+        return top_of_all(self.values, kept, self.rows)
+
+
+def agreed(worst: float, gain: float, rows: Rows | None, device: torch.device) -> tuple[float, float]:
+    """The largest of the first and the sum of the second over all processes."""
+    if rows is None:
+        return worst, gain
+    every = torch.zeros(2, rows.size, dtype=torch.float64, device=device)
+    every[:, rows.rank] = torch.tensor([worst, gain], dtype=torch.float64)
+    found = rows.total(every)
+    return float(found[0].max()), float(found[1].sum())
 
 
 def select(scores: Tensor, pattern: Pattern) -> Tensor:

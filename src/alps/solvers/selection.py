@@ -6,6 +6,9 @@ in the cache: hence the float comparisons and the chunks below.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -118,24 +121,65 @@ def _ranks(places: Tensor) -> Tensor:
 _COUNTS = 12
 
 
-def nearly_top(scores: Tensor, kept: int, slack: float, out: Tensor) -> Tensor:
+class Scores(Protocol):
+    """A float32 vector of scores without a NaN, of which this process may hold a part."""
+
+    @property
+    def values(self) -> Tensor:
+        """What this process holds."""
+
+    @property
+    def entries(self) -> int:
+        """Of the whole vector."""
+
+    def sample(self, stride: int) -> Tensor:
+        """Every `stride`-th entry of the whole vector."""
+
+    def total(self, count: int) -> int:
+        """The sum of what all processes have counted."""
+
+    def top(self, kept: int) -> Tensor:
+        """Mask of those of these values that are among the `kept` largest of the whole vector."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A vector that this process holds alone."""
+
+    values: Tensor
+
+    @property
+    def entries(self) -> int:
+        return self.values.numel()
+
+    def sample(self, stride: int) -> Tensor:
+        return self.values[::stride].contiguous()
+
+    def total(self, count: int) -> int:
+        return count
+
+    def top(self, kept: int) -> Tensor:
+        return top_mask(self.values, kept)
+
+
+def nearly_top(scores: Scores, kept: int, slack: float, out: Tensor) -> Tensor:
     """Ones at the largest scores, zeros elsewhere: `kept` of them to within the fraction `slack`, by one cut.
 
     What an iteration needs whose answer is not final. A sample gives the first cut, and a secant search on the number
     of scores above it the next ones, at one comparison and one sum each.
 
     Args:
-        scores: a float32 vector, no NaN.
-        kept: how many, 1 <= kept < size.
+        scores: all of them, wherever they are.
+        kept: how many, 1 <= kept < entries.
         slack: by how much of `kept` the number may be off.
-        out: where the answer goes, as `scores`.
+        out: where the answer for this process's values goes, like them.
     """
-    if scores.numel() >= _SAMPLED_FROM:
+    if scores.entries >= _SAMPLED_FROM:
         low, high, density = _sampled(scores, kept)
         cut, below, above = (low + high) / 2, -float("inf"), float("inf")
         last_cut, last_surplus = cut, 0
         for _ in range(_COUNTS if 0 < density < float("inf") else 0):
-            surplus = _count(torch.ge(scores, cut, out=out)) - kept
+            surplus = scores.total(_count(torch.ge(scores.values, cut, out=out))) - kept
             if abs(surplus) <= slack * kept:
                 return out
             below, above = (cut, above) if surplus > 0 else (below, cut)
@@ -145,7 +189,7 @@ def nearly_top(scores: Tensor, kept: int, slack: float, out: Tensor) -> Tensor:
             cut += surplus / density
             if not below < cut < above:
                 cut = (below + above) / 2
-    return out.copy_(top_mask(scores, kept))
+    return out.copy_(scores.top(kept))
 
 
 def _count(ones: Tensor) -> int:
@@ -160,7 +204,7 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
     place is searched. A bracket that misses costs time, never correctness.
     """
     if scores.numel() >= _SAMPLED_FROM:
-        low, high, density = _sampled(scores, k)
+        low, high, density = _sampled(Whole(scores), k)
         for bracket in (_corrected(scores, k, low, high, density), (low, high)):
             above, inside = _bracketed(scores, *bracket)
             if above < k <= above + len(inside):
@@ -168,10 +212,10 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
     return scores.kthvalue(scores.numel() - k + 1).values
 
 
-def _sampled(scores: Tensor, k: int) -> tuple[float, float, float]:
+def _sampled(scores: Scores, k: int) -> tuple[float, float, float]:
     """A bracket of four standard deviations around the k-th entry, and the entries per unit of score in it."""
-    stride = next((stride for stride in _STRIDES if scores.numel() // stride >= _SAMPLE), _STRIDES[-1])
-    sample, share = scores[::stride].contiguous(), k / scores.numel()
+    stride = next((stride for stride in _STRIDES if scores.entries // stride >= _SAMPLE), _STRIDES[-1])
+    sample, share = scores.sample(stride), k / scores.entries
     margin = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 1
     wanted = (share * len(sample) + margin + 1, share * len(sample) - margin)
     ranks = [min(max(int(rank), 0), len(sample) - 1) for rank in wanted]

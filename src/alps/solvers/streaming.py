@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.pattern import Pattern, Unstructured, Within, keep_largest
-from alps.solvers.rows import Part
-from alps.solvers.selection import nearly_top
+from alps.solvers.pattern import Pattern, Unstructured, Within
+from alps.solvers.rows import Part, select
+from alps.solvers.selection import Whole, nearly_top
 
 # By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
 # at which the schedule takes a support to be settled.
@@ -112,13 +112,13 @@ class StreamingSteps:
 
     def _project(self, Z: Tensor, slack: float = _SLACK) -> None:
         sizes = torch.abs(Z, out=self._scratch)
-        if isinstance(self._pattern, Part):
-            self._M.copy_(self._pattern.select(sizes))
-            return
-        kept = Z.numel() - self._pattern.pruned_count(Z.numel())
+        part = self._pattern if isinstance(self._pattern, Part) else None
+        entries = Z.numel() if part is None else part.entries
+        kept = entries - self._pattern.pruned_count(entries)
         if isinstance(self._pattern, Within):
             sizes.masked_fill_(~self._pattern.allowed, -float("inf"))
-        if slack and isinstance(self._pattern.base, Unstructured) and 0 < kept < Z.numel():
-            nearly_top(sizes.view(-1), kept, slack, self._M.view(-1))
+        if slack and isinstance(self._pattern.base, Unstructured) and 0 < kept < entries:
+            flat = sizes.view(-1)
+            nearly_top(Whole(flat) if part is None else part.scores(flat), kept, slack, self._M.view(-1))
         else:
-            self._M.copy_(keep_largest(sizes, self._pattern))
+            self._M.copy_(select(sizes, self._pattern))
