@@ -25,7 +25,7 @@ from alps.data.mix import load_calibration
 from alps.distributed import Group, joined
 from alps.loaded import Loaded, open_model
 from alps.models.blocks import on_device
-from alps.models.capture import BlockInputs, capture
+from alps.models.capture import BlockInputs, batch_tokens, capture
 from alps.models.observe import discover, observe
 from alps.models.starving import SharedInput
 from alps.runtime import exact_float32, provenance
@@ -39,7 +39,8 @@ from layers import calibration_options
 from machines import PANEL, gram_flops
 from scaling_runs import prune
 
-_BATCH_TOKENS = 4096
+# Calibration tokens that the pieces are timed on.
+_TOKENS = 4096
 # Size of the matrix product whose rate the other products are held against.
 _PRODUCT = 1536
 _CPU = torch.device("cpu")
@@ -113,8 +114,8 @@ def main() -> None:
         source = load_calibration(options.calibration, options.samples)
         drawn = (source, options.samples, options.seqlen, options.seed)
         windows = timer.time("draw", lambda: loaded.calibration(*drawn))
-        batch = max(_BATCH_TOKENS // options.seqlen, 1)
-        ids = windows.ids[: min(batch, len(windows.ids) // 2)]
+        batch = max(batch_tokens(loaded.blocks(), _CPU) // options.seqlen, 1)
+        ids = windows.ids[: min(max(_TOKENS // options.seqlen, 1), len(windows.ids) // 2)]
         inputs = timer.time("capture", lambda: capture(loaded.model.eval(), loaded.blocks(), ids, batch))
         counts = _blocks(options, loaded, inputs, timer)
         square = torch.randn(_PRODUCT, _PRODUCT)
@@ -164,7 +165,7 @@ class _Counted:
 def _input(shared: SharedInput, pattern: Pattern, seqlen: int, timer: _Timer, counts: _Counted) -> None:
     """Everything that is done with one input and its sites."""
     stats, method, n = shared.stats, Alps(), shared.sites[0].shape[1]
-    rows, sums = torch.randn(max(_BATCH_TOKENS // seqlen, 1), seqlen, n), InputSums.zeros(n, Needs.GRAM)
+    rows, sums = torch.randn(max(_TOKENS // seqlen, 1), seqlen, n), InputSums.zeros(n, Needs.GRAM)
     timer.time(f"gram {n}", partial(sums.update, rows), 1 / (len(rows) * seqlen))
     state = timer.time(f"prepare {n}", lambda: method.prepare(stats))
     # As if they were the first: other penalties than those of the solves.

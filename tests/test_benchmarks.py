@@ -56,6 +56,13 @@ def test_gpu_prints_every_site_and_the_whole_model(tmp_path: Path) -> None:
     assert [row[0] for row in whole] == ["alps", "sparsegpt"] and all(float(row[6]) > 0 for row in whole)
 
 
+def test_batches_prints_a_row_for_each_size(tmp_path: Path, stories: Path) -> None:
+    small = ("--windows", "2", "--seqlen", "32", "--blocks", "1", "--rounds", "1")
+    rows = run(tmp_path, "batches.py", str(stories), *small)
+    assert [row[0] for row in rows[2:]] == ["32", "64"]
+    assert all(float(seconds) >= 0 for row in rows[2:] for seconds in row[1:])
+
+
 def test_halves_prints_a_row_for_each_direction(tmp_path: Path, stories: Path) -> None:
     rows = run(tmp_path, "halves.py", str(stories), "--windows", "2", "--seqlen", "32", "--rounds", "1")
     assert [row[0] for row in rows[2:]] == ["forward", "forward and backward"]

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps.distributed import Group, assign
+from alps.distributed import Group
 from alps.errors import ConfigError
 from alps.report import RunReport
-from alps.sharing import job_of, loads_of, shared_out
+from alps.sharing import assign, job_of, loads_of, shared_out
 from alps.solvers import get_method
 from alps.solvers.alps import Alps
 from alps.solvers.pattern import SemiStructured, Unstructured
@@ -103,6 +103,21 @@ def test_rows_solved_apart_are_those_of_the_whole(
         assert (part.info.iterations, part.info.refit_steps) == (whole.info.iterations, whole.info.refit_steps)
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
+def test_batches_are_the_same_rows_in_any_number_of_processes(count: int, batch: int, size: int) -> None:
+    rows = torch.arange(max(count, size))
+    shares = [Group(rank, size).shares(len(rows), batch) for rank in range(size)]
+    wanted = torch.split(rows, max(batch, size))
+    for i, part in enumerate(wanted):
+        found = []
+        for rank, mine in enumerate(shares):
+            own = Group(rank, size).share(rows)
+            found += own[sum(mine[:i]) : sum(mine[: i + 1])].tolist()
+        assert sorted(found) == part.tolist()
+    for mine in shares:
+        assert len(mine) in (len(wanted), len(wanted) - 1) and min(mine) > 0
+
+
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=12), st.integers(1, 5))
 def test_nobody_has_more_than_four_thirds_of_what_must_be(costs: list[float], size: int) -> None:
     owners = assign(costs, size)
@@ -165,8 +180,8 @@ def _settings(text: Path) -> list[object]:
 
 @pytest.mark.parametrize(
     "more",
-    [("--sparsity", 0.7), ("--sparsity", 0.8, "--order", "sequential", "--target", 0.4)],
-    ids=["block", "sequential"],
+    [("--sparsity", 0.7), ("--sparsity", 0.8, "--order", "sequential", "--target", 0.4), ("--preset", "best")],
+    ids=["block", "sequential", "best"],
 )
 def test_any_number_of_processes_gives_the_same_bits(
     more: tuple[object, ...], stories: Path, wikitext: Path, tmp_path: Path

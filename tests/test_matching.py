@@ -32,9 +32,10 @@ class Recording(BlockInputs):
     trained: list[int] = field(default_factory=list)
     looked_at: list[int] = field(default_factory=list)
 
-    def run(self, index: int, block: nn.Module, batch: int, device: torch.device) -> Tensor:
-        (self.trained if torch.is_grad_enabled() else self.looked_at).append(batch)
-        return super().run(index, block, batch, device)
+    def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
+        if not window:
+            (self.trained if torch.is_grad_enabled() else self.looked_at).append(batch)
+        return super().run(index, block, batch, device, window)
 
 
 @dataclass

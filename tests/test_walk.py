@@ -133,7 +133,7 @@ def test_many_batches_give_what_one_gives(
 ) -> None:
     whole, split = tiny_model("opt"), tiny_model("opt")
     one = _prune(whole, ids, Wanda(), _HALF)
-    monkeypatch.setattr("alps.walk._BATCH_TOKENS", 40)  # two windows of 16 tokens, and one in the last batch
+    monkeypatch.setattr("alps.walk.batch_tokens", lambda *_: 40)  # two windows of 16 tokens, and one in the last batch
     many = _prune(split, ids, Wanda(), _HALF)
     for a, b in zip(one.records, many.records, strict=True):
         assert a.name == b.name and a.error == pytest.approx(b.error, rel=1e-4)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,6 +73,16 @@ class Group:
         if len(values) < self.size:
             raise ConfigError(f"{len(values)} windows cannot be split over {self.size} processes: give more samples.")
         return values[self.rank :: self.size]
+
+    def shares(self, count: int, batch: int) -> list[int]:
+        """How many of every `batch` consecutive ones of all processes' `count` rows are this process's by `share`.
+
+        A batch has at least one row of each process, but for the last, which is left out where it has none of this one.
+        """
+        ends = [*range(0, count, max(batch, self.size)), count]
+        # So many of the rows before each end are this process's.
+        mine = [-(-max(end - self.rank, 0) // self.size) for end in ends]
+        return [after - before for before, after in pairwise(mine) if after > before]
 
     def first(self, value: Callable[[], Any]) -> Any:
         """What the first process makes of `value`, which no other calls; it must be picklable.
@@ -172,18 +183,6 @@ class Group:
             return self._store.get(f"end/{rank}").decode() if self._store.check([f"end/{rank}"]) else None
         except Exception:  # the store ends with the process that keeps it
             return None
-
-
-def assign(costs: Sequence[float], size: int) -> list[int]:
-    """Who does what: every job to the process with the least to do so far, longest jobs first.
-
-    Graham's rule (SIAM J. Appl. Math. 17, 1969): at most 4/3 of the best possible time of the busiest one.
-    """
-    owners, loads = [0] * len(costs), [0.0] * size
-    for job in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owner = min(range(size), key=lambda rank: (loads[rank], rank))
-        owners[job], loads[owner] = owner, loads[owner] + costs[job]
-    return owners
 
 
 def timeout() -> float:

@@ -55,16 +55,17 @@ class Tuned:
 class Masters:
     """float32 masters of parameters and AdamW on them; use as a context, which gives the model's flags back.
 
-    Within the context only the tuned parameters take gradients, and each gradient is moved to its master as soon as a
-    backward pass has it: gradients of several passes add up in float32, and no dense ones stay in memory.
+    Within the context only the tuned parameters take gradients, and each gradient is moved to the sums of its master as
+    soon as a backward pass has it: gradients of several passes add up in `sums`, and no dense ones stay in memory.
     """
 
-    def __init__(self, model: nn.Module, tuned: Sequence[Tuned], rate: float) -> None:
+    def __init__(
+        self, model: nn.Module, tuned: Sequence[Tuned], rate: float, sums: torch.dtype = torch.float32
+    ) -> None:
         self._model, self._rate = model, rate
         self._tuned = [entry for entry in tuned if entry.mask is None or bool(entry.mask.any())]
         self._masters = [entry.take(entry.parameter.detach()).float().clone() for entry in self._tuned]
-        for master in self._masters:
-            master.grad = torch.zeros_like(master)
+        self._sums = [torch.zeros_like(master, dtype=sums) for master in self._masters]
         fused = all(master.device.type in ("cpu", "cuda") for master in self._masters)
         self._adam = torch.optim.AdamW(self._masters, lr=rate, betas=_BETAS, weight_decay=0.0, fused=fused)
 
@@ -77,9 +78,9 @@ class Masters:
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         self._model.requires_grad_(False)
         self._hooks = []
-        for entry, master in zip(self._tuned, self._masters, strict=True):
+        for entry, sums in zip(self._tuned, self._sums, strict=True):
             entry.parameter.requires_grad_(True)
-            hook = entry.parameter.register_post_accumulate_grad_hook(_mover(entry, master))  # type: ignore[no-untyped-call]
+            hook = entry.parameter.register_post_accumulate_grad_hook(_mover(entry, sums))  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
         return self
 
@@ -93,25 +94,29 @@ class Masters:
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Sum the gradients over the processes that train the same weights on other batches."""
-        for master in self._masters:
-            assert master.grad is not None
-            master.grad.copy_(total(master.grad))
+        for sums in self._sums:
+            sums.copy_(total(sums))
 
-    def step(self, share: float) -> bool:
+    def step(self, share: float, passes: int = 1) -> bool:
         """Clip the gradients, take one step of Adam at this share of its largest size, and publish the weights.
+
+        Args:
+            share: of the largest step size.
+            passes: of which the mean gradient is taken; 1 for the sum of all.
 
         Returns:
             False, with nothing changed, when a gradient is not finite.
         """
+        for master, sums in zip(self._masters, self._sums, strict=True):
+            master.grad = sums.div_(passes).to(master.dtype)
         norm = torch.nn.utils.clip_grad_norm_(self._masters, _CLIP)
         if not bool(norm.isfinite()):
             return False
         for group in self._adam.param_groups:
             group["lr"] = self._rate * share
         self._adam.step()
-        for entry, master in zip(self._tuned, self._masters, strict=True):
-            assert master.grad is not None
-            master.grad.zero_()
+        for entry, master, sums in zip(self._tuned, self._masters, self._sums, strict=True):
+            sums.zero_()
             entry.put(entry.rounded(master))
         return True
 
@@ -125,10 +130,10 @@ class Masters:
             entry.put(values)
 
 
-def _mover(entry: Tuned, master: Tensor) -> Callable[[Tensor], None]:
+def _mover(entry: Tuned, sums: Tensor) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
-        assert parameter.grad is not None and master.grad is not None
-        master.grad.add_(entry.take(parameter.grad))
+        assert parameter.grad is not None
+        sums.add_(entry.take(parameter.grad))
         parameter.grad = None
 
     return move

@@ -60,11 +60,12 @@ class Predictions:
     head: Head
     ids: Sequence[Tensor]
 
-    def loss(self, output: Tensor, target: Tensor, batch: int) -> Tensor:
-        """Mean over tokens of KL(dense || pruned) in nats; both (windows, tokens, features)."""
+    def loss(self, output: Tensor, target: Tensor, batch: int, window: int) -> Tensor:
+        """Mean over the tokens of a window of KL(dense || pruned) in nats; both (1, tokens, features)."""
+        ids = self.ids[batch][window : window + 1]
         with torch.no_grad():
-            wanted = self.head(target, self.ids[batch]).flatten(0, -2)
-        logits = self.head(output, self.ids[batch]).flatten(0, -2)
+            wanted = self.head(target, ids).flatten(0, -2)
+        logits = self.head(output, ids).flatten(0, -2)
         return kl_divergence(logits, wanted, len(logits))
 
 
@@ -104,30 +105,27 @@ def match(
         SolveFailed: when the loss is not finite before anything was tuned.
     """
 
-    def loss_of(batch: int) -> Tensor:
-        output = inputs.run(block.index, block.module, batch, device)
-        target = targets[batch].to(device)
-        return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch)
+    def loss_of(batch: int, window: int) -> Tensor:
+        output = inputs.run(block.index, block.module, batch, device, window)
+        target = targets[batch][window : window + 1].to(device)
+        return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch, window)
 
-    tuning = _Tuning(block.index, loss_of, _shares([len(one) for one in targets], peers), settings, seed, peers)
+    sizes = [len(one) for one in targets]
+    tuning = _Tuning(block.index, loss_of, sizes, _totals(sizes, peers), settings, seed, peers)
     tuned = _tuned(block, settings.norms)
     if not tuned:
         return tuning.untouched()
     # Nothing outside the block may take a gradient, the head least of all.
     whole = block.module if predictions is None else predictions.head.model
     near = nullcontext() if predictions is None else predictions.head.on(device)
-    with near, torch.enable_grad(), Masters(whole, tuned, settings.rate) as masters:
+    with near, torch.enable_grad(), Masters(whole, tuned, settings.rate, torch.float64) as masters:
         return tuning.run(masters)
 
 
-def _shares(sizes: Sequence[int], peers: Group | None) -> list[float]:
-    """Of every batch the share of its windows that is here; a process may have none of the last one."""
-    if peers is None:
-        return [1.0] * len(sizes)
-    every: list[list[int]] = peers.gathered(list(sizes))
-    count = max(map(len, every))
-    totals = [sum(one[i] for one in every if i < len(one)) for i in range(count)]
-    return [(sizes[i] if i < len(sizes) else 0) / totals[i] for i in range(count)]
+def _totals(sizes: Sequence[int], peers: Group | None) -> list[int]:
+    """Windows of every batch in all processes, of which one may have none of the last batch."""
+    every: list[list[int]] = [list(sizes)] if peers is None else peers.gathered(list(sizes))
+    return [sum(one[i] for one in every if i < len(one)) for i in range(max(map(len, every)))]
 
 
 def _tuned(block: Block, norms: bool) -> list[Tuned]:
@@ -160,17 +158,22 @@ def _kept(parameter: Tensor, sites: Sequence[Site]) -> Tensor:
 
 @dataclass
 class _Tuning:
-    """The steps on one block, the checks on its held-back batches, and the best state."""
+    """The steps on one block, the checks on its held-back batches, and the best state.
+
+    Windows go one by one, and their gradients and losses are added up in float64: the sums, and so the steps, do not
+    depend on how the windows of a batch are shared out among processes.
+    """
 
     index: int
-    loss_of: Callable[[int], Tensor]
-    shares: Sequence[float]
+    loss_of: Callable[[int, int], Tensor]
+    sizes: Sequence[int]
+    totals: Sequence[int]
     settings: Matching
     seed: int
     peers: Group | None = None
 
     def __post_init__(self) -> None:
-        self.batches = len(self.shares)
+        self.batches = len(self.totals)
         self._held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
 
     def untouched(self) -> MatchRecord:
@@ -188,7 +191,7 @@ class _Tuning:
         for _ in range(self.settings.epochs):
             for batch in torch.randperm(len(training), generator=generator).tolist():
                 self._descend(training[batch], masters)
-                masters.step(self._share(step / total))
+                masters.step(self._share(step / total), self.totals[training[batch]])
                 step += 1
                 if step % due == 0 or step == total:
                     now = self._check()
@@ -198,12 +201,13 @@ class _Tuning:
         return MatchRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
 
     def _descend(self, batch: int, masters: Masters) -> None:
-        if self.peers is None:
-            self.loss_of(batch).backward()  # type: ignore[no-untyped-call]
-            return
-        if self.shares[batch]:
-            (self.loss_of(batch) * self.shares[batch]).backward()  # type: ignore[no-untyped-call]
-        masters.add_up(self.peers.total)
+        for window in self._windows(batch):
+            self.loss_of(batch, window).backward()  # type: ignore[no-untyped-call]
+        if self.peers is not None:
+            masters.add_up(self.peers.total)
+
+    def _windows(self, batch: int) -> range:
+        return range(self.sizes[batch] if batch < len(self.sizes) else 0)
 
     def _share(self, done: float) -> float:
         floor = self.settings.floor
@@ -219,6 +223,9 @@ class _Tuning:
         # A single batch is trained on and looked at, too.
         held_back = range(self.batches - self._held, self.batches) if self._held else [0]
         with torch.no_grad():
-            mine = [float(self.loss_of(batch)) * self.shares[batch] for batch in held_back if self.shares[batch]]
+            mine = [
+                sum(float(self.loss_of(batch, window)) for window in self._windows(batch)) / self.totals[batch]
+                for batch in held_back
+            ]
         loss = sum(mine) / len(held_back)
         return loss if self.peers is None else float(self.peers.total(torch.tensor(loss, dtype=torch.float64)))

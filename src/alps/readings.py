@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.models.blocks import Block, on_device
-from alps.models.capture import capture
+from alps.models.capture import batch_tokens, capture
 from alps.models.observe import observe
 from alps.models.probe import Change, divergences
 from alps.models.sites import Site
@@ -28,7 +28,6 @@ from alps.stats import Needs
 # Entries of |W_ij| ||X_j|| above so many times the mean of their site are outliers (OWL, arXiv 2310.05175).
 _OUTLIER = 5.0
 _DAMPING = 0.01
-_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def site_readings(
     model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device
 ) -> Iterator[SiteReading]:
     """Readings of all sites, from the dense model on `windows` (windows, tokens); cuts are to `pattern`."""
-    inputs = capture(model, blocks, windows, max(_BATCH_TOKENS // windows.shape[1], 1))
+    inputs = capture(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
     for block in blocks:
         with on_device(block, device):
             for shared in observe(block, inputs, Needs.GRAM, device).shared:

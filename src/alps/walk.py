@@ -21,7 +21,7 @@ from alps.halves import fast_halves
 from alps.matching import Matching, Predictions, match
 from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device
-from alps.models.capture import BlockInputs, capture
+from alps.models.capture import BlockInputs, batch_tokens, capture
 from alps.models.observe import Observation
 from alps.models.order import Order, observations
 from alps.models.probe import Head
@@ -38,9 +38,6 @@ from alps.solvers.base import Method
 from alps.solvers.pattern import Pattern
 from alps.solving import Phases, SiteSolver
 from alps.stats import InputSums, Needs
-
-# Calibration tokens per forward of a block.
-_BATCH_TOKENS = 4096
 
 _NEEDS_LESS = "keep activations on the CPU with --offload, give fewer --samples, or use --dtype bfloat16"
 _NEEDS_LESS_HERE = "keep activations in files with --activation-memory, give fewer --samples, or use --dtype bfloat16"
@@ -168,13 +165,15 @@ class Walk:
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._phases.timed("capture"):
+            tokens, sizes = windows.shape[1], list[int]()
+            if self.matching is not None:
+                sizes = self.group.shares(len(windows), self.matching.tokens // tokens)
             windows = self.group.share(windows)
-            batch_tokens = _BATCH_TOKENS if self.matching is None else self.matching.tokens // self.group.size
             storage = torch.device("cpu") if self.offload else self.device
             kept = Activations(storage, self.activation_bytes, self.spill_folder)
-            inputs = capture(model, blocks, windows, max(batch_tokens // windows.shape[1], 1), kept)
+            inputs = capture(model, blocks, windows, sizes or max(batch_tokens(blocks, self.device) // tokens, 1), kept)
         head = Head(model, blocks, inputs.bare)
-        predictions = Predictions(head, torch.split(windows, inputs.hidden[0].shape[0]))
+        predictions = Predictions(head, torch.split(windows, [len(one) for one in inputs.hidden]))
         walks_dense = self.target > 0 or self.matching is not None
         dense_inputs = inputs.beside() if walks_dense else None
         solver = self.solver(blocks, self._phases, self.records)

@@ -28,6 +28,10 @@ class Call:
         return hidden_of(block(hidden, *args, **kwargs))
 
 
+# Tokens of a batch: on a CPU what its caches hold, which is as fast alone and faster beside another process
+# (docs/performance.md); on a GPU many, and where every expert receives a few of them.
+_FEW, _MANY = 512, 4096
+
 # The class of a block, and the names of its sites inside it.
 Structure = tuple[type, tuple[str, ...]]
 
@@ -38,7 +42,7 @@ class BlockInputs:
 
     Attributes:
         hidden: one tensor (batch, tokens, features) for every batch: the inputs of the next block to be run.
-        calls: for every block, by batch size, the other arguments.
+        calls: for every block, by batch size, the other arguments; those for a single window are always there.
         bare: whether blocks return their hidden states alone, not first in a tuple.
         activations: where the hidden states are kept.
         called_once: structures of blocks that were seen to call each of their sites once, and no other.
@@ -54,9 +58,10 @@ class BlockInputs:
         """The same inputs for another walk over the blocks."""
         return replace(self, hidden=list(self.hidden))
 
-    def run(self, index: int, block: nn.Module, batch: int, device: torch.device) -> Tensor:
-        """Outputs of block `index` for batch number `batch`, on `device`."""
-        hidden = self.hidden[batch].to(device)
+    def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
+        """Outputs of block `index` for batch number `batch`, or for one window of it, on `device`."""
+        hidden = self.hidden[batch] if window is None else self.hidden[batch][window : window + 1]
+        hidden = hidden.to(device)
         return self.calls[index][hidden.shape[0]].run(block, hidden)
 
     def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
@@ -74,11 +79,17 @@ class BlockInputs:
         )
 
 
+def batch_tokens(blocks: Sequence[Block], device: torch.device) -> int:
+    """How many calibration tokens a forward of a block is to take."""
+    experts = any(site.expert is not None for block in blocks for site in block.sites)
+    return _FEW if device.type == "cpu" and not experts else _MANY
+
+
 def capture(
     model: nn.Module,
     blocks: Sequence[Block],
     windows: Tensor,
-    batch_size: int,
+    batch_size: int | list[int],
     activations: Activations | None = None,
 ) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.
@@ -90,7 +101,7 @@ def capture(
         model: a causal language model; it is called with `input_ids` and `use_cache=False`.
         blocks: its decoder blocks.
         windows: token ids, shape (windows, tokens).
-        batch_size: windows per batch.
+        batch_size: windows per batch, or of every batch.
         activations: where the hidden states are kept; None leaves them where they come about.
 
     Raises:
@@ -162,8 +173,7 @@ class _Recorder:
                 else:
                     output = real(*args, **kwargs)
                     self._rest = None if torch.is_tensor(output) else tuple(output[1:])
-            if self._whole:
-                self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
+            self.calls[index][states.shape[0]] = Call(rest, kwargs_without_states(kwargs))
             self._expected, self._passed_on = index + 1, states
             if self._expected == len(self.calls) and self._whole:
                 raise _BlocksDone
