@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def test_files_hold_what_was_written(
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
         assert torch.equal(ours[name].read(), tensor)
+        mapped = ours[name].mapped()
+        assert mapped.dtype == tensor.dtype and torch.equal(mapped, tensor)
         if tensor.ndim == 2 and len(tensor) > 1:
             assert torch.equal(
                 ours[name].section(tensor.shape[1], (len(tensor) - 1, tensor.shape[1])).read(), tensor[1:]
@@ -132,8 +135,29 @@ def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     write_tensors(path, [Pending("w", torch.float32, (100,), lambda: torch.ones(100))])
     (stored,) = stored_tensors(weight_file(path))
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="ends inside w"):
-        stored.read()
+    for read in (stored.read, stored.mapped):
+        with pytest.raises(CheckpointError, match="ends inside w"):
+            read()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_mapped_tensor_takes_no_memory_until_it_is_touched_and_writes_nothing(tmp_path: Path) -> None:
+    path, size = tmp_path / "one.safetensors", 2**24
+    write_tensors(path, [Pending("w", torch.float32, (size,), lambda: torch.ones(size))])
+    content = hashlib.sha256(path.read_bytes()).digest()
+    before = _private_bytes()
+    (stored,) = stored_tensors(weight_file(path))
+    mapped = stored.mapped()
+    assert float(mapped.sum()) == size and _private_bytes() - before < stored.nbytes / 4
+    mapped[: size // 2] = 2.0
+    assert _private_bytes() - before > stored.nbytes / 4
+    assert float(stored.mapped().sum()) == size and hashlib.sha256(path.read_bytes()).digest() == content
+
+
+def _private_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

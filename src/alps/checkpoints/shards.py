@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -68,6 +69,26 @@ class Stored:
         if done < self.nbytes:
             raise CheckpointError(f"'{self.path}' ends inside {self.name}: fetch or save the model again.")
         return found
+
+    def mapped(self) -> Tensor:
+        """The tensor, its memory that of the file: read where it is touched, once for all processes of a host.
+
+        Writes to it stay in this process.
+
+        Raises:
+            CheckpointError: when the file has become unreadable or too short.
+        """
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.path.open("rb") as file:
+                if self.offset + self.nbytes > os.fstat(file.fileno()).st_size or not self.nbytes:
+                    return self.read()
+                length = self.offset + self.nbytes - start
+                memory = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        except OSError as error:
+            raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from None
+        count = self.nbytes // self.dtype.itemsize
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset - start).view(self.shape)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +108,11 @@ class Streamed:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Have all that lies outside the blocks in memory for the time of the body."""
+        """Have all that lies outside the blocks at hand for the time of the body; uncast it stays in the files."""
         names = [name for name in self._slots if name not in self._inside]
         try:
             for name in names:
-                self._fill(name, torch.device("cpu"))
+                self._fill(name, torch.device("cpu"), Stored.mapped)
             yield
         finally:
             for name in names:
@@ -148,9 +148,9 @@ class Streamed:
     def _of(self, block: Block) -> list[str]:
         return [name for name in self._slots if name.startswith(f"{block.name}.")]
 
-    def _fill(self, name: str, device: torch.device) -> None:
+    def _fill(self, name: str, device: torch.device, read: Callable[[Stored], Tensor] = Stored.read) -> None:
         slot = self._slots[name]
-        tensor = slot.origin.join(lambda part: self._stored[part].read()).to(device, slot.dtype)
+        tensor = slot.origin.join(lambda part: read(self._stored[part])).to(device, slot.dtype)
         self._put(slot, nn.Parameter(tensor))
 
     def _empty(self, name: str) -> None:
