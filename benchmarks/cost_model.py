@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from alps.solvers import hessian
+from alps.solvers.foreseen import rounds
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the schedule takes: R, K and S, the last by the shape (m, n) where it was seen.
-
-    `penalties` are those that any site of SmolLM2-135M met.
-    """
+    """What the schedule takes: R, K and S, the last by the shape (m, n) where it was seen."""
 
     iterations: float = 33.0
     inverses: float = 11.0
-    penalties: int = 59
     steps: float = 6.0
     by_shape: dict[tuple[int, int], float] = field(default_factory=dict)
 
@@ -72,19 +69,16 @@ class Changes:
     """What the program does not do yet.
 
     Attributes:
-        inverses_kept: those of an input are kept for its other sites, however large they are.
-        inverses_apart: of a split input each process makes some of the inverses that may be met; those met are sent.
         aside: errors of a split site are summed over rows, too; blocks are written and read while others are solved.
     """
 
-    inverses_kept: bool = False
-    inverses_apart: bool = False
     aside: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: windows of `seqlen` tokens, weights of `itemsize` bytes, inverses of `inverse_itemsize`."""
+    """One run: windows of `seqlen` tokens, weights of `itemsize` bytes, inverses of `inverse_itemsize`, of which
+    `inverse_bytes` are kept: what the program takes of an H100's 80 GiB."""
 
     model: Model
     windows: int
@@ -93,6 +87,7 @@ class Run:
     counts: Counts = field(default_factory=Counts)
     itemsize: int = 2
     inverse_itemsize: int = 2
+    inverse_bytes: float = 80 * 2**30 * hessian._CACHE_SHARE
     changes: Changes = field(default_factory=Changes)
 
     def share(self, rank: int) -> int:
@@ -101,10 +96,15 @@ class Run:
 
     def inverses(self, sites: Sequence[tuple[int, int]]) -> float:
         """Inverses that the sites of one input take: later sites find again as many as are kept."""
-        if self.changes.inverses_kept:
-            return self.counts.inverses
-        kept = hessian._CACHE_BYTES // (sites[0][1] ** 2 * self.inverse_itemsize)
-        return self.counts.inverses + (len(sites) - 1) * max(self.counts.inverses - kept, 0.0)
+        return self.counts.inverses + self._again(sites)
+
+    def rounds(self, sites: Sequence[tuple[int, int]]) -> float:
+        """Inverses that each process makes of a split input."""
+        return rounds(self.size) * self.counts.inverses / rounds(1) + self._again(sites)
+
+    def _again(self, sites: Sequence[tuple[int, int]]) -> float:
+        kept = self.inverse_bytes // (sites[0][1] ** 2 * self.inverse_itemsize)
+        return (len(sites) - 1) * max(self.counts.inverses - kept, 0.0)
 
 
 class Machine(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from alps.solvers import hessian
 from cost_model import Counts, Model, Run
 
 # Columns of a panel of the Gram, and inputs up to which an inverse is LAPACK's.
@@ -30,7 +31,7 @@ class Measured:
         steps = {_shape(name): steps for name, steps in counted["steps"].items()}
         counts = Counts(counted["iterations"], counted["inverses"], by_shape=steps)
         model = Model(**constants["shapes"])
-        self.run = Run(model, windows, constants["seqlen"], size, counts, itemsize, itemsize)
+        self.run = Run(model, windows, constants["seqlen"], size, counts, itemsize, itemsize, hessian._CACHE_BYTES)
         self._fixed: dict[str, float] = constants["fixed"][str(size)]
         self._seconds: dict[str, float] = constants["alone" if size == 1 else "beside"]
 

@@ -20,9 +20,7 @@ PHASES = ("start", "fetch", "forward", "gram", "prepare", "inverses", "solve", "
 # Each with those before it.
 VARIANTS = {
     "as it is": Changes(),
-    "inverses kept for q/k/v, gate/up": Changes(inverses_kept=True),
-    "inverses of foreseen penalties by several": Changes(inverses_kept=True, inverses_apart=True),
-    "errors by rows, files aside": Changes(inverses_kept=True, inverses_apart=True, aside=True),
+    "errors by rows, files aside": Changes(aside=True),
 }
 
 

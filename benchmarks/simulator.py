@@ -6,7 +6,6 @@ solves what is asked of `alps.sharing`, what a piece of work takes of a machine 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from alps.sharing import job_of, shared_out
@@ -108,12 +107,9 @@ def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | Non
 def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], shown: bool) -> None:
     """All processes solve some rows of every site of one input; each has the record of some sites."""
     n, size, part = sites[0][1], run.size, 1 / run.size
-    inverses = run.inverses(sites) * machine.inverse(n)
-    if run.changes.inverses_apart:
-        rounds = min(math.ceil(run.counts.penalties / size), run.counts.inverses)
-        nbytes = float(n * n * run.inverse_itemsize)
-        inverses = rounds * machine.inverse(n) + run.counts.inverses * machine.send(nbytes)
-        clocks.nbytes["exchange"] = clocks.nbytes.get("exchange", 0.0) + run.counts.inverses * nbytes * (size - 1)
+    met, nbytes = run.inverses(sites), float(n * n * run.inverse_itemsize)
+    inverses = run.rounds(sites) * machine.inverse(n) + met * machine.send(nbytes)
+    clocks.nbytes["exchange"] = clocks.nbytes.get("exchange", 0.0) + met * nbytes * (size - 1)
     for rank in range(size):
         clocks.work(rank, "prepare", machine.prepare(n))
         clocks.work(rank, "inverses", inverses)

@@ -8,9 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps.distributed import Group
@@ -32,38 +29,7 @@ from alps.solvers.pattern import SemiStructured, Unstructured
 from alps.solvers.rows import top_of_all
 from alps.solvers.selection import top_mask
 from alps.stats import InputStats, InputSums
-
-
-class _Thread:
-    """One of several threads that sum tensors as processes do."""
-
-    def __init__(self, rank: int, size: int, box: list[Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._box, self._barrier = rank, size, box, barrier
-
-    def total(self, values: Tensor) -> Tensor:
-        self._box[self.rank] = values.clone()
-        self._barrier.wait(30)
-        found = torch.stack(self._box).sum(dim=0).to(values.dtype)
-        self._barrier.wait(30)
-        return found
-
-
-def _in_threads(size: int, work: Callable[[_Thread], Any]) -> list[Any]:
-    box, barrier, found = [torch.zeros(())] * size, threading.Barrier(size), [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = work(_Thread(rank, size, box, barrier))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+from processes import Process, in_threads
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 4), st.data())
@@ -72,7 +38,7 @@ def test_the_largest_of_all_processes_are_those_of_one(values: list[int], size: 
     scores = torch.tensor(values, dtype=torch.float32) / 3
     kept = data.draw(st.integers(0, len(values)))
     parts = torch.tensor_split(scores, size)
-    found = _in_threads(size, lambda rows: top_of_all(parts[rows.rank], kept, rows))
+    found = in_threads(size, lambda rows: top_of_all(parts[rows.rank], kept, rows))
     assert torch.equal(torch.cat(found), top_mask(scores, kept))
 
 
@@ -91,11 +57,11 @@ def test_rows_solved_apart_are_those_of_the_whole(
     whole = method.solve(weight, state, pattern)
     bounds = [0, shape[0] // 4, shape[0]]
 
-    def solve(rows: _Thread) -> Any:
+    def solve(rows: Process) -> Any:
         mine = weight[bounds[rows.rank] : bounds[rows.rank + 1]]
         return method.solve_rows(mine, method.prepare(stats), pattern, weight.numel(), rows)
 
-    parts = _in_threads(2, solve)
+    parts = in_threads(2, solve)
     mask, answer = (torch.cat([getattr(part, name) for part in parts]) for name in ("mask", "weight"))
     assert int((~mask).sum()) == pattern.pruned_count(weight.numel())
     assert torch.equal(mask, whole.mask) and torch.equal(answer, whole.weight)
@@ -133,8 +99,8 @@ def test_an_input_is_split_where_others_would_wait() -> None:
     method = get_method("alps")
     lone = [job_of(method, [(4096, 1024), (4096, 1024)], 2)]
     assert shared_out(lone, 2) == [None]
-    fixed, rows = lone[0].fixed, lone[0].rows
-    assert loads_of(lone, [None], 2) == [fixed + rows / 2] * 2
+    apart, rows = lone[0].apart, lone[0].rows
+    assert loads_of(lone, [None], 2) == [apart + rows / 2] * 2 and lone[0].fixed / 2 < apart < 0.7 * lone[0].fixed
     even = [job_of(method, [(1024, 1024)], 2) for _ in range(4)]
     assert sorted(shared_out(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
     # Few rows, other methods and exchanges are not split.

@@ -22,7 +22,7 @@ import scaling_runs
 from alps.solvers.hessian import invert_
 from alps.solvers.objective import relative_errors
 from alps.stats import InputSums, Needs
-from cost_model import Changes, Counts, Model, Run
+from cost_model import Counts, Model, Run
 from machines import Card, Measured, gram_flops
 from scaling_plan import MODELS, VARIANTS, memory, plan_table
 from simulator import Clocks, assignment, simulate
@@ -126,12 +126,17 @@ def test_two_processes_by_hand() -> None:
 
 
 def test_later_sites_find_the_inverses_that_fit_into_what_is_kept() -> None:
-    """256 MiB hold all 11 of 576 inputs, 8 of 4096 in bfloat16, none of 16384."""
+    """256 MiB hold all 11 of 576 inputs, 8 of 4096 in bfloat16, none of 16384, of which a GPU keeps 10."""
+    run = Run(MODELS["LLaMA-3-8B"], 128, 2048)
+    small = replace(run, inverse_bytes=2**28)
     for n, expected in ((576, 11), (4096, 11 + 2 * 3), (16384, 3 * 11)):
-        run = Run(MODELS["LLaMA-3-8B"], 128, 2048)
         sites = [(64, n)] * 3
-        assert run.inverses(sites) == expected and run.inverses(sites[:1]) == 11
-        assert replace(run, changes=Changes(inverses_kept=True)).inverses(sites) == 11
+        assert small.inverses(sites) == expected and small.inverses(sites[:1]) == 11
+    assert run.inverses([(64, 16384)] * 3) == 11 + 2 * 1
+    # Two processes make about half of them each; what is not kept is made again by both.
+    two = replace(small, size=2)
+    assert 11 / 2 < two.rounds([(64, 576)] * 3) < 0.7 * 11
+    assert two.rounds([(64, 16384)] * 3) == two.rounds([(64, 16384)]) + 2 * 11
 
 
 @given(st.integers(1, 40), st.sampled_from(list(MODELS.values())), st.floats(0, 2))
@@ -141,7 +146,8 @@ def test_no_work_is_lost_and_only_inverses_are_done_twice(size: int, model: Mode
     one, several = Run(small, 40, 8), Run(small, 40, 8, size)
     alone, shared = simulate(one, Flat(inverses)), simulate(several, Flat(inverses))
     split = [sites for sites, owner in zip(small.inputs, assignment(several), strict=True) if owner is None]
-    again = (size - 1) * sum(10 * inverses + several.inverses(sites) * inverses for sites in split)
+    made = sum(size * several.rounds(sites) - one.inverses(sites) for sites in split)
+    again = inverses * (made + 10 * (size - 1) * len(split))
     # Every process starts, and reads every block.
     again += (size - 1) * (10 / 3 + 3)
     assert shared.busy == pytest.approx(alone.busy + 3 * again, rel=1e-9)

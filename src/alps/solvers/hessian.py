@@ -21,8 +21,17 @@ from alps.solvers.reductions import column_squares, inner
 from alps.stats import InputStats
 
 _HOPELESS = "the Hessian stays indefinite under any damping: the calibration inputs are unusable"
-# Inverses kept for the other sites of the same input, which begin with the same penalties.
-_CACHE_BYTES = 2**28
+# Inverses kept for the other sites of an input, which begin with the same penalties: bytes, and a share of a GPU's memory
+# where that is more.
+_CACHE_BYTES, _CACHE_SHARE = 2**28, 1 / 16
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How much the inverses that are kept may take on a device."""
+    if device.type != "cuda":
+        return _CACHE_BYTES
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return max(_CACHE_BYTES, int(memory * _CACHE_SHARE))
 
 
 def damping_of(stats: InputStats, fraction: float) -> float:
@@ -62,14 +71,20 @@ class ScaledHessian:
         Raises:
             SolveFailed: when the matrix is not positive definite, which damped finite sums never are.
         """
-        if (rho, dtype) not in self._inverses:
-            shifted = self.matrix.clone()
-            shifted.diagonal().add_(rho)
-            inverse = (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
-            if (len(self._inverses) + 1) * inverse.nbytes > _CACHE_BYTES:
-                return inverse
-            self._inverses[rho, dtype] = inverse
-        return self._inverses[rho, dtype]
+        if (rho, dtype) in self._inverses:
+            return self._inverses[rho, dtype]
+        inverse = self._fresh(rho, dtype)
+        self._keep(rho, inverse)
+        return inverse
+
+    def _fresh(self, rho: float, dtype: torch.dtype) -> Tensor:
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(rho)
+        return (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
+
+    def _keep(self, rho: float, inverse: Tensor) -> None:
+        if (len(self._inverses) + 1) * inverse.nbytes <= kept_bytes(inverse.device):
+            self._inverses[rho, inverse.dtype] = inverse
 
     def _inverse64(self, rho: float) -> Tensor:
         """By Cholesky in float64: for a penalty so small that float32's rounding outweighs it."""
