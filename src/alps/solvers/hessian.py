@@ -21,8 +21,8 @@ from alps.solvers.reductions import column_squares, inner
 from alps.stats import InputStats
 
 _HOPELESS = "the Hessian stays indefinite under any damping: the calibration inputs are unusable"
-# Inverses kept for the other sites of an input, which begin with the same penalties: bytes, and a share of a GPU's memory
-# where that is more.
+# Inverses kept for the other sites of an input, which begin with the same penalties: bytes, and of a GPU's memory this
+# share where that is more.
 _CACHE_BYTES, _CACHE_SHARE = 2**28, 1 / 16
 
 
