@@ -44,7 +44,7 @@ class SharedHessian(ScaledHessian):
     def __init__(self, state: ScaledHessian, rows: Rows, settings: AdmmSettings) -> None:
         super().__init__(state.matrix, state.scale, state.damping, state.notes, state._inverses)
         self._rows, self._factors = rows, [factor for _, factor in settings.growth]
-        # Penalties of this round, by place: who makes it. The answer where that is this process; NaN where it failed.
+        # Penalties of this round, by who makes their inverse; this process's own; and whose failed.
         self._round: list[float] = []
         self._mine: Tensor | None = None
         self._failed: list[bool] = []
