@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alps.errors import SolveFailed
 from alps.solvers.pattern import Pattern, Unstructured, keep_largest
-from alps.solvers.selection import Scores
+from alps.solvers.scores import Scores
 
 _HALF = 16
 _INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number

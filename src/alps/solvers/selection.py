@@ -7,12 +7,12 @@ in the cache: hence the float comparisons and the chunks below.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from alps.errors import SolveFailed
+from alps.solvers.scores import Scores
 
 # Entries handled at a time on a CPU; a GPU takes many at once. At most 2^24, up to which float32 counts exactly.
 _COUNTABLE = 2**24
@@ -119,27 +119,6 @@ def _ranks(places: Tensor) -> Tensor:
 
 # Counts after which the search for a cut gives up and selects exactly, which takes as long as some ten of them.
 _COUNTS = 12
-
-
-class Scores(Protocol):
-    """A float32 vector of scores without a NaN, of which this process may hold a part."""
-
-    @property
-    def values(self) -> Tensor:
-        """What this process holds."""
-
-    @property
-    def entries(self) -> int:
-        """Of the whole vector."""
-
-    def sample(self, stride: int) -> Tensor:
-        """Every `stride`-th entry of the whole vector."""
-
-    def total(self, count: int) -> int:
-        """The sum of what all processes have counted."""
-
-    def top(self, kept: int) -> Tensor:
-        """Mask of those of these values that are among the `kept` largest of the whole vector."""
 
 
 @dataclass(frozen=True)
