@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +22,11 @@ import torch
 
 import alps
 from alps.data.windows import Windows
-from alps.errors import ConfigError
 from alps.inference.native import describe, find_kernel
 from alps.models.packaged import place_of
 from alps.runtime import provenance
 from inference import generate
-from layers import markdown
+from layers import ended_in_words, markdown
 
 # First seconds until a token, then tokens a second.
 Speed = tuple[float, float]
@@ -140,8 +138,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, ImportError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    ended_in_words(main, ImportError)

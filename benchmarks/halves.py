@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 import alps
-from alps.errors import ConfigError
 from alps.halves import Widened, multiplies_by_float32
 from alps.runtime import provenance
-from layers import markdown
+from layers import ended_in_words, markdown
 
 
 def forward(model: Any, ids: Tensor) -> None:
@@ -73,8 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    ended_in_words(main)

@@ -35,7 +35,7 @@ from alps.errors import ConfigError
 from alps.inference.gpu import describe_gpu, find_gpu_kernel
 from alps.inference.native import describe, find_kernel
 from alps.runtime import peak_host_bytes, pick_device, provenance
-from layers import markdown
+from layers import ended_in_words, markdown
 
 
 def build(options: argparse.Namespace) -> None:
@@ -192,8 +192,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    ended_in_words(main)

@@ -1,14 +1,16 @@
-"""What the benchmarks of single layers share: inputs of the dense model, optimal weights, options, Markdown tables."""
+"""What the benchmarks share: inputs of the dense model, optimal weights, options, words, Markdown tables."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from alps.data.text import load_text
+from alps.errors import AlpsError
 from alps.loaded import load
 from alps.models.blocks import Block, find_blocks
 from alps.models.capture import capture
@@ -45,9 +47,10 @@ def layer_problems(options: argparse.Namespace, names: Sequence[str]) -> dict[st
     """By name: a site's dense weight (out, in) in float32, and the statistics of its inputs in the dense model."""
     found: dict[str, Problem] = {}
     for shared in captured(options, lambda block: any(site.name in names for site in block.sites)):
+        stats = shared.sums.released()
         for site in shared.sites:
             if site.name in names:
-                found[site.name] = site.read().float().clone(), shared.stats
+                found[site.name] = site.read().float().clone(), stats
     for name in names:
         if name not in found:
             raise SystemExit(f"no site {name}: try one such as model.layers.0.self_attn.k_proj")
@@ -88,6 +91,15 @@ def calibration_options(parser: argparse.ArgumentParser, samples: int = 64) -> N
     parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def ended_in_words(main: Callable[[], None], *others: type[Exception]) -> None:
+    """Run a script, and end it with one sentence and exit code 2 where the user is mistaken, or on one of `others`."""
+    try:
+        main()
+    except (AlpsError, *others) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

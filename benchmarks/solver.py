@@ -61,11 +61,12 @@ def main() -> None:
     tokens, wanted = 0, set(map(int, options.blocks.split(",")))
     with exact_float32():
         for shared in captured(options, lambda block: block.index in wanted):
-            tokens = shared.stats.tokens
+            stats = shared.sums.released()
+            tokens = stats.tokens
             kinds = [site.kind for site in shared.sites]
             weights = [site.read().float().clone() for site in shared.sites]
             for column in columns.values():
-                _run(column, kinds, weights, shared.stats, pattern)
+                _run(column, kinds, weights, stats, pattern)
     facts = provenance()
     print(
         f"{options.model}, blocks {options.blocks}, {pattern}, {tokens} tokens of {options.calibration}, seed "

@@ -60,7 +60,8 @@ def site_readings(
     for block in blocks:
         with on_device(block, device):
             for shared in observe(block, inputs, Needs.GRAM, device).shared:
-                diagonal, norms = inverse_diagonal(shared.stats, _DAMPING), shared.stats.norms()
+                stats = shared.sums.released()
+                diagonal, norms = inverse_diagonal(stats, _DAMPING), stats.norms()
                 for site in shared.sites:
                     weight = site.read().float()
                     scores = weight.abs() * norms
@@ -69,10 +70,10 @@ def site_readings(
                         site=site,
                         block=block.index,
                         zeros=int((weight == 0).sum()),
-                        curve=error_curve(weight, removal_costs(weight, diagonal), shared.stats),
+                        curve=error_curve(weight, removal_costs(weight, diagonal), stats),
                         outliers=float((scores > _OUTLIER * scores.mean()).float().mean()),
                         norms=norms,
-                        cut_error=relative_error(cut, weight, shared.stats),
+                        cut_error=relative_error(cut, weight, stats),
                     )
             inputs.advance(block.index, block.module, device)
 

@@ -15,7 +15,11 @@ from transformers.pytorch_utils import Conv1D
 import alps
 from alps.inspection import inspect
 from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.capture import capture
+from alps.models.observe import observe
+from alps.models.starving import SharedInput
 from alps.report import RunReport
+from alps.stats import Needs
 from architectures import examine
 from decoders import DENSE, MOE, check_walk, decoder
 from vision import VISION
@@ -29,6 +33,25 @@ _CPU = torch.device("cpu")
 def test_walking_the_blocks_gives_the_logits_of_the_model(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     check_walk(model, find_blocks(model), ids)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_sums_do_not_depend_on_the_batches(kind: str) -> None:
+    """To the bit, so that it is the same how many processes share the windows; OPT lays them in one row before fc1."""
+    model = decoder(kind)
+    ids = torch.randint(2, 60, (5, 24), generator=torch.Generator().manual_seed(5))
+    found: list[list[SharedInput]] = []
+    for size in (5, 2):
+        blocks = find_blocks(model)
+        inputs = capture(model, blocks, ids, size)
+        found.append([])
+        for block in blocks:
+            found[-1] += observe(block, inputs, Needs.GRAM, _CPU).shared
+            inputs.advance(block.index, block.module, _CPU)
+    assert sum(len(one.sites) for one in found[0]) == sum(len(block.sites) for block in blocks)
+    for one, other in zip(*found, strict=True):
+        assert one.name == other.name and one.tokens == other.tokens == ids.numel(), one.name
+        assert torch.equal(one.stats.gram(), other.stats.gram()) and bool(one.stats.gram().any()), one.name
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])

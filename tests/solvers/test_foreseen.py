@@ -63,22 +63,28 @@ def test_every_process_gets_the_inverses_of_one(size: int, kept: int, monkeypatc
     monkeypatch.setattr("alps.solvers.hessian._CACHE_BYTES", kept)
     made: Counter[int] = Counter()
     fresh, lock = ScaledHessian._fresh, threading.Lock()
+    again: list[bool] = []
 
     def counted(self: ScaledHessian, rho: float, dtype: torch.dtype) -> Any:
         with lock:
             made[threading.get_ident()] += 1
+            again.append((rho, dtype) in self._inverses)
         return fresh(self, rho, dtype)
 
-    rhos = _schedule([0] * 6 + [1, 1, 2]) + _schedule([-1, 0, 0, 1]) + _schedule([1, 0, 2, 0])
+    parts = _schedule([0] * 6 + [1, 1, 2]) + _schedule([-1, 0, 0, 1]), _schedule([0] * 4 + [1, 0, 2, 0])
+    rhos = [rho for part in parts for rho in part]
     expected = [_state().inverse(rho) for rho in rhos]
     monkeypatch.setattr(ScaledHessian, "_fresh", counted)
 
     def ask(rows: Process) -> list[Any]:
-        shared = SharedHessian(_state(), rows, AdmmSettings())
-        return [shared.inverse(rho).clone() for rho in rhos]
+        # Two sites of one input: the second one finds what is kept.
+        state = _state()
+        sites = (SharedHessian(state, rows, AdmmSettings()) for _ in range(2))
+        return [site.inverse(rho).clone() for site, part in zip(sites, parts, strict=True) for rho in part]
 
     for answers in in_threads(size, ask):
         assert all(torch.equal(mine, one) for mine, one in zip(answers, expected, strict=True))
+    assert not any(again)
     asked = len(set(rhos)) if kept else len(rhos)
     if size == 1:
         assert list(made.values()) == [asked]

@@ -51,14 +51,10 @@ class _Collector:
         self.dense: dict[str, list[Tensor]] = {}
         # How often each input's first site has received something in this batch.
         self._received: dict[str, int] = {}
-        self._may_stop = bool(groups)
+        self.may_stop = bool(groups)  # whether a batch may end at its last input
+        self._shape = torch.Size()  # windows and tokens of this batch
         # Inputs of this batch that met a new site; held, so that identity means the same tensor.
         self._met: list[tuple[Tensor, SharedInput]] = []
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether a batch may end at its last input."""
-        return self._may_stop
 
     def knows(self, site: Site) -> bool:
         """Whether a site has received something."""
@@ -93,7 +89,7 @@ class _Collector:
             AllSeen: when nothing more is to be expected in this batch.
         """
         self._add(self._owner[site.name], x)
-        if self._may_stop and len(self._received) == len(self.shared):
+        if self.may_stop and len(self._received) == len(self.shared):
             raise AllSeen
 
     def begin_starved(self, sites: Sequence[Site]) -> None:
@@ -127,12 +123,16 @@ class _Collector:
         """Whether an input has been met exactly once since the batch began."""
         return self._received.get(shared.sites[0].name) == 1
 
+    def begin_batch(self, hidden: Tensor) -> None:
+        """The next inputs are made of these hidden states (windows, tokens, features)."""
+        self._shape = hidden.shape[:2]
+
     def end_batch(self, complete: bool) -> None:
         """Let go of the inputs of this batch; `complete` when every site is known.
 
         Once every input has been met exactly once in a batch, later batches may stop at their last input.
         """
-        self._may_stop = complete and all(self.received_once(one) for one in self.shared)
+        self.may_stop = complete and all(self.received_once(one) for one in self.shared)
         # In later batches a site that is met for the first time may come before others that were met in the first one.
         self._last = None
         self._received.clear()
@@ -150,7 +150,8 @@ class _Collector:
         start = self._now()
         name = shared.sites[0].name
         count = self._received.get(name, 0)
-        shared.sums.update(x, None if shared.sums.drift is None else self._twin(name, count, x))
+        dense = None if shared.sums.drift is None else self._by_window(self._twin(name, count, x))
+        shared.sums.update(self._by_window(x), dense)
         self.seconds += self._now() - start
         self._received[name] = count + 1
 
@@ -162,6 +163,10 @@ class _Collector:
                 "cannot be compared: use --target pruned."
             )
         return calls[call]
+
+    def _by_window(self, x: Tensor) -> Tensor:
+        """The same rows; where a model has laid the tokens of all windows in one row (OPT), window by window again."""
+        return x.reshape(*self._shape, x.shape[1]) if x.ndim == 2 and len(x) == self._shape.numel() else x
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -211,6 +216,7 @@ def observe(
                 names = {site.name for site in leaders + strangers if site.expert is None}
                 collector.dense = dense.received(names, batch, device, once=collector.may_stop) if names else {}
             hooks = watching(leaders, collector.later), watching(strangers, collector.first)
+            collector.begin_batch(inputs.hidden[batch])
             with hooks[0], hooks[1], suppress(AllSeen):
                 inputs.run(block.index, block.module, batch, device)
             collector.end_batch(complete=all(map(collector.knows, wanted)))
@@ -235,6 +241,7 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
     not where others of their like have some, and come last.
     """
     collector = _Collector(Needs.NOTHING, device)
+    collector.begin_batch(inputs.hidden[0])
     with torch.no_grad(), watching(block.sites, collector.first):
         inputs.run(block.index, block.module, 0, device)
     met = list(collector.shared)

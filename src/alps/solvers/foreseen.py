@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alps.errors import SolveFailed
 from alps.solvers.admm import AdmmSettings
-from alps.solvers.hessian import ScaledHessian
+from alps.solvers.hessian import ScaledHessian, indefinite
 from alps.solvers.rows import Rows
 
 # How likely the next check takes the growth factor of the last one again, by how often it was taken in a row; a row for
@@ -63,7 +63,7 @@ class SharedHessian(ScaledHessian):
             self._make(rho, dtype)
         owner = self._round.index(rho)
         if self._failed[owner]:
-            raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
+            raise indefinite(rho)
         mine = self._mine if owner == self._rows.rank else None
         inverse = torch.empty_like(self.matrix, dtype=dtype) if mine is None else mine
         self._rows.send(inverse, owner)
@@ -80,7 +80,10 @@ class SharedHessian(ScaledHessian):
 
     def _make(self, rho: float, dtype: torch.dtype) -> None:
         self._mine = None  # first: what is let go makes room
-        self._round = foresee(rho, self._stage, self._times, self._factors, self._rows.size)
+        # What an earlier site of the input has left is there.
+        kept = [penalty for penalty, kind in self._inverses if kind is dtype]
+        likely = foresee(rho, self._stage, self._times, self._factors, self._rows.size + len(kept))
+        self._round = [penalty for penalty in likely if penalty not in kept][: self._rows.size]
         failed = torch.zeros(self._rows.size, dtype=torch.int64)
         if self._rows.rank < len(self._round):
             try:
@@ -96,10 +99,11 @@ def rounds(size: int) -> int:
     factors = [factor for _, factor in settings.growth]
     path = [(settings.rho, 0, 0)]
     for stage, count in enumerate(_USUAL):
-        path += [(path[-1][0] * factors[stage] ** (n + 1), stage, n + 1) for n in range(count)]
+        for times in range(1, count + 1):
+            path.append((path[-1][0] * factors[stage], stage, times))
     found, made = 0, list[float]()
     for rho, stage, times in path:
-        if not any(abs(one / rho - 1) < 1e-9 for one in made):
+        if rho not in made:
             found, made = found + 1, foresee(rho, stage, times, factors, size)
     return found
 

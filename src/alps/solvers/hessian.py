@@ -34,6 +34,11 @@ def kept_bytes(device: torch.device) -> int:
     return max(_CACHE_BYTES, int(memory * _CACHE_SHARE))
 
 
+def indefinite(rho: float) -> SolveFailed:
+    """What a Hessian that has no inverse at a penalty ends with."""
+    return SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
+
+
 def damping_of(stats: InputStats, fraction: float) -> float:
     """The absolute damping lam; 1 for inputs that are zero throughout, which leaves H = I and W's size to decide."""
     mean = float(stats.square.mean(dtype=torch.float64))
@@ -92,7 +97,7 @@ class ScaledHessian:
         shifted.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if int(failed):
-            raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
+            raise indefinite(rho)
         return torch.cholesky_inverse(factor).float()
 
     def undamped_energy(self, delta: Tensor) -> float:
