@@ -95,9 +95,10 @@ def calibration_options(parser: argparse.ArgumentParser, samples: int = 64) -> N
 
 def ended_in_words(main: Callable[[], None], *others: type[Exception]) -> None:
     """Run a script, and end it with one sentence and exit code 2 where the user is mistaken, or on one of `others`."""
+    mistakes: tuple[type[Exception], ...] = (AlpsError, *others)
     try:
         main()
-    except (AlpsError, *others) as error:
+    except mistakes as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 

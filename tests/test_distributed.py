@@ -27,7 +27,7 @@ from alps.sharing import assign, job_of, loads_of, shared_out
 from alps.solvers import get_method
 from alps.solvers.alps import Alps
 from alps.solvers.pattern import SemiStructured, Unstructured
-from alps.solvers.rows import top_of_all
+from alps.solvers.rows import Part, top_of_all
 from alps.solvers.selection import top_mask
 from alps.stats import InputStats, InputSums
 from processes import Process, in_threads
@@ -68,6 +68,31 @@ def test_rows_solved_apart_are_those_of_the_whole(
     assert torch.equal(mask, whole.mask) and torch.equal(answer, whole.weight)
     for part in parts:
         assert (part.info.iterations, part.info.refit_steps) == (whole.info.iterations, whole.info.refit_steps)
+
+
+def test_who_does_not_own_sums_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("reduce", "all_reduce"):
+        monkeypatch.setattr(torch.distributed, name, lambda part, dst=None: part.mul_(2))
+    for rank, owner, held in [(0, 0, True), (1, 0, False), (0, None, True), (1, None, True)]:
+        sums = InputSums.of(torch.ones(3, 2))
+        Group(rank, 2).sums(sums, owner)
+        assert (sums.panels is not None) == held and sums.tokens == 6
+        assert not held or sums.rounded().gram().tolist() == [[6, 6], [6, 6]]
+
+
+@given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 61), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_sample_of_parts_is_that_of_the_whole(entries: int, size: int, stride: int, data: st.DataObject) -> None:
+    whole = torch.arange(1.0, entries + 1)
+    bounds = [0, *sorted(data.draw(st.lists(st.integers(0, entries), min_size=size - 1, max_size=size - 1))), entries]
+
+    def sample(rows: Process) -> Any:
+        mine = whole[bounds[rows.rank] : bounds[rows.rank + 1]]
+        scores = Part.of(mine[None], 0.5, entries, rows).scores(mine)
+        return scores.sample(stride), scores.total(len(mine)), scores.entries
+
+    for found, total, counted in in_threads(size, sample):
+        assert torch.equal(found, whole[::stride]) and total == counted == entries
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))

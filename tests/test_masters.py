@@ -52,6 +52,24 @@ def test_steps_are_those_of_adam_on_masked_gradients_of_a_whole_batch() -> None:
     assert torch.equal(torch.signbit(layer.weight)[~mask], signs[~mask])
 
 
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+def test_the_mean_gradient_of_several_passes_is_taken(sums: torch.dtype) -> None:
+    """Steps of unequal numbers of passes, below the clip: sums would weigh otherwise in the moments."""
+    layer, mask = _linear()
+    weight = layer.weight.detach().double().requires_grad_()
+    adam = torch.optim.Adam([weight], lr=0.03, betas=(0.9, 0.95))
+    with Masters(layer, [Tuned(layer.weight, mask, torch.float32)], 0.03, sums) as masters:
+        for step, passes in enumerate((3, 1, 2)):
+            weight.grad = torch.zeros_like(weight)
+            for part in range(passes):
+                (1e-2 * layer(_inputs(step, part)).sum()).backward()
+                weight.grad += 1e-2 * _inputs(step, part).double().sum(dim=0) * mask / passes
+            assert float(weight.grad.norm()) < 1
+            adam.step()
+            assert masters.step(1.0, passes)
+            torch.testing.assert_close(layer.weight.double(), weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_small_steps_add_up_below_the_precision_of_bfloat16() -> None:
     layer, mask = _linear(torch.bfloat16)
     before = layer.weight.detach().clone()

@@ -121,7 +121,7 @@ class Group:
         return values
 
     def sums(self, mine: InputSums, owner: int | None) -> None:
-        """Add up the sums of all processes in place: on `owner`, where alone they are whole, or on all for None."""
+        """Add up the sums of all processes in place: on `owner`, the others let go of theirs, or on all for None."""
         if self.size == 1:
             return
         tokens = torch.tensor([mine.tokens], dtype=torch.int64)
@@ -132,6 +132,8 @@ class Group:
                 else:
                     dist.reduce(part, dst=owner)
         mine.tokens = int(tokens)
+        if owner not in (None, self.rank):
+            mine.clear()
 
     def send(self, tensor: Tensor, source: int) -> None:
         """Give every process the values that `tensor` has on `source`, in place."""

@@ -128,8 +128,6 @@ def solve_sites(solver: SiteSolver, group: Group, block: Block, shared: Sequence
         for one, owner in zip(shared, owners, strict=True):
             group.place = f"block {block.index}, inputs of {one.name}"
             group.sums(one.sums, owner)
-            if owner is not None and owner != group.rank:
-                one.sums.clear()
     begun = len(solver.records)
     for one, owner in sorted(zip(shared, owners, strict=True), key=lambda pair: pair[1] is not None):
         if owner is None or owner == group.rank:

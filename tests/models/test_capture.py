@@ -13,7 +13,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from alps.errors import UnsupportedModel
 from alps.models.blocks import find_blocks
-from alps.models.capture import capture, to_device
+from alps.models.capture import batch_tokens, capture, to_device
+from decoders import decoder
 
 _CPU = torch.device("cpu")
 
@@ -45,6 +46,24 @@ def _logits_from(model: nn.Module, ids: Tensor, last: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=ids).logits
     handle.remove()
     return logits
+
+
+def test_batches_are_as_many_tokens_as_suit_the_device(tiny_model: Callable[..., Any]) -> None:
+    dense, experts = find_blocks(tiny_model("llama")), find_blocks(decoder("qwen2_moe"))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [batch_tokens(dense, cpu), batch_tokens(dense, gpu), batch_tokens(experts, cpu)] == [512, 4096, 4096]
+
+
+def test_batches_may_differ_in_size_and_a_window_is_run_alone(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    blocks = find_blocks(model := tiny_model("llama"))
+    sizes = [3, 1, len(ids) - 4]
+    inputs = capture(model, blocks, ids, sizes)
+    assert [len(hidden) for hidden in inputs.hidden] == sizes
+    with torch.no_grad():
+        whole = inputs.run(0, blocks[0].module, 0, torch.device("cpu"))
+        alone = [inputs.run(0, blocks[0].module, 0, torch.device("cpu"), window) for window in range(3)]
+    torch.testing.assert_close(torch.cat(alone), whole)
+    assert not torch.equal(alone[0], alone[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 9])

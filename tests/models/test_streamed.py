@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alps.api import run
 from alps.checkpoints.journal import open_journal
+from alps.checkpoints.shards import Stored
 from alps.data.windows import Windows
 from alps.loaded import Loaded, load, open_model
 from alps.matching import Matching
@@ -120,6 +121,28 @@ def test_weights_are_cast_and_tied_ones_stay_tied(tiny_model: Callable[..., Any]
     again = load(str(tmp_path / "streamed")).model
     assert again.lm_head.weight is again.transformer.wte.weight  # type: ignore[union-attr]
     assert again.lm_head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lies_outside_the_blocks_stays_in_the_files(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """While windows are embedded, and afterwards nothing of it is held; tied weights are one."""
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "dense")
+    loaded = open_model(str(tmp_path / "dense"), dtype)
+    store = loaded.store
+    assert isinstance(store, Streamed)
+    blocks = loaded.blocks()
+    monkeypatch.setattr(Stored, "read", lambda _: pytest.fail("read into memory"))
+    with store.outside():
+        found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
+        assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
+        for name, stored in _tensors(tmp_path / "dense").items():
+            if f"transformer.{name.removeprefix('transformer.')}" in found:
+                wanted = stored.to(getattr(torch, dtype))
+                assert torch.equal(found[f"transformer.{name.removeprefix('transformer.')}"], wanted)
+        assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight  # type: ignore[union-attr]
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
 
 
 def test_one_block_at_a_time_is_in_memory(

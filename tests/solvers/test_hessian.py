@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,14 @@ def test_inverses_beyond_the_cache_are_made_anew(monkeypatch: pytest.MonkeyPatch
     assert state.inverse(0.1) is kept and state.inverse(0.2) is also
     again = state.inverse(0.3)
     assert again is not beyond and torch.equal(again, beyond)
+
+
+def test_a_gpu_keeps_inverses_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, kept in ((80 * 2**30, 5 * 2**30), (2**30, 2**28)):
+        facts = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, facts=facts: facts)
+        assert hessian_module.kept_bytes(torch.device("cuda")) == kept
+    assert hessian_module.kept_bytes(torch.device("cpu")) == 2**28
 
 
 @pytest.mark.parametrize("name", NAMES)
