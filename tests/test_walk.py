@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from alps.errors import ConfigError, SolveFailed
 from alps.models.blocks import Block, find_blocks
+from alps.models.starving import SharedInput
 from alps.solvers import METHODS, Alps, Wanda, get_method
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
+from alps.solving import SiteSolver
 from alps.stats import InputStats, Needs
 from alps.walk import Walk
 
@@ -70,6 +72,22 @@ def test_records_follow_the_blocks_in_order(tiny_model: Callable[..., Any], ids:
     assert [record.kind for record in walk.records[14:]] == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
+
+
+def test_nobody_holds_the_sums_of_a_solved_input(
+    tiny_model: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    solve = SiteSolver.shared_input
+
+    def watched(solver: SiteSolver, block: Block, shared: SharedInput, rows: None) -> None:
+        before = shared.sums.panels is not None
+        solve(solver, block, shared, rows)
+        held.append(before and shared.sums.panels is None)
+
+    monkeypatch.setattr(SiteSolver, "shared_input", watched)
+    _prune(tiny_model("llama"), ids, Alps(), _HALF)
+    assert held == [True] * 12
 
 
 def _error(dense: Tensor, pruned: Tensor, x: Tensor) -> float:
