@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +28,7 @@ from alps.pruned import prune_directory
 from alps.results import RESULTS_NAME, Result, read_results
 from alps.solvers.sparsegpt import SparseGPT
 from alps.summary import TABLE_NAME
+from started import run, start
 
 
 def settings(stories: Path, text: Path, **more: Any) -> Comparison:
@@ -186,22 +184,22 @@ def test_a_kill_costs_one_run(tmp_path: Path, stories: Path, english_file: Path)
     asked = settings(stories, english_file, methods=["magnitude", "wanda", "sparsegpt"], sparsity=[0.5, 0.6, 0.7])
     config, out = tmp_path / "c.yaml", tmp_path / "killed"
     config.write_text(asked.to_yaml())
-    command = [sys.executable, "-m", "alps", "compare", "--config", str(config), "--out", str(out)]
-    environment = {**os.environ, "COLUMNS": "200"}
+    command = ("compare", "--config", config, "--out", out)
+    environment = {"COLUMNS": "200"}
     kept = 0
     for _ in range(3):
-        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        running = start(*command, environment=environment)
         limit = time.monotonic() + 60
-        while started.poll() is None and time.monotonic() < limit:
+        while running.poll() is None and time.monotonic() < limit:
             if (out / RESULTS_NAME).exists() and len((out / RESULTS_NAME).read_text().splitlines()) >= kept + 3:
                 break
             time.sleep(0.002)
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
         found = read_results(out / RESULTS_NAME)
         assert kept < len(found) < 10
         kept = len(found)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run(*command, environment=environment)
     assert done.returncode == 0, done.stderr
     assert f"Run 1 of {10 - kept}:" in done.stderr and "## Perplexity on" in done.stdout
     expected, _ = go(asked, tmp_path / "whole")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import together
 from alps.distributed import Group
 from alps.errors import ConfigError
 from alps.report import RunReport
@@ -31,6 +32,7 @@ from alps.solvers.rows import Part, top_of_all
 from alps.solvers.selection import top_mask
 from alps.stats import InputStats, InputSums
 from processes import Process, in_threads
+from started import run_group
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 4), st.data())
@@ -146,21 +148,15 @@ def test_one_process_is_a_group_without_messages() -> None:
         Group(1, 5).share(values)
 
 
-def _command(processes: int, *arguments: object) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+def _torchrun(*arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return [sys.executable, *launcher, "-m", "alps", *map(str, arguments)]
 
 
-def _run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    # Bits depend on the number of threads, which torchrun sets to one.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(_command(processes, *arguments), capture_output=True, text=True, timeout=280, env=environment)
-
-
 def _prune(processes: int, out: Path, model: Path, text: Path, *more: object) -> RunReport:
-    done = _run(processes, "prune", model, out, *_settings(text), *more)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
+    done = run_group(processes, "prune", model, out, *_settings(text), *more)
+    assert [one.returncode for one in done] == [0] * processes, done
+    assert sum(one.stdout.count("Written to") for one in done) == 1
     report = RunReport.read(out)
     assert report is not None
     return report
@@ -214,15 +210,10 @@ def test_two_hosts_write_the_bits_of_one_process(stories: Path, wikitext: Path, 
 
 def _together(*arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """What tests/together.py says in one process, and in two."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
-    commands = ([sys.executable, *words, str(here / "together.py"), *map(str, arguments)] for words in ([], launcher))
-    one, two = (
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=environment)
-        for command in commands
-    )
-    return json.loads(one.stdout), json.loads(two.stdout)
+    done = [run_group(size, *arguments, work=together.main) for size in (1, 2)]
+    assert all(one.returncode == 0 for group in done for one in group), done
+    one, two = ("".join(one.stdout for one in group) for group in done)
+    return json.loads(one), json.loads(two)
 
 
 @pytest.mark.parametrize(("kind", "order"), [("qwen2_moe", "sequential"), ("gpt2", "block")])
@@ -257,7 +248,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_three(
     assert len(shards) > 3
     arguments = ("prune", model, out, *_settings(wikitext), "--samples", 48, "--preset", "best")
     running = subprocess.Popen(
-        _command(2, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        _torchrun(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         journal = tmp_path / "out.partial"
@@ -272,9 +263,9 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_three(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode != 0 and not out.exists() and journal.exists()
-    done = _run(3, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "Going on after" in done.stderr and not journal.exists()
+    done = run_group(3, *arguments)
+    assert [one.returncode for one in done] == [0, 0, 0], done
+    assert "Going on after" in done[0].stderr and not journal.exists()
     report = RunReport.read(out)
     assert report is not None
     assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.matches) == 5
@@ -298,7 +289,8 @@ def test_what_one_process_finds_ends_all_in_its_words(stories: Path, wikitext: P
     tensors = load_file(stories / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    done = _run(2, "prune", broken, tmp_path / "out", *_settings(wikitext))
+    command = _torchrun("prune", broken, tmp_path / "out", *_settings(wikitext))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(sentences) == 2 and all("model.layers.1.mlp.up_proj.weight" in line for line in sentences)
     assert sum(line.startswith("Error: Rank ") for line in sentences) == 1
@@ -307,8 +299,8 @@ def test_what_one_process_finds_ends_all_in_its_words(stories: Path, wikitext: P
 
 def test_perplexity_is_the_same_and_other_commands_refuse(stories: Path, wikitext: Path, tmp_path: Path) -> None:
     measure = ("eval", stories, "--reference", stories, "--text", wikitext, "--seqlen", 128, "--windows", 50)
-    one, two = (json.loads(_run(processes, *measure).stdout) for processes in (1, 2))
+    one, two = (json.loads("".join(p.stdout for p in run_group(size, *measure))) for size in (1, 2))
     assert two[0].pop("loss") == pytest.approx(one[0].pop("loss"), abs=1e-12)
     assert two[0]["windows"] == 50 and two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-12)
-    refused = _run(2, "pack", stories, tmp_path / "packed")
-    assert refused.returncode != 0 and "alps pack runs in one process" in refused.stderr
+    for refused in run_group(2, "pack", stories, tmp_path / "packed"):
+        assert refused.returncode == 2 and "alps pack runs in one process" in refused.stderr

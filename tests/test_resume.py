@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import started
 from alps.checkpoints.journal import Journal, journal_place
 from alps.config import PruneSettings, load_settings
 from alps.errors import CheckpointError, SolveFailed
@@ -167,9 +169,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(settings: dict[str, Any], t
     assert any(key.startswith("after") and key.endswith("blocks") for key in found["kills"])
 
 
-def _command(settings: dict[str, Any], out: Path) -> list[str]:
+def _arguments(settings: dict[str, Any], out: Path) -> list[str]:
     flags = [part for key, value in settings.items() if key != "model" for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "alps", "prune", settings["model"], str(out), *flags]
+    return ["prune", settings["model"], str(out), *flags]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -178,14 +180,7 @@ def test_signals_end_a_run_in_a_sentence(
 ) -> None:
     # Twenty seconds if nothing stops it: the signal must not come after the end.
     chosen = {**settings, "method": "alps", "samples": 32, "match": 150}
-    # A shell has its background jobs ignore SIGINT, and they hand that on.
-    running = subprocess.Popen(
-        _command(chosen, tmp_path / "out"),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    running = started.start(*_arguments(chosen, tmp_path / "out"))
     place = journal_place(tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (place / "block-00000.json").is_file() and running.poll() is None and time.monotonic() < deadline:
@@ -199,23 +194,17 @@ def test_signals_end_a_run_in_a_sentence(
     assert not (tmp_path / "out").exists() and (place / "block-00000.json").is_file()
 
 
+def _small_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
     _prune(settings, tmp_path / "whole")
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size
 
-    def small_files() -> None:
-        # Blocks fit, the checkpoint does not: as if the disk had filled up on the way.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    done = subprocess.run(
-        _command(settings, tmp_path / "out"),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_ENVIRONMENT,
-        preexec_fn=small_files,
-        timeout=200,
-    )
+    # Blocks fit, the checkpoint does not: as if the disk had filled up on the way.
+    done = started.run(*_arguments(settings, tmp_path / "out"), prepare=partial(_small_files, size // 2))
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "cannot be written: File too large. 5 finished blocks are kept in" in last

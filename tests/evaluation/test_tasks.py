@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from alps.evaluation.definitions import DEFINITIONS, read_documents
 from alps.evaluation.records import TaskRecord
 from alps.evaluation.tasks import _record, find_tasks, local_task
 from made_up import Row, made_up
+from started import run_group
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
 
@@ -247,19 +247,13 @@ def test_the_command_prints_tasks_beside_texts(
     assert "`pretrained` model" not in printed.err
 
 
-def _eval_in(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "alps", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
-
-
 def test_two_processes_share_out_the_items(data: Path, stories: Path, english_file: Path) -> None:
     """Nine items of each, so that one process has an item more; what is resampled depends on the items' order."""
     options = ["--tasks", "piqa,lambada_openai,hellaswag", "--task-data", data, "--limit", 9, "--batch-size", 2]
     texts = ["--text", english_file, "--seqlen", 32, "--windows", 3]
-    found = [_eval_in(count, stories, *options, *texts) for count in (1, 2)]
-    assert [done.returncode for done in found] == [0, 0], found[1].stderr
-    one, two = (json.loads(done.stdout) for done in found)
+    found = [run_group(count, "eval", stories, *options, *texts) for count in (1, 2)]
+    assert all(done.returncode == 0 for group in found for done in group), found
+    one, two = (json.loads("".join(done.stdout for done in group)) for group in found)
     assert [(row.get("task"), row.get("items")) for row in two[1:]] == [
         (name, 9) for name in ("piqa", "lambada_openai", "hellaswag")
     ]
@@ -272,8 +266,9 @@ def test_two_processes_share_out_the_items(data: Path, stories: Path, english_fi
 
 
 def test_fewer_items_than_processes_are_refused(data: Path, stories: Path) -> None:
-    done = _eval_in(2, stories, "--tasks", "piqa", "--task-data", data, "--limit", 1)
-    assert done.returncode and "Task piqa has 1 items for 2 processes: start fewer, or raise --limit." in done.stderr
+    for done in run_group(2, "eval", stories, "--tasks", "piqa", "--task-data", data, "--limit", 1):
+        assert done.returncode == 2
+        assert "Task piqa has 1 items for 2 processes: start fewer, or raise --limit." in done.stderr
 
 
 def test_without_data_the_names_are_lm_evals(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import started
 from faults.scene import PICKLES, Scene, arguments, attempt
 from faults.table import FAULTS, Fault, meet
 
@@ -36,7 +34,7 @@ def test_a_new_process_says_the_same(name: str, tmp_path: Path, stories: Path) -
     scene = Scene(tmp_path, stories)
     words = arguments(scene, fault.command, *(fault.lay(scene) or []))
     before = scene.contents()
-    done = subprocess.run([sys.executable, "-m", "alps", *words], capture_output=True, text=True, env={**os.environ})
+    done = started.run(*words)
     assert done.returncode == 2 and done.stdout == "" and fault.words in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert scene.contents() == before

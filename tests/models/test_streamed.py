@@ -135,7 +135,12 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
     blocks = loaded.blocks()
     mapped: list[str] = []
     real = Stored.mapped
-    monkeypatch.setattr(Stored, "mapped", lambda stored: mapped.append(stored.name) or real(stored))
+
+    def spied(stored: Stored) -> Tensor:
+        mapped.append(stored.name)
+        return real(stored)
+
+    monkeypatch.setattr(Stored, "mapped", spied)
     with store.outside():
         found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
         assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
