@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -96,6 +97,11 @@ def run(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]
     return start(*arguments, **settings).ended()
 
 
+def run_script(path: Path, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """`python PATH ARGUMENTS`, to its end; nothing is compiled into files."""
+    return run(path, *arguments, work=_script, **settings)
+
+
 def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
     """The same in so many processes that find each other as those of torchrun do; one is alone."""
     if size == 1:
@@ -109,6 +115,14 @@ def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess
         known = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
         started.append(start(*arguments, environment=known, **settings))
     return [one.ended() for one in started]
+
+
+def _script() -> None:
+    _, path, *arguments = sys.argv
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    sys.dont_write_bytecode = True
+    runpy.run_path(path, run_name="__main__")
 
 
 def _alps() -> None:

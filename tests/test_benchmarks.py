@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 import gpu_layers
+import started
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "2", "--seqlen", "32"]
@@ -32,13 +30,8 @@ def _writes_nothing_into_the_repository() -> object:
 def run(folder: Path, script: str, *options: str) -> list[list[str]]:
     """The cells of every line of the tables that a script prints, run in `folder`, which it must leave as it was."""
     before = sorted(folder.iterdir())
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = started.run_script(ROOT / "benchmarks" / script, *options, cwd=folder, environment=environment)
     assert done.returncode == 0, done.stderr
     assert sorted(folder.iterdir()) == before
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
@@ -284,8 +277,7 @@ def test_paper_compares_whole_models(tmp_path: Path, stories: Path, english_file
 )
 def test_paper_tells_mistakes_in_one_line(tmp_path: Path, options: list[str], complaint: str) -> None:
     script, (name, *rest) = ROOT / "benchmarks" / "paper" / "run.py", options
-    command = [sys.executable, str(script), str(script.parent / name), *rest]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = started.run_script(script, script.parent / name, *rest, cwd=tmp_path)
     assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -324,7 +316,7 @@ def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Pa
     assert [bool(row[9]) for row in rows] == [False] * 5 + [False, False, True, True, True]
     if not torch.cuda.is_available():
         for device in ("cuda", "meta"):
-            command = [sys.executable, str(ROOT / "benchmarks" / "inference.py"), "layer", "--device", device]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            script = ROOT / "benchmarks" / "inference.py"
+            done = started.run_script(script, "layer", "--device", device, cwd=tmp_path)
             assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{device}'" in done.stderr
             assert done.stdout == ""
