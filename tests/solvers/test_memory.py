@@ -83,10 +83,11 @@ def peak_of(
     """Most bytes alive in a `prepare` and a `solve`, and those of the weight and the statistics among them.
 
     What does not grow with a site is shrunk as the site is: the cache of inverses (256 MB) and the pieces of a
-    selection (1 MB).
+    selection (1 MB), and the rows exchanged at a time (4 MB).
     """
     monkeypatch.setattr(hessian, "_CACHE_BYTES", 0)
     monkeypatch.setattr(selection, "_CPU_CHUNK", 2**12)
+    monkeypatch.setattr(exchange, "_SMALL", 0)
     weight, stats = normal(1, out_size, in_size), InputStats.of(correlated_inputs(2, 2 * in_size, in_size))
     assert stats.upper is not None
     method = Alps(precision=precision, refine=refine, trace_errors=traced)
