@@ -26,8 +26,8 @@ _LEAVING, _ENTERING = 48, 32
 _LEAST_SHARE = 1e-5
 # How many times its price the gain of an entry moved between rows must be.
 _MARGIN = 1.001
-# Entries of L at a time, in chunks of `selection.chunk_of`, and of what is small beside any process: by single rows a site
-# of 576 inputs takes twice as long.
+# Entries of L at a time, in chunks of `selection.chunk_of`, and what is small beside any process: by single rows a
+# site of 576 inputs takes twice as long.
 _CHUNKS, _SMALL = 4, 2**20
 
 
