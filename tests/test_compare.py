@@ -185,7 +185,7 @@ def test_a_kill_costs_one_run(tmp_path: Path, stories: Path, english_file: Path)
     config, out = tmp_path / "c.yaml", tmp_path / "killed"
     config.write_text(asked.to_yaml())
     command = ("compare", "--config", config, "--out", out)
-    environment = {"COLUMNS": "200"}
+    environment = {"COLUMNS": "200", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kept = 0
     for _ in range(3):
         running = start(*command, environment=environment)
