@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alps.errors import SolveFailed
+from alps.solvers import hessian
 from alps.solvers.admm import AdmmSettings
 from alps.solvers.foreseen import SharedHessian, foresee, rounds
 from alps.solvers.hessian import ScaledHessian, scaled
@@ -90,6 +91,24 @@ def test_every_process_gets_the_inverses_of_one(size: int, kept: int, monkeypatc
         assert list(made.values()) == [asked]
     else:
         assert len(made) == size and max(made.values()) <= 0.75 * asked
+
+
+def test_processes_with_unequal_memory_keep_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one with more room would not take part in what the other needs sent again."""
+    rhos = (0.1, 0.13, 0.1, 0.13)
+    expected = [_state().inverse(rho) for rho in rhos]
+    rooms: dict[int, int] = {}
+    monkeypatch.setattr(hessian, "kept_bytes", lambda _: rooms[threading.get_ident()])
+    one = _state().matrix.nbytes
+
+    def ask(rows: Process) -> tuple[list[torch.Tensor], int]:
+        rooms[threading.get_ident()] = (1 + 2 * rows.rank) * one
+        shared = SharedHessian(_state(), rows, AdmmSettings())
+        return [shared.inverse(rho).clone() for rho in rhos], len(shared._inverses)
+
+    for answers, kept in in_threads(2, ask):
+        assert kept == 1
+        assert all(torch.equal(mine, one) for mine, one in zip(answers, expected, strict=True))
 
 
 def test_only_a_penalty_that_is_met_may_fail() -> None:

@@ -49,6 +49,10 @@ class SharedHessian(ScaledHessian):
         self._mine: Tensor | None = None
         self._failed: list[bool] = []
         self._last, self._stage, self._times = 0.0, 0, 0
+        # Who has kept an inverse takes no part in sending it: all keep the same, as many as fit in every process.
+        rooms = torch.zeros(rows.size, dtype=torch.int64)
+        rooms[rows.rank] = super()._room()
+        self._least_room = int(rows.total(rooms).min())
 
     def inverse(self, rho: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `ScaledHessian`; a message, and a round of work where nobody has foreseen this penalty.
@@ -69,6 +73,9 @@ class SharedHessian(ScaledHessian):
         self._rows.send(inverse, owner)
         self._keep(rho, inverse)
         return inverse
+
+    def _room(self) -> int:
+        return self._least_room
 
     def _follow(self, rho: float) -> None:
         """Where in the schedule this penalty is."""

@@ -88,8 +88,12 @@ class ScaledHessian:
         return (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
 
     def _keep(self, rho: float, inverse: Tensor) -> None:
-        if (len(self._inverses) + 1) * inverse.nbytes <= kept_bytes(inverse.device):
+        if (len(self._inverses) + 1) * inverse.nbytes <= self._room():
             self._inverses[rho, inverse.dtype] = inverse
+
+    def _room(self) -> int:
+        """Bytes that the kept inverses may take."""
+        return kept_bytes(self.matrix.device)
 
     def _inverse64(self, rho: float) -> Tensor:
         """By Cholesky in float64: for a penalty so small that float32's rounding outweighs it."""
