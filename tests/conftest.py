@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -27,6 +28,10 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+# How long an example takes says nothing on a machine that others use, too.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 KINDS = ("llama", "opt", "opt-postnorm", "gpt2")
 _VOCABULARY = 64
