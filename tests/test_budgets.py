@@ -41,7 +41,7 @@ def _curve(entries: int, power: float, scale: float) -> ErrorCurve:
     sparsity=st.floats(0.05, 0.95),
     reach=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_total_is_exact_and_the_limits_hold(
     sizes: list[int], powers: list[float], sparsity: float, reach: float
 ) -> None:

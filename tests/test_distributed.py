@@ -36,7 +36,7 @@ from started import run_group
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 4), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_largest_of_all_processes_are_those_of_one(values: list[int], size: int, data: st.DataObject) -> None:
     scores = torch.tensor(values, dtype=torch.float32) / 3
     kept = data.draw(st.integers(0, len(values)))
@@ -83,7 +83,7 @@ def test_who_does_not_own_sums_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) 
 
 
 @given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 61), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_sample_of_parts_is_that_of_the_whole(entries: int, size: int, stride: int, data: st.DataObject) -> None:
     whole = torch.arange(1.0, entries + 1)
     bounds = [0, *sorted(data.draw(st.lists(st.integers(0, entries), min_size=size - 1, max_size=size - 1))), entries]

@@ -140,7 +140,7 @@ def test_later_sites_find_the_inverses_that_fit_into_what_is_kept() -> None:
 
 
 @given(st.integers(1, 40), st.sampled_from(list(MODELS.values())), st.floats(0, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_work_is_lost_and_only_inverses_are_done_twice(size: int, model: Model, inverses: float) -> None:
     small = replace(model, blocks=3)
     one, several = Run(small, 40, 8), Run(small, 40, 8, size)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alps.errors import AlpsError, ConfigError, RankLost
+from alps.errors import AlpsError, ConfigError, RankLost, reason_of
 from alps.stats import InputSums
 
 # How long a process waits for the others before it gives up, in seconds; ALPS_RANK_TIMEOUT says otherwise.
@@ -173,8 +173,7 @@ class Group:
                 return f"Rank {rank} ended: {sentence}"
         gone = [rank for rank in range(self.size) if rank not in words]
         if not gone:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-            return f"Rank {self.rank} lost touch with the others at {self.place} ({reason})."
+            return f"Rank {self.rank} lost touch with the others at {self.place} ({reason_of(error)})."
         return (
             f"Rank {', '.join(map(str, gone))} of {self.size} died or hangs: rank {self.rank} waited in vain at "
             f"{self.place}; the system's log says whether it was killed for its memory."

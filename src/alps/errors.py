@@ -33,6 +33,11 @@ class RankLost(AlpsError):
     """Another process of the run has ended or does not answer; says which, where, and what it said last."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line of at most 160 characters without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+
+
 def shortened(word: object) -> str:
     """A name or value that a user gave, in at most 200 characters."""
     text = str(word)

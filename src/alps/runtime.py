@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alps.errors import ConfigError, SolveFailed
+from alps.errors import ConfigError, SolveFailed, reason_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,8 +32,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         float(torch.zeros(1, device=device).sum())
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
-        raise ConfigError(f"Device '{name}' cannot be used here ({reason}): choose auto, cpu or cuda:N.") from None
+        raise ConfigError(
+            f"Device '{name}' cannot be used here ({reason_of(error)}): choose auto, cpu or cuda:N."
+        ) from None
     return device
 
 

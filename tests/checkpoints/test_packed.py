@@ -125,7 +125,7 @@ def test_names_that_are_taken_are_given_way_to(tmp_path: Path) -> None:
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=4),
     dtype=st.sampled_from([*DTYPES, torch.int32, torch.uint8]),

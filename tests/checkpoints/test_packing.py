@@ -49,7 +49,7 @@ def naive(weight: Tensor) -> tuple[list[list[int]], bytes, list[int]]:
     return words, values, offsets
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(0, 5),
     columns=st.integers(1, 100),

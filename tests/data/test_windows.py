@@ -45,7 +45,7 @@ def _rows(lengths: list[int]) -> list[str]:
     return [_numbers(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     seqlen=st.integers(1, 30),

@@ -201,9 +201,7 @@ def _fuzz(target: Target, folder: Path, examples: int) -> tuple[int, int]:
     """How many inputs were refused, and how many were valid."""
     counts = [0, 0]
 
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(_parts(target.seed))
     def run(data: bytes) -> None:
         start = time.process_time()

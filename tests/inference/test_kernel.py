@@ -49,7 +49,7 @@ def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
     assert found.dtype == weight.dtype and bool(((found.double() - exact).abs() <= bound).all())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 200),

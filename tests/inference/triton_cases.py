@@ -102,9 +102,7 @@ def test_products(kernel: GpuKernel, dtype: torch.dtype, tokens: int, rows: int,
     assert_close(multiply(kernel, bound(kernel, weight, bias), x), x, weight, bias)
 
 
-@settings(
-    max_examples=12 if INTERPRETED else 200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12 if INTERPRETED else 200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 320),

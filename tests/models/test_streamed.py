@@ -18,6 +18,7 @@ from alps.data.windows import Windows
 from alps.loaded import Loaded, load, open_model
 from alps.matching import Matching
 from alps.models.save import save_model, save_streamed
+from alps.models.skeleton import open_streamed
 from alps.models.streamed import Streamed
 from alps.resume import Resumable
 from alps.solvers import get_method
@@ -198,6 +199,17 @@ def test_what_cannot_be_streamed_is_loaded_whole_and_said(
     monkeypatch.setattr("alps.loaded.load", lambda name, dtype, tell: whole)
     assert open_model(str(tmp_path), "auto", told.append) is whole
     assert len(told) == 1 and reason in told[0]
+
+
+def test_a_model_without_a_skeleton_is_loaded_whole_and_told_why(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> nn.Module:
+        raise ValueError("no such layer.\nAnd more.")
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("alps.models.skeleton.empty_model", fail)
+    assert open_streamed(str(tmp_path), None) == "transformers cannot build it without its weights (no such layer)"
 
 
 def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

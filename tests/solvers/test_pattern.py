@@ -19,7 +19,7 @@ from alps.solvers.pattern import (
 )
 
 KINDS = ("normal", "bfloat16", "few values", "equal", "signed zeros and infinities")
-many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=150)
 ratios = st.floats(0, 1, exclude_max=True, allow_nan=False)
 seeds = st.integers(0, 10_000)
 

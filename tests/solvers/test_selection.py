@@ -13,7 +13,7 @@ from alps.solvers.selection import Whole, masked, nearly_top, top_mask
 
 DISTINCT = ("normal", "uniform", "heavy tails", "ascending", "descending", "shifted")
 TIED = ("few values", "constant", "mostly zero", "bfloat16")
-many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=200)
 
 
 def vector(kind: str, size: int, seed: int = 0) -> Tensor:

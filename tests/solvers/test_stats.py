@@ -189,7 +189,7 @@ def test_average_tokens_are_those_of_the_mean_and_scale_with_the_inputs() -> Non
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_windows_add_up_to_the_same_bits_in_any_order_and_in_any_batches(sizes: list[int], seed: int) -> None:
     """As they are dealt to several processes; their sizes differ a hundredfold, as those of sink tokens do."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from alps.stats import InputStats
 from problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
 from solvers.test_every_method import ALL, PATTERNS, bits, method_of, problem_of
 
-many = settings(max_examples=150, deadline=None)
+many = settings(max_examples=150)
 
 
 def solve(name: str, weight: Tensor, inputs: Tensor, pattern: Pattern) -> Solution:

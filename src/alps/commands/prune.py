@@ -52,7 +52,9 @@ def prune(
     respect_zeros: Annotated[
         bool | None, typer.Option("--respect-zeros", help="Zeros that MODEL has stay zero, and count.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; best wants 131,072 tokens or more.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from alps.checkpoints.shards import stored_tensors
 from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, find_weights
+from alps.errors import reason_of
 from alps.models.classes import auto_class
 from alps.models.hub import fetched_directory
 from alps.models.load import looks_local, quiet, readable
@@ -39,8 +40,8 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
     stored = {one.name: one for tensors in files.values() for one in tensors}
     try:
         model = _skeleton(directory, dtype, {one.dtype for one in stored.values() if one.dtype.is_floating_point})
-    except Exception:
-        return "transformers cannot build it without its weights"  # and says why when it is asked to load it
+    except Exception as error:
+        return f"transformers cannot build it without its weights ({reason_of(error)})"
     if _keeps_float32(model):
         return "some of its weights are kept in float32 whatever the checkpoint's dtype"
     shapes = {name: one.shape for name, one in stored.items()}
