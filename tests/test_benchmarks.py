@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import copying
 import gpu_layers
 import started
 
@@ -54,6 +55,24 @@ def test_batches_prints_a_row_for_each_size(tmp_path: Path, stories: Path) -> No
     rows = run(tmp_path, "batches.py", str(stories), *small)
     assert [row[0] for row in rows[2:]] == ["32", "64"]
     assert all(float(seconds) >= 0 for row in rows[2:] for seconds in row[1:])
+
+
+def test_copying_tells_copied_tokens_from_others(tmp_path: Path, stories: Path) -> None:
+    story = "Once upon a time, there was a little girl named Lily. She loved to play with her ball in the park. "
+    (tmp_path / "story.txt").write_text(story + "One day, Lily saw a dog. Lily loved to play with the dog. " + story)
+    text = ["--text", "story.txt", "--seqlen", "64", "--windows", "1", "--dtype", "float32"]
+    head, _, row = run(tmp_path, "copying.py", str(stories), *text)
+    assert head[1:] == ["story.txt: all", "story.txt: copied", "story.txt: other", "once", "again"]
+    every, seen, other, once, again = map(float, row[1:])
+    assert 0 < seen < every < other and 0 < again < once
+
+
+def test_a_token_is_copied_when_its_pair_was_there_before() -> None:
+    ids = torch.tensor([[1, 2, 3, 1, 2, 2, 2, 2, 3], [5, 6, 7, 8, 9, 1, 2, 3, 4]])
+    expected = [[False, False, False, True, False, True, True, True], [False] * 8]
+    assert copying.copied(ids).tolist() == expected
+    every, mine, others = copying.split_losses(torch.arange(16.0).view(2, 8), copying.copied(ids))
+    assert (every, mine, others) == (7.5, (3 + 5 + 6 + 7) / 4, (120 - 21) / 12)
 
 
 def test_halves_prints_a_row_for_each_direction(tmp_path: Path, stories: Path) -> None:
