@@ -53,7 +53,7 @@ class SiteSolver:
     """Prunes sites whose inputs were observed.
 
     Attributes:
-        method, pattern, patterns, respect_zeros, measure_errors, target, target_damping, watcher: as in
+        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in
             `alps.walk.Walk`.
         counted: whether calibration tokens were fed.
         shown: indices of the blocks whose solves are traced.
@@ -67,7 +67,6 @@ class SiteSolver:
     respect_zeros: bool
     measure_errors: bool
     target: float
-    target_damping: float
     counted: bool
     shown: frozenset[int]
     watcher: Watcher
@@ -90,7 +89,7 @@ class SiteSolver:
         with self.phases.timed("prepare"), _naming(shared.sites):
             state = method.prepare(stats)
             if stats.drift is not None:
-                shift = correction(stats, self.target, self.target_damping)
+                shift = correction(stats, self.target)
         for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()
             if shift is not None:

@@ -56,7 +56,6 @@ class Walk:
             input once all sites before it are pruned.
         target: share of the dense target, see `alps.solvers.target`; 0 reproduces the dense weight on the pruned
             prefix's inputs, 1 the dense model's own outputs.
-        target_damping: draws the dense target to the dense weight, as a share of the Gram's mean diagonal.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
         rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
@@ -81,7 +80,6 @@ class Walk:
     budget: str = "uniform"
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Silent)
-    target_damping: float = 0.01
     activation_bytes: int | None = None
     spill_folder: Path | None = None
     respect_zeros: bool = False
@@ -222,7 +220,6 @@ class Walk:
             respect_zeros=self.respect_zeros,
             measure_errors=self.measure_errors,
             target=self.target,
-            target_damping=self.target_damping,
             counted=self.reads_inputs,
             # Reports show how some sites were solved: those of the first, the middle and the last block.
             shown=frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1)),

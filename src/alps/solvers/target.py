@@ -3,7 +3,7 @@
 legend  W      dense weight                                             (out, in)
         X      inputs from the pruned prefix, X_d from the dense model  (tokens, in)
         G      Gram X^T X                                               (in, in)
-        lam    damping, `fraction` * mean(diag(G))                      scalar
+        lam    damping, `fraction` * mean(diag(G)), see `trust`         scalar
         H      G + lam I                                                (in, in)
         t      share of the dense target, 0 to 1                        scalar
         W*     minimiser of the layer problem without a pattern         (out, in)
@@ -22,20 +22,35 @@ from alps.errors import SolveFailed
 from alps.solvers.hessian import damped
 from alps.stats import InputStats
 
+# Chosen on held-back text at 16 k tokens, where a hundredth of it predicts the text no better, and copied tokens worse:
+# docs/experiments.md, "What a target costs".
+_QUIET_TOKENS = 16_384
+_LEAST = 0.01
 
-def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
+
+def trust(tokens: float) -> float:
+    """The damping of a target as a fraction of the Gram's mean diagonal, for sums over so many tokens.
+
+    It is what 16,384 more tokens would add that are white, of the mean energy, and the same in both models. Directions
+    in which the inputs hardly vary then stay as they are in the dense weight, unless many tokens speak for a change.
+    """
+    return max(_QUIET_TOKENS / max(tokens, 1), _LEAST)
+
+
+def correction(stats: InputStats, share: float, fraction: float | None = None) -> Tensor:
     """t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all sites of one input.
 
     Args:
         stats: sums of the inputs with their drift.
         share: t.
-        fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight.
+        fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight. None for
+            what `trust` makes of the number of tokens.
 
     Raises:
         SolveFailed: when the Hessian is not positive definite.
     """
     assert stats.drift is not None, "the drift was not collected"
-    hessian, _ = damped(stats, fraction)
+    hessian, _ = damped(stats, trust(stats.tokens) if fraction is None else fraction)
     # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
     factor, failed = torch.linalg.cholesky_ex(hessian.double())
     if int(failed):
