@@ -46,7 +46,7 @@ class MatchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     epochs: int = Field(default=1, ge=1)
-    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     calibration: str = "c4"
     samples: int = Field(default=128, ge=2)
     seqlen: int = Field(default=2048, ge=2)

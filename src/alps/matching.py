@@ -45,7 +45,7 @@ class Matching:
     """
 
     epochs: int = 1
-    rate: float = 1e-3
+    rate: float = 3e-4
     floor: float = 0.1
     held_back: float = 0.0625
     tokens: int = 2048

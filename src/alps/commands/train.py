@@ -55,7 +55,7 @@ def match_command(
     pruned: Annotated[str, typer.Argument(help="A directory that was pruned from it, by anything.")],
     out: Annotated[Path, typer.Argument(help="Directory to create for the matched checkpoint.")],
     epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: 1]")] = None,
-    rate: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 1e-3]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 3e-4]")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="As in `alps prune`; self is sampled from DENSE.  [default: c4]")
     ] = None,
