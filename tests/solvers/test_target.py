@@ -10,7 +10,7 @@ from alps.errors import SolveFailed
 from alps.solvers import get_method
 from alps.solvers.hessian import damping_of
 from alps.solvers.pattern import Unstructured
-from alps.solvers.target import correction, retarget, trust
+from alps.solvers.target import correction, retarget, target_damping
 from alps.stats import InputStats, InputSums, Needs
 
 
@@ -109,7 +109,7 @@ def test_an_indefinite_gram_is_refused() -> None:
 
 
 def test_few_tokens_move_the_target_less_than_many() -> None:
-    assert [trust(tokens) for tokens in (0, 1024, 16_384, 131_072, 10**8)] == [16_384, 16, 1, 0.125, 0.01]
+    assert [target_damping(tokens) for tokens in (0, 1024, 16_384, 131_072, 10**8)] == [16_384, 16, 1, 0.125, 0.01]
     X, X_d, W = _inputs(tokens=512)
     few, many = _stats(X, X_d), _sums(X.repeat(64, 1), X_d.repeat(64, 1)).rounded()
     near, far = (float((retarget(W, correction(stats, 1.0)) - W).norm()) for stats in (few, many))

@@ -3,7 +3,7 @@
 legend  W      dense weight                                             (out, in)
         X      inputs from the pruned prefix, X_d from the dense model  (tokens, in)
         G      Gram X^T X                                               (in, in)
-        lam    damping, `fraction` * mean(diag(G)), see `trust`         scalar
+        lam    damping, `fraction` * mean(diag(G)), see `target_damping`         scalar
         H      G + lam I                                                (in, in)
         t      share of the dense target, 0 to 1                        scalar
         W*     minimiser of the layer problem without a pattern         (out, in)
@@ -28,7 +28,7 @@ _QUIET_TOKENS = 16_384
 _LEAST = 0.01
 
 
-def trust(tokens: float) -> float:
+def target_damping(tokens: float) -> float:
     """The damping of a target as a fraction of the Gram's mean diagonal, for sums over so many tokens.
 
     It is what 16,384 more tokens would add that are white, of the mean energy, and the same in both models. Directions
@@ -44,13 +44,13 @@ def correction(stats: InputStats, share: float, fraction: float | None = None) -
         stats: sums of the inputs with their drift.
         share: t.
         fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight. None for
-            what `trust` makes of the number of tokens.
+            what `target_damping` makes of the number of tokens.
 
     Raises:
         SolveFailed: when the Hessian is not positive definite.
     """
     assert stats.drift is not None, "the drift was not collected"
-    hessian, _ = damped(stats, trust(stats.tokens) if fraction is None else fraction)
+    hessian, _ = damped(stats, target_damping(stats.tokens) if fraction is None else fraction)
     # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
     factor, failed = torch.linalg.cholesky_ex(hessian.double())
     if int(failed):
