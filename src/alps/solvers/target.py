@@ -3,13 +3,14 @@
 legend  W      dense weight                                             (out, in)
         X      inputs from the pruned prefix, X_d from the dense model  (tokens, in)
         G      Gram X^T X                                               (in, in)
-        lam    damping, `fraction` * mean(diag(G)), see `target_damping`         scalar
+        lam    damping, `fraction` * mean(diag(G))                      scalar
         H      G + lam I                                                (in, in)
         t      share of the dense target, 0 to 1                        scalar
         W*     minimiser of the layer problem without a pattern         (out, in)
 The problem is min ||X W_hat^T - Y||^2 + lam ||W_hat - W||^2 with Y = X W^T + t (X_d - X) W^T. Its right-hand side is
 C = W H + t W (X_d - X)^T X, and up to a constant its objective is ||W_hat - W*||_H^2 with W* = C H^{-1}: the problem
-that every method solves for its dense weight, with W* in the dense weight's place. t = 0 is ALPS (arXiv 2406.07831);
+that every method solves for its dense weight, with W* in the dense weight's place. W* is made with a larger damping,
+`target_damping`, than that of the method which then prunes it: what few tokens say of it needs more. t = 0 is ALPS (arXiv 2406.07831);
 fitting the dense outputs from the pruned inputs is done in GPTAQ (arXiv 2504.02692) and DuoGPT (arXiv 2506.20194).
 """
 
