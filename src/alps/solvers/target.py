@@ -11,7 +11,8 @@ The problem is min ||X W_hat^T - Y||^2 + lam ||W_hat - W||^2 with Y = X W^T + t 
 C = W H + t W (X_d - X)^T X, and up to a constant its objective is ||W_hat - W*||_H^2 with W* = C H^{-1}: the problem
 that every method solves for its dense weight, with W* in the dense weight's place. W* is made with a larger damping,
 `target_damping`, than that of the method which then prunes it: what few tokens say of it needs more. t = 0 is ALPS
-(arXiv 2406.07831); fitting the dense outputs from the pruned inputs is done in GPTAQ (arXiv 2504.02692) and DuoGPT (arXiv 2506.20194).
+(arXiv 2406.07831); fitting the dense outputs from the pruned inputs is done in GPTAQ (arXiv 2504.02692) and
+DuoGPT (arXiv 2506.20194).
 """
 
 from __future__ import annotations
