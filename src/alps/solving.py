@@ -23,7 +23,7 @@ from alps.solvers.objective import relative_errors
 from alps.solvers.pattern import Pattern, Within, keep_largest, within
 from alps.solvers.rows import Rows
 from alps.solvers.selection import masked
-from alps.solvers.target import correction, retarget
+from alps.solvers.target import correction, retarget, target_damping
 from alps.stats import InputStats
 
 
@@ -53,8 +53,7 @@ class SiteSolver:
     """Prunes sites whose inputs were observed.
 
     Attributes:
-        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in
-            `alps.walk.Walk`.
+        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `alps.walk.Walk`.
         counted: whether calibration tokens were fed.
         shown: indices of the blocks whose solves are traced.
         phases: where the time goes.
@@ -89,7 +88,7 @@ class SiteSolver:
         with self.phases.timed("prepare"), _naming(shared.sites):
             state = method.prepare(stats)
             if stats.drift is not None:
-                shift = correction(stats, self.target)
+                shift = correction(stats, self.target, target_damping(stats.tokens))
         for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()
             if shift is not None:

@@ -39,20 +39,19 @@ def target_damping(tokens: float) -> float:
     return max(_QUIET_TOKENS / max(tokens, 1), _LEAST)
 
 
-def correction(stats: InputStats, share: float, fraction: float | None = None) -> Tensor:
+def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
     """t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all sites of one input.
 
     Args:
         stats: sums of the inputs with their drift.
         share: t.
-        fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight. None for
-            what `target_damping` makes of the number of tokens.
+        fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight.
 
     Raises:
         SolveFailed: when the Hessian is not positive definite.
     """
     assert stats.drift is not None, "the drift was not collected"
-    hessian, _ = damped(stats, target_damping(stats.tokens) if fraction is None else fraction)
+    hessian, _ = damped(stats, fraction)
     # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
     factor, failed = torch.linalg.cholesky_ex(hessian.double())
     if int(failed):
