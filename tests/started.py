@@ -19,9 +19,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What a run on a LLaMA imports.
+from alps.cli import COMMANDS
+
+# What commands, and a run on a LLaMA, import.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["alps.cli", "alps.page.page", "transformers.models.llama.modeling_llama"])
+_COMMANDS = sorted({f"alps.commands.{module}" for module, _, _ in COMMANDS.values()})
+_SERVER.set_forkserver_preload([*_COMMANDS, "alps.page.page", "transformers.models.llama.modeling_llama"])
 _STREAMS = ("stdout", "stderr")
 
 

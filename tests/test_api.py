@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps
+from alps import api
 from alps.config import PruneSettings, load_settings
 from alps.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
+from alps.loaded import load
 from alps.progress import Silent
 from alps.pruned import prune_directory
 from alps.report import RunReport
@@ -54,11 +56,11 @@ def test_a_pruned_directory_is_the_model_pruned_in_memory(
 ) -> None:
     settings: dict[str, Any] = {"calibration": english_file, "samples": 6, "seqlen": 48, "seed": 5}
     report = alps.prune(stories, pattern, "alps", out=tmp_path / "out", dtype=dtype, **settings)
-    loaded = alps.loaded.load(str(stories), dtype)
+    loaded = load(str(stories), dtype)
     in_memory = alps.prune(loaded.model, pattern, "alps", tokenizer=loaded.tokenizer, **settings)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert again.dtype is (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    assert _same(again, loaded.model) and not _same(again, alps.loaded.load(str(stories), dtype).model)
+    assert _same(again, loaded.model) and not _same(again, load(str(stories), dtype).model)
     assert [r.error for r in report.sites] == [r.error for r in in_memory.sites]
 
     assert set(_tree(tmp_path / "out")) >= _FILES and _tree(tmp_path) == sorted(
@@ -274,7 +276,7 @@ def test_no_nan_reaches_a_checkpoint(
     tiny_model: Callable[..., Any], ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Whatever breaks a result after the last site was solved."""
-    model, run = tiny_model("llama"), alps.api.run
+    model, run = tiny_model("llama"), api.run
 
     def broken(*arguments: Any) -> RunReport:
         report = run(*arguments)

@@ -137,7 +137,7 @@ handler = logging.NullHandler()
 logging.getLogger().addHandler(handler)
 logging.getLogger().setLevel(35)
 seed = torch.initial_seed()
-import alps
+from alps import *
 print(json.dumps({
     "precision": torch.get_float32_matmul_precision(),
     "dtype": str(torch.get_default_dtype()),

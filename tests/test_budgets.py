@@ -133,6 +133,37 @@ def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor
     assert walk.seconds["budget"] > 0
 
 
+class _Told:
+    """What a watcher was told, job by job: title, steps that were announced, steps that came."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[str, int, int]] = []
+        self.open: list[str] = []
+
+    def start(self, title: str, total: int) -> None:
+        assert not self.open, "a job began within another"
+        self.open.append(title)
+        self.jobs.append((title, total, 0))
+
+    def step(self, detail: str) -> None:
+        title, total, steps = self.jobs[-1]
+        self.jobs[-1] = title, total, steps + 1
+
+    def finish(self) -> None:
+        self.open.pop()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("owl", 3), ("error", 3), ("loss", 6)])
+def test_planning_is_a_job_of_its_own_for_the_watcher(
+    tiny_model: Callable[..., Any], ids: Tensor, name: str, steps: int
+) -> None:
+    model, told = tiny_model("llama"), _Told()
+    walk = Walk(Alps(), Unstructured(0.6), _CPU, budget=name, watcher=told)
+    walk.run(model, find_blocks(model), ids)
+    assert told.jobs == [(f"budget {name}", steps, steps), ("alps 60%", 21, 21)]
+    assert not told.open
+
+
 def test_a_site_without_influence_pays_only_where_the_loss_is_asked(
     tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:

@@ -36,6 +36,25 @@ def contents(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_list_of_commands_says_what_their_own_help_says(name: str) -> None:
+    command = cli.imported(name)
+    assert command.name == name
+    assert command.help.splitlines()[0] == cli.COMMANDS[name][2]
+
+
+@pytest.mark.parametrize(("wanted", "code"), [("--help", 0), ("--version", 0), ("prunne", 2)])
+def test_torch_is_not_waited_for_where_nothing_runs(wanted: str, code: int) -> None:
+    script = (
+        "import atexit, sys; from alps.cli import run\n"
+        "atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules)))\n"
+        "run()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, wanted], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
 def test_prune_inspect_eval(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
 ) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import alps
 from alps.cli import app
-from alps.config import PRESETS, load_settings, parse_target
+from alps.config import load_settings, parse_target
 from alps.errors import ConfigError
 from alps.matching import Matching
+from alps.presets import PRESETS
 
 
 def test_a_preset_yields_to_the_file_and_the_file_to_a_flag(tmp_path: Path) -> None:
@@ -45,6 +49,26 @@ def test_a_saved_preset_reads_back_as_it_was(tmp_path: Path) -> None:
     settings = load_settings(None, {"model": "m", "sparsity": 0.7, "preset": "best", "target": "dense"})
     (tmp_path / "alps.yaml").write_text(settings.to_yaml())
     assert load_settings(tmp_path / "alps.yaml", {}) == settings
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "2:4"])
+def test_a_preset_in_python_is_that_of_the_command(
+    stories: Path, english_file: Path, tmp_path: Path, pattern: str
+) -> None:
+    flag = "--pattern" if ":" in pattern else "--sparsity"
+    more = (flag, pattern, "--preset", "best", "--match", "2")
+    done = CliRunner().invoke(app, _arguments(stories, english_file, tmp_path / "command", *more))
+    assert done.exit_code == 0, done.output
+    settings: dict[str, Any] = {"calibration": english_file, "samples": 6, "seqlen": 32, "out": tmp_path / "python"}
+    report = alps.prune(stories, pattern, preset="best", match=2, **settings)
+    assert report.matches and all(match.after <= match.before for match in report.matches)
+    for name, tensor in load_file(tmp_path / "command" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "python" / "model.safetensors")[name]), name
+
+
+def test_a_preset_in_python_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Preset 'bets' is unknown: choose one of paper, fast, best\. Did you mean"):
+        alps.prune("nowhere", 0.5, preset="bets", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("written", "share"), [("pruned", 0.0), ("dense", 1.0), ("0.25", 0.25), (0.5, 0.5), (1, 1.0)])

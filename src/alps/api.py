@@ -24,6 +24,7 @@ from alps.models.classes import is_composite
 from alps.models.finite import check_finite, check_result
 from alps.models.order import Order
 from alps.models.save import save_beside, save_model, write_files
+from alps.presets import PAPER, preset_steps
 from alps.progress import Silent, Watcher
 from alps.published import publish_run
 from alps.records import calibration_record
@@ -31,7 +32,7 @@ from alps.report import REPORT_NAME, RunReport
 from alps.rules import Rules, parse_overrides
 from alps.runtime import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.solvers import Method, get_method
-from alps.solvers.pattern import Pattern, parse_pattern
+from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
 from alps.walk import Walk
 
 _PRUNED_TARGET = (
@@ -55,10 +56,11 @@ def prune(
     dtype: str = "auto",
     offload: bool = False,
     measure_errors: bool = True,
-    order: Order = "block",
-    target: str | float = "pruned",
-    match: int = 0,
-    budget: str = "uniform",
+    preset: str = PAPER,
+    order: Order | None = None,
+    target: str | float | None = None,
+    match: int | None = None,
+    budget: str | None = None,
     keep_dense: str | Sequence[str] = (),
     overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
@@ -80,7 +82,8 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        order, target, match, budget, keep_dense, overrides, respect_zeros: as in `alps.config.PruneSettings`.
+        preset, order, target, match, budget, keep_dense, overrides, respect_zeros: as in `alps.config.PruneSettings`;
+            None is as the preset says.
         watcher: told after every site.
 
     Raises:
@@ -88,8 +91,11 @@ def prune(
             A model in memory may be left partly pruned by `SolveFailed`.
     """
     wanted = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
-    share = parse_target(target)
-    check_budget(budget, wanted)
+    given = {"order": order, "target": target, "match": match, "budget": budget}
+    steps = preset_steps(preset, isinstance(wanted, SemiStructured))
+    steps.update((name, value) for name, value in given.items() if value is not None)
+    share = parse_target(steps["target"])
+    check_budget(steps["budget"], wanted)
     chosen = get_method(method) if isinstance(method, str) else method
     if out is not None:
         check_target(Path(out))
@@ -108,8 +114,8 @@ def prune(
     elif calibration is not None:
         source = load_calibration(str(calibration), samples)
         windows = loaded.calibration(source, samples, seqlen, seed, place, watcher)
-    matching = Matching(epochs=match) if match else None
-    walk = Walk(chosen, wanted, place, offload, measure_errors, order, share, matching, budget)
+    matching = Matching(epochs=steps["match"]) if steps["match"] else None
+    walk = Walk(chosen, wanted, place, offload, measure_errors, steps["order"], share, matching, steps["budget"])
     walk.watcher, walk.rules = watcher or Silent(), Rules(split_names(keep_dense), parse_overrides(overrides or {}))
     walk.respect_zeros = respect_zeros
     report = run(loaded, walk, windows, seed if drawn else None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from alps.errors import ConfigError, did_you_mean
 from alps.models.blocks import Block
+from alps.progress import Silent, Watcher
 from alps.readings import SiteReading, influences, site_readings
 from alps.solvers.curves import POINTS, ErrorCurve
 from alps.solvers.pattern import Pattern, Unstructured
@@ -124,6 +125,7 @@ def plan(
     pattern: Pattern,
     device: torch.device = _CPU,
     respect_zeros: bool = False,
+    watcher: Watcher | None = None,
 ) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
@@ -135,6 +137,7 @@ def plan(
         pattern: over all sites; unstructured unless the budget is uniform.
         device: where a block is run; it is brought there and back.
         respect_zeros: no site gets fewer zeros than it has; what that adds is taken from the others.
+        watcher: told of every block that is read, or probed.
 
     Raises:
         ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
@@ -147,14 +150,19 @@ def plan(
         raise ConfigError(f"Budget '{name}' has nothing to spread: every layer has its own pattern; use uniform.")
     sparsity = pattern.sparsity
     windows = windows[: max(PLAN_TOKENS // windows.shape[1], 1)]
-    readings = list(site_readings(model, blocks, windows, Unstructured(sparsity), device))
-    if name == "owl":
-        counts = _owl_counts(readings, sparsity)
-    else:
+    watcher = watcher or Silent()
+    watcher.start(f"budget {name}", len(blocks) * (2 if name == "loss" else 1))
+    try:
+        readings = list(site_readings(model, blocks, windows, pattern, device, watcher))
         weights = [1.0] * len(readings)
         if name == "loss":
             probe = windows[:PROBE_WINDOWS, :PROBE_TOKENS]
-            weights = influences(model, blocks, probe, readings, Unstructured(sparsity), device)
+            weights = influences(model, blocks, probe, readings, pattern, device, watcher)
+    finally:
+        watcher.finish()
+    if name == "owl":
+        counts = _owl_counts(readings, sparsity)
+    else:
         counts = allocate([r.curve for r in readings], weights, sparsity, _REACH)
     if respect_zeros:
         sizes = torch.tensor([r.curve.entries for r in readings])

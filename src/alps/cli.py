@@ -2,26 +2,99 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from alps import __version__
-from alps.commands.compare import compare_command
-from alps.commands.demo import demo
-from alps.commands.generate import generate_command
-from alps.commands.measure import evaluate_command, inspect_command
-from alps.commands.pack import pack_command, unpack_command
-from alps.commands.prune import prune
-from alps.commands.report import report_command
-from alps.commands.train import match_command, recover
-from alps.distributed import alone
 from alps.errors import AlpsError
 
+# Module of alps.commands, function, and the first line of its help. A command is imported when it is called: torch and
+# transformers take seconds, which a list of commands, a version or a mistyped name need not wait for.
+COMMANDS = {
+    "prune": (
+        "prune",
+        "prune",
+        "Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card.",
+    ),
+    "eval": (
+        "measure",
+        "evaluate_command",
+        "Perplexity of DIR on each text, and its score in each task: tables on stderr, JSON on stdout.",
+    ),
+    "inspect": (
+        "measure",
+        "inspect_command",
+        "Sparsity by block and site, whether N:M groups hold, and what was left dense and why.",
+    ),
+    "recover": (
+        "train",
+        "recover",
+        "Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot.",
+    ),
+    "match": (
+        "train",
+        "match_command",
+        "Tune the kept weights of PRUNED, block by block, to the outputs of DENSE's blocks, and write OUT; zeros stay.",
+    ),
+    "compare": (
+        "compare",
+        "compare_command",
+        "Prune MODEL by every method to every pattern from the same weights, and measure all of them alike.",
+    ),
+    "report": (
+        "report",
+        "report_command",
+        "Draw DIR/report.html anew from its JSON: tables and figures in one file, for any browser, without a network.",
+    ),
+    "pack": (
+        "pack",
+        "pack_command",
+        "Store the checkpoint in DIR without its zeros; `alps unpack` gives it back, to the bit.",
+    ),
+    "unpack": (
+        "pack",
+        "unpack_command",
+        "Write the ordinary, dense checkpoint that was packed, with every hash checked.",
+    ),
+    "generate": (
+        "generate",
+        "generate_command",
+        "Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr.",
+    ),
+    "demo": (
+        "demo",
+        "demo",
+        "Prune a real 135M-parameter LLaMA to 70 %, and compare methods; needs pip's package index once, no hub.",
+    ),
+}
+
+# Commands that several processes can run together.
+_TOGETHER = ("prune", "eval")
+
+
+class _Commands(TyperGroup):
+    """All commands by name and first line; the one that is called is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands.update({name: TyperCommand(name, help=line) for name, (_, _, line) in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As of any group, of the command itself."""
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = imported(args[0])
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Prune large language models in one shot, and see what it did to them.",
     no_args_is_help=True,
     add_completion=False,
@@ -29,8 +102,12 @@ app = typer.Typer(
 )
 
 
-# Commands that several processes can run together.
-_TOGETHER = ("prune", "eval")
+def imported(name: str) -> Any:
+    """The command of that name with its options, as typer makes it."""
+    module, function, _ = COMMANDS[name]
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name)(getattr(importlib.import_module(f"alps.commands.{module}"), function))
+    return get_command(alone)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -84,17 +161,6 @@ def main(
 ) -> None:
     """Prune large language models in one shot, and see what it did to them."""
     if not version and context.invoked_subcommand not in _TOGETHER:
+        from alps.distributed import alone
+
         alone(str(context.invoked_subcommand))
-
-
-app.command()(prune)
-app.command("eval")(evaluate_command)
-app.command("inspect")(inspect_command)
-app.command()(recover)
-app.command("match")(match_command)
-app.command("compare")(compare_command)
-app.command("report")(report_command)
-app.command("pack")(pack_command)
-app.command("unpack")(unpack_command)
-app.command("generate")(generate_command)
-app.command()(demo)

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from alps.config import PRESETS, PruneSettings, load_settings
+from alps.config import PruneSettings, load_settings
 from alps.errors import CheckpointError, ConfigError
+from alps.presets import PRESETS
 from alps.yamls import read_value, read_yaml, sentence
 
 COMPARISON_NAME = "compare.yaml"

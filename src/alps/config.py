@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from alps.errors import ConfigError, did_you_mean, shortened
 from alps.matching import Matching
+from alps.presets import PAPER, preset_steps
 from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
 from alps.solvers import Method, Refitted, get_method
@@ -22,14 +23,6 @@ from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pa
 from alps.yamls import read_yaml, sentence
 
 SETTINGS_NAME = "alps.yaml"
-
-
-# What each word asks for beyond the defaults of `PruneSettings`; docs/presets.md has the measurements behind them.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "fast": {"order": "sequential", "target": 0.4},
-    "best": {"order": "sequential", "target": 0.4, "match": 1, "budget": "loss"},
-}
 
 
 def split_names(names: Any) -> Any:
@@ -49,7 +42,7 @@ class PruneSettings(BaseModel):
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refine: exchanges of entries after ALPS's refit, for a smaller error; see `alps.solvers.exchange`.
         refit: optimal weights on the method's support, by conjugate gradients.
-        preset: one of `PRESETS`; what it says holds where nothing else is said.
+        preset: one of `alps.presets.PRESETS`; what it says holds where nothing else is said.
         order: `block` or `sequential`, see `alps.walk.Walk`.
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
         match: epochs of block matching, see `alps.matching`; 0 for none.
@@ -76,7 +69,7 @@ class PruneSettings(BaseModel):
     refine: bool = False
     options: dict[str, Any] = {}
     refit: bool = False
-    preset: str = "paper"
+    preset: str = PAPER
     order: Literal["block", "sequential"] = "block"
     target: str | float = "pruned"
     match: int = Field(default=0, ge=0)
@@ -188,25 +181,13 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
         if key in given and other not in given:
             values.pop(other, None)
     chosen = {**values, **given}
+    preset = preset_steps(chosen.get("preset", PAPER), chosen.get("pattern") is not None)
     try:
-        return PruneSettings.model_validate({**_preset(chosen), **chosen})
+        return PruneSettings.model_validate({**preset, **chosen})
     except ValidationError as error:
         raise ConfigError(
             sentence(error, str(path) if path else "the command line", PruneSettings.model_fields)
         ) from None
-
-
-def _preset(chosen: dict[str, Any]) -> dict[str, Any]:
-    name = chosen.get("preset", "paper")
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(
-            f"Preset '{name}' is unknown: choose one of {', '.join(PRESETS)}.{did_you_mean(str(name), PRESETS)}"
-        )
-    preset = dict(PRESETS[name])
-    if chosen.get("pattern") is not None:
-        # N:M fixes the share of zeros of every group.
-        preset.pop("budget", None)
-    return preset
 
 
 def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:

@@ -19,6 +19,7 @@ from alps.models.capture import batch_tokens, capture
 from alps.models.observe import observe
 from alps.models.probe import Change, divergences
 from alps.models.sites import Site
+from alps.progress import Watcher
 from alps.solvers.curves import ErrorCurve, error_curve, inverse_diagonal, removal_costs
 from alps.solvers.objective import relative_error
 from alps.solvers.pattern import Pattern, keep_largest
@@ -53,9 +54,12 @@ class SiteReading:
 
 
 def site_readings(
-    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device
+    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device, watcher: Watcher
 ) -> Iterator[SiteReading]:
-    """Readings of all sites, from the dense model on `windows` (windows, tokens); cuts are to `pattern`."""
+    """Readings of all sites, from the dense model on `windows` (windows, tokens); cuts are to `pattern`.
+
+    The watcher is told of every block.
+    """
     inputs = capture(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
     for block in blocks:
         with on_device(block, device):
@@ -76,6 +80,7 @@ def site_readings(
                         cut_error=relative_error(cut, weight, stats),
                     )
             inputs.advance(block.index, block.module, device)
+        watcher.step(f"block {block.index} read")
 
 
 def influences(
@@ -85,11 +90,12 @@ def influences(
     readings: Sequence[SiteReading],
     pattern: Pattern,
     device: torch.device,
+    watcher: Watcher,
 ) -> list[float]:
     """KL per unit of relative error of every site, from cutting it alone by Wanda's score.
 
     The experts of one parameter are cut together, and share the KL per unit of their summed error: a probe of a few
-    tokens would leave many of them alone without a token.
+    tokens would leave many of them alone without a token. The watcher is told of every block.
     """
     together: dict[str, list[SiteReading]] = {}
     for reading in readings:
@@ -97,10 +103,12 @@ def influences(
     names = [[name for name, group in together.items() if group[0].block == block.index] for block in blocks]
     changes: list[list[Change]] = [[partial(_cut, together[name], pattern) for name in mine] for mine in names]
     found = {}
-    for mine, values in zip(names, divergences(model, blocks, windows, device, changes), strict=True):
+    each = zip(blocks, names, divergences(model, blocks, windows, device, changes), strict=True)
+    for block, mine, values in each:
         for name, value in zip(mine, values, strict=True):
             error = sum(reading.cut_error for reading in together[name])
             found[name] = max(value, 0.0) / max(error, 1e-12)
+        watcher.step(f"block {block.index} probed")
     return [found[reading.site.parameter_name] for reading in readings]
 
 

@@ -124,25 +124,27 @@ class Walk:
         """
         check_fit(blocks, self.pattern, self.patterns)
         check_budget(self.budget, self.pattern)
-        self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
-        try:
-            with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(self.device, model):
-                if not self.reads_inputs or (self.resumable is not None and self.resumable.has(blocks[-1])):
+        restored = self.resumable is not None and self.resumable.has(blocks[-1])
+        read = windows if self.reads_inputs and not restored else None
+        assert read is not None or restored or not self.reads_inputs, "windows are missing"
+        with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(self.device, model):
+            if read is not None and self.budget != "uniform":
+                self.patterns = {**self._planned(model, blocks, read), **self.patterns}
+            self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
+            try:
+                if read is None:
                     self._without_inputs(blocks)
                 else:
-                    assert windows is not None
-                    if self.budget != "uniform":
-                        self.patterns = {**self._planned(model, blocks, windows), **self.patterns}
-                    self._with_inputs(model, blocks, windows)
-        finally:
-            self.watcher.finish()
+                    self._with_inputs(model, blocks, read)
+            finally:
+                self.watcher.finish()
 
     def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
         free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.timed("budget"):
-            asked = (self.budget, self.pattern, self.device, self.respect_zeros)
+            asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.watcher)
             found: Mapping[str, Pattern] = self.group.first(lambda: plan(model, free, windows, *asked))
         if self.resumable is not None and self.group.leads:
             self.resumable.plan(found)

@@ -11,8 +11,8 @@ from rich.markdown import Markdown
 from alps.commands.consoles import consoles
 from alps.compare import compare
 from alps.comparison import load_comparison
-from alps.config import PRESETS
 from alps.errors import ConfigError
+from alps.presets import PRESETS
 from alps.published import PAGE_NAME
 from alps.results import RESULTS_NAME
 from alps.solvers import METHODS

@@ -9,9 +9,10 @@ import typer
 
 from alps.budgets import BUDGETS
 from alps.commands.consoles import consoles
-from alps.config import PRESETS, load_settings
+from alps.config import load_settings
 from alps.distributed import alone, joined
 from alps.forecast import forecast_summary
+from alps.presets import PRESETS
 from alps.pruned import foresee, prune_directory
 from alps.solvers import METHODS
 from alps.tables import prune_summary
