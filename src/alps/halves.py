@@ -43,7 +43,7 @@ def multiplies_by_float32(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Products of bfloat16 or float16 matrices on the CPU go by float32, forward and backward."""
+    """Products of bfloat16 or float16 matrices on the CPU go by float32, forward and backward; so does attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -56,6 +56,8 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Without gradients torch asks for these whole, and would not ask again for their parts.
             with self:
                 return func.decompose(*args, **(kwargs or {}))
+        if func in _ATTENTION and _is_half(args[0]) and args[0].dtype in _ATTENTION[func]:
+            return _attention(func, args, kwargs or {})
         wide = _WIDE.get(func)
         if wide is not None and _is_half(args[0]):
             left, right = args[-2:]
@@ -107,10 +109,29 @@ def _baddbmm(bias: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 
     return out
 
 
+def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Fused attention or its gradients: every factor in float32, and what has the dtype of the queries rounded."""
+    found = func(*map(_full, args), **{name: _full(value) for name, value in kwargs.items()})
+    if func is _ATTENDS:
+        # The logarithms of its sums stay in float32, as torch has them.
+        return found[0].to(args[0].dtype), found[1]
+    return tuple(one.to(args[0].dtype) for one in found)
+
+
+def _full(value: Any) -> Any:
+    return value.float() if torch.is_tensor(value) and value.dtype in _FAST else value
+
+
 _WIDE: dict[Any, Callable[..., Tensor]] = {
     _ops.mm.default: _mm,
     _ops.addmm.default: _addmm,
     _ops.bmm.default: _bmm,
     _ops.baddbmm.default: _baddbmm,
+}
+_ATTENDS = _ops._scaled_dot_product_flash_attention_for_cpu.default
+# torch's forward in bfloat16 takes float32's time, in float16 twice that; backward both take 7 to 29 times as long.
+_ATTENTION = {
+    _ATTENDS: (torch.float16,),
+    _ops._scaled_dot_product_flash_attention_for_cpu_backward.default: (torch.bfloat16, torch.float16),
 }
 _COMPOSED = {_ops.linear.default, _ops.matmul.default}
