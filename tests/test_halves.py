@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,49 @@ def test_gradients_are_those_of_float32() -> None:
         assert len(grads[-1]) == 2
     for half, full in zip(*grads, strict=True):
         assert float((half - full).norm() / full.norm()) < 0.01
+
+
+def _attended(dtype: torch.dtype, how: str) -> list[Tensor]:
+    """Attention of two windows over four heads, and the gradients of its queries, keys and values; in float64."""
+    shapes = [(2, 4, 48, 16), (2, 2 if how == "grouped" else 4, 48, 16), (2, 2 if how == "grouped" else 4, 48, 16)]
+    parts = [(_numbers(*shape, i, dtype=torch.bfloat16)[..., 0]).to(dtype) for i, shape in enumerate(shapes, start=2)]
+    query, key, value = (part.contiguous().requires_grad_() for part in parts)
+    settings: dict[str, Any] = {}
+    if how == "masked":
+        # Every token sees itself, so that no row is empty.
+        mask = _numbers(48, 48, dtype=dtype).masked_fill(torch.ones(48, 48).triu(1).bool(), -torch.inf)
+        settings["attn_mask"] = mask
+    elif how == "grouped":
+        settings |= {"enable_gqa": True, "is_causal": True}
+    else:
+        settings["is_causal"] = how == "causal"
+    out = F.scaled_dot_product_attention(query, key, value, **settings)
+    out.backward(_numbers(2, 4, 48, 16, dtype=torch.bfloat16).to(dtype))  # type: ignore[no-untyped-call]
+    grads = [one.grad for one in (query, key, value)]
+    return [out.detach().double(), *(one.double() for one in grads if one is not None)]
+
+
+@pytest.mark.parametrize("how", ["causal", "whole", "masked", "grouped"])
+@pytest.mark.parametrize("dtype", _HALVES)
+def test_attention_and_its_gradients_go_by_float32(
+    dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, torch.dtype]] = []
+    real = halves._attention
+
+    def counted(func: Any, *more: Any) -> tuple[Tensor, ...]:
+        asked.append((func is halves._ATTENDS, more[0][0].dtype))
+        return real(func, *more)
+
+    monkeypatch.setattr(halves, "_attention", counted)
+    with Widened():
+        found = _attended(dtype, how)
+    assert asked == [(True, dtype)] * (dtype is torch.float16) + [(False, dtype)]
+    exact, own = _attended(torch.float64, how), _attended(dtype, how)
+    for mine, torchs, wanted in zip(found, own, exact, strict=True):
+        error, theirs = (float((one - wanted).norm() / wanted.norm()) for one in (mine, torchs))
+        assert error < 2 * torch.finfo(dtype).eps
+        assert error <= theirs * 1.05
 
 
 def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
