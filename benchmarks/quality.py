@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.api import build_walk, run, write
 from alps.assessment import evaluate
 from alps.comparison import method_settings
 from alps.config import PruneSettings, load_settings
@@ -27,6 +26,7 @@ from alps.data.mix import load_calibration
 from alps.evaluation.records import ComparisonRecord
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
+from alps.running import build_walk, run, write
 from alps.runtime import pick_device
 
 Run = dict[str, Any]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps
-from alps import api
+from alps import running
 from alps.config import PruneSettings, load_settings
 from alps.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
 from alps.loaded import load
@@ -214,7 +214,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     def too_early(*_: Any) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("alps.api.load", too_early)
+    monkeypatch.setattr("alps.pruned.open_model", too_early)
     with pytest.raises(CheckpointError, match=r"not empty|is a file|cannot be created"):
         if given == "a name":
             alps.prune(checkpoint, 0.5, out=out)
@@ -276,7 +276,7 @@ def test_no_nan_reaches_a_checkpoint(
     tiny_model: Callable[..., Any], ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Whatever breaks a result after the last site was solved."""
-    model, run = tiny_model("llama"), api.run
+    model, run = tiny_model("llama"), running.run
 
     def broken(*arguments: Any) -> RunReport:
         report = run(*arguments)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from alps import api
+from alps import running
 from alps.assessment import evaluate
 from alps.compare import compare
 from alps.comparison import Comparison, load_comparison
@@ -123,7 +123,7 @@ def test_what_is_done_is_not_done_again_and_a_comparison_may_grow(
     out = tmp_path / "all"
     first, _ = go(settings(stories, english_file, methods=["wanda"]), out)
     ran: list[str] = []
-    real = api.run
+    real = running.run
 
     def counted(*arguments: Any, **more: Any) -> Any:
         ran.append(arguments[1].method.name)

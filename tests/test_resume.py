@@ -16,14 +16,31 @@ from typing import Any
 import pytest
 import yaml
 
+import alps
 import started
 from alps.checkpoints.journal import Journal, journal_place
 from alps.config import PruneSettings, load_settings
+from alps.data.text import load_text
 from alps.errors import CheckpointError, SolveFailed
+from alps.loaded import load
 from alps.progress import Silent
 from alps.pruned import prune_directory
 from alps.report import RunReport
+from alps.solvers import Method
 from alps.solvers.wanda import Wanda
+
+
+class _Plain(Method):
+    """Wanda, by a class that says nothing of itself."""
+
+    name, needs = Wanda().name, Wanda().needs
+
+    def prepare(self, stats: Any) -> Any:
+        return Wanda().prepare(stats)
+
+    def _solve(self, *arguments: Any) -> Any:
+        return Wanda()._solve(*arguments)
+
 
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -90,6 +107,31 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     ]
     assert report.matches == whole.matches
     assert report.seconds.keys() == whole.seconds.keys()
+
+
+@pytest.mark.parametrize("given", ["text", "token ids"])
+def test_python_goes_on_after_the_last_finished_block_too(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    model, text, sizes = settings["model"], settings["calibration"], {"samples": 6, "seqlen": 48}
+    windows = load(model).calibration(load_text(text, "calibration"), 6, 48, 0).ids
+    chosen: dict[str, Any] = {"calibration": windows if given == "token ids" else text, "preset": "best", **sizes}
+    # A method that is no dataclass, and so has no words of its own, is known again all the same.
+    whole = alps.prune(model, 0.6, _Plain(), out=tmp_path / "whole", **chosen)
+    with monkeypatch.context() as patch:
+        _stop_after(3, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt, match=r"3 finished blocks are kept in '.*out\.partial'"):
+            alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **chosen)
+    with pytest.raises(CheckpointError, match=r"target was 0\.4 and is 0\.2"):
+        alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **{**chosen, "target": 0.2})
+    other = windows.flip(0) if given == "token ids" else text
+    if given == "token ids":
+        with pytest.raises(CheckpointError, match="the calibration's hash was"):
+            alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **{**chosen, "calibration": other})
+    report = alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **chosen)
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
+    assert report.matches == whole.matches and report.calibration == whole.calibration
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_finished_blocks_are_not_solved_again(

@@ -12,11 +12,11 @@ import sys
 
 import torch
 
-from alps.api import run
 from alps.data.windows import Windows
 from alps.distributed import joined
 from alps.loaded import Loaded
 from alps.matching import Matching
+from alps.running import run
 from alps.solvers import get_method
 from alps.solvers.pattern import Unstructured
 from alps.walk import Walk

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from alps.api import build_walk, run
 from alps.budgets import check_fit
 from alps.checkpoints.directory import write_text
 from alps.checkpoints.locked import locked_directory
@@ -35,6 +34,7 @@ from alps.models.remembered import Remembered
 from alps.progress import Watcher
 from alps.published import publish
 from alps.results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
+from alps.running import build_walk, run
 from alps.runtime import forget_peaks, pick_device, provenance
 from alps.summary import TABLE_NAME, summary
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alps.api import run, write
 from alps.assessment import evaluate
 from alps.checkpoints.directory import check_target
 from alps.config import PruneSettings
@@ -21,6 +20,7 @@ from alps.loaded import load
 from alps.models.packaged import NAME, packaged_model
 from alps.progress import Watcher
 from alps.report import RunReport
+from alps.running import run, write
 from alps.walk import Walk
 
 SPARSITY = 0.7

@@ -1,17 +1,21 @@
-"""`alps prune`: from a model's name to a pruned directory, by way of a journal that a later process can go on with."""
+"""From a model's name to a pruned directory, by way of a journal that a later process can go on with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
-from alps.api import build_walk, run, write
+import torch
+from torch import Tensor
+
 from alps.checkpoints.directory import check_target, remove_partial
 from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
 from alps.config import PruneSettings
 from alps.data.mix import Mix, load_calibration
+from alps.data.windows import Windows
 from alps.distributed import Group
 from alps.errors import AlpsError
 from alps.forecast import Forecast, forecast
@@ -21,7 +25,60 @@ from alps.models.packaged import NAME as PACKAGED
 from alps.progress import Silent, Watcher
 from alps.report import RunReport
 from alps.resume import Resumable
+from alps.running import build_walk, check_calibrated, run, write
+from alps.solvers import Method
 from alps.walk import Walk
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model by its name, and what is to be done to it.
+
+    Attributes:
+        model: what `alps prune` takes as MODEL.
+        walk: method, pattern and all else that is said of the sites.
+        calibration: what `alps prune --calibration` takes, or token ids (windows, tokens), or None.
+        samples, seqlen, seed: windows to draw, unless they are given.
+        device, dtype: as `alps prune` takes them.
+        settings: that all this was made from, if any; saved beside the weights.
+    """
+
+    model: str
+    walk: Walk
+    calibration: str | Tensor | None
+    samples: int
+    seqlen: int
+    seed: int
+    device: str = "auto"
+    dtype: str = "auto"
+    settings: PruneSettings | None = None
+    facts: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", self._described() if self.settings is None else self.settings.facts())
+
+    def _described(self) -> dict[str, str]:
+        """Everything that the pruned weights depend on beside the model and its text."""
+        walk, drawn = self.walk, not torch.is_tensor(self.calibration)
+        values = {
+            "method": _method_in_words(walk.method),
+            "pattern": walk.pattern,
+            "order": walk.order,
+            "target": walk.target,
+            "matching": walk.matching,
+            "budget": walk.budget,
+            "rules": walk.rules,
+            "respect_zeros": walk.respect_zeros,
+            "measure_errors": walk.measure_errors,
+            "dtype": self.dtype,
+            "windows": (self.samples, self.seqlen, self.seed) if drawn else "given",
+        }
+        return {name: value if isinstance(value, str) else repr(value) for name, value in values.items()}
+
+
+def _method_in_words(method: Method) -> str:
+    # A class of somebody else's may say nothing of itself but its address.
+    return repr(method) if is_dataclass(method) else f"{type(method).__name__} {getattr(method, '__dict__', {})}"
 
 
 def prune_directory(
@@ -32,11 +89,23 @@ def prune_directory(
     resume: bool = False,
     group: Group | None = None,
 ) -> RunReport:
-    """What `alps prune` does: check everything that can be checked, then open the model, prune and write.
+    """What `alps prune` does; see `prune_job`."""
+    return prune_job(_job(settings, watcher), out, tell, resume, group)
 
-    Finished blocks are kept beside `out` until it is written, and a run of the same settings goes on after them.
+
+def prune_job(
+    job: Job,
+    out: Path,
+    tell: Callable[[str], None] = lambda _: None,
+    resume: bool = False,
+    group: Group | None = None,
+) -> RunReport:
+    """Check everything that can be checked, then open the model, prune and write.
+
+    Finished blocks are kept beside `out` until it is written, and the same job goes on after them.
 
     Args:
+        tell: is given a line where there is something to say.
         resume: refuse to begin anew.
         group: the processes that do it together, each with the same arguments; None for this one alone. They see the
             same files.
@@ -45,18 +114,16 @@ def prune_directory(
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError, RankLost: one sentence each; `out` is not written
             then.
     """
-    group = group or Group()
-    walk, source = _checked(settings, out, watcher)
-    walk.group, walk.device = group, group.device(settings.device, walk.device)
-    group.first(lambda: check_journal(out, settings.facts(), resume))
+    group, walk = group or Group(), job.walk
+    source = _checked(job, out)
+    walk.group, walk.device = group, group.device(job.device, walk.device)
+    group.first(lambda: check_journal(out, job.facts, resume))
     start = time.perf_counter()
-    loaded = _opened(settings, source, tell)
+    loaded = _opened(job, source, tell)
     seconds = time.perf_counter() - start
-    facts = {**settings.facts(), "the model's weights": loaded.identity()}
-    windows = None
-    if source is not None:
-        drawn = (source, settings.samples, settings.seqlen, settings.seed)
-        windows = group.first(lambda: loaded.calibration(*drawn, walk.device, watcher, tell))
+    facts = {**job.facts, "the model's weights": loaded.identity()}
+    windows = _windows(job, source, loaded, group, tell)
+    if windows is not None:
         facts["the calibration's hash"] = windows.sha256
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
@@ -64,13 +131,23 @@ def prune_directory(
         if journal.finished and group.leads:
             tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
         walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
-        report = run(loaded, walk, windows, settings.seed)
+        report = run(loaded, walk, windows, None if source is None else job.seed)
         report.add_seconds("load", seconds)
-        write(loaded, report, out, settings, tell=tell, journal=journal, group=group)
+        write(loaded, report, out, job.settings, tell=tell, journal=journal, group=group)
         group.wait()
         if group.leads:
             journal.discard()
     return report
+
+
+def _windows(job: Job, source: Mix | None, loaded: Loaded, group: Group, tell: Callable[[str], None]) -> Windows | None:
+    if isinstance(job.calibration, Tensor):
+        return loaded.token_ids(job.calibration)
+    if source is None:
+        return None
+    drawn = (source, job.samples, job.seqlen, job.seed)
+    windows: Windows = group.first(lambda: loaded.calibration(*drawn, job.walk.device, job.walk.watcher, tell))
+    return windows
 
 
 @contextmanager
@@ -92,24 +169,32 @@ def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: what it would raise before it prunes.
     """
-    walk, source = _checked(settings, out, Silent())
-    return forecast(_opened(settings, source, tell), walk, settings.samples, settings.seqlen)
+    job = _job(settings, Silent())
+    source = _checked(job, out)
+    return forecast(_opened(job, source, tell), job.walk, settings.samples, settings.seqlen)
 
 
-def _checked(settings: PruneSettings, out: Path, watcher: Watcher) -> tuple[Walk, Mix | None]:
-    """The walk, and what calibrates it if anything; refuses what can be refused without the model."""
-    parse_dtype(settings.dtype)
-    if settings.model != PACKAGED:
-        check_model_path(settings.model)
+def _job(settings: PruneSettings, watcher: Watcher) -> Job:
     walk = build_walk(settings, watcher)
+    source = settings.calibration if walk.reads_inputs else None
+    sizes = (settings.samples, settings.seqlen, settings.seed)
+    return Job(settings.model, walk, source, *sizes, settings.device, settings.dtype, settings)
+
+
+def _checked(job: Job, out: Path) -> Mix | None:
+    """What windows are drawn from, if any are; refuses what can be refused without the model."""
+    parse_dtype(job.dtype)
+    if job.model != PACKAGED:
+        check_model_path(job.model)
     check_target(out)
-    return walk, load_calibration(settings.calibration, settings.samples) if walk.reads_inputs else None
+    check_calibrated(job.walk, job.calibration is not None)
+    return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else None
 
 
-def _opened(settings: PruneSettings, source: Mix | None, tell: Callable[[str], None]) -> Loaded:
+def _opened(job: Job, source: Mix | None, tell: Callable[[str], None]) -> Loaded:
     # A model that samples its own text has to be whole.
     samples_itself = source is not None and any(part.text is None for part in source.parts)
-    return (load if samples_itself else open_model)(settings.model, settings.dtype, tell)
+    return (load if samples_itself else open_model)(job.model, job.dtype, tell)
 
 
 @contextmanager

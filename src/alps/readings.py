@@ -103,12 +103,14 @@ def influences(
     names = [[name for name, group in together.items() if group[0].block == block.index] for block in blocks]
     changes: list[list[Change]] = [[partial(_cut, together[name], pattern) for name in mine] for mine in names]
     found = {}
-    each = zip(blocks, names, divergences(model, blocks, windows, device, changes), strict=True)
-    for block, mine, values in each:
+
+    def told(block: Block) -> None:
+        watcher.step(f"block {block.index} probed")
+
+    for mine, values in zip(names, divergences(model, blocks, windows, device, changes, told), strict=True):
         for name, value in zip(mine, values, strict=True):
             error = sum(reading.cut_error for reading in together[name])
             found[name] = max(value, 0.0) / max(error, 1e-12)
-        watcher.step(f"block {block.index} probed")
     return [found[reading.site.parameter_name] for reading in readings]
 
 

@@ -58,7 +58,7 @@ class Walk:
             prefix's inputs, 1 the dense model's own outputs.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
-        rules: what else is said of parts of the model by name; `alps.api.run` applies them before the walk begins.
+        rules: what else is said of parts of the model by name; `alps.running.run` applies them before the walk begins.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform adds all others.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
         spill_folder: for those files; None for the system's folder of temporary files.

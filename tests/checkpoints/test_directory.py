@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from alps.api import write
 from alps.checkpoints.directory import check_target, new_directory
 from alps.errors import CheckpointError
 from alps.loaded import Loaded
 from alps.report import RunReport
+from alps.running import write
 
 
 def _fill(out: Path, content: str = "weights", replaceable: str | None = None) -> None:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alps.api import run
 from alps.checkpoints.journal import open_journal
 from alps.checkpoints.shards import Stored
 from alps.data.windows import Windows
@@ -21,6 +20,7 @@ from alps.models.save import save_model, save_streamed
 from alps.models.skeleton import open_streamed
 from alps.models.streamed import Streamed
 from alps.resume import Resumable
+from alps.running import run
 from alps.solvers import get_method
 from alps.solvers.pattern import Unstructured
 from alps.walk import Walk

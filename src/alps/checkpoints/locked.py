@@ -15,8 +15,8 @@ from alps.errors import CheckpointError
 def locked_directory(out: Path, marker: str) -> Iterator[None]:
     """Keep other processes out of a directory for the time of the body.
 
-    The directory is created; without the file `marker` after the body it disappears again, unless it holds more. What
-    an earlier kill left half-written is removed.
+    The directory is created; without the file `marker` after the body it disappears again, unless it holds more, and so
+    do those above it that were made for it. What an earlier kill left half-written is removed.
 
     Args:
         out: does not exist, is empty, or holds a file called `marker`.
@@ -30,6 +30,7 @@ def locked_directory(out: Path, marker: str) -> Iterator[None]:
             raise CheckpointError(f"Output '{out}' is a file: give the name of a directory.")
         if out.is_dir() and any(p.name[0] != "." for p in out.iterdir()) and not (out / marker).exists():
             raise CheckpointError(f"Output directory '{out}' holds something else: give a new name or empty it first.")
+        made = [folder for folder in out.absolute().parents if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
         lock.acquire(blocking=False)
@@ -48,4 +49,5 @@ def locked_directory(out: Path, marker: str) -> Iterator[None]:
         if not (out / marker).exists():
             (out / ".lock").unlink(missing_ok=True)
             with suppress(OSError):
-                out.rmdir()
+                for folder in (out, *made):
+                    folder.rmdir()

@@ -69,6 +69,7 @@ def divergences(
     windows: Tensor,
     device: torch.device,
     changes: Sequence[Sequence[Change]],
+    done: Callable[[Block], None] = lambda _: None,
 ) -> list[list[float]]:
     """What each of many changes, made alone, does to the model's answers.
 
@@ -81,6 +82,7 @@ def divergences(
         windows: token ids (windows, tokens), run as one batch.
         device: where blocks and head run.
         changes: for every block, contexts within which some of its weights are other ones.
+        done: told when a block has been run for the last time.
 
     Returns:
         For every change, mean KL(model || changed model) per token in nats.
@@ -100,6 +102,7 @@ def divergences(
                     with change():
                         carried.append(after(block, dense))
                 dense = after(block, dense)
+            done(block)
         head = Head(model, blocks, inputs.bare)
         with head.on(device):
             reference = head(dense, windows).flatten(0, -2)
