@@ -135,6 +135,10 @@ def test_attention_and_its_gradients_go_by_float32(
         assert error <= theirs * 1.05
 
 
+def test_a_torch_without_these_internals_is_left_its_own_way() -> None:
+    assert halves._internal("_scaled_dot_product_of_tomorrow") is None
+
+
 def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Tensor) -> Tensor:
         raise AssertionError

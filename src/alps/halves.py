@@ -128,10 +128,18 @@ _WIDE: dict[Any, Callable[..., Tensor]] = {
     _ops.bmm.default: _bmm,
     _ops.baddbmm.default: _baddbmm,
 }
-_ATTENDS = _ops._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def _internal(name: str) -> Any:
+    """An operation that is torch's own affair; None in a release without it, which then goes its own way."""
+    found = getattr(_ops, name, None)
+    return None if found is None else found.default
+
+
+_ATTENDS = _internal("_scaled_dot_product_flash_attention_for_cpu")
 # torch's forward takes float32's time in bfloat16, up to thrice that in float16; backward both take 6 to 29 times it.
 _ATTENTION = {
     _ATTENDS: (torch.float16,),
-    _ops._scaled_dot_product_flash_attention_for_cpu_backward.default: (torch.bfloat16, torch.float16),
+    _internal("_scaled_dot_product_flash_attention_for_cpu_backward"): (torch.bfloat16, torch.float16),
 }
 _COMPOSED = {_ops.linear.default, _ops.matmul.default}
