@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import alps
@@ -36,8 +37,34 @@ def step(model: Any, ids: Tensor) -> None:
     model.zero_grad()
 
 
+def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
+    """Milliseconds of one causal attention of the model's heads and its gradients, torch's own and by float32."""
+    heads = model.config.num_attention_heads
+    features = model.config.hidden_size // heads
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16):
+        query, key, value = (torch.randn(1, heads, seqlen, features).to(dtype).requires_grad_() for _ in range(3))
+        taken: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for way, context in (("torch's own", nullcontext), ("by float32", Widened)):
+                with context():
+                    start = time.perf_counter()
+                    out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                    between = time.perf_counter()
+                    out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
+                    end = time.perf_counter()
+                taken.setdefault(f"forward {way}", []).append(between - start)
+                taken.setdefault(f"backward {way}", []).append(end - between)
+        medians = {name: 1e3 * statistics.median(found) for name, found in taken.items()}
+        for part in ("forward", "backward"):
+            own, wide = (medians[f"{part} {way}"] for way in ("torch's own", "by float32"))
+            name = f"{heads} x {seqlen}, {str(dtype).removeprefix('torch.')}, {part}"
+            rows.append([name, f"{own:.2f}", f"{wide:.2f}", f"{own / wide:.2f}"])
+    return rows
+
+
 def main() -> None:
-    """Print one table."""
+    """Print two tables: of the model, and of its attention alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--windows", type=int, default=2)
@@ -68,6 +95,9 @@ def main() -> None:
         f"{facts['torch']}, commit {facts['commit']}; alps goes {used} here\n"
     )
     print(markdown(["", *(way for way, _, _ in ways), "torch's own / by float32"], rows))
+    print("\nMilliseconds of causal attention, heads x tokens; the forward in bfloat16 is torch's own both times\n")
+    columns = ["attention", "torch's own", "as alps does it", "ratio"]
+    print(markdown(columns, attention_rows(half, options.seqlen, options.rounds)))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,11 @@ def test_a_token_is_copied_when_its_pair_was_there_before() -> None:
 
 def test_halves_prints_a_row_for_each_direction(tmp_path: Path, stories: Path) -> None:
     rows = run(tmp_path, "halves.py", str(stories), "--windows", "2", "--seqlen", "32", "--rounds", "1")
-    assert [row[0] for row in rows[2:]] == ["forward", "forward and backward"]
-    assert all(len(row) == 5 and float(row[4]) > 0 for row in rows[2:])
+    assert [row[0] for row in rows[2:4]] == ["forward", "forward and backward"]
+    assert all(len(row) == 5 and float(row[4]) > 0 for row in rows[2:4])
+    kinds = [f"8 x 32, {dtype}, {part}" for dtype in ("bfloat16", "float16") for part in ("forward", "backward")]
+    assert [row[0] for row in rows[6:]] == kinds
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[6:])
 
 
 def test_solver_prints_every_method(tmp_path: Path, stories: Path, english_file: Path) -> None:

@@ -23,6 +23,7 @@ from alps.config import PruneSettings, load_settings
 from alps.data.text import load_text
 from alps.errors import CheckpointError, SolveFailed
 from alps.loaded import load
+from alps.matching import Matching
 from alps.progress import Silent
 from alps.pruned import prune_directory
 from alps.report import RunReport
@@ -152,6 +153,19 @@ def test_finished_blocks_are_not_solved_again(
     monkeypatch.setattr(Wanda, "solve", count)
     _prune(chosen, tmp_path / "out")
     assert len(solved) == 2 * 7  # of five blocks
+
+
+def test_another_versions_matching_is_refused(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _stop_after(2, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt):
+            _prune(settings, tmp_path / "out")
+    monkeypatch.setattr("alps.config.Matching", partial(Matching, rate=1e-3))
+    words = r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens"
+    with pytest.raises(CheckpointError, match=words):
+        _prune(settings, tmp_path / "out")
 
 
 def test_another_configuration_is_refused(

@@ -24,7 +24,7 @@ from alps.progress import Silent, Watcher
 from alps.pruned import Job, prune_job
 from alps.report import RunReport
 from alps.rules import Rules, parse_overrides
-from alps.running import run, write
+from alps.running import run, windows_of, write
 from alps.runtime import pick_device
 from alps.solvers import Method, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
@@ -106,12 +106,8 @@ def prune(
     start = time.perf_counter()
     loaded = _in_memory(model, tokenizer)
     seconds = time.perf_counter() - start
-    windows = None
-    if isinstance(source, Tensor):
-        windows = loaded.token_ids(source)
-    elif source is not None:
-        mix = load_calibration(source, samples)
-        windows = loaded.calibration(mix, samples, seqlen, seed, walk.device, watcher)
+    drawn = load_calibration(source, samples) if isinstance(source, str) else source
+    windows = windows_of(loaded, drawn, samples, seqlen, seed, walk)
     report = run(loaded, walk, windows, seed if isinstance(source, str) else None)
     report.add_seconds("load", seconds)
     if out is not None:

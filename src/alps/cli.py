@@ -105,9 +105,9 @@ app = typer.Typer(
 def imported(name: str) -> Any:
     """The command of that name with its options, as typer makes it."""
     module, function, _ = COMMANDS[name]
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name)(getattr(importlib.import_module(f"alps.commands.{module}"), function))
-    return get_command(alone)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(getattr(importlib.import_module(f"alps.commands.{module}"), function))
+    return get_command(single)
 
 
 class _Terminated(KeyboardInterrupt):

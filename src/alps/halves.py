@@ -137,7 +137,7 @@ def _internal(name: str) -> Any:
 
 
 _ATTENDS = _internal("_scaled_dot_product_flash_attention_for_cpu")
-# torch's forward takes float32's time in bfloat16, up to thrice that in float16; backward both take 6 to 29 times it.
+# torch's forward takes float32's time in bfloat16, up to twice that in float16; backward both take several times it.
 _ATTENTION = {
     _ATTENDS: (torch.float16,),
     _internal("_scaled_dot_product_flash_attention_for_cpu_backward"): (torch.bfloat16, torch.float16),

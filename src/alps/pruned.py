@@ -25,7 +25,7 @@ from alps.models.packaged import NAME as PACKAGED
 from alps.progress import Silent, Watcher
 from alps.report import RunReport
 from alps.resume import Resumable
-from alps.running import build_walk, check_calibrated, run, write
+from alps.running import build_walk, check_calibrated, run, windows_of, write
 from alps.solvers import Method
 from alps.walk import Walk
 
@@ -55,7 +55,11 @@ class Job:
     facts: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "facts", self._described() if self.settings is None else self.settings.facts())
+        facts = self._described() if self.settings is None else dict(self.settings.facts())
+        if (matching := self.walk.matching) is not None:
+            # They are no settings, and another version may take others.
+            facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
+        object.__setattr__(self, "facts", facts)
 
     def _described(self) -> dict[str, str]:
         """Everything that the pruned weights depend on beside the model and its text."""
@@ -65,7 +69,7 @@ class Job:
             "pattern": walk.pattern,
             "order": walk.order,
             "target": walk.target,
-            "matching": walk.matching,
+            "match": 0 if walk.matching is None else walk.matching.epochs,
             "budget": walk.budget,
             "rules": walk.rules,
             "respect_zeros": walk.respect_zeros,
@@ -122,7 +126,8 @@ def prune_job(
     loaded = _opened(job, source, tell)
     seconds = time.perf_counter() - start
     facts = {**job.facts, "the model's weights": loaded.identity()}
-    windows = _windows(job, source, loaded, group, tell)
+    drawn = (source, job.samples, job.seqlen, job.seed, walk, tell)
+    windows: Windows | None = group.first(lambda: windows_of(loaded, *drawn))
     if windows is not None:
         facts["the calibration's hash"] = windows.sha256
     if loaded.store is not None:
@@ -131,23 +136,13 @@ def prune_job(
         if journal.finished and group.leads:
             tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
         walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
-        report = run(loaded, walk, windows, None if source is None else job.seed)
+        report = run(loaded, walk, windows, job.seed if isinstance(source, Mix) else None)
         report.add_seconds("load", seconds)
         write(loaded, report, out, job.settings, tell=tell, journal=journal, group=group)
         group.wait()
         if group.leads:
             journal.discard()
     return report
-
-
-def _windows(job: Job, source: Mix | None, loaded: Loaded, group: Group, tell: Callable[[str], None]) -> Windows | None:
-    if isinstance(job.calibration, Tensor):
-        return loaded.token_ids(job.calibration)
-    if source is None:
-        return None
-    drawn = (source, job.samples, job.seqlen, job.seed)
-    windows: Windows = group.first(lambda: loaded.calibration(*drawn, job.walk.device, job.walk.watcher, tell))
-    return windows
 
 
 @contextmanager
@@ -181,19 +176,19 @@ def _job(settings: PruneSettings, watcher: Watcher) -> Job:
     return Job(settings.model, walk, source, *sizes, settings.device, settings.dtype, settings)
 
 
-def _checked(job: Job, out: Path) -> Mix | None:
-    """What windows are drawn from, if any are; refuses what can be refused without the model."""
+def _checked(job: Job, out: Path) -> Mix | Tensor | None:
+    """What the windows are or are drawn from, if any; refuses what can be refused without the model."""
     parse_dtype(job.dtype)
     if job.model != PACKAGED:
         check_model_path(job.model)
     check_target(out)
     check_calibrated(job.walk, job.calibration is not None)
-    return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else None
+    return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else job.calibration
 
 
-def _opened(job: Job, source: Mix | None, tell: Callable[[str], None]) -> Loaded:
+def _opened(job: Job, source: Mix | Tensor | None, tell: Callable[[str], None]) -> Loaded:
     # A model that samples its own text has to be whole.
-    samples_itself = source is not None and any(part.text is None for part in source.parts)
+    samples_itself = isinstance(source, Mix) and any(part.text is None for part in source.parts)
     return (load if samples_itself else open_model)(job.model, job.dtype, tell)
 
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit
 from alps.card import model_card
 from alps.checkpoints.directory import new_directory
 from alps.checkpoints.journal import Journal
 from alps.config import SETTINGS_NAME, PruneSettings
+from alps.data.mix import Mix
 from alps.data.windows import Windows
 from alps.distributed import Group
 from alps.errors import ConfigError
@@ -57,6 +58,27 @@ def check_calibrated(walk: Walk, calibrated: bool) -> None:
     """
     if walk.reads_inputs and not calibrated:
         raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
+
+
+def windows_of(
+    loaded: Loaded,
+    source: Mix | Tensor | None,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    walk: Walk,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Windows | None:
+    """Calibration windows that were given as token ids (windows, tokens), or are drawn; None of nothing.
+
+    Raises:
+        ConfigError, UnsupportedModel: see `Loaded.token_ids` and `Loaded.calibration`.
+    """
+    if source is None:
+        return None
+    if isinstance(source, Tensor):
+        return loaded.token_ids(source)
+    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.watcher, tell)
 
 
 def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
