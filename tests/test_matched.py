@@ -33,7 +33,7 @@ from test_cli import contents
 from test_recover import mean_kl, same, weights
 
 # Five batches of 32 windows, of which the last is held back.
-SETTINGS = MatchSettings(epochs=2, rate=3e-3, samples=160, seqlen=64, device="cpu")
+SETTINGS = MatchSettings(epochs=2, target="dense", rate=3e-3, samples=160, seqlen=64, device="cpu")
 SMALL = MatchSettings(epochs=1, rate=3e-3, samples=8, seqlen=32, device="cpu")
 
 
@@ -126,10 +126,13 @@ def test_few_windows_still_leave_some_to_hold_back(
         device: torch.device,
         seed: int,
         ending: Predictions | None,
+        peers: None,
+        twin: Block,
     ) -> MatchRecord:
+        assert (twin.index, twin.name) == (block.index, block.name) and twin.module is not block.module
         seen.append(([len(target) for target in targets], seed))
         assert (ending is not None) == (block.index == 4), "the last of five blocks answers by its predictions"
-        return match(block, inputs, targets, how, device, seed, ending)
+        return match(block, inputs, targets, how, device, seed, ending, peers, twin)
 
     monkeypatch.setattr(matched, "match", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.
@@ -155,16 +158,17 @@ def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[...
 def test_one_block_of_each_model_is_on_the_device_at_a_time(
     dense: Loaded, pruned: Loaded, source: Mix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, order = list[Block](), list[str]()
+    there, order = list[tuple[str, int]](), list[str]()
 
     @contextmanager
     def spy(block: Block, device: torch.device) -> Iterator[None]:
-        there.append(block)
-        assert len(there) == 1
-        order.append("pruned" if block.module in list(student.model.modules()) else "dense")
+        side = "pruned" if block.module in list(student.model.modules()) else "dense"
+        there.append((side, block.index))
+        assert there in ([("dense", block.index)], [("dense", block.index), ("pruned", block.index)])
+        order.append(side)
         with on_device(block, device):
             yield
-        there.remove(block)
+        there.pop()
 
     student = clone(pruned)
     monkeypatch.setattr(matched, "on_device", spy)
@@ -253,7 +257,20 @@ def test_the_command_end_to_end(
     arguments = ["--sparsity", 0.6, "--method", "magnitude", "--no-errors"]
     assert run_alps(monkeypatch, "prune", stories, pruned, *arguments) == 0
     capsys.readouterr()
-    sizes = ["--calibration", english_file, "--samples", 40, "--seqlen", 32, "--rate", 0.003, "--epochs", 2]
+    sizes = [
+        "--calibration",
+        english_file,
+        "--samples",
+        40,
+        "--seqlen",
+        32,
+        "--rate",
+        0.003,
+        "--epochs",
+        2,
+        "--target",
+        "pruned",
+    ]
     assert run_alps(monkeypatch, "match", stories, pruned, out, *sizes) == 0
     printed = capsys.readouterr()
     assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
@@ -261,7 +278,8 @@ def test_the_command_end_to_end(
     report = json.loads((out / "report.json").read_text())
     assert [MatchRecord.model_validate(row).steps for row in report["matches"]] == [2] * 5
     run = MatchRun.model_validate(report["match_runs"][0])
-    assert (run.epochs, run.rate, run.calibration.windows, run.calibration.seqlen) == (2, 0.003, 40, 32)
+    assert (run.epochs, run.target, run.rate) == (2, 0.0, 0.003)
+    assert (run.calibration.windows, run.calibration.seqlen) == (40, 32)
     found = []
     for folder in (pruned, out):
         assert run_alps(monkeypatch, "inspect", folder, "--json") == 0
@@ -278,6 +296,7 @@ def test_the_command_end_to_end(
         (["{model}", "{model}", "{tmp}"], "not empty"),
         (["{model}", "{model}", "{tmp}/out", "--epochs", "0"], "Setting 'epochs'"),
         (["{model}", "{model}", "{tmp}/out", "--rate", "0"], "Setting 'rate'"),
+        (["{model}", "{model}", "{tmp}/out", "--target", "1.5"], "Target '1.5' is wrong"),
         (["{model}", "{model}", "{tmp}/out", "--rate", "nan"], "Setting 'rate'"),
         (["{model}", "{model}", "{tmp}/out", "--samples", "1"], "Setting 'samples'"),
         (["{model}", "{model}", "{tmp}/out", "--device", "quantum"], "cannot be used here"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,19 +21,20 @@ from alps.records import MatchRecord
 
 CPU = torch.device("cpu")
 # Windows of 16 tokens, three in a batch: eight batches, of which the last is held back.
-FAST = Matching(epochs=3, rate=2e-3)
+FAST = Matching(epochs=3, rate=2e-3, target=1.0)
 BITS = {4: torch.int32, 2: torch.int16}
 
 
 @dataclass
 class Recording(BlockInputs):
-    """Notes which batches are run with gradients and which without."""
+    """Notes which batches are run through the watched block with gradients and which without."""
 
+    watched: nn.Module | None = None
     trained: list[int] = field(default_factory=list)
     looked_at: list[int] = field(default_factory=list)
 
     def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
-        if not window:
+        if not window and block is self.watched:
             (self.trained if torch.is_grad_enabled() else self.looked_at).append(batch)
         return super().run(index, block, batch, device, window)
 
@@ -45,9 +46,10 @@ class Case:
     block: Block
     inputs: Recording
     targets: list[Tensor]
+    twin: Block
 
     def match(self, settings: Matching = FAST, seed: int = 0) -> MatchRecord:
-        return match(self.block, self.inputs, self.targets, settings, CPU, seed)
+        return match(self.block, self.inputs, self.targets, settings, CPU, seed, twin=self.twin)
 
     def bits(self) -> dict[str, Tensor]:
         return {
@@ -68,7 +70,8 @@ def case(tiny_model: Callable[..., Any]) -> Callable[..., Case]:
         targets.advance(0, first[0].module, CPU)
         blocks = find_blocks(pruned)
         inputs = capture(pruned, blocks, ids, 3)
-        return Case(blocks[0], Recording(inputs.hidden, inputs.calls), targets.hidden)
+        watched = Recording(inputs.hidden, inputs.calls, watched=blocks[0].module)
+        return Case(blocks[0], watched, targets.hidden, first[0])
 
     return build
 
@@ -107,16 +110,22 @@ def test_a_token_without_energy_gives_a_finite_loss() -> None:
     assert bool(relative_loss(torch.ones(1, 2, 3), torch.zeros(1, 2, 3)).isfinite())
 
 
-def test_the_record_tells_the_loss_on_the_held_back_batch_before_and_after(case: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("target", [0.0, 0.4, 1.0])
+def test_the_record_tells_the_loss_on_the_held_back_batch_before_and_after(
+    case: Callable[..., Case], target: float
+) -> None:
     one = case()
+    with torch.no_grad():
+        near = BlockInputs.run(one.inputs, 0, one.twin.module, 7, CPU)
+    wanted = (1 - target) * near.double() + target * one.targets[7].double()
 
     def held_back() -> float:
         with torch.no_grad():
             output = BlockInputs.run(one.inputs, 0, one.block.module, 7, CPU)
-        return sum(naive(output, one.targets[7])) / (3 * 16)
+        return sum(naive(output, wanted)) / (3 * 16)
 
     before = held_back()
-    record = one.match()
+    record = one.match(replace(FAST, target=target))
     assert record.before == pytest.approx(before, rel=1e-5)
     assert record.after == pytest.approx(held_back(), rel=1e-5)
     assert record.after < 0.9 * record.before
@@ -130,7 +139,7 @@ def test_the_record_tells_the_loss_on_the_held_back_batch_before_and_after(case:
 def test_an_absurd_rate_leaves_the_block_as_it_was(case: Callable[..., Case], dtype: torch.dtype) -> None:
     one = case(dtype=dtype)
     before = one.bits()
-    record = one.match(Matching(epochs=2, rate=100.0))
+    record = one.match(replace(FAST, epochs=2, rate=100.0))
     assert (record.after, record.best_step, record.steps) == (record.before, 0, 14)
     after = one.bits()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -213,6 +222,21 @@ def test_a_single_batch_is_trained_on_and_looked_at(case: Callable[..., Case]) -
     record = one.match()
     assert record.steps == 3 and record.after < record.before
     assert set(one.inputs.trained) == set(one.inputs.looked_at) == {0}
+
+
+def test_a_walk_aims_at_the_share_it_is_told(tiny_model: Callable[..., Any]) -> None:
+    ids = torch.randint(2, 64, (24, 16), generator=torch.Generator().manual_seed(5))
+    before = []
+    for share in (0.0, 0.3, 1.0):
+        model = tiny_model("llama")
+        options: dict[str, Any] = {"match": 1, "match_target": share, "measure_errors": False}
+        report = alps.prune(model, 0.6, "magnitude", calibration=ids, **options)
+        before.append([match.before for match in report.matches])
+    first, second, _ = zip(*before, strict=True)
+    # Both sides of the first block receive the same: all shares are one there.
+    assert first[0] == first[1] == first[2]
+    # Later the dense stream is farther away than what the dense block makes of the pruned prefix's inputs.
+    assert second[0] < second[1] < second[2]
 
 
 def test_outputs_that_are_not_finite_stop_the_run(case: Callable[..., Case]) -> None:

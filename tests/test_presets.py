@@ -56,11 +56,11 @@ def test_a_preset_in_python_is_that_of_the_command(
     stories: Path, english_file: Path, tmp_path: Path, pattern: str
 ) -> None:
     flag = "--pattern" if ":" in pattern else "--sparsity"
-    more = (flag, pattern, "--preset", "best", "--match", "2")
+    more = (flag, pattern, "--preset", "best", "--match", "2", "--match-target", "0.7")
     done = CliRunner().invoke(app, _arguments(stories, english_file, tmp_path / "command", *more))
     assert done.exit_code == 0, done.output
     settings: dict[str, Any] = {"calibration": english_file, "samples": 6, "seqlen": 32, "out": tmp_path / "python"}
-    report = alps.prune(stories, pattern, preset="best", match=2, **settings)
+    report = alps.prune(stories, pattern, preset="best", match=2, match_target=0.7, **settings)
     assert report.matches and all(match.after <= match.before for match in report.matches)
     for name, tensor in load_file(tmp_path / "command" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "python" / "model.safetensors")[name]), name
@@ -119,6 +119,7 @@ def test_the_best_preset_from_end_to_end(stories: Path, english_file: Path, tmp_
         (("--sparsity", "0.6", "--order", "backwards"), "Setting 'order'"),
         (("--sparsity", "0.6", "--target", "2"), "Target '2' is wrong"),
         (("--sparsity", "0.6", "--match", "-1"), "Setting 'match'"),
+        (("--sparsity", "0.6", "--match", "1", "--match-target", "near"), "Match target 'near' is wrong"),
         (("--sparsity", "0.6", "--budget", "lots"), "Budget 'lots' is unknown"),
         (("--pattern", "2:4", "--budget", "loss"), "moves zeros between sites"),
     ],

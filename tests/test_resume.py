@@ -155,15 +155,25 @@ def test_finished_blocks_are_not_solved_again(
     assert len(solved) == 2 * 7  # of five blocks
 
 
-def test_another_versions_matching_is_refused(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("constant", "other", "words"),
+    [
+        (
+            "alps.config.Matching",
+            partial(Matching, rate=1e-3),
+            r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
+        ),
+        ("alps.pruned.QUIET_TOKENS", 1024, "target's damping was 16384 tokens and is 1024 tokens"),
+    ],
+)
+def test_another_versions_constants_are_refused(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, other: Any, words: str
 ) -> None:
     with monkeypatch.context() as patch:
         _stop_after(2, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
             _prune(settings, tmp_path / "out")
-    monkeypatch.setattr("alps.config.Matching", partial(Matching, rate=1e-3))
-    words = r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens"
+    monkeypatch.setattr(constant, other)
     with pytest.raises(CheckpointError, match=words):
         _prune(settings, tmp_path / "out")
 

@@ -16,7 +16,7 @@ from alps.config import parse_target, split_names
 from alps.data.mix import load_calibration
 from alps.errors import ConfigError
 from alps.loaded import Loaded
-from alps.matching import Matching
+from alps.matching import MATCH_TARGET, Matching
 from alps.models.finite import check_finite
 from alps.models.order import Order
 from alps.presets import PAPER, preset_steps
@@ -50,6 +50,7 @@ def prune(
     order: Order | None = None,
     target: str | float | None = None,
     match: int | None = None,
+    match_target: str | float = MATCH_TARGET,
     budget: str | None = None,
     keep_dense: str | Sequence[str] = (),
     overrides: Mapping[str, Pattern | str | float] | None = None,
@@ -75,8 +76,8 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        preset, order, target, match, budget, keep_dense, overrides, respect_zeros: as in `alps.config.PruneSettings`;
-            None is as the preset says.
+        preset, order, target, match, match_target, budget, keep_dense, overrides, respect_zeros: as in
+            `alps.config.PruneSettings`; None is as the preset says.
         watcher: told after every site.
 
     Raises:
@@ -94,7 +95,8 @@ def prune(
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    matching = Matching(epochs=steps["match"]) if steps["match"] else None
+    aim = parse_target(match_target, "match_target")
+    matching = Matching(epochs=steps["match"], target=aim) if steps["match"] else None
     walk = Walk(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
     walk.budget, walk.watcher, walk.respect_zeros = steps["budget"], watcher or Silent(), respect_zeros
     walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))

@@ -106,15 +106,15 @@ def _matched(report: RunReport) -> list[str]:
         return lines
     rows = report.matches[-sum(run.blocks for run in report.match_runs) :]
     lines += [
-        "| blocks | epochs | rate | matched on | mean held-back loss before | after |",
-        "|---:|---:|---:|---|---:|---:|",
+        "| blocks | epochs | share of the dense stream | rate | matched on | mean held-back loss before | after |",
+        "|---:|---:|---:|---:|---|---:|---:|",
     ]
     for run in report.match_runs:
         mine, rows = rows[: run.blocks], rows[run.blocks :]
         before, after = sum(row.before for row in mine) / run.blocks, sum(row.after for row in mine) / run.blocks
         used = run.calibration
         lines.append(
-            f"| {run.blocks} | {run.epochs} | {run.rate:g} | {used.source}: {used.windows} windows of {used.seqlen} "
-            f"tokens, seed {used.seed}, sha256 {used.sha256[:12]} | {before:.4f} | {after:.4f} |"
+            f"| {run.blocks} | {run.epochs} | {run.target:g} | {run.rate:g} | {used.source}: {used.windows} windows of "
+            f"{used.seqlen} tokens, seed {used.seed}, sha256 {used.sha256[:12]} | {before:.4f} | {after:.4f} |"
         )
     return [*lines, ""]

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alps.errors import ConfigError, did_you_mean, shortened
-from alps.matching import Matching
+from alps.matching import MATCH_TARGET, Matching
 from alps.presets import PAPER, preset_steps
 from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
@@ -46,6 +46,7 @@ class PruneSettings(BaseModel):
         order: `block` or `sequential`, see `alps.walk.Walk`.
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.target`.
         match: epochs of block matching, see `alps.matching`; 0 for none.
+        match_target: what it aims at: `pruned`, `dense`, or a share of the dense stream between 0 and 1.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
         keep_dense: names with wildcards of what stays dense, see `alps.rules`; one text with commas, too.
         overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
@@ -73,6 +74,7 @@ class PruneSettings(BaseModel):
     order: Literal["block", "sequential"] = "block"
     target: str | float = "pruned"
     match: int = Field(default=0, ge=0)
+    match_target: str | float = MATCH_TARGET
     budget: str = "uniform"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
     overrides: dict[str, float | str] = {}
@@ -122,7 +124,8 @@ class PruneSettings(BaseModel):
 
     def matching(self) -> Matching | None:
         """Block matching, if it is asked for."""
-        return Matching(epochs=self.match) if self.match else None
+        target = parse_target(self.match_target, "match_target")
+        return Matching(epochs=self.match, target=target) if self.match else None
 
     def rules(self) -> Rules:
         """What is said of parts of the model by name.
@@ -151,8 +154,8 @@ class PruneSettings(BaseModel):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def parse_target(target: str | float) -> float:
-    """Share of the dense target for what a user wrote.
+def parse_target(target: str | float, name: str = "target") -> float:
+    """Share of the dense target for what a user wrote as the value of a setting.
 
     Raises:
         ConfigError: for anything but `pruned`, `dense` or a number between 0 and 1.
@@ -163,7 +166,8 @@ def parse_target(target: str | float) -> float:
     except ValueError:
         share = math.nan
     if not 0 <= share <= 1:
-        raise ConfigError(f"Target '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
+        what = name.replace("_", " ").capitalize()
+        raise ConfigError(f"{what} '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
     return share
 
 

@@ -165,8 +165,9 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: _Measured) 
         "solve": measured.solve / measured.cost * sum(_cost(s.shape) for block in blocks for s in block.sites),
     }
     if walk.matching is not None:
-        # Forward and backward for every epoch, and a look at the held-back windows now and then.
-        found["match"] = one_pass * (3 * walk.matching.epochs + 0.5)
+        # Forward and backward for every epoch, a look at the held-back windows now and then; the dense block beside.
+        beside = 1 if walk.matching.target < 1 else 0
+        found["match"] = one_pass * ((3 + beside) * walk.matching.epochs + 0.5 * (1 + beside))
     if walk.budget != "uniform":
         found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
     if walk.budget == "loss":

@@ -13,6 +13,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from alps.models.blocks import Block
+from alps.models.sites import Site, routing_parameters
+
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
 
@@ -50,6 +53,34 @@ class Tuned:
         if self.mask is None:
             return values
         return values.masked_fill_(values == 0, torch.finfo(self.stored).tiny)
+
+
+def tunable(block: Block, norms: bool) -> list[Tuned]:
+    """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted; nothing fixed."""
+    sites: dict[int, list[Site]] = {}
+    for site in block.sites:
+        sites.setdefault(id(site.parameter), []).append(site)
+    routing = routing_parameters(block.module)
+    found = []
+    for name, parameter in block.module.named_parameters():
+        if name in block.fixed:
+            continue
+        if id(parameter) in sites:
+            mask = _kept(parameter, sites[id(parameter)])
+            found += [Tuned(parameter, mask, parameter.dtype)] if bool(mask.any()) else []
+        elif norms and parameter.ndim == 1 and id(parameter) not in routing:
+            found.append(Tuned(parameter, None, parameter.dtype))
+    return found
+
+
+def _kept(parameter: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Mask of the nonzero weights; of a fused parameter those of the experts among `sites`."""
+    mask = parameter.detach() != 0
+    experts = {site.expert for site in sites if site.expert is not None}
+    if experts:
+        for expert in set(range(len(mask))) - experts:
+            mask[expert] = False
+    return mask
 
 
 class Masters:

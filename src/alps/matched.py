@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from alps.config import parse_target
 from alps.data.mix import Mix, load_calibration
 from alps.errors import ConfigError
 from alps.halves import fast_halves
 from alps.loaded import Loaded, load
-from alps.matching import Matching, Predictions, match
+from alps.matching import MATCH_TARGET, Matching, Predictions, match
 from alps.models.blocks import find_blocks, on_device
 from alps.models.capture import BlockInputs, capture
 from alps.models.probe import Head
@@ -35,6 +36,7 @@ class MatchSettings(BaseModel):
 
     Attributes:
         epochs: passes over the windows that are not held back.
+        target: `pruned`, `dense` or a share between 0 and 1, see `alps.matching.Matching`.
         rate: Adam's step size at its largest.
         calibration: text, `self` (sampled from the dense model) or a mix, see `alps.data.mix.load_calibration`.
         samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. At least one of them is
@@ -46,6 +48,7 @@ class MatchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     epochs: int = Field(default=1, ge=1)
+    target: str | float = MATCH_TARGET
     rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     calibration: str = "c4"
     samples: int = Field(default=128, ge=2)
@@ -55,6 +58,14 @@ class MatchSettings(BaseModel):
     dtype: str = "auto"
     offload: bool = False
 
+    def matching(self) -> Matching:
+        """How blocks are tuned.
+
+        Raises:
+            ConfigError: for a target that is none.
+        """
+        return Matching(epochs=self.epochs, target=parse_target(self.target), rate=self.rate)
+
 
 def match_settings(given: dict[str, Any]) -> MatchSettings:
     """Settings from the values that are not None.
@@ -62,7 +73,9 @@ def match_settings(given: dict[str, Any]) -> MatchSettings:
     Raises:
         ConfigError: for a value of the wrong kind or range, or an unknown name.
     """
-    return read_settings(MatchSettings, given)
+    settings = read_settings(MatchSettings, given)
+    settings.matching()
+    return settings
 
 
 def match_directory(
@@ -136,6 +149,7 @@ def match_pair(
         dense=dense.name,
         pruned=pruned.name,
         epochs=settings.epochs,
+        target=settings.matching().target,
         rate=settings.rate,
         blocks=len(records),
         zeros=zeros,
@@ -152,7 +166,7 @@ def match_pair(
 def _match_blocks(
     dense: nn.Module, pruned: nn.Module, ids: Tensor, settings: MatchSettings, device: torch.device, watcher: Watcher
 ) -> list[MatchRecord]:
-    matching = Matching(epochs=settings.epochs, rate=settings.rate)
+    matching = settings.matching()
     models, tuned = find_blocks(dense), find_blocks(pruned)
     # Two batches at least: one is held back.
     batch = max(min(matching.tokens // ids.shape[1], len(ids) // 2), 1)
@@ -169,11 +183,11 @@ def _match_blocks(
             inputs = _captured(capture(pruned, tuned, ids, batch), storage)
             predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))
             for model, block in zip(models, tuned, strict=True):
-                with on_device(model, device):
+                with on_device(model, device), on_device(block, device):
                     targets.advance(model.index, model.module, device)
-                with on_device(block, device):
                     ending = predictions if block is tuned[-1] else None
-                    records.append(match(block, inputs, targets.hidden, matching, device, settings.seed, ending))
+                    how = (matching, device, settings.seed, ending, None, model)
+                    records.append(match(block, inputs, targets.hidden, *how))
                     if block is not tuned[-1]:
                         inputs.advance(block.index, block.module, device)
                 watcher.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")

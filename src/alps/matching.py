@@ -1,8 +1,11 @@
 """Block matching: tune the kept weights of a pruned block until it answers like the dense block.
 
 legend  Y    output of the pruned block on the pruned prefix's inputs     (tokens, features)
+        Y_p  output of the dense block on the pruned prefix's inputs      (tokens, features)
         Y_d  output of the dense block on the dense model's inputs        (tokens, features)
-The loss is the mean over tokens of ||Y - Y_d||^2 / ||Y_d||^2: relative to every token's own size, since a single
+        t    share of the dense stream, 0 to 1                            scalar
+        T    what is aimed at, Y_p + t (Y_d - Y_p)                        (tokens, features)
+The loss is the mean over tokens of ||Y - T||^2 / ||T||^2: relative to every token's own size, since a single
 token with a massive activation can hold 98 % of the energy of a block's output (Sun et al., arXiv 2402.17762). The
 supports stay as they are. After the last block, where the head reads, it is the mean over tokens of KL(dense || pruned)
 between the predictions. Block-wise reconstruction of pruned models: EBFT (arXiv 2402.12419), transformer matching in
@@ -22,12 +25,14 @@ from torch import Tensor
 from alps.distributed import Group
 from alps.divergence import kl_divergence
 from alps.errors import SolveFailed
-from alps.masters import Masters, Tuned
+from alps.masters import Masters, tunable
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.probe import Head
-from alps.models.sites import Site, routing_parameters
 from alps.records import MatchRecord
+
+# Chosen on held-back text: docs/experiments.md, "Why matching forgets copying".
+MATCH_TARGET = 0.4
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Matching:
 
     Attributes:
         epochs: passes over the calibration windows.
+        target: share of the dense stream in what is aimed at; 0 is what the dense block makes of the pruned prefix's
+            inputs, 1 the dense model's own states.
         rate: Adam's step size, at its largest.
         floor: the step size falls along a cosine to this share of the largest.
         held_back: share of the windows kept apart, on which the best state is chosen.
@@ -45,6 +52,7 @@ class Matching:
     """
 
     epochs: int = 1
+    target: float = MATCH_TARGET
     rate: float = 3e-4
     floor: float = 0.1
     held_back: float = 0.0625
@@ -85,6 +93,7 @@ def match(
     seed: int = 0,
     predictions: Predictions | None = None,
     peers: Group | None = None,
+    twin: Block | None = None,
 ) -> MatchRecord:
     """Tune a pruned block in place.
 
@@ -97,6 +106,7 @@ def match(
         seed: shuffles the batches.
         predictions: for the last block: compare what the head makes of the outputs.
         peers: processes that have the other windows of every batch, and take the same steps.
+        twin: the dense block, on `device`; not needed where only the dense stream is aimed at.
 
     Returns:
         What became of the loss; the block is left as it was unless the loss on the held-back windows fell.
@@ -104,15 +114,24 @@ def match(
     Raises:
         SolveFailed: when the loss is not finite before anything was tuned.
     """
+    assert twin is not None or settings.target == 1, "without the dense block only the dense stream can be aimed at"
+
+    def aimed_at(batch: int, window: int) -> Tensor:
+        dense = targets[batch][window : window + 1].to(device)
+        if twin is None or settings.target == 1:
+            return dense
+        with torch.no_grad():
+            near = inputs.run(twin.index, twin.module, batch, device, window)
+        return near.float().lerp(dense.float(), settings.target).to(dense.dtype)
 
     def loss_of(batch: int, window: int) -> Tensor:
         output = inputs.run(block.index, block.module, batch, device, window)
-        target = targets[batch][window : window + 1].to(device)
+        target = aimed_at(batch, window)
         return relative_loss(output, target) if predictions is None else predictions.loss(output, target, batch, window)
 
     sizes = [len(one) for one in targets]
     tuning = _Tuning(block.index, loss_of, sizes, _totals(sizes, peers), settings, seed, peers)
-    tuned = _tuned(block, settings.norms)
+    tuned = tunable(block, settings.norms)
     if not tuned:
         return tuning.untouched()
     # Nothing outside the block may take a gradient, the head least of all.
@@ -126,34 +145,6 @@ def _totals(sizes: Sequence[int], peers: Group | None) -> list[int]:
     """Windows of every batch in all processes, of which one may have none of the last batch."""
     every: list[list[int]] = [list(sizes)] if peers is None else peers.gathered(list(sizes))
     return [sum(one[i] for one in every if i < len(one)) for i in range(max(map(len, every)))]
-
-
-def _tuned(block: Block, norms: bool) -> list[Tuned]:
-    """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted; nothing fixed."""
-    sites: dict[int, list[Site]] = {}
-    for site in block.sites:
-        sites.setdefault(id(site.parameter), []).append(site)
-    routing = routing_parameters(block.module)
-    found = []
-    for name, parameter in block.module.named_parameters():
-        if name in block.fixed:
-            continue
-        if id(parameter) in sites:
-            mask = _kept(parameter, sites[id(parameter)])
-            found += [Tuned(parameter, mask, parameter.dtype)] if bool(mask.any()) else []
-        elif norms and parameter.ndim == 1 and id(parameter) not in routing:
-            found.append(Tuned(parameter, None, parameter.dtype))
-    return found
-
-
-def _kept(parameter: Tensor, sites: Sequence[Site]) -> Tensor:
-    """Mask of the nonzero weights; of a fused parameter those of the experts among `sites`."""
-    mask = parameter.detach() != 0
-    experts = {site.expert for site in sites if site.expert is not None}
-    if experts:
-        for expert in set(range(len(mask))) - experts:
-            mask[expert] = False
-    return mask
 
 
 @dataclass

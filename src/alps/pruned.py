@@ -27,6 +27,7 @@ from alps.report import RunReport
 from alps.resume import Resumable
 from alps.running import build_walk, check_calibrated, run, windows_of, write
 from alps.solvers import Method
+from alps.solvers.target import QUIET_TOKENS
 from alps.walk import Walk
 
 
@@ -59,6 +60,8 @@ class Job:
         if (matching := self.walk.matching) is not None:
             # They are no settings, and another version may take others.
             facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
+        if self.walk.target:
+            facts["target's damping"] = f"{QUIET_TOKENS} tokens"
         object.__setattr__(self, "facts", facts)
 
     def _described(self) -> dict[str, str]:
@@ -69,7 +72,7 @@ class Job:
             "pattern": walk.pattern,
             "order": walk.order,
             "target": walk.target,
-            "match": 0 if walk.matching is None else walk.matching.epochs,
+            "match": 0 if walk.matching is None else (walk.matching.epochs, walk.matching.target),
             "budget": walk.budget,
             "rules": walk.rules,
             "respect_zeros": walk.respect_zeros,

@@ -54,6 +54,7 @@ class MatchRun(Record):
     Attributes:
         dense, pruned: as the user named them.
         epochs, rate: passes over the windows that were not held back, and Adam's step size at its largest.
+        target: share of the dense stream that was aimed at.
         blocks: how many were looked at.
         zeros: of all sites, counted afterwards; as many as before.
         seconds: wall time of all blocks.
@@ -63,6 +64,7 @@ class MatchRun(Record):
     dense: str
     pruned: str
     epochs: int
+    target: float = 1.0
     rate: float
     blocks: int
     zeros: int

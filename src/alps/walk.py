@@ -195,7 +195,7 @@ class Walk:
                         assert dense is not None
                         with self._phases.timed("match"):
                             targets = dense.inputs.hidden
-                            how = (self.matching, self.device, 0, ending, self._peers)
+                            how = (self.matching, self.device, 0, ending, self._peers, dense.block)
                             self.matches.append(match(block, inputs, targets, *how))
                     self._keep(block)
                 if ending is None:

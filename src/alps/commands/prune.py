@@ -12,6 +12,7 @@ from alps.commands.consoles import consoles
 from alps.config import load_settings
 from alps.distributed import alone, joined
 from alps.forecast import forecast_summary
+from alps.matching import MATCH_TARGET
 from alps.presets import PRESETS
 from alps.pruned import foresee, prune_directory
 from alps.solvers import METHODS
@@ -45,6 +46,10 @@ def prune(
     ] = None,
     match: Annotated[
         int | None, typer.Option(help="Epochs of tuning every pruned block to the dense one's outputs.  [by preset]")
+    ] = None,
+    match_target: Annotated[
+        str | None,
+        typer.Option(help=f"What --match aims at: pruned, dense, or a share in between.  [default: {MATCH_TARGET}]"),
     ] = None,
     budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
     keep_dense: Annotated[
@@ -103,6 +108,7 @@ def prune(
         "order": order,
         "target": target,
         "match": match,
+        "match_target": match_target,
         "budget": budget,
         "keep_dense": keep_dense,
         "respect_zeros": respect_zeros,

@@ -55,6 +55,13 @@ def match_command(
     pruned: Annotated[str, typer.Argument(help="A directory that was pruned from it, by anything.")],
     out: Annotated[Path, typer.Argument(help="Directory to create for the matched checkpoint.")],
     epochs: Annotated[int | None, typer.Option(help="Passes over the windows.  [default: 1]")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="pruned (what DENSE's block makes of what PRUNED's receives), dense (its own outputs), or a share "
+            "between 0 and 1.  [default: 0.4]"
+        ),
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 3e-4]")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="As in `alps prune`; self is sampled from DENSE.  [default: c4]")
@@ -75,6 +82,7 @@ def match_command(
 
     given: dict[str, Any] = {
         "epochs": epochs,
+        "target": target,
         "rate": rate,
         "calibration": calibration,
         "samples": samples,

@@ -26,7 +26,7 @@ from alps.stats import InputStats
 
 # Chosen on held-back text at 16 k tokens, where a hundredth of it predicts the text no better, and copied tokens worse:
 # docs/experiments.md, "What a target costs".
-_QUIET_TOKENS = 16_384
+QUIET_TOKENS = 16_384
 _LEAST = 0.01
 
 
@@ -36,7 +36,7 @@ def target_damping(tokens: float) -> float:
     It is what 16,384 more tokens would add that are white, of the mean energy, and the same in both models. Directions
     in which the inputs hardly vary then stay as they are in the dense weight, unless many tokens speak for a change.
     """
-    return max(_QUIET_TOKENS / max(tokens, 1), _LEAST)
+    return max(QUIET_TOKENS / max(tokens, 1), _LEAST)
 
 
 def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
