@@ -15,6 +15,7 @@ import alps
 from alps.cli import app
 from alps.config import load_settings, parse_target
 from alps.errors import ConfigError
+from alps.matched import match_settings
 from alps.matching import Matching
 from alps.presets import PRESETS
 
@@ -26,6 +27,13 @@ def test_a_preset_yields_to_the_file_and_the_file_to_a_flag(tmp_path: Path) -> N
     assert (settings.preset, settings.order, settings.match, settings.budget) == ("best", "sequential", 3, "error")
     assert settings.target_share() == PRESETS["best"]["target"]
     assert settings.matching() == Matching(epochs=3)
+
+
+def test_matching_aims_at_the_dense_stream_unless_told() -> None:
+    unasked = load_settings(None, {"model": "m", "sparsity": 0.5, "match": 1}).matching()
+    told = load_settings(None, {"model": "m", "sparsity": 0.5, "match": 1, "match_target": "0.4"}).matching()
+    assert (unasked, told) == (Matching(target=parse_target("dense")), Matching(target=0.4))
+    assert match_settings({}).matching().target == parse_target("dense")
 
 
 def test_the_paper_is_what_one_gets_unasked() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     """See above."""
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
-    matching = Matching(epochs=int(epochs), tokens=24, held_back=0.3, rate=1e-2) if int(epochs) else None
+    matching = Matching(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2) if int(epochs) else None
     ids = torch.randint(2, 60, (7, 12), generator=torch.Generator().manual_seed(5))
     loaded = Loaded(kind, decoder(kind), None)
     with joined() as group:

@@ -12,7 +12,6 @@ from alps.commands.consoles import consoles
 from alps.config import load_settings
 from alps.distributed import alone, joined
 from alps.forecast import forecast_summary
-from alps.matching import MATCH_TARGET
 from alps.presets import PRESETS
 from alps.pruned import foresee, prune_directory
 from alps.solvers import METHODS
@@ -49,7 +48,7 @@ def prune(
     ] = None,
     match_target: Annotated[
         str | None,
-        typer.Option(help=f"What --match aims at: pruned, dense, or a share in between.  [default: {MATCH_TARGET}]"),
+        typer.Option(help="What --match aims at: pruned, dense, or a share in between.  [default: dense]"),
     ] = None,
     budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
     keep_dense: Annotated[

@@ -59,7 +59,7 @@ def match_command(
         str | None,
         typer.Option(
             help="pruned (what DENSE's block makes of what PRUNED's receives), dense (its own outputs), or a share "
-            "between 0 and 1.  [default: 0.4]"
+            "between 0 and 1.  [default: dense]"
         ),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Largest step size of Adam.  [default: 3e-4]")] = None,
