@@ -16,6 +16,8 @@ from alps.records import CalibrationRecord, MatchRecord, MatchRun, Record, Recov
 from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
+# Phases that are parts of `solve`.
+INSIDE_SOLVE = ("sweep", "select", "swap", "admm", "refit", "exchange")
 
 
 class LayerRecord(Record):

@@ -13,13 +13,28 @@ from rich.text import Text
 from alps.checkpoints.manifest import Manifest
 from alps.evaluation.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.published import PAGE_NAME
-from alps.report import RunReport, all_patterns, kept_sentence
+from alps.report import INSIDE_SOLVE, RunReport, all_patterns, kept_sentence
 
 if TYPE_CHECKING:
     from alps.demo import DemoRow
     from alps.inspection import Inspection
 
 _DENSE_LINES = 20
+_PHASES = (
+    "load",
+    "budget",
+    "capture",
+    "forward",
+    "gram",
+    "prepare",
+    "solve",
+    "errors",
+    "match",
+    "write",
+    "keep",
+    "save",
+)
+_ORDER = {phase: place for place, phase in enumerate(_PHASES)}
 
 
 def prune_summary(report: RunReport, out: Path) -> Text:
@@ -44,9 +59,9 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     if noted:
         lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
     phases = ", ".join(
-        f"{phase} {report.seconds[phase]:.1f}"
-        for phase in ("load", "forward", "gram", "prepare", "solve", "errors", "save")
-        if phase in report.seconds
+        f"{phase} {seconds:.1f}"
+        for phase, seconds in sorted(report.seconds.items(), key=lambda one: _ORDER.get(one[0], len(_ORDER)))
+        if phase not in (*INSIDE_SOLVE, "total")
     )
     memory = f"{report.peak_host_bytes / 2**30:.2f} GiB"
     if report.peak_device_bytes:

@@ -22,10 +22,10 @@ from alps.page.drawing import (
     svg,
 )
 from alps.page.runs import Runs
+from alps.report import INSIDE_SOLVE
 from alps.results import Result
 
 # Phases of a run in the order of the work; those of a solve are inside `solve`.
-_INSIDE_SOLVE = ("sweep", "select", "swap", "admm", "refit", "exchange")
 _BAR, _ROW = 13.0, 34.0
 
 
@@ -128,9 +128,9 @@ def cost(runs: Runs) -> Section | None:
 
 def phases(seconds: dict[str, float]) -> dict[str, float]:
     """Wall time by phase, nothing counted twice; what no phase claims is `other`."""
-    total = seconds.get("total", sum(v for k, v in seconds.items() if k not in _INSIDE_SOLVE))
+    total = seconds.get("total", sum(v for k, v in seconds.items() if k not in INSIDE_SOLVE))
     parts = {name: value for name, value in seconds.items() if name != "total"}
-    inside = sum(parts.get(name, 0.0) for name in _INSIDE_SOLVE)
+    inside = sum(parts.get(name, 0.0) for name in INSIDE_SOLVE)
     parts["solve"] = max(parts.get("solve", 0.0) - inside, 0.0)
     parts["other"] = max(total - sum(parts.values()), 0.0)
     return parts
