@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from alps.inspection import Inspection
 
 _DENSE_LINES = 20
-_PHASES = (
-    "load",
-    "budget",
-    "capture",
-    "forward",
-    "gram",
-    "prepare",
-    "solve",
-    "errors",
-    "match",
-    "write",
-    "keep",
-    "save",
-)
-_ORDER = {phase: place for place, phase in enumerate(_PHASES)}
 
 
 def prune_summary(report: RunReport, out: Path) -> Text:
@@ -60,7 +45,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
         lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
     phases = ", ".join(
         f"{phase} {seconds:.1f}"
-        for phase, seconds in sorted(report.seconds.items(), key=lambda one: _ORDER.get(one[0], len(_ORDER)))
+        for phase, seconds in sorted(report.seconds.items(), key=lambda one: one[0] != "load")
         if phase not in (*INSIDE_SOLVE, "total")
     )
     memory = f"{report.peak_host_bytes / 2**30:.2f} GiB"
