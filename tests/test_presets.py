@@ -136,6 +136,7 @@ def test_the_best_preset_from_end_to_end(stories: Path, english_file: Path, tmp_
         (("--sparsity", "0.6", "--target", "2"), "Target '2' is wrong"),
         (("--sparsity", "0.6", "--match", "-1"), "Setting 'match'"),
         (("--sparsity", "0.6", "--match", "1", "--match-target", "near"), "Match target 'near' is wrong"),
+        (("--sparsity", "0.6", "--match-target", "0.4"), "Match target '0.4' aims at nothing"),
         (("--sparsity", "0.6", "--budget", "lots"), "Budget 'lots' is unknown"),
         (("--pattern", "2:4", "--budget", "loss"), "moves zeros between sites"),
     ],

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from alps.budgets import check_budget
 from alps.checkpoints.directory import check_target
-from alps.config import parse_target, split_names
+from alps.config import matching_of, parse_target, split_names
 from alps.data.mix import load_calibration
 from alps.errors import ConfigError
 from alps.loaded import Loaded
-from alps.matching import MATCH_TARGET, Matching
+from alps.matching import MATCH_TARGET
 from alps.models.finite import check_finite
 from alps.models.order import Order
 from alps.presets import PAPER, preset_steps
@@ -95,8 +95,7 @@ def prune(
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    aim = parse_target(match_target, "match_target")
-    matching = Matching(epochs=steps["match"], target=aim) if steps["match"] else None
+    matching = matching_of(steps["match"], match_target)
     walk = Walk(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
     walk.budget, walk.watcher, walk.respect_zeros = steps["budget"], watcher or Silent(), respect_zeros
     walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))

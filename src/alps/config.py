@@ -123,9 +123,8 @@ class PruneSettings(BaseModel):
         return parse_target(self.target)
 
     def matching(self) -> Matching | None:
-        """Block matching, if it is asked for."""
-        target = parse_target(self.match_target, "match_target")
-        return Matching(epochs=self.match, target=target) if self.match else None
+        """Block matching, if it is asked for; see `matching_of`."""
+        return matching_of(self.match, self.match_target)
 
     def rules(self) -> Rules:
         """What is said of parts of the model by name.
@@ -152,6 +151,18 @@ class PruneSettings(BaseModel):
     def to_yaml(self) -> str:
         """The resolved settings, one key a line."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def matching_of(epochs: int, target: str | float) -> Matching | None:
+    """Block matching of so many epochs, None for 0 of them.
+
+    Raises:
+        ConfigError: for a target that is none, or another than the default where nothing is matched.
+    """
+    share = parse_target(target, "match_target")
+    if not epochs and share != MATCH_TARGET:
+        raise ConfigError(f"Match target '{target}' aims at nothing: give --match EPOCHS too, or --preset best.")
+    return Matching(epochs=epochs, target=share) if epochs else None
 
 
 def parse_target(target: str | float, name: str = "target") -> float:
