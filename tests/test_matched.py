@@ -257,21 +257,9 @@ def test_the_command_end_to_end(
     arguments = ["--sparsity", 0.6, "--method", "magnitude", "--no-errors"]
     assert run_alps(monkeypatch, "prune", stories, pruned, *arguments) == 0
     capsys.readouterr()
-    sizes = [
-        "--calibration",
-        english_file,
-        "--samples",
-        40,
-        "--seqlen",
-        32,
-        "--rate",
-        0.003,
-        "--epochs",
-        2,
-        "--target",
-        "pruned",
-    ]
-    assert run_alps(monkeypatch, "match", stories, pruned, out, *sizes) == 0
+    sizes = ["--calibration", english_file, "--samples", 40, "--seqlen", 32]
+    steps = ["--rate", 0.003, "--epochs", 2, "--target", "pruned"]
+    assert run_alps(monkeypatch, "match", stories, pruned, out, *sizes, *steps) == 0
     printed = capsys.readouterr()
     assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err

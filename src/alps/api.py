@@ -76,8 +76,8 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        preset, order, target, match, match_target, budget, keep_dense, overrides, respect_zeros: as in
-            `alps.config.PruneSettings`; None is as the preset says.
+        preset, order, target, match, budget, match_target, keep_dense, overrides, respect_zeros: as in
+            `alps.config.PruneSettings`; None for one of the first is as the preset says.
         watcher: told after every site.
 
     Raises:

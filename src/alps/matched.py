@@ -74,7 +74,7 @@ def match_settings(given: dict[str, Any]) -> MatchSettings:
         ConfigError: for a value of the wrong kind or range, or an unknown name.
     """
     settings = read_settings(MatchSettings, given)
-    settings.matching()
+    settings.matching()  # refused here, before any model is loaded
     return settings
 
 

@@ -93,7 +93,7 @@ class RunReport(Record):
         matches: block matching, every block of the run itself and then of every one of `match_runs`, in order.
         match_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
         seconds: wall time by phase: load, budget, capture, forward (all passes of every block), gram, prepare, solve
-            (admm, refit, sweep, select, swap inside it), match, errors, write, save, total.
+            (`INSIDE_SOLVE` are parts of it), errors, match, keep (blocks for the journal), write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
         notes: what else is to be known of the run, in sentences.
