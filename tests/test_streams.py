@@ -29,7 +29,7 @@ Inputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 @pytest.fixture
 def _trusting(monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> None:
     """Let few tokens move a target as far as many would: the damping is a tenth of the mean diagonal."""
-    monkeypatch.setattr(alps.solvers.target, "_QUIET_TOKENS", 0.1 * ids.numel())
+    monkeypatch.setattr(alps.solvers.target, "QUIET_TOKENS", 0.1 * ids.numel())
 
 
 def _prune(model: nn.Module, ids: Tensor, **settings: Any) -> Walk:
