@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from alps.cli import app
 from alps.errors import ConfigError
-from alps.forecast import _Measured, _seconds, forecast, forecast_summary, peak
+from alps.forecast import _seconds, forecast, forecast_summary, peak
 from alps.loaded import Loaded, open_model
 from alps.matching import Matching
 from alps.models.blocks import find_blocks
+from alps.rates import Measured
 from alps.solvers import get_method
 from alps.solvers.pattern import SemiStructured, Unstructured
 from alps.walk import Walk
@@ -53,27 +54,34 @@ def test_counts_and_sizes_are_exact(
         "statistics": 2 * 8 * (3 * 32**2 + 44**2),
         "activations": 2 * 160 * 32 * 2,
         "inputs of the dense block": 160 * (3 * 32 + 44) * 2,
+        "settled parts": 160 * (32 + 44) * 2,
     }
     at_work = sum(found.memory.values()) - found.memory["outside the blocks"]
     assert peak(found.memory, True) == at_work
+    # What is settled is tuned by matching: nothing is kept of the MLP for a step that begins at the block's start.
+    walk.matching = Matching(epochs=1)
+    assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 160 * 32 * 2
+    walk.activation_bytes = 160 * 32 * 2 - 1
+    assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 0
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
 def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     blocks = find_blocks(tiny_model("llama"))
     walk = Walk(get_method("alps"), _HALF, _CPU, matching=Matching(epochs=2), budget="loss")
-    measured = _Measured(forward=1.0, observe=3.0, gram=0.5, solve=10.0, cost=5.0)
+    measured = Measured(forward=1.0, observe=3.0, advance=0.75, gram=0.5, solve=10.0, cost=5.0)
     found = _seconds(walk, blocks, 1000, measured)
     cost = sum(m * n * n + n**3 for block in blocks for m, n in (site.shape for site in block.sites))
     assert found == {
-        "forward": 4 * 1000 * 3,
+        "forward": 4.75 * 1000 * 3,
         "gram": 0.5 * 1000 * 3,
         "solve": 2.0 * cost,
         "match": 6.5 * 3000,
         "budget": 2.5 * 1000 * 3 + 512 * 7 * (3 + 2 + 1),
     }
-    walk.matching = Matching(epochs=2, target=0.4)
-    assert _seconds(walk, blocks, 1000, measured)["match"] == 9 * 3000
+    walk.matching, walk.target = Matching(epochs=2, target=0.4), 0.4
+    found = _seconds(walk, blocks, 1000, measured)
+    assert (found["match"], found["forward"]) == (9 * 3000, 3.75 * 3000)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -120,6 +128,6 @@ def test_random_tokens_are_of_the_vocabulary(tiny_model: Callable[..., Any], mon
         seen.append(drawn)
         return drawn
 
-    monkeypatch.setattr("alps.forecast.torch.randint", note)
+    monkeypatch.setattr("alps.rates.torch.randint", note)
     forecast(Loaded("tiny", tiny_model("llama"), None), Walk(get_method("wanda"), _HALF, _CPU), 4, 16)
     assert seen[0].shape == (1, 16) and int(seen[0].max()) < 64

@@ -1,34 +1,25 @@
 """What a run will do, hold and take, before it is begun: from the skeleton, and from seconds of measurement here.
 
-The block in the middle is run on a few hundred random tokens and its sites are solved, smallest first, until the time
-for that is spent. Forwards and Grams grow with the tokens and the blocks; a solve grows as m n^2 + n^3 (m outputs, n
-inputs). Matching takes a forward and a backward pass, three forwards, for each token. All of it is an estimate.
+Forwards and Grams grow with the tokens and the blocks; a solve grows as m n^2 + n^3 (m outputs, n inputs). Matching
+takes a forward and a backward pass, three forwards, for each token. All of it is an estimate.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from alps.budgets import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
-from alps.halves import fast_halves
 from alps.loaded import Loaded
-from alps.models.blocks import Block, on_device
-from alps.models.capture import BlockInputs, capture
-from alps.models.order import observations
-from alps.models.streams import KEEP_BYTES, DenseStream
+from alps.models.blocks import Block
+from alps.models.streams import KEEP_BYTES
+from alps.rates import Measured, cost, measure
 from alps.records import Record
-from alps.runtime import exact_float32
-from alps.solving import Phases
 from alps.stats import InputSums
 from alps.walk import Walk
 
-_TOKENS = 512
-_SECONDS = 20.0
 # Float32 matrices that a solver holds at once: of the size of the Gram, and of the size of the weight.
 _GRAMS, _WEIGHTS = 4, 6
 _DENSE_LINES = 20
@@ -71,18 +62,6 @@ class Forecast(Record):
     measured: float
 
 
-@dataclass
-class _Measured:
-    """Seconds a token of one block's forward, of its observations, and of its Grams; seconds of a unit of solving."""
-
-    forward: float = 0.0
-    observe: float = 0.0
-    gram: float = 0.0
-    solve: float = 0.0
-    cost: float = 0.0
-    inputs: list[int] = field(default_factory=list)
-
-
 def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
     """What `walk` would do to a model with so many windows of so many tokens; nothing is changed.
 
@@ -97,7 +76,7 @@ def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
     loaded.check_length(seqlen)
     sites = [site for block in blocks for site in block.sites]
     kinds = Counter((site.kind, site.shape) for site in sites)
-    measured = _measure(loaded, walk, blocks, min(seqlen, _TOKENS)) if walk.reads_inputs else None
+    measured = measure(loaded, walk, blocks, seqlen) if walk.reads_inputs else None
     return Forecast(
         architecture=type(loaded.model).__name__,
         method=walk.method.name,
@@ -115,59 +94,20 @@ def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
     )
 
 
-def _measure(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int) -> _Measured:
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    model = loaded.model.eval()
-    inputs, found, pruned = capture(model, blocks, ids, 1), _Measured(), [block for block in blocks if block.sites]
-    block = pruned[len(pruned) // 2]
-    with exact_float32(), fast_halves(walk.device, model), on_device(block, walk.device):
-        # Solves write into a copy.
-        copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
-        _timed_forward(inputs, copy, walk)
-        found.forward = _timed_forward(inputs, copy, walk) / tokens
-        dense = DenseStream(block, inputs.beside()) if walks_dense else None
-        start = time.perf_counter()
-        seen = list(observations(copy, inputs, walk.needs, walk.device, walk.order, dense))
-        found.gram = sum(one.seconds for one in seen) / tokens
-        found.observe = (time.perf_counter() - start) / tokens - found.gram
-        shared = [one for observation in seen for one in observation.shared]
-        found.inputs = [one.sites[0].shape[1] for one in shared]
-        solver = walk.solver(blocks, Phases(walk.device), [])
-        spent = time.perf_counter()
-        for one in sorted(shared, key=lambda one: _cost(one.sites[0].shape)):
-            start = time.perf_counter()
-            solver.shared_input(copy, one)
-            found.solve += time.perf_counter() - start
-            found.cost += sum(_cost(site.shape) for site in one.sites)
-            if time.perf_counter() - spent > _SECONDS:
-                break
-    return found
-
-
-def _timed_forward(inputs: BlockInputs, block: Block, walk: Walk) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        inputs.run(block.index, block.module, 0, walk.device)
-    return time.perf_counter() - start
-
-
-def _cost(shape: tuple[int, int]) -> float:
-    return float(shape[0] * shape[1] ** 2 + shape[1] ** 3)
-
-
-def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: _Measured) -> dict[str, float]:
+def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: Measured) -> dict[str, float]:
     count = len(blocks)
     one_pass = measured.forward * tokens * count
+    # What the dense model makes of a block comes with its inputs, where a target needs them.
+    beside = one_pass if walk.matching is not None and not walk.target else 0.0
     found = {
-        "forward": measured.observe * tokens * count + one_pass,
+        "forward": (measured.observe + measured.advance) * tokens * count + beside,
         "gram": measured.gram * tokens * count,
-        "solve": measured.solve / measured.cost * sum(_cost(s.shape) for block in blocks for s in block.sites),
+        "solve": measured.solve / measured.cost * sum(cost(s.shape) for block in blocks for s in block.sites),
     }
     if walk.matching is not None:
         # Forward and backward for every epoch, a look at the held-back windows now and then; the dense block beside.
-        beside = 1 if walk.matching.target < 1 else 0
-        found["match"] = one_pass * ((3 + beside) * walk.matching.epochs + 0.5 * (1 + beside))
+        twice = 1 if walk.matching.target < 1 else 0
+        found["match"] = one_pass * ((3 + twice) * walk.matching.epochs + 0.5 * (1 + twice))
     if walk.budget != "uniform":
         found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
     if walk.budget == "loss":
@@ -177,7 +117,7 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: _Measured) 
     return found
 
 
-def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measured: _Measured | None) -> dict[str, int]:
+def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measured: Measured | None) -> dict[str, int]:
     parameters = list(loaded.model.parameters())
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     largest = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
@@ -194,10 +134,14 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         size = next(p for p in parameters if id(p) in inside).dtype.itemsize
         width = _width(loaded.blocks())
         states = tokens * width * size * (2 if walks_dense else 1)
+        room = KEEP_BYTES if walk.activation_bytes is None else min(KEEP_BYTES, walk.activation_bytes)
         kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
         found["statistics"] = sum(InputSums.nbytes(n, walk.needs) for n in measured.inputs)
         found["activations"] = states if walk.activation_bytes is None else min(states, walk.activation_bytes)
-        found["inputs of the dense block"] = kept if kept <= KEEP_BYTES else 0
+        found["inputs of the dense block"] = kept if kept <= room else 0
+        found["settled parts"] = 0
+        for part in (tokens * features * size for features in measured.settled):
+            found["settled parts"] += part if found["settled parts"] + part <= room else 0
     return found
 
 
@@ -213,7 +157,8 @@ def _bytes(tensor: Tensor) -> int:
 def peak(memory: dict[str, int], streamed: bool) -> int:
     """The largest sum of what is held at one time, without the program itself."""
     always = memory.get("activations", 0) + memory.get("whole model", 0)
-    at_work = sum(memory.get(name, 0) for name in ("block", "solver", "statistics", "inputs of the dense block"))
+    together = ("block", "solver", "statistics", "inputs of the dense block", "settled parts")
+    at_work = sum(memory.get(name, 0) for name in together)
     return always + (max(at_work, memory["outside the blocks"]) if streamed else at_work)
 
 

@@ -2,8 +2,8 @@
 
 For every block: one pass over the calibration batches collects the inputs of its sites, the sites are solved and
 written back, a second pass turns the batches into the inputs of the next block. In sequential order there is a pass for
-every input of a block, so that each site is solved on what those before it leave of it. With a dense target or
-block matching the dense model walks beside: a second set of activations, and a dense copy of one block.
+every input, which goes on behind what is settled, so that each site is solved on what those before it leave of it. With
+a dense target or block matching the dense model walks beside: other activations, and a dense copy of one block.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from alps.models.capture import BlockInputs, batch_tokens, capture
 from alps.models.observe import Observation
 from alps.models.order import Order, observations
 from alps.models.probe import Head
+from alps.models.settled import Settled
 from alps.models.starving import SharedInput
 from alps.models.streams import DenseStream
 from alps.progress import Silent, Watcher
@@ -165,27 +166,28 @@ class Walk:
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._phases.timed("capture"):
-            tokens, sizes = windows.shape[1], list[int]()
-            if self.matching is not None:
-                sizes = self.group.shares(len(windows), self.matching.tokens // tokens)
+            tokens, tuned = windows.shape[1], self.matching
+            sizes = [] if tuned is None else self.group.shares(len(windows), tuned.tokens // tokens)
             windows = self.group.share(windows)
-            storage = torch.device("cpu") if self.offload else self.device
-            kept = Activations(storage, self.activation_bytes, self.spill_folder)
+            home = torch.device("cpu") if self.offload else self.device
+            kept = Activations(home, self.activation_bytes, self.spill_folder)
             inputs = capture(model, blocks, windows, sizes or max(batch_tokens(blocks, self.device) // tokens, 1), kept)
-        head = Head(model, blocks, inputs.bare)
-        predictions = Predictions(head, torch.split(windows, [len(one) for one in inputs.hidden]))
-        walks_dense = self.target > 0 or self.matching is not None
-        dense_inputs = inputs.beside() if walks_dense else None
+        split = torch.split(windows, [len(one) for one in inputs.hidden])
+        predictions = Predictions(Head(model, blocks, inputs.bare), split)
+        dense_inputs = inputs.beside() if self.target > 0 or self.matching is not None else None
         solver = self.solver(blocks, self._phases, self.records)
         for block in blocks:
             with on_device(block, self.device):
                 dense = None if dense_inputs is None else DenseStream(block.twin(), dense_inputs)
                 ending = predictions if block is blocks[-1] else None
                 restored = self._restored(block)
+                rest, advances = inputs, self.matching is None and ending is None
                 if not restored:
                     if self.resumable is not None:
                         self.resumable.begin(self.seconds)
-                    for seen in self._observations(block, inputs, dense):
+                    if self.order == "sequential":
+                        rest = Settled(block, inputs, self.device, advances)
+                    for seen in self._observations(block, rest, dense):
                         solve_sites(solver, self.group, block, seen.shared)
                 if dense is not None and (self.matching is not None or ending is None):
                     with self._phases.timed("forward"):
@@ -193,14 +195,14 @@ class Walk:
                 if not restored:
                     if self.matching is not None:
                         assert dense is not None
+                        rest = inputs  # what was settled is tuned now
                         with self._phases.timed("match"):
-                            targets = dense.inputs.hidden
                             how = (self.matching, self.device, 0, ending, self._peers, dense.block)
-                            self.matches.append(match(block, inputs, targets, *how))
+                            self.matches.append(match(block, inputs, dense.inputs.hidden, *how))
                     self._keep(block)
                 if ending is None:
                     with self._phases.timed("forward"):
-                        inputs.advance(block.index, block.module, self.device)
+                        rest.advance(block.index, block.module, self.device)
 
     def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
         steps = observations(block, inputs, self.needs, self.device, self.order, dense, self._peers)

@@ -10,6 +10,7 @@ import torch
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.observe import Observation, discover, observe
+from alps.models.settled import Settled
 from alps.models.sites import Site
 from alps.models.starving import Peers
 from alps.models.streams import DenseStream
@@ -31,7 +32,7 @@ def observations(
 
     Args:
         block: the block, on `device`.
-        inputs: hidden states and arguments of this block.
+        inputs: hidden states and arguments of this block; a pass over `Settled` ones goes on where the last one ended.
         needs: what to collect.
         device: where the forward runs and the sums live.
         order: `block` gives one answer; `sequential` one for every input, in the order of the forward (the inputs of
@@ -55,9 +56,13 @@ def observations(
     for group in groups:
         steps.setdefault(group[0].parameter_name, []).append(group)
     for step in steps.values():
+        if isinstance(inputs, Settled):
+            inputs.expect(step)
         yield observe(block, inputs, needs, device, step, dense, peers)
     found = {site.name for group in groups for site in group}
     if rest := [site for site in block.sites if site.name not in found]:
+        if isinstance(inputs, Settled):
+            inputs.forget()
         yield observe(block.only(rest), inputs, needs, device, dense=dense, peers=peers)
 
 

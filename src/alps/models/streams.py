@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.models.activations import Activations
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.experts import watching_products
 from alps.models.sites import Site
 
-# What a dense block's sites received is kept until the block is done while it takes no more than this.
+# What sites received, of either model, is kept until their block is done while it takes no more than this.
 KEEP_BYTES = 2**31
+
+
+def keep_bytes(activations: Activations) -> int:
+    """What one stream may keep of the block that is being pruned, besides the hidden states between blocks."""
+    return KEEP_BYTES if activations.limit is None else min(KEEP_BYTES, activations.limit)
 
 
 class AllSeen(Exception):
@@ -24,10 +30,11 @@ class AllSeen(Exception):
 
 
 @contextmanager
-def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], first: bool = False) -> Iterator[None]:
     """Call `callback(site, input)` before every forward of a site for the time of the body.
 
-    An expert's slice has no forward: it is called back before every product with it.
+    An expert's slice has no forward: it is called back before every product with it. With `first` the call comes before
+    those of others that watch the same site already.
     """
 
     def hook(site: Site) -> Callable[..., None]:
@@ -37,7 +44,7 @@ def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) ->
         return before
 
     alone = [site for site in sites if site.expert is None]
-    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in alone]
+    handles = [site.module.register_forward_pre_hook(hook(site), prepend=first, with_kwargs=True) for site in alone]
     try:
         with watching_products([site for site in sites if site.expert is not None], callback):
             yield
@@ -65,11 +72,8 @@ class DenseStream:
 
         Without it every later question takes a pass of its own.
         """
-        limit = self.inputs.activations.limit
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.hidden)
-        if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > min(
-            KEEP_BYTES, KEEP_BYTES if limit is None else limit
-        ):
+        if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > keep_bytes(self.inputs.activations):
             return
         names = {site.name for site in sites}
         for batch, hidden in enumerate(self.inputs.hidden):
