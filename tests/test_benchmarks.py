@@ -57,6 +57,12 @@ def test_batches_prints_a_row_for_each_size(tmp_path: Path, stories: Path) -> No
     assert all(float(seconds) >= 0 for row in rows[2:] for seconds in row[1:])
 
 
+def test_orders_prints_a_row_for_each_target(tmp_path: Path, stories: Path) -> None:
+    rows = run(tmp_path, "orders.py", str(stories), "--windows", "2", "--seqlen", "32", "--blocks", "1")
+    assert [row[0] for row in rows[2:]] == ["pruned", "dense"]
+    assert all(float(seconds) >= 0 for row in rows[2:] for seconds in row[1:])
+
+
 def test_copying_tells_copied_tokens_from_others(tmp_path: Path, stories: Path) -> None:
     story = "Once upon a time, there was a little girl named Lily. She loved to play with her ball in the park. "
     (tmp_path / "story.txt").write_text(story + "One day, Lily saw a dog. Lily loved to play with the dog. " + story)

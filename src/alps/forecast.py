@@ -14,7 +14,7 @@ from torch import Tensor
 from alps.budgets import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
 from alps.loaded import Loaded
 from alps.models.blocks import Block
-from alps.models.streams import KEEP_BYTES
+from alps.models.streams import fitting
 from alps.rates import Measured, cost, measure
 from alps.records import Record
 from alps.stats import InputSums
@@ -134,14 +134,12 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         size = next(p for p in parameters if id(p) in inside).dtype.itemsize
         width = _width(loaded.blocks())
         states = tokens * width * size * (2 if walks_dense else 1)
-        room = KEEP_BYTES if walk.activation_bytes is None else min(KEEP_BYTES, walk.activation_bytes)
-        kept = tokens * sum(measured.inputs) * size if walk.target > 0 else 0
+        limit, kept = walk.activation_bytes, [tokens * sum(measured.inputs) * size] if walk.target > 0 else []
+        settled = [tokens * features * size for features in measured.settled]
         found["statistics"] = sum(InputSums.nbytes(n, walk.needs) for n in measured.inputs)
-        found["activations"] = states if walk.activation_bytes is None else min(states, walk.activation_bytes)
-        found["inputs of the dense block"] = kept if kept <= room else 0
-        found["settled parts"] = 0
-        for part in (tokens * features * size for features in measured.settled):
-            found["settled parts"] += part if found["settled parts"] + part <= room else 0
+        found["activations"] = states if limit is None else min(states, limit)
+        found["inputs of the dense block"] = sum(kept[index] for index in fitting(kept, limit))
+        found["settled parts"] = sum(settled[index] for index in fitting(settled, limit))
     return found
 
 

@@ -84,9 +84,9 @@ def measure(loaded: Loaded, walk: Walk, blocks: list[Block], seqlen: int) -> Mea
         found.advance = found.forward
         if isinstance(rest, Settled):
             found.settled = [max(part.last.shape) for part in rest.parts or () if part.received or part.given]
-        if isinstance(rest, Settled) and walk.matching is None:
-            rest.expect([])
-            found.advance = _timed_forward(rest, copy, walk) / tokens
+            if walk.matching is None:
+                rest.expect([])
+                found.advance = _timed_forward(rest, copy, walk) / tokens
         solver = walk.solver(blocks, Phases(walk.device), [])
         spent = time.perf_counter()
         for one in sorted(shared, key=lambda one: cost(one.sites[0].shape)):

@@ -34,18 +34,17 @@ def _change(site: Site) -> None:
     site.write(weight * (weight.abs() > 0.1).to(weight.dtype))
 
 
-def _pass(block: Block, inputs: BlockInputs, dense: DenseStream) -> tuple[list[InputStats], list[str]]:
-    """Prunes a block in sequential order, and steps on; what was observed, and of which inputs."""
-    seen, names = [], []
+def _pass(block: Block, inputs: BlockInputs, dense: DenseStream) -> list[InputStats]:
+    """Prunes a block in sequential order, and steps on; what was observed."""
+    seen = []
     for observed in observations(block, inputs, Needs.DRIFT, _CPU, "sequential", dense):
         for shared in observed.shared:
             seen.append(shared.stats)
-            names.append(shared.name)
             for site in shared.sites:
                 _change(site)
     inputs.advance(block.index, block.module, _CPU)
     dense.advance(_CPU)
-    return seen, names
+    return seen
 
 
 def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputStats], list[Tensor], list[list[str]]]:
@@ -55,7 +54,7 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
     beside, sums, states, parts = inputs.beside(), list[InputStats](), list[Tensor](), list[list[str]]()
     for block in blocks:
         settled = Settled(block, inputs, _CPU) if resumed else inputs
-        sums += _pass(block, settled, DenseStream(block.twin(), beside))[0]
+        sums += _pass(block, settled, DenseStream(block.twin(), beside))
         states.append(torch.cat(inputs.hidden))
         if isinstance(settled, Settled):
             parts.append([part.last.kind for part in settled.parts or ()])

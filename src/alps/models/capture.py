@@ -54,6 +54,11 @@ class BlockInputs:
     activations: Activations = field(default_factory=Activations)
     called_once: set[Structure] = field(default_factory=set)
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
+
     def beside(self) -> BlockInputs:
         """The same inputs for another walk over the blocks."""
         return replace(self, hidden=list(self.hidden))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs, replaced_forward
 from alps.models.sites import Site
-from alps.models.streams import keep_bytes, watching
+from alps.models.streams import fitting, watching
 
 
 @dataclass(eq=False)
@@ -117,13 +117,9 @@ class Settled(BlockInputs):
         return part.returned(hidden)
 
     def _affordable(self) -> list[Part]:
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
-        found, room = list[Part](), keep_bytes(self.activations)
-        for part in _parts(self._block, self, self._device):
-            needed = tokens * max(part.last.shape) * part.last.dtype.itemsize
-            if needed <= room:
-                found, room = [*found, part], room - needed
-        return found
+        parts = _parts(self._block, self, self._device)
+        sizes = [self.tokens * max(part.last.shape) * part.last.dtype.itemsize for part in parts]
+        return [parts[index] for index in fitting(sizes, self.activations.limit)]
 
 
 def _parts(block: Block, inputs: BlockInputs, device: torch.device) -> list[Part]:

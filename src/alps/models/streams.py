@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.models.activations import Activations
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.experts import watching_products
@@ -20,9 +19,19 @@ from alps.models.sites import Site
 KEEP_BYTES = 2**31
 
 
-def keep_bytes(activations: Activations) -> int:
-    """What one stream may keep of the block that is being pruned, besides the hidden states between blocks."""
-    return KEEP_BYTES if activations.limit is None else min(KEEP_BYTES, activations.limit)
+def fitting(sizes: Sequence[int], limit: int | None) -> list[int]:
+    """Indices of what one stream keeps of the block that is being pruned, besides the hidden states between blocks.
+
+    Args:
+        sizes: in bytes, in the order in which they are kept while there is room; what is too large is left out.
+        limit: of activations in memory, None for no other than `KEEP_BYTES`.
+    """
+    found, room = list[int](), KEEP_BYTES if limit is None else min(KEEP_BYTES, limit)
+    for index, size in enumerate(sizes):
+        if size <= room:
+            found.append(index)
+            room -= size
+    return found
 
 
 class AllSeen(Exception):
@@ -72,8 +81,8 @@ class DenseStream:
 
         Without it every later question takes a pass of its own.
         """
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.hidden)
-        if tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites) > keep_bytes(self.inputs.activations):
+        size = self.inputs.tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites)
+        if not fitting([size], self.inputs.activations.limit):
             return
         names = {site.name for site in sites}
         for batch, hidden in enumerate(self.inputs.hidden):

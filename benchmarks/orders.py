@@ -1,0 +1,93 @@
+"""What the order of a block costs: seconds of forward passes in block order, and in sequential order twice.
+
+    python benchmarks/orders.py smollm2-135m --dtype bfloat16
+
+The passes are those of `alps prune`: what observes the inputs, and the step to the next block; sums are left out, and so
+is pruning, here by magnitude. Sequential passes begin at the start of the block, or go on behind what is pruned of it, as
+alps does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from alps.halves import fast_halves
+from alps.loaded import Loaded, open_model
+from alps.models.blocks import on_device
+from alps.models.capture import batch_tokens, capture
+from alps.models.order import Order, observations
+from alps.models.settled import Settled
+from alps.models.streams import DenseStream
+from alps.runtime import exact_float32, provenance
+from alps.solvers.pattern import Unstructured, keep_largest
+from alps.solvers.selection import masked
+from alps.stats import Needs
+from layers import ended_in_words, markdown
+
+_CPU = torch.device("cpu")
+_CUT = Unstructured(0.7)
+_WAYS: list[tuple[Order, bool]] = [("block", False), ("sequential", False), ("sequential", True)]
+
+
+def passes(loaded: Loaded, ids: Tensor, count: int, order: Order, resumed: bool, target: bool) -> float:
+    """Seconds of all forward passes over the first blocks."""
+    blocks, seconds = loaded.blocks(), 0.0
+    inputs = capture(loaded.model, blocks, ids, max(batch_tokens(blocks, _CPU) // ids.shape[1], 1))
+    beside = inputs.beside()
+    for block in blocks[:count]:
+        with on_device(block, _CPU):
+            dense = DenseStream(block.twin(), beside) if target else None
+            weights = {site.name: site.read().clone() for site in block.sites}
+            start = time.perf_counter()
+            rest = Settled(block, inputs, _CPU) if resumed else inputs
+            needs = Needs.DRIFT if target else Needs.GRAM
+            for seen in observations(block, rest, needs, _CPU, order, dense):
+                seconds += time.perf_counter() - start - seen.seconds
+                for site in (site for shared in seen.shared for site in shared.sites):
+                    site.write(masked(site.read(), keep_largest(site.read().abs(), _CUT)))
+                start = time.perf_counter()
+            rest.advance(block.index, block.module, _CPU)
+            if dense is not None:
+                dense.advance(_CPU)
+            seconds += time.perf_counter() - start
+            for site in block.sites:
+                site.write(weights[site.name])
+    return seconds
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=1, help="of which the shortest times are shown")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    loaded = open_model(options.model, options.dtype)
+    loaded.model.eval()
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
+    rows = []
+    with exact_float32(), fast_halves(_CPU, loaded.model), torch.no_grad():
+        for target in (False, True):
+            found = [
+                [passes(loaded, ids, options.blocks, *way, target) for way in _WAYS] for _ in range(options.rounds)
+            ]
+            rows.append(["dense" if target else "pruned", *(f"{min(times):.2f}" for times in zip(*found, strict=True))])
+    facts, shape = provenance(), f"{options.windows} x {options.seqlen} random tokens"
+    print(
+        f"{options.model}, {options.dtype}, {shape} through {options.blocks} blocks, seconds of forward passes, one "
+        f"thread; {facts['machine']}, torch {facts['torch']}, commit {facts['commit']}\n"
+    )
+    print(markdown(["target", "block order", "sequential, from the start", "sequential, going on"], rows))
+
+
+if __name__ == "__main__":
+    ended_in_words(main)
