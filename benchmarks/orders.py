@@ -2,9 +2,9 @@
 
     python benchmarks/orders.py smollm2-135m --dtype bfloat16
 
-The passes are those of `alps prune`: what observes the inputs, and the step to the next block; sums are left out, and so
-is pruning, here by magnitude. Sequential passes begin at the start of the block, or go on behind what is pruned of it, as
-alps does.
+The passes are those of `alps prune`: what observes the inputs, and the step to the next block; sums are left out, and
+so is pruning, here by magnitude. Sequential passes begin at the start of the block, or go on behind what is pruned of
+it, as alps does.
 """
 
 from __future__ import annotations
