@@ -23,6 +23,7 @@ from alps.solvers.pattern import SemiStructured
 from alps.stats import InputStats, Needs
 from alps.walk import Walk
 from decoders import DENSE, MOE, decoder
+from odd_parts import Doubled, Strided, Writing
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -60,6 +61,14 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
             parts.append([part.last.kind for part in settled.parts or ()])
             assert not any(part.received or part.given for part in settled.parts or ())
     return sums, states, parts
+
+
+def _observed(block: Block, inputs: BlockInputs, advances: bool = True) -> Settled:
+    """After all passes over a block whose sites stay as they are."""
+    settled = Settled(block, inputs, _CPU, advances)
+    for _ in observations(block, settled, Needs.GRAM, _CPU, "sequential"):
+        pass
+    return settled
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
@@ -100,40 +109,12 @@ def test_every_site_is_multiplied_once_a_batch(ids: Tensor) -> None:
     assert products == {**expected, "o_proj": expected["o_proj"] + 1, "down_proj": expected["down_proj"] + 1}
 
 
-class _Doubled(nn.Module):
-    """Attention that multiplies what its last site gave, in place: the tensor is the same, its values are not."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.inner(*args, **kwargs)
-        found[0].mul_(2)
-        return found
-
-
-class _Writing(nn.Module):
-    """A block that adds to what its attention gave, in place."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        inner = self.block
-        states = inner.self_attn(hidden_states=inner.input_layernorm(hidden), **kwargs)[0]
-        states += hidden
-        found: Tensor = states + inner.mlp(inner.post_attention_layernorm(states))
-        return found
-
-
 def test_a_part_that_changes_what_its_last_site_gave_is_run_whole(ids: Tensor) -> None:
     found = []
     for resumed in (False, True):
         model = decoder("llama")
         for layer in model.model.layers:
-            layer.self_attn = _Doubled(layer.self_attn)
+            layer.self_attn = Doubled(layer.self_attn)
         found.append(_walked(model, ids, resumed))
     assert found[1][2][0] == ["down_proj"]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -144,12 +125,60 @@ def test_a_block_may_write_into_what_a_part_gave(ids: Tensor) -> None:
     for resumed in (False, True):
         model = decoder("llama")
         for place, layer in enumerate(model.model.layers):
-            model.model.layers[place] = _Writing(layer)
+            model.model.layers[place] = Writing(layer)
         found.append(_walked(model, ids, resumed))
     assert found[1][2][0] == ["o_proj", "down_proj"]
     for mine, theirs in zip(found[1][0], found[0][0], strict=True):
         assert mine.upper is not None and theirs.upper is not None and torch.equal(mine.upper, theirs.upper)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_view_of_something_wider_is_not_kept(ids: Tensor) -> None:
+    found = []
+    for resumed in (False, True):
+        model = decoder("llama")
+        for layer in model.model.layers:
+            layer.mlp = Strided(layer.mlp)
+        found.append(_walked(model, ids, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    blocks = find_blocks(model)
+    settled = _observed(blocks[0], capture(model, blocks, ids, 2))
+    assert {part.last.kind: len(part.received) + len(part.given) for part in settled.parts or ()} == {
+        "o_proj": len(settled.hidden),
+        "down_proj": 0,
+    }
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_any_order_and_passes_that_repeat_a_batch(step: int, ids: Tensor) -> None:
+    """A last site that is observed before others of its part, or twice, tells what it receives once they are pruned."""
+    found = []
+    for resumed in (False, True):
+        model = decoder("llama")
+        blocks = find_blocks(model)
+        inputs = capture(model, blocks, ids, 2)
+        settled = Settled(blocks[0], inputs, _CPU) if resumed else inputs
+        for site in blocks[0].sites[::step]:
+            if isinstance(settled, Settled):
+                settled.expect([[site]])
+            for batch in (*range(len(inputs.hidden)), 0):
+                settled.run(0, blocks[0].module, batch, _CPU)
+            _change(site)
+        settled.advance(0, blocks[0].module, _CPU)
+        found.append(torch.cat(settled.hidden))
+    assert torch.equal(*found)
+
+
+def test_a_single_window_begins_at_the_start(ids: Tensor) -> None:
+    model = decoder("llama")
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 2)
+    settled = _observed(blocks[0], inputs)
+    settled.expect([])
+    with torch.no_grad():
+        mine = settled.run(0, blocks[0].module, 0, _CPU, 1)
+        assert torch.equal(mine, inputs.run(0, blocks[0].module, 0, _CPU, 1))
+        assert torch.equal(settled.run(0, blocks[0].module, 0, _CPU), inputs.run(0, blocks[0].module, 0, _CPU))
 
 
 def test_parts_are_kept_while_memory_allows(ids: Tensor) -> None:
@@ -167,9 +196,7 @@ def test_parts_are_kept_while_memory_allows(ids: Tensor) -> None:
 def test_nothing_is_kept_for_a_pass_that_does_not_come(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
-    settled = Settled(blocks[0], capture(model, blocks, ids, 2), _CPU, advances=False)
-    for _ in observations(blocks[0], settled, Needs.GRAM, _CPU, "sequential"):
-        pass
+    settled = _observed(blocks[0], capture(model, blocks, ids, 2), advances=False)
     assert settled.parts is not None
     assert [len(part.given) + len(part.received) for part in settled.parts] == [len(settled.hidden), 0]
 

@@ -62,7 +62,7 @@ def observations(
     found = {site.name for group in groups for site in group}
     if rest := [site for site in block.sites if site.name not in found]:
         if isinstance(inputs, Settled):
-            inputs.forget()
+            inputs.expect([[site] for site in rest])
         yield observe(block.only(rest), inputs, needs, device, dense=dense, peers=peers)
 
 

@@ -78,10 +78,6 @@ class Settled(BlockInputs):
             if part.last.name in {site.name for site in group} and part.names <= known
         ]
 
-    def forget(self) -> None:
-        """Every pass begins at the start of the block from now on."""
-        self.parts, self._noted = [], []
-
     def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
         """As `BlockInputs.run`, with the same bits."""
         assert block is self._block.module, "only passes of one block go on where the last one ended"
@@ -102,7 +98,7 @@ class Settled(BlockInputs):
         super().advance(index, block, device)
 
     def _note(self, part: Part, batch: int, _site: Site, x: Tensor) -> None:
-        # Other strides may be multiplied in another order: such a part is computed again each time.
+        # A view may hold far more memory than was counted; such a part is computed again each time.
         if x.is_contiguous():
             part.received[batch] = x.to(self.hidden[batch].device)
 
