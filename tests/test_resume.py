@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -63,9 +64,9 @@ def settings(stories: Path, english_file: Path) -> dict[str, Any]:
 
 
 def _prune(settings: dict[str, Any], out: Path, **changed: Any) -> RunReport:
-    resume = changed.pop("resume", False)
+    resume, tell = changed.pop("resume", False), changed.pop("tell", lambda _: None)
     chosen = PruneSettings.model_validate({**settings, **changed})
-    return prune_directory(chosen, out, Silent(), lambda _: None, resume)
+    return prune_directory(chosen, out, Silent(), tell, resume)
 
 
 def _weights(folder: Path) -> bytes:
@@ -108,6 +109,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     ]
     assert report.matches == whole.matches
     assert report.seconds.keys() == whole.seconds.keys()
+
+
+def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"method": "magnitude", "budget": "loss", "match": 0}
+    _prune(settings, tmp_path / "whole", **chosen)
+    with monkeypatch.context() as patch:
+        _stop_after(0, KeyboardInterrupt(), patch)
+        with pytest.raises(
+            KeyboardInterrupt, match=r"Interrupted\. The plan of the budget is kept in '.*out\.partial'"
+        ):
+            _prune(settings, tmp_path / "out", **chosen)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):  # nothing is kept where nothing was planned
+            _prune(settings, tmp_path / "uniform", method="magnitude", match=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
+    said = list[str]()
+    monkeypatch.setattr("alps.walk.plan", Mock(side_effect=AssertionError("planned again")))
+    _prune(settings, tmp_path / "out", **chosen, tell=said.append)
+    assert f"Going on after the plan of the budget, kept in '{journal_place(tmp_path / 'out')}'." in said
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("given", ["text", "token ids"])
@@ -255,7 +277,7 @@ def test_signals_end_a_run_in_a_sentence(
     _, words = running.communicate(timeout=60)
     assert running.returncode == code, words
     last = words.strip().splitlines()[-1]
-    assert last.startswith("Interrupted.") and "the same command goes on after them" in last
+    assert last.startswith("Interrupted.") and "the same command goes on from there" in last
     assert "Traceback" not in words
     assert not (tmp_path / "out").exists() and (place / "block-00000.json").is_file()
 

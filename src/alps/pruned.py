@@ -136,8 +136,8 @@ def prune_job(
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
     with _shared_journal(out, facts, group) as journal, _kept(journal):
-        if journal.finished and group.leads:
-            tell(f"Going on after {journal.finished} finished blocks, kept in '{journal.place}'.")
+        if journal.holds_work and group.leads:
+            tell(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
         walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
         report = run(loaded, walk, windows, job.seed if isinstance(source, Mix) else None)
         report.add_seconds("load", seconds)
@@ -201,8 +201,14 @@ def _kept(journal: Journal) -> Iterator[None]:
     try:
         yield
     except (AlpsError, KeyboardInterrupt) as error:
-        if not journal.finished:
+        if not journal.holds_work:
             raise
         words = str(error) or "Interrupted."
-        kept = f"{journal.finished} finished blocks are kept in '{journal.place}': the same command goes on after them."
-        raise type(error)(f"{words} {kept}") from None
+        done = _done(journal)
+        kept = f"{done[0].upper()}{done[1:]} {'are' if journal.finished else 'is'} kept in '{journal.place}'"
+        raise type(error)(f"{words} {kept}: the same command goes on from there.") from None
+
+
+def _done(journal: Journal) -> str:
+    """What need not be done again, in words."""
+    return f"{journal.finished} finished blocks" if journal.finished else "the plan of the budget"

@@ -50,6 +50,11 @@ class Journal:
         return self._known
 
     @property
+    def holds_work(self) -> bool:
+        """Whether anything would have to be done again without it: a finished block, or a note."""
+        return bool(self.finished or self._notes)
+
+    @property
     def notes(self) -> Mapping[str, Any]:
         """What was noted of the whole run, as plain JSON values."""
         return self._notes
@@ -134,7 +139,7 @@ def check_journal(out: Path, facts: Facts, resume: bool) -> None:
 def open_journal(out: Path, facts: Facts) -> Iterator[Journal]:
     """The journal of a run, begun or gone on with; other processes are kept out for the time of the body.
 
-    It stays when the body fails after a block was finished, and disappears when none was.
+    It stays when the body fails after a block was finished or something noted, and disappears when nothing was.
 
     Args:
         out: the directory that the run will write.
@@ -153,7 +158,7 @@ def open_journal(out: Path, facts: Facts) -> Iterator[Journal]:
         try:
             yield journal
         finally:
-            if not journal.finished and place.is_dir():
+            if not journal.holds_work and place.is_dir():
                 for path in (*place.glob("block-*"), place / JOURNAL_NAME):
                     path.unlink(missing_ok=True)
 
