@@ -168,7 +168,7 @@ def _settings(text: Path) -> list[object]:
 
 @pytest.mark.parametrize(
     "more",
-    [("--sparsity", 0.7), ("--sparsity", 0.8, "--preset", "best")],
+    [("--sparsity", 0.7), ("--sparsity", 0.8, "--preset", "best", "--channels", "block")],
     ids=["block", "best"],
 )
 def test_any_number_of_processes_gives_the_same_bits(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.budgets import check_budget
+from alps.channels import Channels, check_channels
 from alps.checkpoints.directory import check_target
 from alps.config import matching_of, parse_target, split_names
 from alps.data.mix import load_calibration
@@ -55,6 +56,7 @@ def prune(
     keep_dense: str | Sequence[str] = (),
     overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
+    channels: Channels = "equal",
     watcher: Watcher | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -76,7 +78,7 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        preset, order, target, match, budget, match_target, keep_dense, overrides, respect_zeros: as in
+        preset, order, target, match, budget, match_target, keep_dense, overrides, respect_zeros, channels: as in
             `alps.config.PruneSettings`; None for one of the first is as the preset says.
         watcher: told after every site.
 
@@ -91,6 +93,7 @@ def prune(
     share = parse_target(steps["target"])
     check_budget(steps["budget"], wanted)
     chosen = get_method(method) if isinstance(method, str) else method
+    check_channels(channels, wanted, chosen)
     if out is not None:
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
@@ -98,6 +101,7 @@ def prune(
     matching = matching_of(steps["match"], match_target)
     walk = Walk(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
     walk.budget, walk.watcher, walk.respect_zeros = steps["budget"], watcher or Silent(), respect_zeros
+    walk.channels = channels
     walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))
     source = calibration if calibration is None or torch.is_tensor(calibration) else str(calibration)
     if not isinstance(model, nn.Module):

@@ -48,6 +48,7 @@ class PruneSettings(BaseModel):
         match: epochs of block matching, see `alps.matching`; 0 for none.
         match_target: what it aims at: `pruned`, `dense`, or a share of the dense stream between 0 and 1.
         budget: where the zeros go, one of `alps.budgets.BUDGETS`.
+        channels: what the rows of a site count: `equal`, or `block` as the block's output has it, see `alps.channels`.
         keep_dense: names with wildcards of what stays dense, see `alps.rules`; one text with commas, too.
         overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
             several that name a layer the last one holds.
@@ -76,6 +77,7 @@ class PruneSettings(BaseModel):
     match: int = Field(default=0, ge=0)
     match_target: str | float = MATCH_TARGET
     budget: str = "uniform"
+    channels: Literal["equal", "block"] = "equal"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
     overrides: dict[str, float | str] = {}
     respect_zeros: bool = False

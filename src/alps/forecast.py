@@ -12,6 +12,7 @@ from collections import Counter
 from torch import Tensor
 
 from alps.budgets import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
+from alps.channels import CHANNEL_TOKENS
 from alps.loaded import Loaded
 from alps.models.blocks import Block
 from alps.models.streams import fitting
@@ -108,6 +109,8 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: Measured) -
         # Forward and backward for every epoch, a look at the held-back windows now and then; the dense block beside.
         twice = 1 if walk.matching.target < 1 else 0
         found["match"] = one_pass * ((3 + twice) * walk.matching.epochs + 0.5 * (1 + twice))
+    if walk.channels != "equal":
+        found["channels"] = measured.forward * 3 * min(tokens, CHANNEL_TOKENS) * count
     if walk.budget != "uniform":
         found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
     if walk.budget == "loss":

@@ -74,6 +74,7 @@ class Job:
             "target": walk.target,
             "match": 0 if walk.matching is None else (walk.matching.epochs, walk.matching.target),
             "budget": walk.budget,
+            "channels": walk.channels,
             "rules": walk.rules,
             "respect_zeros": walk.respect_zeros,
             "measure_errors": walk.measure_errors,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit
 from alps.card import model_card
+from alps.channels import check_channels
 from alps.checkpoints.directory import new_directory
 from alps.checkpoints.journal import Journal
 from alps.config import SETTINGS_NAME, PruneSettings
@@ -42,9 +43,11 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     """
     pattern, method = settings.build_pattern(), settings.build_method()
     check_budget(settings.budget, pattern)
+    check_channels(settings.channels, pattern, method)
     steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
     walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
     walk.watcher, walk.rules, walk.respect_zeros = watcher or Silent(), settings.rules(), settings.respect_zeros
+    walk.channels = settings.channels
     if settings.activation_memory is not None:
         walk.activation_bytes = int(settings.activation_memory * 2**30)
     return walk

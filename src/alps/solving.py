@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alps.errors import SolveFailed
 from alps.models.blocks import Block
+from alps.models.observe import Observation
 from alps.models.sites import Site
 from alps.models.starving import SharedInput
 from alps.progress import Watcher
@@ -47,6 +48,17 @@ class Phases:
         """Count a time that was taken elsewhere."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
+    def observed(self, steps: Iterator[Observation]) -> Iterator[Observation]:
+        """Observations as they come; their forwards and their Grams are counted apart."""
+        while True:
+            with self.timed("forward"):
+                seen = next(steps, None)
+            if seen is None:
+                return
+            self.add("forward", -seen.seconds)
+            self.add("gram", seen.seconds)
+            yield seen
+
 
 @dataclass
 class SiteSolver:
@@ -54,6 +66,7 @@ class SiteSolver:
 
     Attributes:
         method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `alps.walk.Walk`.
+        channels: by site, what its rows count (out,), see `alps.channels`; rows of a site without count alike.
         counted: whether calibration tokens were fed.
         shown: indices of the blocks whose solves are traced.
         phases: where the time goes.
@@ -71,6 +84,7 @@ class SiteSolver:
     watcher: Watcher
     phases: Phases
     records: list[LayerRecord]
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def shared_input(self, block: Block, shared: SharedInput, rows: Rows | None = None) -> None:
         """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
@@ -97,10 +111,7 @@ class SiteSolver:
             if self.respect_zeros:
                 pattern = within(pattern.base, site.read())
             with self.phases.timed("solve"), _naming([site]):
-                if rows is None:
-                    solution = method.solve(aim, state, pattern)
-                else:
-                    solution = _by_rows(method, aim, state, pattern, rows)
+                solution = self._solved(method, site, aim, state, pattern, rows)
             stored = self._store(site, solution)
             # Of what several processes solve together each keeps the record of some sites.
             if rows is None or index % rows.size == rows.rank:
@@ -109,6 +120,21 @@ class SiteSolver:
     def told(self, record: LayerRecord) -> None:
         """A site is done, here or in another process."""
         self.watcher.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
+
+    def _solved(
+        self, method: Method, site: Site, aim: Tensor, state: Any, pattern: Pattern, rows: Rows | None
+    ) -> Solution:
+        weights = self.channels.get(site.name)
+        # Rows share the Gram: weighed by d, they are the same problem for rows times sqrt(d).
+        scale = None if weights is None else weights.sqrt()[:, None]
+        wanted = aim if scale is None else aim * scale
+        if rows is None:
+            solution = method.solve(wanted, state, pattern)
+        else:
+            solution = _by_rows(method, wanted, state, pattern, rows)
+        if scale is not None:
+            solution.weight = solution.weight / scale
+        return solution
 
     @staticmethod
     def _store(site: Site, solution: Solution) -> Tensor:

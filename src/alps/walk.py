@@ -8,7 +8,7 @@ a dense target or block matching the dense model walks beside: other activations
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from alps.budgets import check_budget, check_fit, plan
+from alps.channels import Channels, channel_weights, check_channels
 from alps.distributed import Group
 from alps.halves import fast_halves
 from alps.matching import Matching, Predictions, match
 from alps.models.activations import Activations
 from alps.models.blocks import Block, on_device
-from alps.models.capture import BlockInputs, batch_tokens, capture
-from alps.models.observe import Observation
+from alps.models.capture import batch_tokens, capture
 from alps.models.order import Order, observations
 from alps.models.probe import Head
 from alps.models.settled import Settled
@@ -59,6 +59,7 @@ class Walk:
             prefix's inputs, 1 the dense model's own outputs.
         matching: tune every pruned block to the dense block's outputs, or None.
         budget: how the zeros are spread over the sites, see `alps.budgets`.
+        channels: what the rows of a site count, see `alps.channels`.
         rules: what else is said of parts of the model by name; `alps.running.run` applies them before the walk begins.
         patterns: of single sites by name, in place of `pattern`; a budget that is not uniform adds all others.
         activation_bytes: of activations that are kept in memory between blocks; the rest goes to files. None: all.
@@ -84,6 +85,7 @@ class Walk:
     activation_bytes: int | None = None
     spill_folder: Path | None = None
     respect_zeros: bool = False
+    channels: Channels = "equal"
     resumable: Resumable | None = None
     rules: Rules = field(default_factory=Rules)
     group: Group = field(default_factory=Group)
@@ -108,7 +110,8 @@ class Walk:
     @property
     def reads_inputs(self) -> bool:
         """Whether calibration windows are needed."""
-        return self.needs is not Needs.NOTHING or self.matching is not None or self.budget != "uniform"
+        others = self.matching is not None or self.budget != "uniform" or self.channels != "equal"
+        return self.needs is not Needs.NOTHING or others
 
     def run(self, model: nn.Module, blocks: list[Block], windows: Tensor | None) -> None:
         """Prune every site of `blocks`, in place where the model is in memory.
@@ -125,6 +128,7 @@ class Walk:
         """
         check_fit(blocks, self.pattern, self.patterns)
         check_budget(self.budget, self.pattern)
+        check_channels(self.channels, self.pattern, self.method)
         restored = self.resumable is not None and self.resumable.has(blocks[-1])
         read = windows if self.reads_inputs and not restored else None
         assert read is not None or restored or not self.reads_inputs, "windows are missing"
@@ -185,9 +189,13 @@ class Walk:
                 if not restored:
                     if self.resumable is not None:
                         self.resumable.begin(self.seconds)
+                    if self.channels != "equal":
+                        with self._phases.timed("channels"):
+                            solver.channels = channel_weights(block, inputs, self.device, self.group)
                     if self.order == "sequential":
                         rest = Settled(block, inputs, self.device, advances)
-                    for seen in self._observations(block, rest, dense):
+                    steps = observations(block, rest, self.needs, self.device, self.order, dense, self._peers)
+                    for seen in self._phases.observed(steps):
                         solve_sites(solver, self.group, block, seen.shared)
                 if dense is not None and (self.matching is not None or ending is None):
                     with self._phases.timed("forward"):
@@ -203,17 +211,6 @@ class Walk:
                 if ending is None:
                     with self._phases.timed("forward"):
                         rest.advance(block.index, block.module, self.device)
-
-    def _observations(self, block: Block, inputs: BlockInputs, dense: DenseStream | None) -> Iterator[Observation]:
-        steps = observations(block, inputs, self.needs, self.device, self.order, dense, self._peers)
-        while True:
-            with self._phases.timed("forward"):
-                seen = next(steps, None)
-            if seen is None:
-                return
-            self._phases.add("forward", -seen.seconds)
-            self._phases.add("gram", seen.seconds)
-            yield seen
 
     def solver(self, blocks: list[Block], phases: Phases, records: list[LayerRecord]) -> SiteSolver:
         """What prunes the sites of these blocks; time and records go where it is told."""

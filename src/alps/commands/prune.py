@@ -51,6 +51,10 @@ def prune(
         typer.Option(help="What --match aims at: pruned, dense, or a share in between.  [default: dense]"),
     ] = None,
     budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(help="What the rows of a layer count: equal, or block: by the block's output.  [default: equal]"),
+    ] = None,
     keep_dense: Annotated[
         str | None, typer.Option(help="Names of what stays dense, with *: 'model.layers.0.*,*.down_proj'.")
     ] = None,
@@ -109,6 +113,7 @@ def prune(
         "match": match,
         "match_target": match_target,
         "budget": budget,
+        "channels": channels,
         "keep_dense": keep_dense,
         "respect_zeros": respect_zeros,
         "preset": preset,

@@ -112,6 +112,11 @@ class Method(ABC):
     def needs(self) -> Needs:
         """What `prepare` reads of the statistics."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether an unstructured pattern is held by every row, so that no zero moves from one to another."""
+        return False
+
     def traced(self) -> Method:
         """The same method, with the same answers to the bit, that notes more of its iterations at some cost."""
         return self

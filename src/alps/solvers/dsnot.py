@@ -64,6 +64,10 @@ class DSnoT(Method):
     def needs(self) -> Needs:
         return Needs.MOMENTS if self.initial == "wanda" else Needs.GRAM
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def prepare(self, stats: InputStats) -> Moments:
         diagonal, damping, notes = None, 0.0, list[str]()
         if self.initial == "sparsegpt":

@@ -40,6 +40,10 @@ class Refitted(Method):
     def needs(self) -> Needs:
         return Needs.GRAM
 
+    @property
+    def by_rows(self) -> bool:
+        return self.base.by_rows
+
     def traced(self) -> Refitted:
         return replace(self, base=self.base.traced())
 

@@ -28,6 +28,10 @@ class Wanda(Method):
     def needs(self) -> Needs:
         return Needs.MOMENTS
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def prepare(self, stats: InputStats) -> Tensor:
         return stats.norms()
 
