@@ -53,12 +53,13 @@ class Browser:
         self._unread = b""
 
     def __enter__(self) -> Browser:
+        browser = found()  # first: a skip leaves nothing open
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_child, self._out = os.pipe()
         self._in, from_child = os.pipe()
         # The protocol is spoken on file descriptors 3 and 4; not every sh knows numbers above 9.
         shell = f'exec "$@" 3<&{to_child} 4>&{from_child}'
-        command = [found(), *_FLAGS, f"--user-data-dir={self._folder.name}"]
+        command = [browser, *_FLAGS, f"--user-data-dir={self._folder.name}"]
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *command],
             pass_fds=(to_child, from_child),
