@@ -198,3 +198,31 @@ def test_what_moves_no_zero_is_refused(
 def test_magnitude_needs_windows_then(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="needs calibration text or token ids"):
         alps.prune(tiny_model("llama"), 0.6, "magnitude", measure_errors=False, channels="block")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"channels": "blok"}, "Channels 'blok' is unknown: .* Did you mean 'block'"), ({"order": "sequentiel"}, "Order")],
+)
+def test_python_refuses_what_is_no_choice(
+    setting: dict[str, Any], words: str, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        alps.prune(tiny_model("llama"), 0.6, calibration=ids, **setting)
+
+
+def test_a_report_says_which_channels_count_alike(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
+    report = alps.prune(model, 0.6, "sparsegpt", calibration=ids, channels="block")
+    alike = [site.name for site in report.sites if "count alike" in str(site.solve.get("notes"))]
+    assert alike == ["model.layers.0.mlp.up_proj"]
+
+
+def test_states_whose_norm_float16_cannot_hold_still_tell(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(2e4 * model.get_input_embeddings().weight.sign())
+    found = channel_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, Group())
+    assert {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"} <= set(found)

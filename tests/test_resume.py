@@ -186,6 +186,7 @@ def test_finished_blocks_are_not_solved_again(
             r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
         ),
         ("alps.pruned.QUIET_TOKENS", 1024, "target's damping was 16384 tokens and is 1024 tokens"),
+        ("alps.pruned.CHANNEL_TOKENS", 64, "weights of channels was of 4096 tokens and is of 64 tokens"),
     ],
 )
 def test_another_versions_constants_are_refused(
@@ -194,10 +195,10 @@ def test_another_versions_constants_are_refused(
     with monkeypatch.context() as patch:
         _stop_after(2, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
-            _prune(settings, tmp_path / "out")
+            _prune(settings, tmp_path / "out", channels="block")
     monkeypatch.setattr(constant, other)
     with pytest.raises(CheckpointError, match=words):
-        _prune(settings, tmp_path / "out")
+        _prune(settings, tmp_path / "out", channels="block")
 
 
 def test_another_configuration_is_refused(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from alps.channels import Channels, check_channels
 from alps.checkpoints.directory import check_target
 from alps.config import matching_of, parse_target, split_names
 from alps.data.mix import load_calibration
-from alps.errors import ConfigError
+from alps.errors import ConfigError, check_known
 from alps.loaded import Loaded
 from alps.matching import MATCH_TARGET
 from alps.models.finite import check_finite
@@ -91,6 +91,7 @@ def prune(
     steps = preset_steps(preset, isinstance(wanted, SemiStructured))
     steps.update((name, value) for name, value in given.items() if value is not None)
     share = parse_target(steps["target"])
+    check_known("Order", steps["order"], get_args(Order))
     check_budget(steps["budget"], wanted)
     chosen = get_method(method) if isinstance(method, str) else method
     check_channels(channels, wanted, chosen)

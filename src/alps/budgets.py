@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from alps.errors import ConfigError, did_you_mean
+from alps.errors import ConfigError, check_known
 from alps.models.blocks import Block
 from alps.progress import Silent, Watcher
 from alps.readings import SiteReading, influences, site_readings
@@ -109,10 +109,7 @@ def check_budget(name: str, pattern: Pattern) -> None:
     Raises:
         ConfigError: see above.
     """
-    if name not in BUDGETS:
-        raise ConfigError(
-            f"Budget '{name}' is unknown: choose one of {', '.join(BUDGETS)}.{did_you_mean(name, BUDGETS)}"
-        )
+    check_known("Budget", name, BUDGETS)
     if name != "uniform" and not isinstance(pattern, Unstructured):
         raise ConfigError(f"Budget '{name}' moves zeros between sites, which {pattern} forbids: use --budget uniform.")
 

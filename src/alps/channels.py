@@ -18,13 +18,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from alps.distributed import Group
-from alps.errors import ConfigError
+from alps.errors import ConfigError, check_known
 from alps.models.blocks import Block
 from alps.models.capture import BlockInputs
 from alps.models.sites import Site
@@ -39,11 +39,12 @@ _LEAST = 1e-4
 
 
 def check_channels(channels: Channels, pattern: Pattern, method: Method) -> None:
-    """Refuse weights where no zero can move from one row to another.
+    """Refuse what is no choice, and weights where no zero can move from one row to another.
 
     Raises:
         ConfigError: see above.
     """
+    check_known("Channels", channels, get_args(Channels))
     if channels == "equal":
         return
     if not isinstance(pattern, Unstructured):
@@ -100,9 +101,9 @@ def _slopes(sites: list[Site], forward: Callable[[], Tensor], generator: torch.G
     """d<r, y/||y||>/dz of every site for one window, None where it is not called once."""
     with torch.enable_grad(), _watched(sites) as outputs:
         states = forward()
-        directions = torch.randn(states.shape, generator=generator).to(states)
+        directions = torch.randn(states.shape, generator=generator).to(states.device)
         sizes = states.detach().float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        along = (directions * states / sizes.to(states.dtype)).float().sum()
+        along = (directions * states.float() / sizes).sum()
         once = [outputs[site.name][0] if len(outputs[site.name]) == 1 else None for site in sites]
         asked = [z for z in once if z is not None]
         found = iter(torch.autograd.grad(along, asked, allow_unused=True) if asked and along.requires_grad else ())

@@ -48,3 +48,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `choices`, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def check_known(what: str, word: object, choices: Iterable[str]) -> None:
+    """Refuse a word that is none of `choices`.
+
+    Args:
+        what: it is, as a sentence begins: `Budget`.
+
+    Raises:
+        ConfigError: naming the choices, and the nearest of them.
+    """
+    known = list(choices)
+    if word not in known:
+        near = did_you_mean(str(word), known)
+        raise ConfigError(f"{what} '{shortened(word)}' is unknown: choose one of {', '.join(known)}.{near}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alps.errors import ConfigError, did_you_mean
+from alps.errors import check_known
 
 PAPER = "paper"
 
@@ -26,8 +26,5 @@ def preset_steps(name: Any, semi_structured: bool) -> dict[str, Any]:
     Raises:
         ConfigError: for anything but a name of `PRESETS`.
     """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(
-            f"Preset '{name}' is unknown: choose one of {', '.join(PRESETS)}.{did_you_mean(str(name), PRESETS)}"
-        )
+    check_known("Preset", name, PRESETS)
     return {**PRESETS[name], **({"budget": "uniform"} if semi_structured else {})}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alps.channels import CHANNEL_TOKENS
 from alps.checkpoints.directory import check_target, remove_partial
 from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
 from alps.config import PruneSettings
@@ -62,6 +63,8 @@ class Job:
             facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
         if self.walk.target:
             facts["target's damping"] = f"{QUIET_TOKENS} tokens"
+        if self.walk.channels != "equal":
+            facts["weights of channels"] = f"of {CHANNEL_TOKENS} tokens"
         object.__setattr__(self, "facts", facts)
 
     def _described(self) -> dict[str, str]:

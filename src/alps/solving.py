@@ -66,7 +66,8 @@ class SiteSolver:
 
     Attributes:
         method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `alps.walk.Walk`.
-        channels: by site, what its rows count (out,), see `alps.channels`; rows of a site without count alike.
+        channels: by site, what its rows count (out,), see `alps.channels`; rows of a site without count alike, and all
+            of them where it is None.
         counted: whether calibration tokens were fed.
         shown: indices of the blocks whose solves are traced.
         phases: where the time goes.
@@ -84,7 +85,7 @@ class SiteSolver:
     watcher: Watcher
     phases: Phases
     records: list[LayerRecord]
-    channels: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, Tensor] | None = None
 
     def shared_input(self, block: Block, shared: SharedInput, rows: Rows | None = None) -> None:
         """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
@@ -124,7 +125,7 @@ class SiteSolver:
     def _solved(
         self, method: Method, site: Site, aim: Tensor, state: Any, pattern: Pattern, rows: Rows | None
     ) -> Solution:
-        weights = self.channels.get(site.name)
+        weights = None if self.channels is None else self.channels.get(site.name)
         # Rows share the Gram: weighed by d, they are the same problem for rows times sqrt(d).
         scale = None if weights is None else weights.sqrt()[:, None]
         wanted = aim if scale is None else aim * scale
@@ -134,6 +135,8 @@ class SiteSolver:
             solution = _by_rows(method, wanted, state, pattern, rows)
         if scale is not None:
             solution.weight = solution.weight / scale
+        elif self.channels is not None:
+            solution.info.notes.append("its channels count alike: what they do to the block's output cannot be told")
         return solution
 
     @staticmethod

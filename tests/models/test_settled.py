@@ -109,38 +109,41 @@ def test_every_site_is_multiplied_once_a_batch(ids: Tensor) -> None:
     assert products == {**expected, "o_proj": expected["o_proj"] + 1, "down_proj": expected["down_proj"] + 1}
 
 
-def test_a_part_that_changes_what_its_last_site_gave_is_run_whole(ids: Tensor) -> None:
+def _walked_both_ways(change: Callable[[Any], None], ids: Tensor) -> tuple[nn.Module, list[str]]:
+    """Checks that passes that go on have the bits of those that do not; the model, and the parts of its first block."""
     found = []
     for resumed in (False, True):
         model = decoder("llama")
-        for layer in model.model.layers:
-            layer.self_attn = Doubled(layer.self_attn)
+        change(model.model)
         found.append(_walked(model, ids, resumed))
-    assert found[1][2][0] == ["down_proj"]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
-
-
-def test_a_block_may_write_into_what_a_part_gave(ids: Tensor) -> None:
-    found = []
-    for resumed in (False, True):
-        model = decoder("llama")
-        for place, layer in enumerate(model.model.layers):
-            model.model.layers[place] = Writing(layer)
-        found.append(_walked(model, ids, resumed))
-    assert found[1][2][0] == ["o_proj", "down_proj"]
     for mine, theirs in zip(found[1][0], found[0][0], strict=True):
         assert mine.upper is not None and theirs.upper is not None and torch.equal(mine.upper, theirs.upper)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    return model, found[1][2][0]
+
+
+def test_a_part_that_changes_what_its_last_site_gave_is_run_whole(ids: Tensor) -> None:
+    def change(decoder: Any) -> None:
+        for layer in decoder.layers:
+            layer.self_attn = Doubled(layer.self_attn)
+
+    assert _walked_both_ways(change, ids)[1] == ["down_proj"]
+
+
+def test_a_block_may_write_into_what_a_part_gave(ids: Tensor) -> None:
+    def change(decoder: Any) -> None:
+        for place, layer in enumerate(decoder.layers):
+            decoder.layers[place] = Writing(layer)
+
+    assert _walked_both_ways(change, ids)[1] == ["o_proj", "down_proj"]
 
 
 def test_a_view_of_something_wider_is_not_kept(ids: Tensor) -> None:
-    found = []
-    for resumed in (False, True):
-        model = decoder("llama")
-        for layer in model.model.layers:
+    def change(decoder: Any) -> None:
+        for layer in decoder.layers:
             layer.mlp = Strided(layer.mlp)
-        found.append(_walked(model, ids, resumed))
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+    model, _ = _walked_both_ways(change, ids)
     blocks = find_blocks(model)
     settled = _observed(blocks[0], capture(model, blocks, ids, 2))
     assert {part.last.kind: len(part.received) + len(part.given) for part in settled.parts or ()} == {

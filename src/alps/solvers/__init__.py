@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from alps.errors import ConfigError, did_you_mean
+from alps.errors import ConfigError, check_known
 from alps.solvers.admm import EFFORTS
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
@@ -40,15 +40,9 @@ def get_method(name: str, refit: bool = False, effort: str = "normal", refine: b
     Raises:
         ConfigError: for a name or an effort that does not exist, or what the method does not know.
     """
-    if name not in METHODS:
-        raise ConfigError(
-            f"Method '{name}' is unknown: choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
-        )
+    check_known("Method", name, METHODS)
     method = METHODS[name]()
-    if effort not in EFFORTS:
-        raise ConfigError(
-            f"Effort '{effort}' is unknown: choose one of {', '.join(EFFORTS)}.{did_you_mean(effort, EFFORTS)}"
-        )
+    check_known("Effort", effort, EFFORTS)
     if effort != "normal":
         if not isinstance(method, Alps):
             raise ConfigError(
