@@ -112,7 +112,7 @@ int main(void) {
     for (int path = 0; (name = alps_path_name(path)); path++) {
         if (!*name) continue;
         for (int i = 0; i < 600; i++) {
-            const int64_t rows = 1 + draw(40), columns = 1 + draw(i % 3 ? 70 : 300), tokens = 1 + draw(10);
+            const int64_t rows = 1 + draw(40), columns = 1 + draw(i % 3 ? 70 : 300), tokens = 1 + draw(i % 4 ? 10 : 70);
             if (try(path, i % ALPS_KINDS, rows, columns, percents[draw(5)], tokens, i & 1, 1)) return 1;
         }
         if (try(path, ALPS_BF16, 400, 600, 50, 3, 0, 3)) return 1;

@@ -22,11 +22,13 @@ _COMMON = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=default", "-Wall", "-Wext
 _NEEDED = ("portable.c", "team.c")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512BF16 = (*_AVX512, "-mavx512vbmi2", "-mavx512bf16")
 # In this order: a later file may use what an earlier one has.
 _X86 = {
     "avx2.c": _AVX2,
     "avx512.c": _AVX512,
-    "avx512bf16.c": (*_AVX512, "-mavx512vbmi2", "-mavx512bf16"),
+    "avx512bf16.c": _AVX512BF16,
+    "amx.c": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16"),
 }
 _ARM: dict[str, tuple[str, ...]] = {"neon.c": ()}
 

@@ -4,9 +4,12 @@
 #include "kernel.h"
 
 #include <stdlib.h>
+#if defined(ALPS_AMX)
+#include <cpuid.h>
+#endif
 
 /* Shares per thread, what is worth a thread, and a multiple of all ROWS. */
-enum { SHARES = 4, LEAST_BYTES = 1 << 16, TOGETHER = 4 };
+enum { SHARES = 4, LEAST_BYTES = 1 << 16, TOGETHER = 16 };
 
 static const size_t sizes[ALPS_KINDS] = {2, 2, 4};
 
@@ -25,9 +28,20 @@ static const alps_path *const paths[] = {
 #ifdef ALPS_AVX512BF16
     &alps_avx512bf16,
 #endif
+#ifdef ALPS_AMX
+    &alps_amx,
+#endif
 };
 
 enum { PATHS = sizeof paths / sizeof *paths };
+
+#ifdef ALPS_AMX
+static int has_tiles(void) {
+    const unsigned bf16 = 1u << 22, tile = 1u << 24;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile);
+}
+#endif
 
 static int available(const alps_path *path) {
 #if defined(__x86_64__)
@@ -36,8 +50,11 @@ static int available(const alps_path *path) {
     const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef ALPS_AVX512BF16
-    if (path == &alps_avx512bf16)
-        return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+    const int halves = avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+    if (path == &alps_avx512bf16) return halves;
+#endif
+#ifdef ALPS_AMX
+    if (path == &alps_amx) return halves && has_tiles() && alps_amx_permitted();
 #endif
 #ifdef ALPS_AVX512
     if (path == &alps_avx512) return avx512;
@@ -84,7 +101,9 @@ typedef struct {
     const void *x; /* NULL to unpack */
     int64_t stride, from, to;
     void *out;
-    int tokens, shares, next;
+    char *rooms; /* of all threads */
+    size_t room; /* bytes of each */
+    int tokens, shares, next, threads;
 } job;
 
 static int64_t cost(const alps_matrix *matrix, int64_t row) {
@@ -112,10 +131,11 @@ static void work(void *given) {
     job *job = given;
     const alps_matrix *matrix = job->matrix;
     const size_t size = sizes[matrix->kind];
+    void *room = job->rooms + job->room * (size_t)__atomic_fetch_add(&job->threads, 1, __ATOMIC_RELAXED);
     for (int share; (share = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->shares;) {
         const int64_t from = boundary(job, share), to = boundary(job, share + 1);
         if (job->x)
-            job->path->multiply[matrix->kind](matrix, from, to, job->x, job->stride, job->out, job->tokens);
+            job->path->multiply[matrix->kind](matrix, from, to, job->x, job->stride, job->out, job->tokens, room);
         else
             job->path->unpack[matrix->kind](
                 matrix, from, to, (char *)job->out + (size_t)((from - job->from) * matrix->columns) * size);
@@ -126,24 +146,30 @@ static void share_out(job *job, int threads) {
     const int64_t worth = (cost(job->matrix, job->to) - cost(job->matrix, job->from)) / LEAST_BYTES + 1;
     if (threads > worth) threads = (int)worth;
     job->shares = threads > 1 ? threads * SHARES : 1;
-    job->next = 0;
+    job->next = job->threads = 0;
     alps_team(work, job, threads);
 }
 
-/* x as the rows' functions take it, in `room` if it has to be another array. */
-static const void *prepare(const alps_matrix *matrix, alps_widen widen, const void *x, void *room, int tokens) {
+/* x as the path's functions take it, in `room` if it has to be another array. Halves may be copied and then arranged. */
+static const void *prepare(const alps_matrix *matrix, const alps_path *path, const void *x, char *room, int tokens) {
     const int64_t stride = matrix->words * ALPS_WORD, columns = matrix->columns;
+    const alps_widen widen = path->widen[matrix->kind];
     const size_t from = sizes[matrix->kind], to = widen ? sizeof(float) : from;
-    if (!widen && stride == columns) return x;
-    for (int t = 0; t < tokens; t++) {
-        const char *source = (const char *)x + (size_t)(t * columns) * from;
-        char *target = (char *)room + (size_t)(t * stride) * to;
-        if (widen)
-            widen(source, (float *)target, columns);
-        else
-            memcpy(target, source, (size_t)columns * from);
-        memset(target + (size_t)columns * to, 0, (size_t)(stride - columns) * to);
+    if (widen || stride != columns) {
+        for (int t = 0; t < tokens; t++) {
+            const char *source = (const char *)x + (size_t)(t * columns) * from;
+            char *target = room + (size_t)(t * stride) * to;
+            if (widen)
+                widen(source, (float *)target, columns);
+            else
+                memcpy(target, source, (size_t)columns * from);
+            memset(target + (size_t)columns * to, 0, (size_t)(stride - columns) * to);
+        }
+        x = room;
     }
+    if (!path->arrange) return x;
+    room += (size_t)(tokens * stride) * to;
+    path->arrange(x, room, stride, tokens);
     return room;
 }
 
@@ -153,18 +179,20 @@ int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t t
     const size_t size = sizes[matrix->kind];
     const alps_path *chosen = paths[path];
     while (!chosen->multiply[matrix->kind]) chosen = chosen->below;
-    const alps_widen widen = chosen->widen[matrix->kind];
-    const int64_t stride = matrix->words * ALPS_WORD;
+    const int64_t stride = matrix->words * ALPS_WORD, limit = chosen->tokens ? chosen->tokens : ALPS_TOKENS;
+    const int64_t most = tokens < limit ? tokens : limit;
+    const int as_it_is = !chosen->widen[matrix->kind] && !chosen->arrange && stride == matrix->columns;
+    /* Twice halves or once floats, and no more than 31 vectors of zeros or one of floats where they are arranged. */
+    const size_t prepared = as_it_is ? 0 : (size_t)((most + 16) * stride) * sizeof(float);
+    const size_t own = chosen->room ? chosen->room((int)most) : 0;
     void *room = 0;
-    if ((widen || stride != matrix->columns) && tokens) {
-        const int64_t most = tokens < ALPS_TOKENS ? tokens : ALPS_TOKENS;
-        if (posix_memalign(&room, 64, (size_t)(most * stride) * sizeof(float))) return 1;
-    }
-    for (int64_t first = 0; first < tokens; first += ALPS_TOKENS) {
-        const int some = (int)(tokens - first < ALPS_TOKENS ? tokens - first : ALPS_TOKENS);
+    if (tokens && prepared + own && posix_memalign(&room, 64, prepared + own * (size_t)threads)) return 1;
+    for (int64_t first = 0; first < tokens; first += most) {
+        const int some = (int)(tokens - first < most ? tokens - first : most);
         const char *source = (const char *)x + (size_t)(first * matrix->columns) * size;
         job job = {.matrix = matrix, .path = chosen, .stride = stride, .to = matrix->rows, .tokens = some};
-        job.x = prepare(matrix, widen, source, room, some);
+        job.x = prepare(matrix, chosen, source, room, some);
+        job.rooms = (char *)room + prepared, job.room = own;
         job.out = (char *)out + (size_t)(first * matrix->rows) * size;
         share_out(&job, threads);
     }

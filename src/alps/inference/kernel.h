@@ -6,6 +6,7 @@
 #ifndef ALPS_KERNEL_H
 #define ALPS_KERNEL_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -30,16 +31,20 @@ typedef struct {
     int kind;
 } alps_matrix;
 
-/* out (tokens, rows) = x (tokens, stride) times rows `from` to `to` of the matrix, up to ALPS_TOKENS tokens. x was
-   prepared: zeros behind the last column up to a whole word, in float32 unless the path takes it as it is. */
+/* out (tokens, rows) = x (tokens, stride) times rows `from` to `to` of the matrix, up to ALPS_TOKENS tokens, or
+   what the path says. x was prepared: zeros behind the last column up to a whole word, in float32 unless the path takes it
+   as it is, and arranged if it does that. `room` is the thread's own, aligned to 64 bytes. */
 typedef void (*alps_multiply_rows)(const alps_matrix *, int64_t from, int64_t to, const void *x, int64_t stride,
-                                   void *out, int tokens);
+                                   void *out, int tokens, void *room);
 
 /* Rows `from` to `to` as a dense matrix, the first of them at `out`. */
 typedef void (*alps_unpack_rows)(const alps_matrix *, int64_t from, int64_t to, void *out);
 
 /* `count` numbers in the matrix's type as float32. */
 typedef void (*alps_widen)(const void *from, float *to, int64_t count);
+
+/* Several prepared vectors of `stride` numbers in an order that a path multiplies them in. */
+typedef void (*alps_arrange)(const void *x, void *out, int64_t stride, int tokens);
 
 typedef struct alps_path {
     const char *name;
@@ -48,9 +53,15 @@ typedef struct alps_path {
     alps_multiply_rows multiply[ALPS_KINDS];
     alps_unpack_rows unpack[ALPS_KINDS];
     alps_widen widen[ALPS_KINDS];   /* goes with multiply; NULL where that takes x as it is */
+    alps_arrange arrange;           /* goes with multiply; or NULL */
+    int tokens;                     /* that multiply takes at most; 0 for ALPS_TOKENS */
+    size_t (*room)(int tokens);     /* bytes that multiply needs in each thread; or NULL */
 } alps_path;
 
-extern const alps_path alps_portable, alps_avx2, alps_avx512, alps_avx512bf16, alps_neon;
+extern const alps_path alps_portable, alps_avx2, alps_avx512, alps_avx512bf16, alps_amx, alps_neon;
+
+/* Whether the system lets this process use tiles, which has to be asked for. */
+int alps_amx_permitted(void);
 
 /* Runs work(job) on up to `threads` threads at once, this one among them; returns when all have returned. */
 void alps_team(void (*work)(void *), void *job, int threads);

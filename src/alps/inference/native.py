@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class Kernel:
     """The library with one instruction set chosen.
 
     Attributes:
-        path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512` or `avx512bf16`.
+        path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512`, `avx512bf16` or
+            `amx`.
         paths: all that this processor has, the best last.
 
     Args:
@@ -102,7 +104,9 @@ class Kernel:
 
     def few(self, dtype: torch.dtype) -> int:
         """Up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them."""
-        return 16 if self.path == "avx512bf16" or (self.path == "avx2" and dtype != torch.float32) else 8
+        if self.path == "amx" and dtype == torch.bfloat16:
+            return sys.maxsize
+        return 16 if self.path in ("amx", "avx512bf16") or (self.path == "avx2" and dtype != torch.float32) else 8
 
     def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
         """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).

@@ -4,7 +4,8 @@
 
 #define DEFINE(kind, element, wide, narrow)                                                                        \
     static void kind##_multiply(const alps_matrix *matrix, int64_t from, int64_t to, const void *prepared,         \
-                                int64_t stride, void *out, int tokens) {                                           \
+                                int64_t stride, void *out, int tokens, void *room) {                               \
+        (void)room;                                                                                                \
         for (int64_t row = from; row < to; row++) {                                                                \
             const element *value = (const element *)matrix->values + alps_offset(matrix, row);                     \
             const uint32_t *mask = matrix->mask + row * matrix->words;                                             \

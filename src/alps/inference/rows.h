@@ -90,8 +90,9 @@ ALPS_INLINE void NAME(rows)(const alps_matrix *matrix, int64_t from, int64_t to,
     for (; row < to; row++) NAME(block)(matrix, row, x, stride, out, 1, tokens, 1);
 }
 
-static void NAME(multiply)(const alps_matrix *matrix, int64_t from, int64_t to, const void *x, int64_t stride,
-                           void *out, int tokens) {
+static __attribute__((unused)) void NAME(multiply)(const alps_matrix *matrix, int64_t from, int64_t to, const void *x, int64_t stride,
+                           void *out, int tokens, void *room) {
+    (void)room;
     switch (tokens) {
     case 1: NAME(rows)(matrix, from, to, x, stride, out, 1); break;
     case 2: NAME(rows)(matrix, from, to, x, stride, out, 2); break;
@@ -122,7 +123,7 @@ ALPS_INLINE void NAME(unpack_row)(const alps_matrix *matrix, int64_t row, ELEMEN
     }
 }
 
-static void NAME(unpack)(const alps_matrix *matrix, int64_t from, int64_t to, void *out) {
+static __attribute__((unused)) void NAME(unpack)(const alps_matrix *matrix, int64_t from, int64_t to, void *out) {
     ELEMENT *first = out;
     for (int64_t row = from; row < to; row++) {
         if (alps_offset(matrix, row + 1) + STEP <= matrix->kept)
