@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alps.checkpoints.packing import pack
+from alps.errors import check_known
+from alps.inference import linear
+from alps.inference.compile import FOLDER, LIBRARY_NAME
 from alps.inference.linear import PackedLinear
+from alps.inference.native import Kernel
 
 HEAD = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s", "of stream"]
 
@@ -51,6 +55,15 @@ class Contestant:
     def median(self) -> float:
         """Seconds of a call."""
         return statistics.median(self.seconds)
+
+
+def use_path(path: str) -> Kernel:
+    """Let packed layers multiply by that instruction set from here on."""
+    file = FOLDER / LIBRARY_NAME
+    check_known("instruction set", path, Kernel(file).paths)
+    kernel = Kernel(file, path)
+    vars(linear)["find_kernel"] = lambda: kernel
+    return kernel
 
 
 def sparse(rows: int, columns: int, sparsity: float) -> Tensor:

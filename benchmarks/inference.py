@@ -1,13 +1,15 @@
 """Packed layers and models against dense ones, side by side in one run: time, bytes per second, memory.
 
     python benchmarks/inference.py layer --threads 1,2
+    python benchmarks/inference.py layer --tokens 1,16,128 --no-csr --path avx512bf16
     python benchmarks/inference.py layer --device cuda
     python benchmarks/inference.py build built
     python benchmarks/inference.py model --dense built/dense --packed built/packed-50,built/packed-70,built/packed-80
 
 `layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. Every
 contestant has its turn in every round, so that a slow moment of the machine strikes all of them; figures are medians.
-The tables are those of cpu_layers.py and gpu_layers.py.
+The tables are those of cpu_layers.py and gpu_layers.py. With `--path` packed layers use an older instruction set than
+they would; ONEDNN_MAX_CPU_ISA in the environment does the same to torch's dense layers.
 `build` writes a LLaMA of random weights, 1.1 billion of them by default, dense and packed at several sparsities.
 """
 
@@ -137,7 +139,8 @@ def main() -> None:
     facts = provenance()
     if options.what == "layer" and options.device != "cpu":
         return gpu_table(options, facts)
-    print(f"{facts['machine']}, {describe(find_kernel())}, torch {facts['torch']}, commit {facts['commit']}\n")
+    kernel = cpu_layers.use_path(options.path) if options.what == "layer" and options.path else find_kernel()
+    print(f"{facts['machine']}, {describe(kernel)}, torch {facts['torch']}, commit {facts['commit']}\n")
     if options.what == "layer":
         print(markdown(cpu_layers.HEAD, cpu_layers.rows(options)))
     else:
@@ -167,6 +170,7 @@ def _options() -> argparse.Namespace:
     layer.add_argument("--calls", type=int, default=4, help="of each contestant in a round")
     layer.add_argument("--cycle-mib", type=int, default=256, help="matrices of each contestant together")
     layer.add_argument("--no-csr", dest="csr", action="store_false")
+    layer.add_argument("--path", help="instruction set of packed layers on the CPU; the best one there is")
     for one in (layer, building):
         one.add_argument("--sparsities", default="0.5,0.7,0.8,0.9")
     for one in (layer, model):

@@ -13,6 +13,7 @@ import torch
 import copying
 import gpu_layers
 import started
+from alps.inference.native import find_kernel
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "2", "--seqlen", "32"]
@@ -322,6 +323,11 @@ def test_inference_prints_layers_and_models(tmp_path: Path, tmp_path_factory: py
         assert best == 1 and float(found["stream"][8]) == 1
         # Bytes in closed form: a word of the mask for 32 columns, 2 bytes a weight, 97 offsets.
         assert abs(float(found["packed bfloat16 50%"][6]) - (96 * 20 + 0.5 * 96 * 160 * 2 + 97 * 4) / 1e6) < 0.06
+    few = sizes.replace("1,20", "2").split()
+    rows = run(tmp_path, "inference.py", "layer", *few, "--path", "portable")
+    assert {"packed bfloat16 50%", "packed bfloat16 90%"} <= {row[3] for row in rows[2:]}
+    done = started.run_script(ROOT / "benchmarks" / "inference.py", "layer", *few, "--path", "none", cwd=tmp_path)
+    assert done.returncode == 2 and "Instruction set 'none' is unknown" in done.stderr
     built = str(tmp_path_factory.mktemp("models") / "built")
     shape = "--vocabulary 64 --hidden 64 --intermediate 96 --layers 2 --heads 4 --kv-heads 2 --sparsities 0.7"
     assert run(tmp_path, "inference.py", "build", built, *shape.split()) == []
@@ -340,8 +346,11 @@ def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Pa
     assert [row[5] for row in rows][:2] == ["", "1.00"] and all(float(row[3]) > 0 for row in rows)
     # A bit and half a weight of 2 bytes for each, and 1025 offsets: 1.18 MB, where dense are 2.10.
     assert rows[4][6] == f"{(1024 * 128 + 1024 * 1024 + 1025 * 4) / 1e6:.1f}" == "1.2" and rows[1][6] == "2.1"
-    # Twenty vectors are unpacked for, one is not; the dense product never.
-    assert [bool(row[9]) for row in rows] == [False] * 5 + [False, False, True, True, True]
+    # Vectors are unpacked for where they are more than the kernel takes; the dense product never.
+    kernel = find_kernel()
+    few = kernel.few(torch.bfloat16) if kernel else 0
+    wanted = [False, False, *[few < 1] * 3, False, False, *[few < 20] * 3]
+    assert [bool(row[9]) for row in rows] == wanted
     if not torch.cuda.is_available():
         for device in ("cuda", "meta"):
             script = ROOT / "benchmarks" / "inference.py"

@@ -193,7 +193,8 @@ static void arrange(const void *x, void *out, int64_t stride, int tokens) {
 }
 
 /* Panels and sums of many vectors. */
-static size_t room(int tokens) {
+static size_t room(const alps_matrix *matrix, int tokens) {
+    (void)matrix;
     return tokens > MOST ? BLOCK * (CHUNK / DEPTH * sizeof(panel) + (size_t)groups_of(tokens) * sizeof(sums)) : 0;
 }
 

@@ -19,10 +19,10 @@ typedef struct {
 typedef uint16_t panel[DEPTH][TILE][ALPS_WORD];
 typedef float sums[TILE][TILE];
 
+/* Loaded before it is expanded, as in avx512bf16.c; what the register held before does not matter to these processors. */
 ALPS_INLINE __m512i expand_loaded(__m512i packed, uint32_t bits) {
-    __m512i fresh = _mm512_setzero_si512();
-    __asm__("" : "+v"(packed), "+v"(fresh)); /* as in avx512bf16.c */
-    return _mm512_mask_expand_epi16(fresh, bits, packed);
+    __asm__("" : "+v"(packed));
+    return _mm512_maskz_expand_epi16(bits, packed);
 }
 ALPS_INLINE __m512i load_last(const uint16_t *values, unsigned count) {
     return _mm512_maskz_loadu_epi16(_bzhi_u32(UINT32_MAX, count), values);
@@ -51,6 +51,7 @@ ALPS_INLINE void expand(task *task, int r, int64_t w, panel *out, const int dept
     const uint16_t *values = task->values[r];
     const uint32_t *mask = task->mask + r * task->words + w;
     __builtin_prefetch((const char *)values + task->ahead, 0, 2);
+    __builtin_prefetch(mask + TILE * task->words, 0, 2);
 #pragma GCC unroll 4
     for (int d = 0; d < depth; d++) {
         const uint32_t bits = mask[d];

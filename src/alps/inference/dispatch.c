@@ -184,7 +184,7 @@ int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t t
     const int as_it_is = !chosen->widen[matrix->kind] && !chosen->arrange && stride == matrix->columns;
     /* Twice halves or once floats, and no more than 31 vectors of zeros or one of floats where they are arranged. */
     const size_t prepared = as_it_is ? 0 : (size_t)((most + 16) * stride) * sizeof(float);
-    const size_t own = chosen->room ? chosen->room((int)most) : 0;
+    const size_t own = chosen->room ? chosen->room(matrix, (int)most) : 0;
     void *room = 0;
     if (tokens && prepared + own && posix_memalign(&room, 64, prepared + own * (size_t)threads)) return 1;
     for (int64_t first = 0; first < tokens; first += most) {

@@ -55,7 +55,7 @@ typedef struct alps_path {
     alps_widen widen[ALPS_KINDS];   /* goes with multiply; NULL where that takes x as it is */
     alps_arrange arrange;           /* goes with multiply; or NULL */
     int tokens;                     /* that multiply takes at most; 0 for ALPS_TOKENS */
-    size_t (*room)(int tokens);     /* bytes that multiply needs in each thread; or NULL */
+    size_t (*room)(const alps_matrix *, int tokens); /* bytes that multiply needs in each thread; or NULL */
 } alps_path;
 
 extern const alps_path alps_portable, alps_avx2, alps_avx512, alps_avx512bf16, alps_amx, alps_neon;

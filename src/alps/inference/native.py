@@ -22,6 +22,9 @@ VERSION = 1  # ALPS_VERSION of kernel.h
 # Dtypes of the values that it multiplies.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
+# With so many vectors of bfloat16 torch's own product catches up, unpacking included.
+_FEW = {"amx": sys.maxsize, "avx512bf16": 128}
+
 
 class _Matrix(ctypes.Structure):
     """`alps_matrix` of kernel.h."""
@@ -104,9 +107,9 @@ class Kernel:
 
     def few(self, dtype: torch.dtype) -> int:
         """Up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them."""
-        if self.path == "amx" and dtype == torch.bfloat16:
-            return sys.maxsize
-        return 16 if self.path in ("amx", "avx512bf16") or (self.path == "avx2" and dtype != torch.float32) else 8
+        if dtype == torch.bfloat16 and self.path in _FEW:
+            return _FEW[self.path]
+        return 16 if self.path in _FEW or (self.path == "avx2" and dtype != torch.float32) else 8
 
     def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
         """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).

@@ -29,7 +29,8 @@ ALPS_INLINE void NAME(block)(const alps_matrix *matrix, int64_t row, const INPUT
     const int ways = rows * tokens == 1 ? 4 : rows * tokens <= 3 ? 2 : 1;
     const int group = ways > NAME(PER_WORD) ? ways / NAME(PER_WORD) : 1;
     const int64_t words = matrix->words;
-    /* Every row fetches for the row that will be in its place: hardware alone comes too late for so many streams. */
+    /* Every row fetches for the row that will be in its place, and all for the next masks: hardware alone comes too
+       late for so many streams. */
     const int64_t ahead = (alps_offset(matrix, row + rows) - alps_offset(matrix, row)) * (int64_t)sizeof(ELEMENT);
     const uint32_t *mask = matrix->mask + row * words;
     const ELEMENT *values[ROWS];
@@ -42,6 +43,7 @@ ALPS_INLINE void NAME(block)(const alps_matrix *matrix, int64_t row, const INPUT
     for (; w + group <= words; w += group) {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) __builtin_prefetch((const char *)values[r] + ahead, 0, 2);
+        __builtin_prefetch(mask + rows * (words + w), 0, 2);
 #pragma GCC unroll 4
         for (int i = 0; i < group; i++) {
 #pragma GCC unroll 8
