@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import alps
+from alps.channels import check_channels
 from alps.cli import app
 from alps.config import load_settings, parse_target
 from alps.errors import ConfigError
@@ -27,7 +28,7 @@ def test_a_preset_yields_to_the_file_and_the_file_to_a_flag(tmp_path: Path) -> N
     settings = load_settings(path, {"budget": "error"})
     assert (settings.preset, settings.order, settings.match, settings.budget) == ("best", "sequential", 3, "error")
     assert settings.target_share() == PRESETS["best"]["target"]
-    assert settings.matching() == Matching(epochs=3)
+    assert settings.matching() == Matching(epochs=3, target=PRESETS["best"]["match_target"])
 
 
 def test_matching_aims_at_the_dense_stream_unless_told() -> None:
@@ -35,6 +36,14 @@ def test_matching_aims_at_the_dense_stream_unless_told() -> None:
     told = load_settings(None, {"model": "m", "sparsity": 0.5, "match": 1, "match_target": "0.4"}).matching()
     assert (unasked, told) == (Matching(target=parse_target("dense")), Matching(target=0.4))
     assert match_settings({}).matching().target == parse_target("dense")
+
+
+def test_a_preset_aims_at_nothing_where_nothing_is_matched() -> None:
+    asked = {"model": "m", "sparsity": 0.5, "preset": "best"}
+    assert load_settings(None, asked).matching() == Matching(epochs=1, target=PRESETS["best"]["match_target"])
+    assert load_settings(None, {**asked, "match": 0}).matching() is None
+    with pytest.raises(ConfigError, match=r"Match target '0\.3' aims at nothing"):
+        load_settings(None, {**asked, "match": 0, "match_target": 0.3}).matching()
 
 
 def test_the_paper_is_what_one_gets_unasked() -> None:
@@ -49,9 +58,29 @@ def test_the_paper_is_what_one_gets_unasked() -> None:
     )
 
 
-def test_a_preset_leaves_nm_uniform_and_a_user_is_told() -> None:
-    assert load_settings(None, {"model": "m", "pattern": "2:4", "preset": "best"}).budget == "uniform"
-    assert load_settings(None, {"model": "m", "sparsity": 0.7, "preset": "best"}).budget == "loss"
+@pytest.mark.parametrize(
+    ("asked", "budget", "channels"),
+    [
+        ({"sparsity": 0.7}, "loss", "block"),
+        ({"sparsity": 0.7, "method": "sparsegpt", "refit": True}, "loss", "block"),
+        ({"sparsity": 0.7, "method": "wanda"}, "loss", "equal"),
+        ({"sparsity": 0.7, "method": "dsnot-sparsegpt", "refit": True}, "loss", "equal"),
+        ({"sparsity": 0.7, "channels": "equal"}, "loss", "equal"),
+        ({"pattern": "2:4"}, "uniform", "equal"),
+    ],
+    ids=str,
+)
+def test_a_preset_leaves_out_what_would_have_nothing_to_move(asked: dict[str, Any], budget: str, channels: str) -> None:
+    settings = load_settings(None, {"model": "m", "preset": "best", **asked})
+    assert (settings.budget, settings.channels) == (budget, channels)
+    check_channels(settings.channels, settings.build_pattern(), settings.build_method())
+
+
+def test_what_is_asked_for_outright_is_refused_all_the_same() -> None:
+    asked = {"model": "m", "sparsity": 0.7, "method": "wanda", "preset": "best", "channels": "block"}
+    settings = load_settings(None, asked)
+    with pytest.raises(ConfigError, match="wanda prunes every row alike: use equal"):
+        check_channels(settings.channels, settings.build_pattern(), settings.build_method())
 
 
 def test_a_saved_preset_reads_back_as_it_was(tmp_path: Path) -> None:

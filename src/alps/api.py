@@ -17,10 +17,9 @@ from alps.config import matching_of, parse_target, split_names
 from alps.data.mix import load_calibration
 from alps.errors import ConfigError, check_known
 from alps.loaded import Loaded
-from alps.matching import MATCH_TARGET
 from alps.models.finite import check_finite
 from alps.models.order import Order
-from alps.presets import PAPER, preset_steps
+from alps.presets import PAPER, with_preset
 from alps.progress import Silent, Watcher
 from alps.pruned import Job, prune_job
 from alps.report import RunReport
@@ -51,12 +50,12 @@ def prune(
     order: Order | None = None,
     target: str | float | None = None,
     match: int | None = None,
-    match_target: str | float = MATCH_TARGET,
+    match_target: str | float | None = None,
     budget: str | None = None,
     keep_dense: str | Sequence[str] = (),
     overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
-    channels: Channels = "equal",
+    channels: Channels | None = None,
     watcher: Watcher | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -78,8 +77,8 @@ def prune(
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
         measure_errors: see `alps.walk.Walk`.
-        preset, order, target, match, budget, match_target, keep_dense, overrides, respect_zeros, channels: as in
-            `alps.config.PruneSettings`; None for one of the first is as the preset says.
+        preset, order, target, match, match_target, budget, channels, keep_dense, overrides, respect_zeros: as in
+            `alps.config.PruneSettings`; None for one of the first seven is as the preset says.
         watcher: told after every site.
 
     Raises:
@@ -87,22 +86,23 @@ def prune(
             the finished blocks of a model given by name. A model in memory may be left partly pruned by `SolveFailed`.
     """
     wanted = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
-    given = {"order": order, "target": target, "match": match, "budget": budget}
-    steps = preset_steps(preset, isinstance(wanted, SemiStructured))
-    steps.update((name, value) for name, value in given.items() if value is not None)
+    chosen = get_method(method) if isinstance(method, str) else method
+    said = {"order": order, "target": target, "match": match, "match_target": match_target, "budget": budget}
+    said |= {"channels": channels, "preset": preset}
+    given = {name: value for name, value in said.items() if value is not None}
+    steps = with_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
     share = parse_target(steps["target"])
     check_known("Order", steps["order"], get_args(Order))
     check_budget(steps["budget"], wanted)
-    chosen = get_method(method) if isinstance(method, str) else method
-    check_channels(channels, wanted, chosen)
+    check_channels(steps["channels"], wanted, chosen)
     if out is not None:
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    matching = matching_of(steps["match"], match_target)
+    matching = matching_of(steps["match"], steps["match_target"])
     walk = Walk(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
     walk.budget, walk.watcher, walk.respect_zeros = steps["budget"], watcher or Silent(), respect_zeros
-    walk.channels = channels
+    walk.channels = steps["channels"]
     walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))
     source = calibration if calibration is None or torch.is_tensor(calibration) else str(calibration)
     if not isinstance(model, nn.Module):

@@ -15,10 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from alps.errors import ConfigError, did_you_mean, shortened
 from alps.matching import MATCH_TARGET, Matching
-from alps.presets import PAPER, preset_steps
+from alps.presets import PAPER, with_preset
 from alps.rules import Rules, parse_overrides
 from alps.runtime import pick_device
-from alps.solvers import Method, Refitted, get_method
+from alps.solvers import METHODS, Method, Refitted, get_method
 from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, parse_pattern
 from alps.yamls import read_yaml, sentence
 
@@ -198,9 +198,11 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
         if key in given and other not in given:
             values.pop(other, None)
     chosen = {**values, **given}
-    preset = preset_steps(chosen.get("preset", PAPER), chosen.get("pattern") is not None)
+    method = METHODS.get(str(chosen.get("method", "alps")))
+    by_rows = method is not None and method().by_rows
+    resolved = with_preset(chosen, chosen.get("pattern") is not None, by_rows)
     try:
-        return PruneSettings.model_validate({**preset, **chosen})
+        return PruneSettings.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(
             sentence(error, str(path) if path else "the command line", PruneSettings.model_fields)

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from alps.errors import check_known
+from alps.matching import MATCH_TARGET
 
 PAPER = "paper"
 
 # docs/presets.md has the measurements behind them.
+_PLAIN = {"target": "pruned", "match": 0, "match_target": MATCH_TARGET, "budget": "uniform", "channels": "equal"}
 PRESETS: dict[str, dict[str, Any]] = {
-    PAPER: {"order": "block", "target": "pruned", "match": 0, "budget": "uniform"},
-    "fast": {"order": "sequential", "target": 0.4, "match": 0, "budget": "uniform"},
-    "best": {"order": "sequential", "target": 0.4, "match": 1, "budget": "loss"},
+    PAPER: {"order": "block", **_PLAIN},
+    "fast": {**_PLAIN, "order": "sequential", "target": 0.4},
+    "best": {
+        "order": "sequential",
+        "target": 0.1,
+        "match": 1,
+        "match_target": 0.1,
+        "budget": "loss",
+        "channels": "block",
+    },
 }
 
 
-def preset_steps(name: Any, semi_structured: bool) -> dict[str, Any]:
-    """`order`, `target`, `match` and `budget` of a preset, as in `alps.config.PruneSettings`.
+def with_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool) -> dict[str, Any]:
+    """What is given, and for the rest of the steps what its `preset` says.
 
     Args:
-        name: what a user wrote.
+        given: settings by name, as in `alps.config.PruneSettings`, without those that were not said.
         semi_structured: of N:M, which fixes the share of zeros of every group and leaves a budget nothing to move.
+        by_rows: of a method that prunes every row alike; like N:M it has no use for what channels count.
 
     Raises:
-        ConfigError: for anything but a name of `PRESETS`.
+        ConfigError: for a preset that is no name of `PRESETS`.
     """
+    name = given.get("preset", PAPER)
     check_known("Preset", name, PRESETS)
-    return {**PRESETS[name], **({"budget": "uniform"} if semi_structured else {})}
+    steps = dict(PRESETS[name])
+    if semi_structured:
+        steps["budget"] = "uniform"
+    if semi_structured or by_rows:
+        steps["channels"] = "equal"
+    if given.get("match") == 0:
+        steps["match_target"] = MATCH_TARGET
+    return {**steps, **given}

@@ -48,12 +48,12 @@ def prune(
     ] = None,
     match_target: Annotated[
         str | None,
-        typer.Option(help="What --match aims at: pruned, dense, or a share in between.  [default: dense]"),
+        typer.Option(help="What --match aims at: pruned, dense, or a share in between.  [by preset]"),
     ] = None,
     budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
     channels: Annotated[
         str | None,
-        typer.Option(help="What the rows of a layer count: equal, or block: by the block's output.  [default: equal]"),
+        typer.Option(help="What the rows of a layer count: equal, or block: by the block's output.  [by preset]"),
     ] = None,
     keep_dense: Annotated[
         str | None, typer.Option(help="Names of what stays dense, with *: 'model.layers.0.*,*.down_proj'.")
