@@ -105,6 +105,24 @@ static int try(int path, int kind, int64_t rows, int64_t columns, uint32_t perce
     return wrong;
 }
 
+/* Whether products leave the shapes of AMX's tiles as they were, of which torch's own may rely on what it left: 0 if so. */
+static int disturbs_tiles(int path) {
+#ifdef __x86_64__
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } before, own, after;
+    for (int configured = 0; configured < 2; configured++) {
+        memset(&own, 0, sizeof own);
+        own.palette = 1, own.bytes[3] = 24, own.rows[3] = 5;
+        if (configured) __asm__ volatile("ldtilecfg %0" ::"m"(own));
+        __asm__ volatile("sttilecfg %0" : "=m"(before));
+        if (before.palette != configured || try(path, ALPS_BF16, 20, 40, 50, 3, 0, 1)) return 1;
+        __asm__ volatile("sttilecfg %0" : "=m"(after));
+        if (memcmp(&before, &after, sizeof before)) return 1;
+    }
+    __asm__ volatile("tilerelease");
+#endif
+    return path < 0;
+}
+
 int main(void) {
     static const uint32_t percents[] = {0, 3, 30, 50, 100};
     const char *name;
@@ -116,6 +134,9 @@ int main(void) {
             if (try(path, i % ALPS_KINDS, rows, columns, percents[draw(5)], tokens, i & 1, 1)) return 1;
         }
         if (try(path, ALPS_BF16, 400, 600, 50, 3, 0, 3)) return 1;
+        /* More columns, rows and vectors than are taken in one go. */
+        if (try(path, ALPS_BF16, 150, 4300, 30, 70, 0, 1)) return 1;
+        if (!strcmp(name, "amx") && disturbs_tiles(path)) return 1;
         printf("%s\n", name);
     }
     return 0;

@@ -55,7 +55,6 @@ static void multiply_few(const alps_matrix *matrix, int64_t row, int64_t to, con
     sums even __attribute__((aligned(64))) = {{0}}, odd __attribute__((aligned(64))) = {{0}};
     const int64_t words = matrix->words;
     task task = begin(matrix, row, to);
-    if (task.rows < TILE) memset(panels, 0, sizeof panels);
     CLEAR_SUMS();
     for (int64_t w = 0, turn = 0; w < words + DEPTH; w += DEPTH, turn ^= 1) {
 #pragma GCC unroll 4
@@ -123,10 +122,7 @@ static void multiply_many(const alps_matrix *matrix, int64_t row, int64_t to, co
     panel *panels = room;
     sums *found = (sums *)(panels + BLOCK * CHUNK / DEPTH);
     task tasks[BLOCK];
-    for (int i = 0; i < (tiles + 1) / 2 * 2; i++) {
-        tasks[i] = begin(matrix, row + i * TILE, to);
-        if (tasks[i].rows < TILE) memset(panels + i * CHUNK / DEPTH, 0, CHUNK / DEPTH * sizeof(panel));
-    }
+    for (int i = 0; i < tiles; i++) tasks[i] = begin(matrix, row + i * TILE, to);
     for (int64_t w = 0; w < matrix->words; w += CHUNK) {
         const int64_t end = matrix->words - w < CHUNK ? matrix->words - w : CHUNK;
         for (int i = 0; i < tiles; i++)

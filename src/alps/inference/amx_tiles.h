@@ -15,7 +15,7 @@ typedef struct {
     uint8_t rows[16];
 } shapes;
 
-/* DEPTH words of sixteen rows. */
+/* DEPTH words of sixteen rows. In the place of rows that are not there may stand anything: rows have their own sums. */
 typedef uint16_t panel[DEPTH][TILE][ALPS_WORD];
 typedef float sums[TILE][TILE];
 
