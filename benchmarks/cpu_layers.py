@@ -60,7 +60,7 @@ class Contestant:
 def use_path(path: str) -> Kernel:
     """Let packed layers multiply by that instruction set from here on."""
     file = FOLDER / LIBRARY_NAME
-    check_known("instruction set", path, Kernel(file).paths)
+    check_known("Instruction set", path, Kernel(file).paths)
     kernel = Kernel(file, path)
     vars(linear)["find_kernel"] = lambda: kernel
     return kernel

@@ -84,7 +84,7 @@ def test_they_are_on_a_larger_site(pattern: Pattern) -> None:
     """Among 80,000 entries a few are so close to the cut that rounding decides; up to 54 as measured."""
     for plain, streaming in both_steps(medium(), pattern):
         assert flips(streaming.mask, plain.mask) <= 160
-        assert distance(copy.deepcopy(streaming).projected(), plain.projected()) < 0.02
+        assert distance(copy.deepcopy(streaming).projected(), plain.projected()) < 0.03
 
 
 def test_a_mask_is_not_changed_by_later_steps() -> None:
