@@ -10,8 +10,8 @@ from alps.matching import MATCH_TARGET
 
 PAPER = "paper"
 
-# docs/presets.md has the measurements behind them.
 _PLAIN = {"target": "pruned", "match": 0, "match_target": MATCH_TARGET, "budget": "uniform", "channels": "equal"}
+# docs/presets.md has the measurements behind them.
 PRESETS: dict[str, dict[str, Any]] = {
     PAPER: {"order": "block", **_PLAIN},
     "fast": {**_PLAIN, "order": "sequential", "target": 0.4},

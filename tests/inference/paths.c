@@ -136,6 +136,7 @@ int main(void) {
         if (try(path, ALPS_BF16, 400, 600, 50, 3, 0, 3)) return 1;
         /* More columns, rows and vectors than are taken in one go. */
         if (try(path, ALPS_BF16, 150, 4300, 30, 70, 0, 1)) return 1;
+        if (try(path, ALPS_BF16, 20, 40, 50, 530, 0, 1)) return 1;
         if (!strcmp(name, "amx") && disturbs_tiles(path)) return 1;
         printf("%s\n", name);
     }

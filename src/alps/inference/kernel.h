@@ -43,7 +43,7 @@ typedef void (*alps_unpack_rows)(const alps_matrix *, int64_t from, int64_t to, 
 /* `count` numbers in the matrix's type as float32. */
 typedef void (*alps_widen)(const void *from, float *to, int64_t count);
 
-/* Several prepared vectors of `stride` numbers in an order that a path multiplies them in. */
+/* Prepared vectors of `stride` numbers in the order that a path multiplies them in. */
 typedef void (*alps_arrange)(const void *x, void *out, int64_t stride, int tokens);
 
 typedef struct alps_path {

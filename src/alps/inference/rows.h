@@ -92,8 +92,8 @@ ALPS_INLINE void NAME(rows)(const alps_matrix *matrix, int64_t from, int64_t to,
     for (; row < to; row++) NAME(block)(matrix, row, x, stride, out, 1, tokens, 1);
 }
 
-static __attribute__((unused)) void NAME(multiply)(const alps_matrix *matrix, int64_t from, int64_t to, const void *x, int64_t stride,
-                           void *out, int tokens, void *room) {
+static __attribute__((unused)) void NAME(multiply)(const alps_matrix *matrix, int64_t from, int64_t to, const void *x,
+                                                   int64_t stride, void *out, int tokens, void *room) {
     (void)room;
     switch (tokens) {
     case 1: NAME(rows)(matrix, from, to, x, stride, out, 1); break;
