@@ -164,7 +164,7 @@ def matching_of(epochs: int, target: str | float) -> Matching | None:
     share = parse_target(target, "match_target")
     if not epochs and share != MATCH_TARGET:
         raise ConfigError(
-            f"Match target '{target}' aims at nothing where nothing is matched: give --match 1 or more, or leave it out."
+            f"Match target '{target}' aims at nothing where nothing is matched: give --match 1, or leave it out."
         )
     return Matching(epochs=epochs, target=share) if epochs else None
 
