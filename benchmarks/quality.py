@@ -27,7 +27,7 @@ from alps.evaluation.records import ComparisonRecord
 from alps.loaded import Loaded, load
 from alps.progress import ConsoleWatcher
 from alps.running import build_walk, run, write
-from alps.runtime import pick_device
+from alps.runtime import forget_peaks, pick_device
 
 Run = dict[str, Any]
 
@@ -72,6 +72,8 @@ def _pruned(
     asked, device = _asked(options, method, pattern), pick_device(options.device)
     source = load_calibration(asked.calibration, options.samples)
     windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
+    # A peak is the process's: without this, every run would report that of the largest before it.
+    forget_peaks(device)
     start = time.process_time()
     report = run(loaded, build_walk(asked, watcher), windows, seed)
     cpu_seconds = time.process_time() - start
