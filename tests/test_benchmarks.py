@@ -129,6 +129,17 @@ def test_quality_takes_a_mix_with_samples_of_the_model(
     assert len(list((english_file.parent / "generated").iterdir())) == 1
 
 
+def test_sampled_texts_are_the_models_and_depend_on_the_seed(tmp_path: Path, stories: Path) -> None:
+    written = []
+    for seed in ("1", "1", "2"):
+        out = tmp_path / "texts.jsonl"
+        out.touch()
+        run(tmp_path, "sampled.py", str(stories), str(out), "--texts", "3", "--tokens", "24", "--seed", seed)
+        written.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
+    assert written[0] == written[1] != written[2]
+    assert all(len(set(texts)) == 3 and all(len(text.split()) > 3 for text in texts) for texts in written)
+
+
 def test_floor_counts_the_products_of_smollm2(tmp_path: Path) -> None:
     """Flops of 30 blocks at 65,536 tokens, counted site by site instead of input by input."""
     options = "--rate-size 64 --inverses 512 --penalties 11 --iterations 33 --steps 6"
