@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import torch
 
 import copying
 import gpu_layers
+import quality
 import started
+from alps.data.mix import load_calibration
 from alps.inference.native import find_kernel
+from alps.loaded import load
+from alps.runtime import peak_host_bytes
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "2", "--seqlen", "32"]
@@ -129,15 +134,30 @@ def test_quality_takes_a_mix_with_samples_of_the_model(
     assert len(list((english_file.parent / "generated").iterdir())) == 1
 
 
-def test_sampled_texts_are_the_models_and_depend_on_the_seed(tmp_path: Path, stories: Path) -> None:
-    written = []
-    for seed in ("1", "1", "2"):
-        out = tmp_path / "texts.jsonl"
-        out.touch()
-        run(tmp_path, "sampled.py", str(stories), str(out), "--texts", "3", "--tokens", "24", "--seed", seed)
-        written.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
-    assert written[0] == written[1] != written[2]
-    assert all(len(set(texts)) == 3 and all(len(text.split()) > 3 for text in texts) for texts in written)
+def test_sampled_texts_are_those_that_calibrate_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stories: Path
+) -> None:
+    monkeypatch.setenv("ALPS_CACHE", str(tmp_path.parent / "cache"))
+    out = tmp_path / "texts.jsonl"
+    out.touch()
+    run(tmp_path, "sampled.py", str(stories), str(out), "--texts", "3", "--tokens", "24", "--seed", "7")
+    loaded = load(str(stories))
+    windows = loaded.calibration(load_calibration("self", 3), 3, 24, 7, torch.device("cpu"))
+    for line, ids in zip(out.read_text().splitlines(), windows.ids, strict=True):
+        assert json.loads(line) == {"text": loaded.tokenizer.decode(ids, skip_special_tokens=True)}
+    assert len(set(out.read_text().splitlines())) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks can be reset on Linux alone")
+def test_quality_tells_the_peak_of_each_run(stories: Path, english_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--windows", "2", "--eval-seqlen", "32", "--device", "cpu"]
+    files = ("--model", str(stories), "--calibration", str(english_file), "--text", str(english_file))
+    monkeypatch.setattr("sys.argv", ["quality.py", *files, *options, *SMALL])
+    before = torch.ones(2**27)  # half a gibibyte that no run needs
+    del before
+    largest = peak_host_bytes()
+    row = quality.measure(quality._options(), "magnitude", "0.5", 0, load(str(stories)))
+    assert 2**26 < row["peak_host_bytes"] < largest - 2**28
 
 
 def test_floor_counts_the_products_of_smollm2(tmp_path: Path) -> None:
