@@ -58,6 +58,18 @@ def test_the_paper_is_what_one_gets_unasked() -> None:
     )
 
 
+def test_presets_are_what_the_documentation_says() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "presets.md").read_text()
+    told = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \| ([\w.]+) \| ([^|]+) \| (\w+)[^|]*\| (\w+)[^|]*\|$", text, re.M)
+    assert [row[0] for row in told] == list(PRESETS)
+    for name, order, target, matching, budget, channels in told:
+        settings = load_settings(None, {"model": "m", "sparsity": 0.5, "preset": name})
+        found = settings.matching()
+        assert (settings.order, settings.budget, settings.channels) == (order, budget, channels)
+        assert settings.target_share() == parse_target(target)
+        assert matching == ("none" if found is None else f"{found.epochs} epoch, aimed at {found.target}")
+
+
 @pytest.mark.parametrize(
     ("asked", "budget", "channels"),
     [
