@@ -21,7 +21,7 @@ class KernelHook(BuildHookInterface[Any]):
             return
         folder = Path(self.root) / "src" / "alps" / "inference"
         # By its path: the package itself is not there yet.
-        spec = importlib.util.spec_from_file_location("alps_kernel_compile", folder / "compile.py")
+        spec = importlib.util.spec_from_file_location("alps_kernel_compile", folder / "build_kernel.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

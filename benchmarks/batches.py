@@ -19,13 +19,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from alps.halves import fast_halves
-from alps.loaded import Loaded, open_model
+from alps.calibration.block_inputs import batch_tokens, capture
+from alps.calibration.input_statistics import observe
+from alps.core.device import exact_float32, provenance
+from alps.core.half_precision import fast_halves
+from alps.core.statistics import Needs
+from alps.data.calibration import Loaded, open_model
 from alps.models.blocks import on_device
-from alps.models.capture import batch_tokens, capture
-from alps.models.observe import observe
-from alps.runtime import exact_float32, provenance
-from alps.stats import Needs
 from layers import ended_in_words, markdown
 
 _CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from alps.core.device import pick_device
+from alps.core.half_precision import fast_halves
+from alps.data.calibration import load
 from alps.evaluation.perplexity import window_losses
-from alps.halves import fast_halves
-from alps.loaded import load
-from alps.runtime import pick_device
 
 _PASSAGE = 64
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alps.checkpoints.packing import pack
-from alps.errors import check_known
-from alps.inference import linear
-from alps.inference.compile import FOLDER, LIBRARY_NAME
-from alps.inference.linear import PackedLinear
-from alps.inference.native import Kernel
+from alps.checkpoints.bitmask_codec import pack
+from alps.core.errors import check_known
+from alps.inference import packed_linear as linear
+from alps.inference.build_kernel import FOLDER, LIBRARY_NAME
+from alps.inference.cpu_backend import Kernel
+from alps.inference.packed_linear import PackedLinear
 
 HEAD = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s", "of stream"]
 

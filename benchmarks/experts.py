@@ -12,15 +12,15 @@ import argparse
 import torch
 from torch import Tensor
 
-from alps.data.text import load_text
-from alps.loaded import load
+from alps.calibration.block_inputs import capture
+from alps.calibration.dense_reference import watching
+from alps.core.statistics import InputStats, InputSums
+from alps.data.calibration import load
+from alps.data.text_sources import load_text
 from alps.models.blocks import find_blocks
-from alps.models.capture import capture
-from alps.models.streams import watching
 from alps.solvers import get_method
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Unstructured
-from alps.stats import InputStats, InputSums
+from alps.solvers.patterns import Unstructured
 from layers import calibration_options, markdown
 
 _CENTRES, _CHOSEN, _MEASURED = 8, 2, 4

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from alps.runtime import exact_float32, provenance
+from alps.core.device import exact_float32, provenance
 from alps.solvers.hessian import invert_
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import alps
+from alps.core.device import provenance
 from alps.data.windows import Windows
-from alps.inference.native import describe, find_kernel
-from alps.models.packaged import place_of
-from alps.runtime import provenance
+from alps.inference.cpu_backend import describe, find_kernel
+from alps.models.demo_model import place_of
 from inference import generate
 from layers import ended_in_words, markdown
 
@@ -111,7 +111,7 @@ def perplexities(name: str, options: argparse.Namespace) -> list[float]:
     """On every text; llama.cpp is given the windows of the dense model's tokenizer."""
     if name != options.gguf:
         return [row.perplexity for row in alps.evaluate(name, options.text, options.seqlen, options.windows)]
-    reader = alps.loaded.load(options.dense)
+    reader = alps.data.calibration.load(options.dense)
     model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, every=True)
     return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from alps.core.device import exact_float32, provenance
+from alps.core.statistics import InputStats, InputSums
 from alps.models.blocks import find_blocks
-from alps.runtime import exact_float32, provenance
+from alps.pruning.pipeline import Walk
 from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import parse_pattern
-from alps.stats import InputStats, InputSums
-from alps.walk import Walk
+from alps.solvers.patterns import parse_pattern
 
 _SHAPES = (
     "4096x4096,14336x4096,4096x14336,"  # LLaMA-3-8B

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alps.checkpoints.packing import pack
-from alps.inference.linear import PackedLinear
+from alps.checkpoints.bitmask_codec import pack
+from alps.inference.packed_linear import PackedLinear
 from alps.inference.semi_structured import SemiStructuredLinear, suits
 
 HEAD = ["shape", "tokens", "", "ms", "ms by Python", "times dense", "MB", "GB/s", "of stream", "unpacking"]

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alps
-from alps.halves import Widened, multiplies_by_float32
-from alps.runtime import provenance
+from alps.core.device import provenance
+from alps.core.half_precision import Widened, multiplies_by_float32
 from layers import ended_in_words, markdown
 
 

@@ -32,11 +32,11 @@ from transformers.generation.streamers import BaseStreamer
 import alps
 import cpu_layers
 import gpu_layers
-from alps.checkpoints.packed import pack_directory
-from alps.errors import ConfigError
-from alps.inference.gpu import describe_gpu, find_gpu_kernel
-from alps.inference.native import describe, find_kernel
-from alps.runtime import peak_host_bytes, pick_device, provenance
+from alps.checkpoints.pack import pack_directory
+from alps.core.device import peak_host_bytes, pick_device, provenance
+from alps.core.errors import ConfigError
+from alps.inference.cpu_backend import describe, find_kernel
+from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
 from layers import ended_in_words, markdown
 
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from alps.runtime import exact_float32
+from alps.core.device import exact_float32
 from alps.solvers import METHODS, Alps, Method, Refitted, get_method
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import parse_pattern
+from alps.solvers.patterns import parse_pattern
 from layers import Problem, calibration_options, exact_weights, layer_problems, origin, support
 
 _SUPPORTS = ("magnitude", "wanda", "dsnot", "dsnot-sparsegpt", "sparsegpt", "alps")

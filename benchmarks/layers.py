@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from alps.data.text import load_text
-from alps.errors import AlpsError
-from alps.loaded import load
+from alps.calibration.block_inputs import capture
+from alps.calibration.input_statistics import observe
+from alps.calibration.moe_statistics import SharedInput
+from alps.core.device import provenance
+from alps.core.errors import AlpsError
+from alps.core.statistics import InputStats, Needs
+from alps.data.calibration import load
+from alps.data.text_sources import load_text
 from alps.models.blocks import Block, find_blocks
-from alps.models.capture import capture
-from alps.models.observe import observe
-from alps.models.starving import SharedInput
-from alps.runtime import provenance
 from alps.solvers import Method
 from alps.solvers.hessian import damped
-from alps.solvers.pattern import Pattern
-from alps.stats import InputStats, Needs
+from alps.solvers.patterns import Pattern
 
 Problem = tuple[Tensor, InputStats]
 

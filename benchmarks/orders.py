@@ -15,17 +15,17 @@ import time
 import torch
 from torch import Tensor
 
-from alps.halves import fast_halves
-from alps.loaded import Loaded, open_model
+from alps.calibration.block_inputs import batch_tokens, capture
+from alps.calibration.dense_reference import DenseStream
+from alps.calibration.forward_cache import Settled
+from alps.calibration.layer_order import Order, observations
+from alps.core.device import exact_float32, provenance
+from alps.core.half_precision import fast_halves
+from alps.core.statistics import Needs
+from alps.data.calibration import Loaded, open_model
 from alps.models.blocks import on_device
-from alps.models.capture import batch_tokens, capture
-from alps.models.order import Order, observations
-from alps.models.settled import Settled
-from alps.models.streams import DenseStream
-from alps.runtime import exact_float32, provenance
-from alps.solvers.pattern import Unstructured, keep_largest
-from alps.solvers.selection import masked
-from alps.stats import Needs
+from alps.solvers.patterns import Unstructured, keep_largest
+from alps.solvers.topk import masked
 from layers import ended_in_words, markdown
 
 _CPU = torch.device("cpu")

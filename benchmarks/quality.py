@@ -19,15 +19,15 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.assessment import evaluate
-from alps.comparison import method_settings
-from alps.config import PruneSettings, load_settings
-from alps.data.mix import load_calibration
-from alps.evaluation.records import ComparisonRecord
-from alps.loaded import Loaded, load
-from alps.progress import ConsoleWatcher
-from alps.running import build_walk, run, write
-from alps.runtime import forget_peaks, pick_device
+from alps.core.device import forget_peaks, pick_device
+from alps.core.progress import ConsoleWatcher
+from alps.data.calibration import Loaded, load
+from alps.data.mixture import load_calibration
+from alps.evaluation.api import evaluate
+from alps.evaluation.compare_config import method_settings
+from alps.pruning.config import PruneSettings, load_settings
+from alps.pruning.run import build_walk, run, write
+from alps.reporting.evaluation_records import ComparisonRecord
 
 Run = dict[str, Any]
 

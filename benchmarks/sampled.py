@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from alps.generated import generated_windows
-from alps.loaded import load
+from alps.data.calibration import load
+from alps.data.self_generated import generated_windows
 
 
 def main() -> None:

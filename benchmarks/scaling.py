@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alps.checkpoints.directory import write_text
+from alps.checkpoints.atomic_io import write_text
 from cost_model import Run
 from layers import calibration_options, markdown
 from machines import Measured

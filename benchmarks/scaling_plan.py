@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from alps.stats import InputSums, Needs
+from alps.core.statistics import InputSums, Needs
 from cost_model import Changes, Model, Run
 from layers import markdown
 from machines import Card

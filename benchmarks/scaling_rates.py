@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.data.mix import load_calibration
-from alps.distributed import Group, joined
-from alps.loaded import Loaded, open_model
+from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture
+from alps.calibration.input_statistics import discover, observe
+from alps.calibration.moe_statistics import SharedInput
+from alps.core.device import exact_float32, provenance
+from alps.core.distributed import Group, joined
+from alps.core.statistics import InputStats, InputSums, Needs
+from alps.data.calibration import Loaded, open_model
+from alps.data.mixture import load_calibration
 from alps.models.blocks import on_device
-from alps.models.capture import BlockInputs, batch_tokens, capture
-from alps.models.observe import discover, observe
-from alps.models.starving import SharedInput
-from alps.runtime import exact_float32, provenance
 from alps.solvers.alps import Alps
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.objective import relative_errors
-from alps.solvers.pattern import Pattern, Unstructured, keep_largest
-from alps.solvers.selection import masked
-from alps.stats import InputStats, InputSums, Needs
+from alps.solvers.patterns import Pattern, Unstructured, keep_largest
+from alps.solvers.topk import masked
 from layers import calibration_options
 from machines import PANEL, gram_flops
 from scaling_runs import prune

@@ -1,16 +1,16 @@
 """What one `alps prune` with ALPS takes in several processes: a simulation of its walk, process by process.
 
 Every process has a clock. Work moves one clock on; a collective call brings all of them to the latest first. Who
-solves what is asked of `alps.sharing`, what a piece of work takes of a machine (`machines.py`).
+solves what is asked of `alps.pruning.work_sharing`, what a piece of work takes of a machine (`machines.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alps.sharing import job_of, shared_out
+from alps.core.statistics import InputSums, Needs
+from alps.pruning.work_sharing import job_of, shared_out
 from alps.solvers import get_method
-from alps.stats import InputSums, Needs
 from cost_model import Machine, Run
 
 

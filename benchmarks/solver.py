@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.runtime import exact_float32, provenance
+from alps.core.device import exact_float32, provenance
+from alps.core.statistics import InputStats
 from alps.solvers import Alps, Method, get_method
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Pattern, SemiStructured, parse_pattern
-from alps.stats import InputStats
+from alps.solvers.patterns import Pattern, SemiStructured, parse_pattern
 from layers import calibration_options, captured, markdown
 
 Solver = Callable[[list[Tensor], InputStats, Pattern], list[Tensor]]

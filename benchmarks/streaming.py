@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from alps.checkpoints.shards import Pending, write_tensors
-from alps.checkpoints.weights import INDEX_NAME
+from alps.checkpoints.safetensors_io import Pending, write_tensors
+from alps.checkpoints.weight_files import INDEX_NAME
 from alps.models.load import quiet
 
 _DTYPE = torch.bfloat16

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alps.assessment import evaluate_tasks
-from alps.loaded import Loaded, load
-from alps.runtime import provenance
+from alps.core.device import provenance
+from alps.data.calibration import Loaded, load
+from alps.evaluation.api import evaluate_tasks
 
 Run = dict[str, Any]
 

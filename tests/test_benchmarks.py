@@ -14,11 +14,11 @@ import torch
 import copying
 import gpu_layers
 import quality
-import started
-from alps.data.mix import load_calibration
-from alps.inference.native import find_kernel
-from alps.loaded import load
-from alps.runtime import peak_host_bytes
+from alps.core.device import peak_host_bytes
+from alps.data.calibration import load
+from alps.data.mixture import load_calibration
+from alps.inference.cpu_backend import find_kernel
+from helpers import cli_process as started
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "2", "--seqlen", "32"]

@@ -10,16 +10,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from alps.comparison import load_comparison
-from alps.errors import ConfigError
-from alps.evaluation.records import Estimate, EvaluationRecord, TaskRecord
-from alps.results import Result
+from alps.core.errors import ConfigError
+from alps.core.statistics import InputStats
+from alps.core.yaml_io import read_yaml
+from alps.evaluation.compare_config import load_comparison
+from alps.reporting.compare_results import Result
+from alps.reporting.evaluation_records import Estimate, EvaluationRecord, TaskRecord
 from alps.solvers import Alps, get_method
 from alps.solvers.hessian import damping_of
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Unstructured
-from alps.stats import InputStats
-from alps.yamls import read_yaml
+from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, support
 from paper.dependence import grams, inflation, made_up, narrowed, solved, spearman
 from paper.penalties import courses

@@ -17,8 +17,8 @@ from alps.solvers import admm
 from alps.solvers.admm import AdmmSettings, PlainSteps
 from alps.solvers.hessian import scaled
 from alps.solvers.objective import relative_errors
-from alps.solvers.pattern import Pattern, keep_largest
-from alps.solvers.selection import masked
+from alps.solvers.patterns import Pattern, keep_largest
+from alps.solvers.topk import masked
 from layers import Problem, exact_weights
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from alps.results import DENSE, Result, spread
-from alps.summary import summary
-from alps.yamls import read_yaml
+from alps.core.yaml_io import read_yaml
+from alps.reporting.compare_results import DENSE, Result, spread
+from alps.reporting.markdown_tables import summary
 from layers import markdown
 from paper.recipe import Strict
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from alps.errors import ConfigError
-from alps.yamls import read_yaml, sentence
+from alps.core.errors import ConfigError
+from alps.core.yaml_io import read_yaml, sentence
 
 SparsityOf = Annotated[float, Field(gt=0, lt=1)]
 
@@ -50,7 +50,7 @@ class LayerRecipe(Strict):
     """Which layer problems: sites of a model, and the inputs they get in the dense model.
 
     Attributes:
-        model, calibration, samples, seqlen, seed: as in `alps.config.PruneSettings`.
+        model, calibration, samples, seqlen, seed: as in `alps.pruning.config.PruneSettings`.
         sites: full names of linear maps.
     """
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from alps.commands.consoles import consoles
-from alps.compare import compare
-from alps.comparison import load_comparison
-from alps.errors import AlpsError, ConfigError
-from alps.runtime import exact_float32
-from alps.yamls import read_yaml
+from alps.cli.console import consoles
+from alps.core.device import exact_float32
+from alps.core.errors import AlpsError, ConfigError
+from alps.core.yaml_io import read_yaml
+from alps.evaluation.compare import compare
+from alps.evaluation.compare_config import load_comparison
 from layers import Problem, layer_problems, origin
 from paper.dependence import dependence
 from paper.published import beside_the_paper

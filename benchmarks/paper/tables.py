@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from alps.solvers import Alps, Method, Refitted, get_method
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Unstructured
+from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, markdown, support
 from paper.penalties import courses
 from paper.recipe import Penalties, Published, Refits, Supports

@@ -7,14 +7,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alps.api import prune
-    from alps.assessment import evaluate, evaluate_tasks
-    from alps.errors import AlpsError
+    from alps.core.errors import AlpsError
+    from alps.data.calibration import Loaded
+    from alps.evaluation.api import evaluate, evaluate_tasks
+    from alps.inference.convert import pack_linears
     from alps.inference.load import load
-    from alps.inference.replace import pack_linears
-    from alps.loaded import Loaded
+    from alps.pruning.api import prune
     from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
-    from alps.solvers.pattern import SemiStructured, Unstructured
+    from alps.solvers.patterns import SemiStructured, Unstructured
 
 __version__ = version("alps-prune")
 
@@ -42,20 +42,20 @@ __all__ = [
 _HOMES = {
     "METHODS": "alps.solvers",
     "Alps": "alps.solvers",
-    "AlpsError": "alps.errors",
+    "AlpsError": "alps.core.errors",
     "DSnoT": "alps.solvers",
-    "Loaded": "alps.loaded",
+    "Loaded": "alps.data.calibration",
     "Magnitude": "alps.solvers",
     "Refitted": "alps.solvers",
-    "SemiStructured": "alps.solvers.pattern",
+    "SemiStructured": "alps.solvers.patterns",
     "SparseGPT": "alps.solvers",
-    "Unstructured": "alps.solvers.pattern",
+    "Unstructured": "alps.solvers.patterns",
     "Wanda": "alps.solvers",
-    "evaluate": "alps.assessment",
-    "evaluate_tasks": "alps.assessment",
+    "evaluate": "alps.evaluation.api",
+    "evaluate_tasks": "alps.evaluation.api",
     "load": "alps.inference.load",
-    "pack_linears": "alps.inference.replace",
-    "prune": "alps.api",
+    "pack_linears": "alps.inference.convert",
+    "prune": "alps.pruning.api",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line."""
-    from alps.cli import run
+    from alps.cli.main import run
 
     run()
 

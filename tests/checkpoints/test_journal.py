@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alps.checkpoints.directory import remove_partial
+from alps.checkpoints.atomic_io import remove_partial
 from alps.checkpoints.journal import check_journal, journal_place, open_journal
-from alps.checkpoints.shards import DTYPES, Pending, stored_tensors, write_tensors
-from alps.checkpoints.weights import weight_file
-from alps.errors import CheckpointError
+from alps.checkpoints.safetensors_io import DTYPES, Pending, stored_tensors, write_tensors
+from alps.checkpoints.weight_files import weight_file
+from alps.core.errors import CheckpointError
 
 _FACTS = {"sparsity": "0.7", "the model's weights": "a" * 64}
 
@@ -85,7 +85,7 @@ def test_a_damaged_journal_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom alps.checkpoints.journal import open_journal\n"
-        "from alps.errors import CheckpointError\n"
+        "from alps.core.errors import CheckpointError\n"
         "try:\n    with open_journal(Path(sys.argv[1]), {}): pass\n"
         "except CheckpointError as error:\n    print(error)\n"
     )

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alps.data.text import Text
+from alps.core.errors import ConfigError
+from alps.data.text_sources import Text
 from alps.data.windows import calibration_windows, evaluation_windows
-from alps.errors import ConfigError
 
 _START = -1
 

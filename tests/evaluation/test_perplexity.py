@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import alps
-from alps.errors import ConfigError
-from alps.loaded import Loaded
+from alps.core.errors import ConfigError
+from alps.data.calibration import Loaded, load
 
 
 def _naive(model: Any, tokens: list[int], seqlen: int) -> tuple[int, float]:
@@ -35,7 +35,7 @@ def _text(folder: Path, content: str) -> str:
 def test_perplexity_is_that_of_a_plain_loop(
     stories: Path, english: str, tmp_path: Path, seqlen: int, characters: int
 ) -> None:
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     tokens = loaded.tokenizer(english[:characters]).input_ids
     assert tokens[0] == loaded.tokenizer.bos_token_id
     assert len(tokens) > 2100 or seqlen == 2, "the longer windows fill more than one batch"

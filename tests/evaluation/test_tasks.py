@@ -18,13 +18,14 @@ import yaml
 pytest.importorskip("lm_eval")
 
 import alps
-from alps import cli
-from alps.errors import ConfigError
-from alps.evaluation.definitions import DEFINITIONS, read_documents
-from alps.evaluation.records import TaskRecord
+from alps.cli import main as cli
+from alps.core.errors import ConfigError
+from alps.data.calibration import load
+from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.tasks import _record, find_tasks, local_task
-from made_up import Row, made_up
-from started import run_group
+from alps.reporting.evaluation_records import TaskRecord
+from helpers.cli_process import run_group
+from helpers.fake_task_items import Row, made_up
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
 
@@ -93,7 +94,7 @@ def _rows(data: Path, task: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def records(data: Path, stories: Path) -> dict[str, TaskRecord]:
-    found = alps.evaluate_tasks(alps.loaded.load(str(stories)), TASKS, data, batch_size=16)
+    found = alps.evaluate_tasks(load(str(stories)), TASKS, data, batch_size=16)
     return {record.task: record for record in found}
 
 
@@ -112,7 +113,7 @@ def own(data: Path, stories: Path) -> Any:
         items = datasets.Dataset.from_list(rows)
         return dict.fromkeys(("train", "validation", "test", "dev"), items)
 
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     model = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", answer)
@@ -187,7 +188,7 @@ def test_accuracies_are_those_of_a_plain_loop(
     task: str, data: Path, stories: Path, records: dict[str, TaskRecord]
 ) -> None:
     """Sum of log-probabilities of every choice, one forward each, without lm-eval."""
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     documents = read_documents(task, data)
     right, right_by_length = 0, 0
     for document in documents:
@@ -214,7 +215,7 @@ def _numpy_state() -> str:
 
 
 def test_nothing_of_the_caller_is_changed(data: Path, stories: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     loaded.model.train()
     state = torch.get_rng_state(), random.getstate(), _numpy_state()
     weights = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
@@ -290,7 +291,7 @@ def test_without_data_the_names_are_lm_evals(
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **config}))
     manager = functools.partial(lm_eval.tasks.TaskManager, include_path=str(tmp_path))
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: manager(include_defaults=False))
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     (record,) = alps.evaluate_tasks(loaded, ["mine"], limit=5)
     assert (record.task, record.items, record.num_fewshot) == ("mine", 5, 2)
     assert set(record.metrics) == {"acc", "acc_norm"}
@@ -301,7 +302,7 @@ def test_without_data_the_names_are_lm_evals(
 
 
 def test_what_cannot_be_scored(data: Path, stories: Path) -> None:
-    loaded = alps.loaded.load(str(stories))
+    loaded = load(str(stories))
     with pytest.raises(ConfigError, match="Batches of 0"):
         alps.evaluate_tasks(loaded, ["piqa"], data, batch_size=0)
     loaded.tokenizer = None

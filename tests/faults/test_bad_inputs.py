@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import started
-from faults.scene import PICKLES, Scene, arguments, attempt
-from faults.table import FAULTS, Fault, meet
+from helpers import cli_process as started
+from helpers.fault_fixture import PICKLES, Scene, arguments, attempt
+from helpers.fault_table import FAULTS, Fault, meet
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from alps.checkpoints.manifest import read_manifest
-from alps.checkpoints.packed import pack_directory
-from alps.checkpoints.shards import stored_tensors
-from alps.checkpoints.weights import find_weights, parse_header
-from alps.comparison import load_comparison
-from alps.config import load_settings
-from alps.data.text import load_text
-from alps.errors import AlpsError
-from alps.report import RunReport
-from alps.results import Result, read_results
+from alps.checkpoints.pack import pack_directory
+from alps.checkpoints.safetensors_io import stored_tensors
+from alps.checkpoints.weight_files import find_weights, parse_header
+from alps.core.errors import AlpsError
+from alps.data.text_sources import load_text
+from alps.evaluation.compare_config import load_comparison
+from alps.pruning.config import load_settings
+from alps.reporting.compare_results import Result, read_results
+from alps.reporting.run_report import RunReport
 
 # No example may take longer: a hang is a failure as well as a traceback.
 _SECONDS = 5.0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alps.inference import linear
-from alps.inference.compile import LIBRARY_NAME, compile_library
-from alps.inference.native import Kernel
+from alps.inference import packed_linear as linear
+from alps.inference.build_kernel import LIBRARY_NAME, compile_library
+from alps.inference.cpu_backend import Kernel
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.checkpoints.packing import BITS, pack
-from alps.inference import compile as building
-from alps.inference import native
-from alps.inference.compile import FOLDER, LIBRARY_NAME, compile_library
-from alps.inference.native import Kernel, Matrix
+from alps.checkpoints.bitmask_codec import BITS, pack
+from alps.inference import build_kernel as building
+from alps.inference import cpu_backend as native
+from alps.inference.build_kernel import LIBRARY_NAME, SOURCES, compile_library
+from alps.inference.cpu_backend import Kernel, Matrix
 
 DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-6}
 CHECK = Path(__file__).parent / "paths.c"
@@ -159,7 +159,7 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel_file: Path) -> None:
 def run_paths(library: Path, folder: Path, compiler: str, launcher: list[str]) -> list[str]:
     """Run the program beside this file, which puts every array right before memory that may not be touched."""
     program = folder / "paths"
-    command = [compiler, "-std=gnu11", "-O1", f"-I{FOLDER}", str(CHECK), str(library), "-o", str(program), "-lm"]
+    command = [compiler, "-std=gnu11", "-O1", f"-I{SOURCES}", str(CHECK), str(library), "-o", str(program), "-lm"]
     subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], check=True)
     done = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stdout)
@@ -218,6 +218,6 @@ def test_a_library_of_other_sources_is_not_used(
 
 
 def test_no_source_is_longer_than_250_lines() -> None:
-    files = [*FOLDER.glob("*.c"), *FOLDER.glob("*.h")]
+    files = [*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]
     assert len(files) == 12
     assert {file.name for file in files if len(file.read_text().splitlines()) > 250} == set()

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alps.checkpoints.packing import pack
-from alps.inference import linear
-from alps.inference.linear import PackedLinear
+from alps.checkpoints.bitmask_codec import pack
+from alps.inference import packed_linear as linear
+from alps.inference.packed_linear import PackedLinear
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 

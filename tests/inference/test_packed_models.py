@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import alps
-from alps import cli
-from alps.checkpoints.packed import pack_directory
-from alps.errors import CheckpointError
+from alps.checkpoints.pack import pack_directory
+from alps.cli import main as cli
+from alps.core.errors import CheckpointError
+from alps.data.calibration import Loaded
 from alps.evaluation.perplexity import perplexity
-from alps.inference.linear import PackedLinear
-from alps.inference.replace import packed_modules
-from alps.inference.writing import write
-from alps.loaded import Loaded
+from alps.inference.convert import packed_modules
+from alps.inference.packed_linear import PackedLinear
+from alps.inference.text_generation import write
 
 SITES = {"llama": 7, "opt": 6, "opt-postnorm": 6, "gpt2": 4}
 
@@ -131,7 +131,7 @@ _PEAK = """
 import json, sys
 import torch
 import alps
-from alps.runtime import forget_peaks, peak_host_bytes
+from alps.core.device import forget_peaks, peak_host_bytes
 from pathlib import Path
 import transformers.models.llama.modeling_llama
 import accelerate

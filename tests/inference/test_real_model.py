@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import alps
+from alps.data.calibration import Loaded, load
 from alps.evaluation.perplexity import perplexity
-from alps.inference.replace import packed_modules
-from alps.loaded import Loaded, load
-from alps.solvers.pattern import Unstructured, keep_largest
+from alps.inference.convert import packed_modules
+from alps.solvers.patterns import Unstructured, keep_largest
 
 PROMPT = "Once upon a time, in a small village by the sea, there lived"
 

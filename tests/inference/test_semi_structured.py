@@ -12,11 +12,11 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 import alps
-from alps.checkpoints.packed import pack_directory
-from alps.checkpoints.packing import pack
-from alps.errors import ConfigError
+from alps.checkpoints.bitmask_codec import pack
+from alps.checkpoints.pack import pack_directory
+from alps.core.errors import ConfigError
 from alps.inference import load
-from alps.inference.linear import PackedLinear
+from alps.inference.packed_linear import PackedLinear
 from alps.inference.semi_structured import SemiStructuredLinear, check_device, has_2_of_4, semi_structure, suits
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from alps.checkpoints.packing import pack
-from alps.inference import gpu, writing
-from alps.inference.gpu import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
-from alps.inference.native import describe, find_kernel
+from alps.checkpoints.bitmask_codec import pack
+from alps.inference import text_generation as writing
+from alps.inference import triton_backend as gpu
+from alps.inference.cpu_backend import describe, find_kernel
+from alps.inference.triton_backend import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
 
 CASES = Path(__file__).parent / "triton_cases.py"
 needs_triton = pytest.mark.skipif(
@@ -190,8 +191,8 @@ import sys
 import torch
 before = set(sys.modules)
 import alps
-from alps.checkpoints.packing import pack
-from alps.inference.linear import PackedLinear
+from alps.checkpoints.bitmask_codec import pack
+from alps.inference.packed_linear import PackedLinear
 layer = PackedLinear(pack(torch.eye(8)))
 layer(torch.ones(1, 8))
 layer.to("meta")

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import alps
-from alps.checkpoints.packing import BITS, pack
-from alps.inference import gpu, linear
-from alps.inference.gpu import FEW, GpuKernel, GpuMatrix, find_gpu_kernel
-from alps.inference.linear import PackedLinear
+from alps.checkpoints.bitmask_codec import BITS, pack
+from alps.inference import packed_linear as linear
+from alps.inference import triton_backend as gpu
+from alps.inference.packed_linear import PackedLinear
+from alps.inference.triton_backend import FEW, GpuKernel, GpuMatrix, find_gpu_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

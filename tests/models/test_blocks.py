@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from alps.errors import UnsupportedModel
+from alps.core.errors import UnsupportedModel
 from alps.models.blocks import dense_parameters, find_blocks
 
 _OPT_SITES = {

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import alps
-from alps.inspection import inspect
+from alps.calibration.block_inputs import capture
+from alps.calibration.input_statistics import observe
+from alps.calibration.moe_statistics import SharedInput
+from alps.core.statistics import Needs
+from alps.evaluation.inspect import inspect
 from alps.models.blocks import dense_parameters, find_blocks
-from alps.models.capture import capture
-from alps.models.observe import observe
-from alps.models.starving import SharedInput
-from alps.report import RunReport
-from alps.stats import Needs
-from architectures import examine
-from decoders import DENSE, MOE, check_walk, decoder
-from vision import VISION
+from alps.reporting.run_report import RunReport
+from helpers.architectures import examine
+from helpers.decoders import DENSE, MOE, check_walk, decoder
+from helpers.vision import VISION
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import started
+from helpers import cli_process as started
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _FLAGS = ("--sparsity", "0.5", "--method", "magnitude", "--no-errors")

@@ -19,14 +19,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 import alps
-from alps.cli import app
-from alps.errors import ConfigError, UnsupportedModel
-from alps.inspection import inspect
+from alps.cli.main import app
+from alps.core.errors import ConfigError, UnsupportedModel
+from alps.evaluation.inspect import inspect
+from alps.models.auto_class import auto_class, reads_images
 from alps.models.blocks import find_blocks
-from alps.models.classes import auto_class, reads_images
-from alps.report import RunReport
-from decoders import check_walk
-from vision import VISION, vision_model
+from alps.reporting.run_report import RunReport
+from helpers.decoders import check_walk
+from helpers.vision import VISION, vision_model
 
 _CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import Alps, Magnitude, admm, get_method
 from alps.solvers.admm import AdmmSettings
 from alps.solvers.base import SolveInfo, Status
 from alps.solvers.hessian import ScaledHessian, scaled
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest
-from alps.stats import InputStats
-from problems import IN, OUT, PROBLEMS, correlated, correlated_inputs, hessian64, normal, objective64
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, keep_largest
+from helpers.problems import IN, OUT, PROBLEMS, correlated, correlated_inputs, hessian64, normal, objective64
 
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)]
 

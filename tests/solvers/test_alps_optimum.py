@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import METHODS, get_method
-from alps.solvers.pattern import SemiStructured, Unstructured
-from alps.stats import InputStats
-from problems import correlated_inputs, hessian64, normal, objective64
+from alps.solvers.patterns import SemiStructured, Unstructured
+from helpers.problems import correlated_inputs, hessian64, normal, objective64
 
 SEEDS = 50
 

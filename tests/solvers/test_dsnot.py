@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import DSnoT, Wanda
 from alps.solvers.base import Status
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, keep_largest
-from alps.stats import InputStats
-from problems import IN, OUT, PROBLEMS, correlated_inputs, normal
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, keep_largest
+from helpers.problems import IN, OUT, PROBLEMS, correlated_inputs, normal
 
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4), SemiStructured(1, 4)]
 NAMES = ["shifted", "gaussian", "correlated", "dead_inputs", "huge_range", "one_output"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.errors import ConfigError, SolveFailed
+from alps.core.errors import ConfigError, SolveFailed
+from alps.core.statistics import InputStats, InputSums, Needs
 from alps.solvers import METHODS, Method, get_method
 from alps.solvers.base import Solution, Status
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.stats import InputStats, InputSums, Needs
-from problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
 
 ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")] + ["alps+refine"]
 PATTERNS: list[Pattern] = [

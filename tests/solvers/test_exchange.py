@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alps.errors import ConfigError
+from alps.core.errors import ConfigError
+from alps.core.statistics import InputStats
 from alps.solvers import Alps, get_method
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.stats import InputStats
-from problems import IN, OUT, PROBLEMS, best_on_support, correlated_inputs, hessian64, normal, objective64
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.problems import IN, OUT, PROBLEMS, best_on_support, correlated_inputs, hessian64, normal, objective64
 from solvers.test_alps_optimum import SEEDS, every_support, optimum, problem
 
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4), SemiStructured(1, 4)]

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alps.errors import SolveFailed
+from alps.core.errors import SolveFailed
+from alps.core.statistics import InputStats
 from alps.solvers import hessian
 from alps.solvers.admm import AdmmSettings
 from alps.solvers.foreseen import SharedHessian, foresee, rounds
 from alps.solvers.hessian import ScaledHessian, scaled
-from alps.stats import InputStats
-from problems import correlated_inputs
-from processes import Process, in_threads
+from helpers.problems import correlated_inputs
+from helpers.thread_group import Process, in_threads
 
 FACTORS = [factor for _, factor in AdmmSettings().growth]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.errors import SolveFailed
+from alps.core.errors import SolveFailed
+from alps.core.statistics import InputStats
 from alps.solvers import hessian as hessian_module
 from alps.solvers.hessian import ScaledHessian, damped, damping_of, inverse_factor, invert_, scaled
-from alps.stats import InputStats
-from problems import PROBLEMS, correlated, correlated_inputs, hessian64, huge_range, normal, zero_inputs
+from helpers.problems import PROBLEMS, correlated, correlated_inputs, hessian64, huge_range, normal, zero_inputs
 
 NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_range", "huge_token", "one_input"]
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alps.solvers import Alps, exchange, hessian, selection
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.stats import InputStats
-from problems import correlated_inputs, normal
+from alps.core.statistics import InputStats
+from alps.solvers import Alps, exchange, hessian
+from alps.solvers import topk as selection
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.problems import correlated_inputs, normal
 
 Precision = Literal["float32", "bfloat16"]
 

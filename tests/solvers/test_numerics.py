@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import METHODS, Method, get_method
 from alps.solvers.base import Solution
 from alps.solvers.hessian import damped
 from alps.solvers.objective import relative_error
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.stats import InputStats
-from problems import ADVERSARIAL, PROBLEMS, correlated_inputs, normal
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.problems import ADVERSARIAL, PROBLEMS, correlated_inputs, normal
 
 ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")] + ["alps+refine"]
 # They correct the weights that stay for those that go. The others keep dense weights, or refit a support that looks at

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import METHODS, Refitted, get_method
 from alps.solvers.hessian import scaled
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from alps.solvers.pcg import descend, refit
-from alps.stats import InputStats
-from problems import (
+from helpers.problems import (
     IN,
     OUT,
     PROBLEMS,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alps.solvers.reductions import column_squares, inner, row_inner, rows_of
-from problems import normal
+from helpers.problems import normal
 
 # One row, rows that end within a piece, rows that fill two pieces and a bit, and rows longer than a piece.
 SHAPES = [(1, 1), (5, 7), (1753, 300), (3, 300_000)]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import SparseGPT
-from alps.solvers.pattern import SemiStructured, Unstructured
-from alps.stats import InputStats
-from problems import IN, OUT, PROBLEMS, correlated, hessian64, normal, objective64
+from alps.solvers.patterns import SemiStructured, Unstructured
+from helpers.problems import IN, OUT, PROBLEMS, correlated, hessian64, normal, objective64
 
 NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "one_output"]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats, Needs
 from alps.solvers import Magnitude, Method, Wanda
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured
-from alps.stats import InputStats, Needs
-from problems import IN, OUT, PROBLEMS, correlated, huge_range
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.problems import IN, OUT, PROBLEMS, correlated, huge_range
 
 PATTERNS: list[Pattern] = [
     Unstructured(0.5),

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from alps.core.statistics import InputStats
 from alps.solvers import Alps, get_method
 from alps.solvers.base import Solution, Status
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, Within, keep_largest, within
-from alps.solvers.selection import capped
-from alps.stats import InputStats
-from problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, Within, keep_largest, within
+from alps.solvers.topk import capped
+from helpers.problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
 from solvers.test_every_method import ALL, PATTERNS, bits, method_of, problem_of
 
 many = settings(max_examples=150)

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from alps.checkpoints.directory import sync, write_text
+from alps.checkpoints.atomic_io import sync, write_text
 from alps.checkpoints.locked import locked_directory
-from alps.checkpoints.shards import Pending, Stored, stored_tensors, write_tensors
-from alps.checkpoints.weights import weight_file
-from alps.errors import CheckpointError
+from alps.checkpoints.safetensors_io import Pending, Stored, stored_tensors, write_tensors
+from alps.checkpoints.weight_files import weight_file
+from alps.core.errors import CheckpointError
 
 JOURNAL_NAME = "journal.json"
 _FORMAT = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from alps.errors import CheckpointError
+from alps.core.errors import CheckpointError
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alps.checkpoints.weights import is_inside, parse_header
-from alps.errors import CheckpointError
+from alps.checkpoints.weight_files import is_inside, parse_header
+from alps.core.errors import CheckpointError
 
 MANIFEST_NAME = "packed.json"
 FORMAT = "alps-packed"

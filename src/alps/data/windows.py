@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.data.text import Text
-from alps.errors import ConfigError
+from alps.core.errors import ConfigError
+from alps.data.text_sources import Text
 
 # Separators between documents of pre-training text, where the tokenizer's end-of-sequence token may be that of a chat.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")

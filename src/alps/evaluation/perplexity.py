@@ -13,11 +13,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from alps.core.distributed import Group
+from alps.core.half_precision import fast_halves
+from alps.core.progress import Silent, Watcher
 from alps.data.windows import Windows
-from alps.distributed import Group
-from alps.evaluation.records import EvaluationRecord
-from alps.halves import fast_halves
-from alps.progress import Silent, Watcher
+from alps.reporting.evaluation_records import EvaluationRecord
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
 _BATCH_TOKENS = 2048

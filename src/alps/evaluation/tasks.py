@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from alps.distributed import Group
-from alps.errors import ConfigError, did_you_mean
-from alps.evaluation.definitions import DEFINITIONS, read_documents
-from alps.evaluation.items import Document
-from alps.evaluation.records import Estimate, TaskRecord
-from alps.halves import fast_halves
-from alps.loaded import Loaded
+from alps.core.distributed import Group
+from alps.core.errors import ConfigError, did_you_mean
+from alps.core.half_precision import fast_halves
+from alps.data.calibration import Loaded
+from alps.evaluation.local_tasks import DEFINITIONS, read_documents
+from alps.evaluation.task_schemas import Document
+from alps.reporting.evaluation_records import Estimate, TaskRecord
 
 # For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
 _RESAMPLES = 1000
@@ -154,7 +154,7 @@ def local_task(name: str, documents: list[Document]) -> Any:
 def _scores(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int, group: Group) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
-    from alps.evaluation.shared_tasks import SharedModel
+    from alps.evaluation.distributed_lm import SharedModel
 
     with _without_remarks():
         # A copy, since lm-eval may give the tokenizer a padding token.

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from alps.checkpoints.bitmask_codec import Packed, pack
+from alps.checkpoints.compression import check_compression
 from alps.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
-from alps.checkpoints.packing import Packed, pack
-from alps.checkpoints.parts import gather, merge
-from alps.checkpoints.shards import DTYPES, stored_tensors
-from alps.checkpoints.transport import check_compression
-from alps.checkpoints.unpacked import check_file
-from alps.checkpoints.weights import weight_file
-from alps.errors import CheckpointError, ConfigError
-from alps.inference.replace import packed_layer, put, refuse_saving, rows_out, tied_parameters
+from alps.checkpoints.safetensors_io import DTYPES, stored_tensors
+from alps.checkpoints.tensor_codec import gather, merge
+from alps.checkpoints.unpack import check_file
+from alps.checkpoints.weight_files import weight_file
+from alps.core.device import pick_device
+from alps.core.errors import CheckpointError, ConfigError
+from alps.inference.convert import packed_layer, put, refuse_saving, rows_out, tied_parameters
 from alps.inference.semi_structured import check_device, semi_structure
+from alps.models.demo_model import place_of
 from alps.models.load import load_model, parse_dtype, quiet, readable
-from alps.models.packaged import place_of
-from alps.models.skeleton import empty_model
-from alps.runtime import pick_device
+from alps.models.meta_model import empty_model
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str = "auto", semi_structured: bool = False) -> Any:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from alps.errors import ConfigError
-from alps.inference.linear import PackedLinear
-from alps.inference.replace import packed_modules, put
+from alps.core.errors import ConfigError
+from alps.inference.convert import packed_modules, put
+from alps.inference.packed_linear import PackedLinear
 
 # What both of torch's libraries, cuSPARSELt and CUTLASS, take.
 _ROWS, _COLUMNS = 32, 64

@@ -1,7 +1,7 @@
 """The kernels for GPUs, on the packed format as it is; imported only where triton is installed and needed.
 
 Every element of a tile is an octet: 8 columns of one row, 8 bits of the mask. Where its values begin is the row's
-offset, plus the row's entry in `starts` (see `alps.inference.gpu`), plus the bits of the mask between the two. From
+offset, plus the row's entry in `starts` (see `triton_backend.py`), plus the bits of the mask between the two. From
 there on they follow each other, so that a thread walks its octet with a pointer that moves on by one at every bit
 that is set. The 32 threads of a warp have 32 neighbouring octets of a row: at 70 % zeros their values are some 150
 neighbouring bytes. Threads hold several rows, whose loads do not depend on each other.

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from alps.errors import UnsupportedModel
-from alps.models.classes import is_composite, text_config
+from alps.core.errors import UnsupportedModel
+from alps.models.auto_class import is_composite, text_config
 from alps.models.sites import Site, find_sites, is_fused, routing_parameters
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
 
 # None in place of an error: whoever loads the model whole says what is wrong.
 _MAY_LACK: dict[str, Any] = {

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
-from alps.checkpoints.weights import INDEX_NAME, SINGLE_NAME, check_pickles, find_weights
-from alps.errors import AlpsError, ConfigError, UnsupportedModel
-from alps.models.classes import auto_class
-from alps.models.finite import check_finite
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickles, find_weights
+from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
+from alps.models.auto_class import auto_class
+from alps.models.finite_check import check_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alps.checkpoints.directory import write_text
+from alps.checkpoints.atomic_io import write_text
 from alps.checkpoints.journal import Journal
-from alps.checkpoints.shards import write_tensors
-from alps.checkpoints.weights import INDEX_NAME
+from alps.checkpoints.safetensors_io import write_tensors
+from alps.checkpoints.weight_files import INDEX_NAME
+from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
-from alps.models.classes import processor_files
+from alps.models.lazy_weights import Streamed
 from alps.models.load import quiet
-from alps.models.streamed import Streamed
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from alps.errors import ConfigError, check_known
+from alps.core.errors import ConfigError, check_known
 from alps.solvers.admm import EFFORTS
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method

@@ -22,12 +22,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from alps.errors import ConfigError
+from alps.core.errors import ConfigError
 from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.pattern import Pattern
-from alps.solvers.rows import select
-from alps.solvers.selection import masked
+from alps.solvers.patterns import Pattern
+from alps.solvers.row_parallel import select
+from alps.solvers.topk import masked
 
 
 @dataclass(frozen=True)

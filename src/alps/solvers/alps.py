@@ -16,21 +16,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alps.errors import SolveFailed
+from alps.core.errors import SolveFailed
+from alps.core.matmul_precision import has_fast_bfloat16
+from alps.core.statistics import InputStats, Needs
 from alps.solvers import admm
 from alps.solvers.admm import AdmmResult, Steps
+from alps.solvers.admm_fused import StreamingSteps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.exchange import exchange
 from alps.solvers.foreseen import SharedHessian
 from alps.solvers.hessian import ScaledHessian, scaled
-from alps.solvers.pattern import Pattern, Unstructured, keep_largest
+from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, descend
-from alps.solvers.precision import has_fast_bfloat16
 from alps.solvers.reductions import inner
-from alps.solvers.rows import Part, Rows, agreed, select
-from alps.solvers.selection import masked
-from alps.solvers.streaming import StreamingSteps
-from alps.stats import InputStats, Needs
+from alps.solvers.row_parallel import Part, Rows, agreed, select
+from alps.solvers.topk import masked
 
 # From this many weights on, a site's time is in its products.
 _LARGE = 2**16

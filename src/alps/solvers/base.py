@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.errors import SolveFailed
-from alps.solvers.pattern import Pattern, Within
-from alps.stats import InputStats, Needs
+from alps.core.errors import SolveFailed
+from alps.core.statistics import InputStats, Needs
+from alps.solvers.patterns import Pattern, Within
 
 
 class Status(StrEnum):

@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.pattern import Pattern, SemiStructured, keep_largest
-from alps.stats import InputStats, Needs
+from alps.solvers.patterns import Pattern, SemiStructured, keep_largest
 
 
 @dataclass(frozen=True)

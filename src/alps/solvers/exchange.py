@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alps.solvers.pattern import Pattern, SemiStructured
-from alps.solvers.selection import chunk_of
+from alps.solvers.patterns import Pattern, SemiStructured
 from alps.solvers.tableau import Offers, Tableau
+from alps.solvers.topk import chunk_of
 
 # Candidates of a row: the cheapest kept ones and the most promising pruned ones; under N:M whole groups.
 _LEAVING, _ENTERING = 48, 32

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alps.errors import SolveFailed
+from alps.core.errors import SolveFailed
 from alps.solvers.admm import AdmmSettings
 from alps.solvers.hessian import ScaledHessian, indefinite
-from alps.solvers.rows import Rows
+from alps.solvers.row_parallel import Rows
 
 # How likely the next check takes the growth factor of the last one again, by how often it was taken in a row; a row for
 # each factor, the largest first. As it was on sites of SmolLM2-135M; where it is otherwise, rounds are more.

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alps.errors import SolveFailed
+from alps.core.errors import SolveFailed
+from alps.core.statistics import InputStats
 from alps.solvers.reductions import column_squares, inner
-from alps.stats import InputStats
 
 _HOPELESS = "the Hessian stays indefinite under any damping: the calibration inputs are unusable"
 # Inverses kept for the other sites of an input, which begin with the same penalties: bytes, and of a GPU's memory this

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from alps.stats import InputStats
+from alps.core.statistics import InputStats
 
 
 def relative_errors(pruned: Sequence[Tensor], dense: Tensor, stats: InputStats) -> list[float]:

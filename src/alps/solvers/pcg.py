@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from alps.solvers.reductions import row_inner
-from alps.solvers.rows import Rows, agreed
-from alps.solvers.selection import masked
+from alps.solvers.row_parallel import Rows, agreed
+from alps.solvers.topk import masked
 
 
 @dataclass

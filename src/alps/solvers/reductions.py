@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alps.solvers.selection import chunk_of
+from alps.solvers.topk import chunk_of
 
 
 def rows_of(matrix: Tensor) -> int:

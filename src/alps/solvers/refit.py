@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution
 from alps.solvers.hessian import ScaledHessian, scaled
-from alps.solvers.pattern import Pattern
+from alps.solvers.patterns import Pattern
 from alps.solvers.pcg import refit
-from alps.stats import InputStats, Needs
 
 
 @dataclass(frozen=True)

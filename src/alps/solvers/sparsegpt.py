@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alps.errors import ConfigError
+from alps.core.errors import ConfigError
+from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.pattern import Pattern, SemiStructured, Unstructured, Within, keep_largest
-from alps.solvers.selection import capped, top_mask
-from alps.stats import InputStats, Needs
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, Within, keep_largest
+from alps.solvers.topk import capped, top_mask
 
 
 @dataclass(frozen=True)

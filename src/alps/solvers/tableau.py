@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alps.solvers.pattern import Pattern, SemiStructured
+from alps.solvers.patterns import Pattern, SemiStructured
 
 # Exchanges in a row before its candidates are chosen anew.
 _MOST = 16

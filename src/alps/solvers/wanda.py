@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution, SolveInfo
-from alps.solvers.pattern import Pattern, keep_largest
-from alps.stats import InputStats, Needs
+from alps.solvers.patterns import Pattern, keep_largest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""Experts that few calibration tokens were routed to: what their statistics are filled up with.
+
+legend  in   inputs of an expert's map                                    scalar
+        T_e  tokens that the router sent to the expert                    scalar
+        G_e  Gram of what its map received of them                        (in, in)
+        T, P the same of the pool                                         scalar, (in, in)
+        c    `ENOUGH`                                                     scalar
+An expert with T_e < c in gets G_e + (c in - T_e) P / T: as many average tokens of the pool as are missing, and the
+other sums alike. The rule is continuous at T_e = c in, leaves an expert with enough tokens alone, gives one without any
+the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a second
+map is what the expert's own first map makes of all those tokens, since the features between the two are its own. Where
+a module of experts cannot be asked to send tokens elsewhere, it is all that the same map of all experts received.
+
+Where several processes see a part of the tokens each, T_e and T are those of all of them. The rule is linear in the
+sums: each process fills up its own part, and the parts add up to what one process would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from alps.calibration.block_inputs import BlockInputs
+from alps.calibration.dense_reference import AllSeen, watching
+from alps.calibration.moe_hooks import reroutable, rerouted
+from alps.core.statistics import InputStats, InputSums, Needs
+from alps.models.blocks import Block
+from alps.models.sites import Site
+
+# Tokens for each input: with one the Gram has full rank, and still misleads (docs/experts.md).
+ENOUGH = 4
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """What was collected of one input, and all the sites that read it (q, k and v; gate and up).
+
+    Attributes:
+        sums: over the tokens.
+        sites: in the order in which they were met.
+        added: average tokens of the pool among those of `sums`; none but for a starving expert.
+    """
+
+    sums: InputSums
+    sites: list[Site]
+    added: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were really received."""
+        return self.sums.tokens - self.added
+
+    @property
+    def stats(self) -> InputStats:
+        """A fresh copy of the sums as solvers read them."""
+        return self.sums.rounded()
+
+    @property
+    def name(self) -> str:
+        """That of its first site."""
+        return self.sites[0].name
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it."""
+        if not self.added:
+            return []
+        inputs = self.sites[0].shape[1]
+        return [f"{self.tokens} tokens were routed here for {inputs} inputs: {self.added} average ones were added"]
+
+
+class Peers(Protocol):
+    """The processes that see the other tokens of the same calibration; see `alps.core.distributed.Group`."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that counts what there is only one of."""
+
+    def counts(self, mine: Mapping[str, int]) -> dict[str, int]:
+        """Sums over all processes by name."""
+
+    def first(self, value: Callable[[], Any]) -> Any:
+        """What the first of them makes of `value`."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all of them."""
+
+
+def fed(
+    shared: Sequence[SharedInput],
+    block: Block,
+    inputs: BlockInputs,
+    needs: Needs,
+    device: torch.device,
+    peers: Peers | None = None,
+) -> list[SharedInput]:
+    """The same inputs, with those of starving experts filled up; with `peers`, this process's part of it."""
+    experts = {one.name: one.sums.tokens for one in shared if one.sites[0].expert is not None}
+    received = peers.counts(experts) if peers is not None and experts else experts
+    missing = {name: max(ENOUGH * _inputs_of(name, shared) - count, 0) for name, count in received.items()}
+    hungry = [one for one in shared if missing.get(one.name)]
+    if not hungry or needs is Needs.NOTHING:
+        return list(shared)
+    own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
+    fused: dict[str, InputSums] = {}
+    for one in shared:
+        name = one.sites[0].parameter_name
+        if one.sites[0].expert is not None and one.sites[0].name not in own:
+            fused[name] = fused[name] + one.sums if name in fused else one.sums
+    pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in hungry}
+    sizes = {name: pool.tokens for name, pool in pools.items()}
+    if peers is not None:
+        sizes = peers.counts(sizes)
+    counted = peers is None or peers.leads
+    return [
+        _filled(one, pools[one.name], missing[one.name], sizes[one.name], counted) if one.name in pools else one
+        for one in shared
+    ]
+
+
+def _inputs_of(name: str, shared: Sequence[SharedInput]) -> int:
+    return next(one.sites[0].shape[1] for one in shared if one.name == name)
+
+
+def _filled(one: SharedInput, pool: InputSums, missing: int, of: int, counted: bool) -> SharedInput:
+    added = pool.averaged(missing, of)
+    return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), added=missing)
+
+
+def _rerouted_pools(
+    hungry: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
+) -> dict[str, InputSums]:
+    """By name of a site, what it receives when all tokens are sent to its expert; only where that can be done."""
+    modules = {id(site.module): site.module for site in hungry if reroutable(site.module)}
+    pools: dict[str, InputSums] = {}
+    for module in modules.values():
+        sites = [site for site in hungry if site.module is module]
+        collector = _Everywhere(sites, pools, needs)
+        with torch.no_grad(), watching(sites, collector.note), rerouted(module, collector.send_all):
+            for batch in range(len(inputs.hidden)):
+                with suppress(AllSeen):
+                    inputs.run(block.index, block.module, batch, device)
+    return pools
+
+
+class _Everywhere:
+    """Sends the tokens of every batch to each expert of one module, and sums up what its maps receive."""
+
+    def __init__(self, sites: Sequence[Site], pools: dict[str, InputSums], needs: Needs) -> None:
+        self._sites, self._pools, self._needs = sites, pools, min(needs, Needs.GRAM)
+        # What a first map receives is the same for all experts, and is summed once.
+        self._first: dict[str, InputSums] = {}
+        self._summed: set[str] = set()
+        self._hidden: Tensor | None = None
+
+    def send_all(self, hidden: Tensor, send: Callable[[int], None]) -> None:
+        self._hidden = hidden
+        self._summed.clear()
+        for expert in sorted({site.expert for site in self._sites if site.expert is not None}):
+            send(expert)
+        raise AllSeen
+
+    def note(self, site: Site, x: Tensor) -> None:
+        assert self._hidden is not None
+        if x.shape != self._hidden.shape or not torch.equal(x, self._hidden):
+            self._pools.setdefault(site.name, self._zeros(x)).update(x)
+            return
+        name = site.parameter_name
+        self._pools[site.name] = self._first.setdefault(name, self._zeros(x))
+        if name not in self._summed:
+            self._summed.add(name)
+            self._first[name].update(x)
+
+    def _zeros(self, x: Tensor) -> InputSums:
+        return InputSums.zeros(x.shape[-1], self._needs, x.device)

@@ -1,0 +1,92 @@
+"""The main job on a bare machine: fetch a real model, prune it with several methods, and compare perplexities.
+
+Calibration and evaluation texts are disjoint parts of the language reference that CPython ships. Sizes are chosen
+for two CPU cores; real use wants the text of the model's domain, and more of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alps.checkpoints.atomic_io import check_target
+from alps.core.progress import Watcher
+from alps.data.calibration import load
+from alps.data.text_sources import load_text
+from alps.evaluation.api import evaluate
+from alps.models.demo_model import NAME, packaged_model
+from alps.pruning.config import PruneSettings
+from alps.pruning.pipeline import Walk
+from alps.pruning.run import run, write
+from alps.reporting.evaluation_records import EvaluationRecord
+from alps.reporting.run_report import RunReport
+
+SPARSITY = 0.7
+TEXT = "python-docs"
+# Lies in what the demo writes: only such a directory is replaced by the next demo.
+MARKER = ".alps-demo"
+# Windows and tokens in each, for calibration and for evaluation.
+CALIBRATION = (32, 256)
+EVALUATION = (16, 512)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table; `report` is None for the dense model."""
+
+    method: str
+    evaluation: EvaluationRecord
+    report: RunReport | None
+    seconds: float
+
+
+def demo(
+    out: Path, quick: bool, device: str, watcher: Watcher, tell: Callable[[str], None]
+) -> tuple[list[DemoRow], RunReport]:
+    """Prune the packaged model to 70 % and write ALPS's result to `out`.
+
+    Args:
+        out: directory to write; the result of an earlier demo there is replaced, anything else refused.
+        quick: ALPS alone, without the methods it is compared with.
+        device: as for `alps prune`.
+        watcher: told after every site and batch.
+        tell: is given one line before each stage.
+
+    Returns:
+        The rows of the table, dense first and ALPS last, and ALPS's report.
+    """
+    check_target(out, replaceable=MARKER)
+    packaged_model(tell)
+    limit, seqlen = EVALUATION
+    start = time.perf_counter()
+    tell(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
+    dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, watcher)[0]
+    rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
+    text = load_text(TEXT, "calibration")
+    for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
+        start = time.perf_counter()
+        tell(f"Pruning to {SPARSITY:.0%} with {method} ...")
+        settings = PruneSettings(
+            model=NAME,
+            sparsity=SPARSITY,
+            method=method,
+            calibration=TEXT,
+            samples=CALIBRATION[0],
+            seqlen=CALIBRATION[1],
+            device=device,
+        )
+        loaded = load(NAME)
+        windows = loaded.calibration(text, *CALIBRATION, settings.seed)
+        walk = Walk(settings.build_method(), settings.build_pattern(), settings.place(), watcher=watcher)
+        report = run(loaded, walk, windows, settings.seed)
+        seconds = time.perf_counter() - start
+        pruned = evaluate(loaded, [TEXT], seqlen, limit, device, watcher)[0]
+        report.evaluations = [
+            dense.model_copy(update={"model": f"{NAME}, dense"}),
+            pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),
+        ]
+        rows.append(DemoRow(method, pruned, report, seconds))
+    write(loaded, report, out, settings, MARKER, tell)
+    return rows, report

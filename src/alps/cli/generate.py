@@ -1,0 +1,39 @@
+"""`alps generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from alps.cli.console import consoles
+
+
+def generate_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="What `alps pack` wrote, or MODEL as of `alps prune`.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Generate at most N tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda:N or auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr."""
+    from alps.inference.load import load
+    from alps.inference.text_generation import summary, write
+    from alps.models.demo_model import place_of
+    from alps.models.load import load_tokenizer
+
+    _, _, tell = consoles()
+    place = place_of(path, tell)
+    model, tokenizer = load(place, device, dtype), load_tokenizer(place)
+
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    written = write(model, tokenizer, prompt, tokens, temperature, seed, chat, emit)
+    emit("\n")
+    tell(summary(model, written))

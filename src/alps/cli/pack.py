@@ -1,0 +1,36 @@
+"""`alps pack` and `alps unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alps.cli.console import consoles
+from alps.cli.tables import pack_summary, unpack_summary
+
+
+def pack_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint directory, of safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create for the packed files.")],
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Also compress them with zstd, for transport; needs zstandard.")
+    ] = False,
+) -> None:
+    """Store the checkpoint in DIR without its zeros; `alps unpack` gives it back, to the bit."""
+    from alps.checkpoints.pack import pack_directory
+
+    console, _, _ = consoles()
+    console.print(pack_summary(pack_directory(directory, out, compress), out), soft_wrap=True)
+
+
+def unpack_command(
+    packed: Annotated[Path, typer.Argument(help="A directory that `alps pack` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create for the checkpoint.")],
+) -> None:
+    """Write the ordinary, dense checkpoint that was packed, with every hash checked."""
+    from alps.checkpoints.unpack import unpack_directory
+
+    console, _, _ = consoles()
+    console.print(unpack_summary(unpack_directory(packed, out), out), soft_wrap=True)

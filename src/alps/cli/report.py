@@ -1,0 +1,21 @@
+"""`alps report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alps.cli.console import consoles
+from alps.reporting.publish import rebuild_page
+
+
+def report_command(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of `alps compare`, or a checkpoint of `alps prune`.")
+    ],
+) -> None:
+    """Draw DIR/report.html anew from its JSON: tables and figures in one file, for any browser, without a network."""
+    console, _, _ = consoles()
+    console.print(f"Written to {rebuild_page(directory)}.", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,198 @@
+"""A model in memory with its tokenizer, and the windows of tokens that can be fed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alps.core.errors import ConfigError
+from alps.core.progress import Watcher
+from alps.data.mixture import Mix, Part, combine
+from alps.data.self_generated import generated_windows
+from alps.data.text_sources import Text, load_text
+from alps.data.windows import Windows, calibration_windows, evaluation_windows
+from alps.inference.load import is_packed, load_packed
+from alps.models.auto_class import text_config
+from alps.models.blocks import Block, find_blocks
+from alps.models.demo_model import place_of
+from alps.models.fingerprint import model_sha256
+from alps.models.lazy_weights import Streamed
+from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
+from alps.models.meta_model import open_streamed
+
+
+@dataclass
+class Loaded:
+    """A causal language model, its tokenizer if any, and the name a user gave it.
+
+    Attributes:
+        name, model, tokenizer: see above.
+        store: where the weights of a skeleton lie; None where the model holds them.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    store: Streamed | None = None
+
+    def blocks(self) -> list[Block]:
+        """The decoder blocks; those of a skeleton fetch their weights when they are needed.
+
+        Raises:
+            UnsupportedModel: when there are none.
+        """
+        found = find_blocks(self.model)
+        return found if self.store is None else self.store.adopt(found)
+
+    def identity(self) -> str:
+        """A hash that tells whether these are the same weights; of a skeleton, of what was read of its files."""
+        return model_sha256(self.model) if self.store is None else self.store.identity()
+
+    def calibration(
+        self,
+        source: Text | Mix,
+        samples: int,
+        seqlen: int,
+        seed: int,
+        device: torch.device | None = None,
+        watcher: Watcher | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Windows:
+        """Seeded calibration windows from a text, from the model itself, or from a mix of such sources.
+
+        Args:
+            source: where they come from.
+            samples, seqlen, seed: windows, tokens in each, and how they are drawn.
+            device: where the model samples; None for where it is.
+            watcher: told of the sampling.
+            tell: is given one line before a sampling.
+
+        Raises:
+            ConfigError: for text without a tokenizer, a text that is too short, windows longer than the model takes,
+                or a model that cannot be sampled.
+            UnsupportedModel: for sampling from a model without a key-value cache.
+        """
+        mix = source if isinstance(source, Mix) else Mix((Part(source),))
+        if samples < 1 or seqlen < 1:
+            raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
+        if self.tokenizer is None and any(part.text is not None for part in mix.parts):
+            raise ConfigError(
+                "Calibration by text needs the model's tokenizer: pass it, or token ids as a tensor, or use 'self'."
+            )
+        self.check_length(seqlen)
+        counts, seeds = mix.counts(samples), mix.seeds(seed)
+        drawn: dict[int, Windows] = {}
+        # Texts first: one that is too short is told before the model samples for minutes.
+        for i in sorted(range(len(counts)), key=lambda i: mix.parts[i].text is None):
+            sizes = (counts[i], seqlen, seeds[i])
+            if (text := mix.parts[i].text) is not None:
+                drawn[i] = calibration_windows(text, self.tokenizer, *sizes)
+            else:
+                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, watcher, tell)
+        return combine(mix, [drawn[i] for i in range(len(counts))], seed)
+
+    def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
+        """Consecutive windows of a text given by path or name.
+
+        Raises:
+            ConfigError: for a text that is missing or too short, or windows longer than the model takes.
+        """
+        self.check_length(seqlen)
+        windows = evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
+        self.check_ids(windows)
+        return windows
+
+    def check_same(self, windows: Windows, text: str, limit: int | None) -> None:
+        """Refuse to be compared on windows that another model's tokenizer cut from a text.
+
+        Raises:
+            ConfigError: unless this model's own tokenizer, if it has one, cuts the same windows.
+        """
+        if self.tokenizer is None:
+            self.check_length(windows.ids.shape[1])
+            self.check_ids(windows)
+        elif not torch.equal(self.evaluation(text, windows.ids.shape[1], limit).ids, windows.ids):
+            raise ConfigError(
+                f"The tokenizer of '{self.name}' cuts '{windows.source}' into other tokens than the model's: "
+                "give the dense model that this one was pruned from."
+            )
+
+    def check_length(self, seqlen: int) -> None:
+        """Refuse windows that are longer than the model's positions."""
+        config = text_config(self.model)
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if isinstance(limit, int) and seqlen > limit:
+            raise ConfigError(
+                f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen."
+            )
+
+    def token_ids(self, ids: Tensor) -> Windows:
+        """Calibration windows that a caller made.
+
+        Raises:
+            ConfigError: unless `ids` are integers of shape (windows, tokens), with at least one window of two tokens.
+        """
+        if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.shape[0] < 1 or ids.shape[1] < 2:
+            raise ConfigError(
+                f"Calibration token ids are {ids.dtype} of shape {tuple(ids.shape)}: "
+                "give integers of shape (windows, tokens), at least one window of two tokens."
+            )
+        self.check_length(ids.shape[1])
+        return Windows(ids.to("cpu", torch.int64), "token ids", len(ids))
+
+    def check_ids(self, windows: Windows) -> None:
+        """Refuse token ids that the model has no embedding for."""
+        size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        low, high = int(windows.ids.min()), int(windows.ids.max())
+        if low < 0 or high >= size:
+            raise ConfigError(
+                f"Token ids of '{windows.source}' run from {low} to {high}, outside the model's vocabulary of {size}: "
+                "the tokenizer does not belong to this model."
+            )
+
+
+def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None, packed: bool = False) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: directory, GGUF file, hub name, or the packaged name `smollm2-135m`.
+        dtype: `auto` keeps the checkpoint's.
+        tell: is given one line before each slow step.
+        packed: whether a directory that `alps pack` wrote will do: its layers stay packed, so that it can be measured
+            and not changed.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
+    """
+    kept = parse_dtype(dtype)
+    if packed and is_packed(name):
+        return Loaded(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
+    place = place_of(name, tell)
+    return Loaded(name, load_model(place, kept), load_tokenizer(place))
+
+
+def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+    """Open a model without reading its weights, where its checkpoint allows it; else load it.
+
+    Args:
+        name, dtype, tell: as for `load`.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
+    """
+    place = place_of(name, tell)
+    check_model_path(place)
+    found = open_streamed(place, parse_dtype(dtype))
+    if isinstance(found, Streamed):
+        return Loaded(name, found.model, load_tokenizer(place), found)
+    try:
+        loaded = load(name, dtype, tell)
+    except MemoryError:
+        raise ConfigError(f"Model '{name}' does not fit into memory, and has to be loaded whole: {found}.") from None
+    tell(f"'{name}' is in memory whole: {found}.")
+    return loaded

@@ -1,0 +1,86 @@
+"""The same measurements as the command line's, for Python: perplexity, divergence and tasks of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alps.core.device import pick_device
+from alps.core.distributed import Group
+from alps.core.errors import ConfigError
+from alps.core.progress import Watcher
+from alps.data.calibration import Loaded, load
+from alps.evaluation.kl_divergence import divergence
+from alps.evaluation.perplexity import perplexity
+from alps.evaluation.tasks import find_tasks, score_tasks
+from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
+
+
+def evaluate(
+    loaded: Loaded | str | Path,
+    texts: Sequence[str],
+    seqlen: int = 2048,
+    windows: int | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    reference: Loaded | str | Path | None = None,
+    group: Group | None = None,
+) -> list[EvaluationRecord]:
+    """Perplexity of a model on each text; see `alps.evaluation.perplexity` for the convention.
+
+    Args:
+        loaded: what `alps eval` takes as DIR, or a model in memory as `Loaded(name, model, tokenizer)`.
+        reference: the dense model, to compare with on the same windows: every record is then a `ComparisonRecord`,
+            see `alps.evaluation.kl_divergence`.
+        group: processes that share out the windows, each with the same arguments.
+
+    Raises:
+        ConfigError: for a text that is missing or too short, windows longer than the model takes, or a reference with
+            another tokenizer or vocabulary.
+    """
+    loaded, group = _loaded(loaded), group or Group()
+    place = group.device(device, pick_device(device))
+    cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
+    if reference is None:
+        return [perplexity(loaded.model, one, loaded.name, place, watcher, group) for one in cut]
+    dense = _loaded(reference)
+    for one, text in zip(cut, texts, strict=True):
+        dense.check_same(one, text, windows)
+    names = (loaded.name, dense.name)
+    return [divergence(loaded.model, dense.model, one, names, place, watcher, group) for one in cut]
+
+
+def evaluate_tasks(
+    loaded: Loaded | str | Path,
+    tasks: Sequence[str],
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+) -> list[TaskRecord]:
+    """Zero-shot accuracies of a model, by lm-eval (`pip install lm-eval accelerate`).
+
+    Args:
+        loaded: as for `evaluate`.
+        tasks: names; with `task_data` those of `alps.evaluation.local_tasks.DEFINITIONS`, else lm-eval's own.
+        task_data: folder of local files, NAME.jsonl for every task; nothing is then fetched.
+        limit: score only the first items of each task.
+        batch_size: sequences in a forward.
+
+    Raises:
+        ConfigError: for an unknown task, data that cannot be used or fetched, or without lm-eval or a tokenizer.
+    """
+    place = pick_device(device)
+    found = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
+    return score_tasks(_loaded(loaded), found, place, batch_size)
+
+
+def _loaded(model: Loaded | str | Path) -> Loaded:
+    if isinstance(model, str | Path):
+        return load(str(model), packed=True)
+    if not isinstance(model, Loaded):
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be measured without its tokenizer: give the name of a checkpoint, or "
+            "alps.Loaded(name, model, tokenizer)."
+        )
+    return model

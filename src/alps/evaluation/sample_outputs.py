@@ -1,0 +1,54 @@
+"""What a model writes after a prompt: no measure, but what people look at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from alps.core.errors import ConfigError
+from alps.core.half_precision import fast_halves
+from alps.data.calibration import Loaded
+
+
+def continuations(loaded: Loaded, prompts: Sequence[str], tokens: int, device: torch.device) -> list[tuple[str, str]]:
+    """Greedy continuations, one prompt at a time, without any template around it.
+
+    Args:
+        loaded: a model with a tokenizer; moved to `device` and left there.
+        prompts: texts.
+        tokens: at most so many new ones.
+        device: where to run.
+
+    Returns:
+        Pairs of a prompt and what follows it.
+
+    Raises:
+        ConfigError: without a tokenizer, or for a prompt without tokens.
+    """
+    if not prompts:
+        return []
+    if loaded.tokenizer is None:
+        raise ConfigError(f"Prompts need a tokenizer, and '{loaded.name}' has none: leave them out.")
+    model: Any = loaded.model.to(device)
+    training = model.training
+    model.eval()
+    try:
+        return [(prompt, _continue(model, loaded.tokenizer, prompt, tokens, device)) for prompt in prompts]
+    finally:
+        model.train(training)
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torch.device) -> str:
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    if not ids.numel():
+        raise ConfigError(f"Prompt {prompt!r} has no tokens: write a few words.")
+    ends = model.generation_config.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    # The model's own generation settings may sample; without a padding token generate() warns.
+    greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
+    with torch.inference_mode(), fast_halves(device, model):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,170 @@
+"""A dense checkpoint and one pruned from it: whether they belong together, and what a job on both writes."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from alps.checkpoints.atomic_io import check_target, new_directory
+from alps.core.device import peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.errors import ConfigError
+from alps.data.calibration import Loaded
+from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.demo_model import NAME as PACKAGED
+from alps.models.finite_check import check_result
+from alps.models.load import check_model_path, parse_dtype
+from alps.models.save import save_model
+from alps.models.sites import Site
+from alps.reporting.model_card import model_card
+from alps.reporting.publish import publish_run
+from alps.reporting.run_report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
+from alps.solvers.patterns import USUAL_PATTERNS, group_violations
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def read_settings(kind: type[_Settings], given: dict[str, Any]) -> _Settings:
+    """Settings from the values that are not None.
+
+    Raises:
+        ConfigError: for a value of the wrong kind or range, or an unknown name.
+    """
+    try:
+        return kind.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"Setting '{key}' is wrong: {first['msg'].lower()}, not {reprlib.repr(first['input'])}."
+        ) from None
+
+
+def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -> RunReport | None:
+    """Check what can be checked before anything is loaded.
+
+    Returns:
+        The report of the pruned directory; None when it has none.
+
+    Raises:
+        ConfigError, CheckpointError: for an unknown device or dtype, a model that is not there, a target that cannot be
+            written, or a file that is not such a report.
+    """
+    parse_dtype(dtype)
+    pick_device(device)
+    for name in (dense, pruned):
+        if name != PACKAGED:
+            check_model_path(name)
+    check_target(out)
+    return RunReport.read(Path(pruned))
+
+
+def check_pair(dense: Loaded, pruned: Loaded) -> None:
+    """Refuse two models that differ in more than the values of their weights, or a second one that is not pruned.
+
+    Raises:
+        ConfigError: naming the first difference in class, parameters, shapes or vocabulary, or when `pruned` has no
+            more zeros in its linear layers than `dense`.
+        UnsupportedModel: when decoder blocks cannot be found.
+    """
+    difference = _model_difference(dense.model, pruned.model) or _vocabulary_difference(dense, pruned)
+    if difference:
+        raise ConfigError(
+            f"'{dense.name}' and '{pruned.name}' do not belong together, {difference}: "
+            "give the dense model from which the pruned one was made."
+        )
+    if count_zeros(pruned.model) <= count_zeros(dense.model):
+        raise ConfigError(
+            f"Nothing is pruned in '{pruned.name}': its linear layers have no more zeros than those of "
+            f"'{dense.name}'; give DENSE first, then PRUNED."
+        )
+
+
+def count_zeros(model: nn.Module) -> int:
+    """Zeros of all sites."""
+    return sum(int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites)
+
+
+def describe(pruned: Loaded, dense: str, device: str) -> RunReport:
+    """The report of a model that something else has pruned: the counts that its weights show, and nothing more."""
+    sites = [(block.index, site) for block in find_blocks(pruned.model) for site in block.sites]
+    records = [
+        LayerRecord(
+            name=site.name,
+            block=index,
+            kind=site.kind,
+            shape=site.shape,
+            entries=site.entries,
+            zeros=int((site.read() == 0).sum()),
+            expert=site.expert,
+            error=None,
+            magnitude_error=None,
+            solve={"notes": []},
+        )
+        for index, site in sites
+    ]
+    left = dense_parameters(pruned.model, {site.parameter_name for _, site in sites})
+    report = RunReport(
+        model=dense,
+        architecture=type(pruned.model).__name__,
+        method="unknown",
+        pattern="",
+        dtype=str(sites[0][1].dtype).removeprefix("torch."),
+        device=device,
+        calibration=None,
+        sites=records,
+        dense=[DenseRecord(name=row.name, shape=row.shape, reason=row.reason) for row in left],
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(pick_device(device)),
+        versions=provenance(),
+    )
+    return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
+
+
+def write_changed(pruned: Loaded, report: RunReport, out: Path, tell: Callable[[str], None]) -> None:
+    """Write a changed model to `out`, which appears whole or not at all.
+
+    The times of the one-shot run stay its own: saving is not added to them. `tell` is given a line where the page of
+    figures is left out.
+    """
+    check_result(pruned.model, str(out))
+    with new_directory(out) as folder:
+        save_model(pruned.model, pruned.tokenizer, folder)
+        (folder / REPORT_NAME).write_text(report.to_json())
+        page = publish_run(folder, report, tell, out)
+        (folder / "README.md").write_text(model_card(report, page))
+
+
+def _model_difference(dense: nn.Module, pruned: nn.Module) -> str | None:
+    if type(dense) is not type(pruned):
+        return f"one is a {type(dense).__name__}, the other a {type(pruned).__name__}"
+    own = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
+    other = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters()}
+    for name in [*own, *other]:
+        if name not in own or name not in other:
+            return f"only one of them has {name}"
+        if own[name] != other[name]:
+            return f"{name} is {own[name]} in one and {other[name]} in the other"
+    return None
+
+
+def _vocabulary_difference(dense: Loaded, pruned: Loaded) -> str | None:
+    if dense.tokenizer is None or pruned.tokenizer is None:
+        return None
+    own, other = dense.tokenizer.get_vocab(), pruned.tokenizer.get_vocab()
+    different = [word for word in [*own, *other] if own.get(word) != other.get(word)]
+    if not different:
+        return None
+    return f"their tokenizers differ in {different[0]!r}"
+
+
+def _pattern(sites: list[Site], sparsity: float) -> str:
+    """The first of the usual N:M that holds in every group, else the share of zeros."""
+    for pattern in USUAL_PATTERNS:
+        if all(group_violations(site.read(), pattern)[1] == 0 for site in sites):
+            return str(pattern)
+    return f"{100 * sparsity:.4g}%"

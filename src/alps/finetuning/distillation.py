@@ -1,0 +1,173 @@
+"""Recovery: distil the dense model into the pruned one on calibration text, with every pruned weight held at zero.
+
+The loss is KL(dense || pruned) between the two models' next-token distributions at temperature 1, the mean over tokens.
+The kept weights of the pruned sites, norms and biases are trained; embeddings, the output head and everything else stay
+as they are. A few windows are held back: their KL is taken at intervals, and the best state is what remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from alps.core.device import memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.errors import ConfigError
+from alps.core.half_precision import fast_halves
+from alps.core.progress import Watcher
+from alps.data.calibration import Loaded
+from alps.data.text_sources import Text, load_text
+from alps.finetuning.checkpoint_pair import check_pair, count_zeros
+from alps.finetuning.masked_adamw import Masters, Tuned
+from alps.finetuning.training_loop import Distillation, Schedule
+from alps.models.blocks import find_blocks
+from alps.models.sites import routing_parameters
+from alps.reporting.records import RecoveryReport, calibration_record
+
+_MOST_HELD_BACK = 8
+
+
+class RecoverSettings(BaseModel):
+    """What `alps recover` was asked to do. Unknown keys are refused.
+
+    Attributes:
+        minutes: wall time of training and checks, or None when `steps` is given.
+        steps: optimiser steps, or None when `minutes` is given; equal settings then give equal weights.
+        calibration: a text, see `alps.data.text_sources.load_text`.
+        samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. An eighth of them, and
+            at most 8, is held back.
+        batch_tokens: tokens in an optimiser step, rounded up to whole windows.
+        lr: Adam's step size at its largest.
+        device, dtype: `auto` takes the first GPU if any, and the checkpoints' dtypes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps: int | None = Field(default=None, ge=1)
+    calibration: str = "c4"
+    samples: int = Field(default=512, ge=2)
+    seqlen: int = Field(default=512, ge=2)
+    batch_tokens: int = Field(default=2048, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def schedule(self) -> Schedule:
+        """Budget, batches and seed of the training.
+
+        Raises:
+            ConfigError: when both or neither of `minutes` and `steps` are given.
+        """
+        if (self.minutes is None) == (self.steps is None):
+            raise ConfigError("Give either --minutes (such as 30) or --steps (such as 200), and not both.")
+        seconds = None if self.minutes is None else 60 * self.minutes
+        batch = -(-self.batch_tokens // self.seqlen)
+        return Schedule(seconds, self.steps, batch, self.held_back, self.seed)
+
+    @property
+    def held_back(self) -> int:
+        """Windows that are not trained on."""
+        return min(max(self.samples // 8, 1), _MOST_HELD_BACK)
+
+
+def recover(
+    dense: Loaded, pruned: Loaded, settings: RecoverSettings, watcher: Watcher, text: Text | None = None
+) -> RecoveryReport:
+    """Train a pruned model in place towards the dense one.
+
+    Args:
+        dense: the teacher; moved to the device, otherwise untouched.
+        pruned: the student; moved to the device. Its zeros, and all that is not trained, keep their bits.
+        settings: see `RecoverSettings`.
+        watcher: told after every step, or after every hundredth of the time.
+        text: calibration text when the caller has it already; else it is loaded as the settings say.
+
+    Returns:
+        What was done. The model is as it was when no check found a smaller divergence.
+
+    Raises:
+        ConfigError: for models that do not belong together, a text too short, or too little time for one step.
+        UnsupportedModel: when the models have no decoder blocks.
+    """
+    schedule = settings.schedule()
+    check_pair(dense, pruned)
+    device = pick_device(settings.device)
+    text = text or load_text(settings.calibration, "calibration")
+    windows = pruned.calibration(text, settings.samples, settings.seqlen, settings.seed)
+    pruned.check_ids(windows)
+    zeros = count_zeros(pruned.model)
+    training = dense.model.training, pruned.model.training
+    try:
+        with memory_told("lower --batch-tokens and --seqlen, or use --device cpu"):
+            dense.model.to(device).eval()
+            with (
+                fast_halves(device, dense.model, pruned.model),
+                _computing(pruned.model.to(device).eval()) as tuned,
+                Masters(pruned.model, tuned, settings.lr) as masters,
+            ):
+                run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, watcher)
+                run.train()
+                entries, seconds = masters.entries, run.clock.elapsed
+    finally:
+        dense.model.train(training[0])
+        pruned.model.train(training[1])
+    before = run.checks[0].kl
+    assert before is not None and count_zeros(pruned.model) == zeros
+    return RecoveryReport(
+        dense=dense.name,
+        pruned=pruned.name,
+        minutes=settings.minutes,
+        lr=settings.lr,
+        batch_tokens=settings.batch_tokens,
+        stopped=run.stopped,
+        steps=run.clock.steps,
+        best_step=run.best_step,
+        tokens=run.tokens,
+        seconds=seconds,
+        trained_entries=entries,
+        zeros=zeros,
+        kl_before=before,
+        kl_after=run.best,
+        checks=run.checks,
+        calibration=calibration_record(windows, settings.seed),
+        held_back_windows=settings.held_back,
+        dtype=str(next(pruned.model.parameters()).dtype).removeprefix("torch."),
+        device=str(device),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(device),
+        versions=provenance(),
+    )
+
+
+@contextmanager
+def _computing(model: nn.Module) -> Iterator[list[Tuned]]:
+    """The parameters to train; for the time of the body a float16 model computes in float32."""
+    stored = {id(parameter): parameter.dtype for parameter in model.parameters()}
+    if torch.float16 in stored.values():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    try:
+        yield _tuned(model, stored)
+    finally:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored[id(parameter)])
+
+
+def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[Tuned]:
+    """Sites that hold zeros, with their masks, and all vectors (norms, biases) but the output head's and routers'."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    frozen |= routing_parameters(model)
+    weights = {id(site.parameter) for block in find_blocks(model) for site in block.sites}
+    found = []
+    for parameter in model.parameters():
+        if id(parameter) in weights and not bool(parameter.all()):
+            found.append(Tuned(parameter, parameter.detach() != 0, stored[id(parameter)]))
+        elif parameter.ndim == 1 and id(parameter) not in frozen:
+            found.append(Tuned(parameter, None, stored[id(parameter)]))
+    return found

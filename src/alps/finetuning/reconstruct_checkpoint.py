@@ -1,0 +1,208 @@
+"""What `alps match` does: a dense checkpoint and one pruned from it in, the latter with its blocks matched out.
+
+Both models are walked side by side. The dense activations advance through the dense blocks, the pruned ones through
+the pruned blocks as they are once matched; only one block of each model is on the device at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from alps.calibration.block_inputs import BlockInputs, capture
+from alps.calibration.lm_head import Head
+from alps.core.device import exact_float32, memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.errors import ConfigError
+from alps.core.half_precision import fast_halves
+from alps.core.progress import Watcher
+from alps.data.calibration import Loaded, load
+from alps.data.mixture import Mix, load_calibration
+from alps.finetuning.block_reconstruction import MATCH_TARGET, Matching, Predictions, match
+from alps.finetuning.checkpoint_pair import (
+    check_pair,
+    check_request,
+    count_zeros,
+    describe,
+    read_settings,
+    write_changed,
+)
+from alps.models.blocks import find_blocks, on_device
+from alps.reporting.records import MatchRecord, MatchRun, calibration_record
+from alps.reporting.run_report import RunReport
+from alps.solvers.dense_target import parse_target
+
+
+class MatchSettings(BaseModel):
+    """What `alps match` was asked to do. Unknown keys are refused.
+
+    Attributes:
+        epochs: passes over the windows that are not held back.
+        target: `pruned`, `dense` or a share between 0 and 1, see `alps.finetuning.block_reconstruction.Matching`.
+        rate: Adam's step size at its largest.
+        calibration: text, `self` (sampled from the dense model) or a mix, see `alps.data.mixture.load_calibration`.
+        samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. At least one of them is
+            held back.
+        device, dtype: `auto` takes the first GPU if any, and the checkpoints' dtypes.
+        offload: keep activations on the CPU between blocks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    epochs: int = Field(default=1, ge=1)
+    target: str | float = MATCH_TARGET
+    rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    calibration: str = "c4"
+    samples: int = Field(default=128, ge=2)
+    seqlen: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: bool = False
+
+    def matching(self) -> Matching:
+        """How blocks are tuned.
+
+        Raises:
+            ConfigError: for a target that is none.
+        """
+        return Matching(epochs=self.epochs, target=parse_target(self.target), rate=self.rate)
+
+
+def match_settings(given: dict[str, Any]) -> MatchSettings:
+    """Settings from the values that are not None.
+
+    Raises:
+        ConfigError: for a value of the wrong kind or range, or an unknown name.
+    """
+    settings = read_settings(MatchSettings, given)
+    settings.matching()  # refused here, before any model is loaded
+    return settings
+
+
+def match_directory(
+    dense: str, pruned: str, out: Path, settings: MatchSettings, watcher: Watcher, tell: Callable[[str], None]
+) -> RunReport:
+    """Check everything that can be checked, then load both models, match the pruned one's blocks and write it to `out`.
+
+    Returns:
+        The report of the pruned directory with the matching added, as written.
+
+    Raises:
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
+    """
+    earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
+    source = load_calibration(settings.calibration, settings.samples)
+    teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
+    records, run = match_pair(teacher, student, settings, source, watcher, tell)
+    report = earlier or describe(student, dense, run.device)
+    report.matches += records
+    report.match_runs.append(run)
+    write_changed(student, report, out, tell)
+    return report
+
+
+def match_pair(
+    dense: Loaded,
+    pruned: Loaded,
+    settings: MatchSettings,
+    source: Mix,
+    watcher: Watcher,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[list[MatchRecord], MatchRun]:
+    """Match every block of a pruned model, in place, to the dense model's.
+
+    Args:
+        dense: gives the targets, and the windows of `self`; unchanged.
+        pruned: tuned; its zeros, and all that is outside its blocks, keep their bits.
+        settings: see `MatchSettings`.
+        source: what the calibration windows are drawn from.
+        watcher: told after every block.
+        tell: is given one line before a sampling.
+
+    Returns:
+        A record of every block, and one of the whole.
+
+    Raises:
+        ConfigError: for models that do not belong together, a model without a weight left, or too little text.
+        UnsupportedModel: when the models have no decoder blocks or cannot be walked.
+        SolveFailed: when outputs of a block are not finite.
+    """
+    check_pair(dense, pruned)
+    zeros = count_zeros(pruned.model)
+    if zeros == sum(site.entries for block in find_blocks(pruned.model) for site in block.sites):
+        raise ConfigError(
+            f"Nothing is left to tune in '{pruned.name}': every weight of its linear layers is zero; prune less."
+        )
+    device = pick_device(settings.device)
+    # The two vocabularies are the same where both are known; either tokenizer will do.
+    reader = Loaded(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
+    windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, watcher, tell)
+    reader.check_ids(windows)
+    training = dense.model.training, pruned.model.training
+    start = time.perf_counter()
+    try:
+        records = _match_blocks(dense.model.eval(), pruned.model.eval(), windows.ids, settings, device, watcher)
+    finally:
+        dense.model.train(training[0])
+        pruned.model.train(training[1])
+    assert count_zeros(pruned.model) == zeros
+    return records, MatchRun(
+        dense=dense.name,
+        pruned=pruned.name,
+        epochs=settings.epochs,
+        target=settings.matching().target,
+        rate=settings.rate,
+        blocks=len(records),
+        zeros=zeros,
+        seconds=time.perf_counter() - start,
+        calibration=calibration_record(windows, settings.seed),
+        dtype=str(next(pruned.model.parameters()).dtype).removeprefix("torch."),
+        device=str(device),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(device),
+        versions=provenance(),
+    )
+
+
+def _match_blocks(
+    dense: nn.Module, pruned: nn.Module, ids: Tensor, settings: MatchSettings, device: torch.device, watcher: Watcher
+) -> list[MatchRecord]:
+    matching = settings.matching()
+    models, tuned = find_blocks(dense), find_blocks(pruned)
+    # Two batches at least: one is held back.
+    batch = max(min(matching.tokens // ids.shape[1], len(ids) // 2), 1)
+    storage = torch.device("cpu") if settings.offload else device
+    records = []
+    watcher.start("match", len(tuned))
+    try:
+        with (
+            memory_told("use --offload, or give fewer --samples or a lower --seqlen"),
+            exact_float32(),
+            fast_halves(device, dense, pruned),
+        ):
+            targets = _captured(capture(dense, models, ids, batch), storage)
+            inputs = _captured(capture(pruned, tuned, ids, batch), storage)
+            predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))
+            for model, block in zip(models, tuned, strict=True):
+                with on_device(model, device), on_device(block, device):
+                    targets.advance(model.index, model.module, device)
+                    ending = predictions if block is tuned[-1] else None
+                    how = (matching, device, settings.seed, ending, None, model)
+                    records.append(match(block, inputs, targets.hidden, *how))
+                    if block is not tuned[-1]:
+                        inputs.advance(block.index, block.module, device)
+                watcher.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")
+    finally:
+        watcher.finish()
+    return records
+
+
+def _captured(inputs: BlockInputs, storage: torch.device) -> BlockInputs:
+    inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
+    return inputs

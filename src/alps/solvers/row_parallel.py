@@ -1,0 +1,153 @@
+"""A matrix whose rows are solved by several processes at the same time: what they have to agree on.
+
+Rows are independent in the W-step, in conjugate gradients and under N:M. What ties them together is the selection of
+the largest entries of the whole matrix, how much of the support still changes, and when conjugate gradients stop. All
+of it is decided from sums over the processes, as one process would decide it. The exact selection: scores are not
+negative, so that their bits as integers are in their order; two histograms, of the upper and of the lower half of the
+bits, summed over the processes, say which score is the last one to stay. Among equal ones the first rows win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alps.core.errors import SolveFailed
+from alps.solvers.patterns import Pattern, Unstructured, keep_largest
+from alps.solvers.scores import Scores
+
+_HALF = 16
+_INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number
+
+
+class Rows(Protocol):
+    """The processes that hold the rows of a matrix, each its own, the first ones the first."""
+
+    rank: int
+    size: int
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all processes, the same on every one of them; may overwrite `values`."""
+
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Give every process the values that `tensor` has on `source`, in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Unstructured):
+    """A fraction of a matrix of which this process holds some rows.
+
+    Attributes:
+        entries: of the whole matrix.
+        before: entries of the rows before these.
+        rows: who holds the others.
+    """
+
+    entries: int = 0
+    before: int = 0
+    rows: Rows | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor, sparsity: float, entries: int, rows: Rows) -> Part:
+        """These rows, shape (rows, in), of a matrix with so many `entries`."""
+        return cls(sparsity, entries, _before(matrix.numel(), rows, matrix.device), rows)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Mask (out, in) of the entries that stay: with the other processes' rows exactly as many as the pattern keeps.
+
+        Args:
+            scores: of these rows, shape (out, in), float32, none negative.
+        """
+        assert self.rows is not None
+        kept = self.entries - self.pruned_count(self.entries)
+        return top_of_all(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
+
+    def scores(self, values: Tensor) -> Scores:
+        """Those of these rows, a vector, as a part of all."""
+        assert self.rows is not None
+        return _Shared(values, self.entries, self.before, self.rows)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A part of a vector of scores; see `alps.solvers.topk.Scores`."""
+
+    values: Tensor
+    entries: int
+    before: int
+    rows: Rows
+
+    def sample(self, stride: int) -> Tensor:
+        # Those of the others are zeros here, so that the sum has everybody's.
+        first = -(-self.before // stride)
+        mine = self.values[first * stride - self.before :: stride]
+        sample = self.values.new_zeros(-(-self.entries // stride))
+        sample[first : first + len(mine)] = mine
+        return self.rows.total(sample)
+
+    def total(self, count: int) -> int:
+        return int(self.rows.total(torch.tensor(count, device=self.values.device)))
+
+    def top(self, kept: int) -> Tensor:
+        return top_of_all(self.values, kept, self.rows)
+
+
+def agreed(worst: float, gain: float, rows: Rows | None, device: torch.device) -> tuple[float, float]:
+    """The largest of the first and the sum of the second over all processes."""
+    if rows is None:
+        return worst, gain
+    every = torch.zeros(2, rows.size, dtype=torch.float64, device=device)
+    every[:, rows.rank] = torch.tensor([worst, gain], dtype=torch.float64)
+    found = rows.total(every)
+    return float(found[0].max()), float(found[1].sum())
+
+
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """`pattern.keep_largest` on a whole matrix, or on these rows of one that is shared; scores are not negative."""
+    return pattern.select(scores) if isinstance(pattern, Part) else keep_largest(scores, pattern)
+
+
+def top_of_all(scores: Tensor, kept: int, rows: Rows) -> Tensor:
+    """Mask of those of this process's scores that are among the `kept` largest of all processes.
+
+    Args:
+        scores: a vector of float32, none negative; it may be empty.
+        kept: entries that stay, of all processes.
+        rows: the processes.
+
+    Raises:
+        SolveFailed: when scores are NaN.
+    """
+    keys = scores.contiguous().view(torch.int32)
+    upper = keys >> _HALF
+    # Sums stay where the scores are: between GPUs they go by the links between GPUs.
+    histogram = rows.total(torch.bincount(upper, minlength=2**_HALF // 2))
+    if int(histogram[_INFINITE + 1 :].sum()):
+        raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
+    if kept <= 0 or kept >= int(histogram.sum()):
+        return torch.full_like(scores, kept > 0, dtype=torch.bool)
+    bin_, missing = _bin_of(histogram, kept)
+    lower = keys[upper == bin_] & (2**_HALF - 1)
+    last, missing = _bin_of(rows.total(torch.bincount(lower, minlength=2**_HALF)), missing)
+    cut = (bin_ << _HALF) | last
+    mask = keys > cut
+    ties = (keys == cut).nonzero().squeeze(1)
+    mask[ties[: max(missing - _before(len(ties), rows, scores.device), 0)]] = True
+    return mask
+
+
+def _bin_of(histogram: Tensor, kept: int) -> tuple[int, int]:
+    """The bin of the `kept`-th largest entry, and how many of that bin stay."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, kept))
+    return len(histogram) - 1 - place, kept - (int(from_top[place - 1]) if place else 0)
+
+
+def _before(count: int, rows: Rows, device: torch.device) -> int:
+    """The counts of the processes before this one."""
+    counts = torch.zeros(rows.size, dtype=torch.int64, device=device)
+    counts[rows.rank] = count
+    return int(rows.total(counts)[: rows.rank].sum())

@@ -1,0 +1,160 @@
+"""Order and target of the walk: which inputs a site is solved on, held against forward passes of whole models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import alps.solvers.dense_target
+from alps.calibration.block_inputs import BlockInputs, capture
+from alps.calibration.dense_reference import DenseStream
+from alps.calibration.input_statistics import discover, observe
+from alps.core.statistics import InputStats, Needs
+from alps.models.blocks import find_blocks
+from alps.pruning.pipeline import Walk
+from alps.solvers import get_method
+from alps.solvers.hessian import damping_of
+from alps.solvers.patterns import SemiStructured
+
+_CPU = torch.device("cpu")
+_HALF = SemiStructured(2, 4)
+Inputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
+
+
+@pytest.fixture
+def _trusting(monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> None:
+    """Let few tokens move a target as far as many would: the damping is a tenth of the mean diagonal."""
+    monkeypatch.setattr(alps.solvers.dense_target, "QUIET_TOKENS", 0.1 * ids.numel())
+
+
+def _prune(model: nn.Module, ids: Tensor, **settings: Any) -> Walk:
+    walk = Walk(get_method(settings.pop("method", "sparsegpt")), _HALF, _CPU, **settings)
+    walk.run(model, find_blocks(model), ids)
+    return walk
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {site.name: site.read().clone() for block in find_blocks(model) for site in block.sites}
+
+
+@pytest.mark.usefixtures("_trusting")
+@pytest.mark.parametrize("order", ["block", "sequential"])
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_every_site_is_solved_on_the_inputs_of_its_order_and_target(
+    tiny_model: Callable[..., Any], kind: str, ids: Tensor, site_inputs: Inputs, order: str, share: float
+) -> None:
+    dense, model = tiny_model(kind), tiny_model(kind)
+    _prune(model, ids, order=order, target=share)
+    answers, originals = _weights(model), site_inputs(dense, ids)
+    prefix, method = copy.deepcopy(dense), get_method("sparsegpt")
+    for block in find_blocks(prefix):
+        received = site_inputs(prefix, ids)
+        for site in block.sites:
+            if order == "sequential":
+                received = _before(prefix, block.sites, site, answers, ids, site_inputs)
+            X, X_d, W = received[site.name].double(), originals[site.name].double(), site.read().double()
+            stats = InputStats.of(X)
+            H = X.T @ X + damping_of(stats, 0.1) * torch.eye(X.shape[1], dtype=torch.float64)
+            aim = W + share * W @ torch.linalg.solve(H, (X.T @ (X_d - X))).T
+            expected = method.solve(aim.float(), method.prepare(stats), _HALF).weight
+            agree = ((expected != 0) == (answers[site.name] != 0)).float().mean()
+            assert agree > 0.98, site.name
+            assert float((X @ (expected - answers[site.name]).double().T).norm() / (X @ W.T).norm()) < 0.03, site.name
+        for site in block.sites:
+            site.write(answers[site.name])
+
+
+def _before(
+    prefix: nn.Module, sites: list[Any], site: Any, answers: dict[str, Tensor], ids: Tensor, site_inputs: Inputs
+) -> dict[str, Tensor]:
+    """Inputs with every site pruned whose input lies before this site's; sites of one input wait for each other."""
+    mine = site_inputs(prefix, ids)[site.name]
+    trial = copy.deepcopy(prefix)
+    twins = {other.name: other for block in find_blocks(trial) for other in block.sites}
+    plain = site_inputs(prefix, ids)
+    for other in sites:
+        if plain[other.name].shape == mine.shape and torch.equal(plain[other.name], mine):
+            break
+        twins[other.name].write(answers[other.name])
+    return site_inputs(trial, ids)
+
+
+def test_discovery_finds_the_groups_in_the_order_of_the_forward(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    groups = discover(blocks[0], capture(model, blocks, ids, 3), _CPU)
+    assert [[site.kind for site in group] for group in groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_the_drift_is_that_of_the_real_inputs(
+    tiny_model: Callable[..., Any], kind: str, ids: Tensor, site_inputs: Inputs, grouped: bool, batch_size: int
+) -> None:
+    dense, model = tiny_model(kind), tiny_model(kind)
+    for site in find_blocks(model)[0].sites:
+        site.write(site.read() * 0.7)
+    real, real_dense = site_inputs(model, ids), site_inputs(dense, ids)
+    one, two = find_blocks(model), find_blocks(dense)
+    inputs, dense_inputs = capture(model, one, ids, batch_size), capture(dense, two, ids, batch_size)
+    for mine, theirs in zip(one, two, strict=True):
+        groups = discover(mine, inputs, _CPU) if grouped else []
+        seen = observe(mine, inputs, Needs.DRIFT, _CPU, groups, DenseStream(theirs, dense_inputs))
+        assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in mine.sites)
+        for shared in seen.shared:
+            assert shared.stats.drift is not None and shared.stats.tokens == ids.numel()
+            X, X_d = (found[shared.sites[0].name].double() for found in (real, real_dense))
+            expected = (X_d - X).T @ X
+            torch.testing.assert_close(shared.stats.drift.double(), expected, rtol=1e-3, atol=1e-3)
+        inputs.advance(mine.index, mine.module, _CPU)
+        dense_inputs.advance(theirs.index, theirs.module, _CPU)
+
+
+def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 2)
+    group = discover(blocks[0], inputs, _CPU)[0]
+    called: list[str] = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: called.append("down"))
+    seen = observe(blocks[0], inputs, Needs.GRAM, _CPU, [group])
+    hook.remove()
+    assert called == [] and [shared.sites for shared in seen.shared] == [group]
+    assert seen.shared[0].stats.tokens == ids.numel() and seen.unused == []
+
+
+def test_advancing_keeps_the_stream_whole(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("opt")
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, 2)
+    other = BlockInputs(list(inputs.hidden), inputs.calls)
+    before = [hidden.clone() for hidden in other.hidden]
+    inputs.advance(0, blocks[0].module, _CPU)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.hidden, strict=True))
+    assert not torch.equal(inputs.hidden[0], other.hidden[0])
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_the_dense_target_brings_the_outputs_nearer_to_the_dense_models(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        wanted = dense(input_ids=ids).logits
+    distances = {}
+    for share in (0.0, 1.0):
+        model = tiny_model("llama")
+        _prune(model, ids, method="alps", target=share)
+        with torch.no_grad():
+            distances[share] = float((model(input_ids=ids).logits - wanted).square().sum())
+    assert distances[1.0] < 0.97 * distances[0.0]

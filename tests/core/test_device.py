@@ -1,0 +1,83 @@
+"""Devices, matmul precision and provenance."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from alps.core.device import exact_float32, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.errors import ConfigError
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """Put back whatever precision the test leaves behind."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_exact_float32_holds_inside_and_gives_back_what_was(before: str) -> None:
+    torch.set_float32_matmul_precision(before)
+    with exact_float32():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(ZeroDivisionError), exact_float32():
+        _ = 1 / 0
+    assert torch.get_float32_matmul_precision() == before
+
+
+_NEW_SWITCH = """
+import torch
+from alps.core.device import exact_float32
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+with exact_float32():
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee", torch.backends.cuda.matmul.fp32_precision
+assert torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cuda.matmul.fp32_precision
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has only the older switch"
+)
+def test_exact_float32_copes_with_callers_who_use_the_newer_switch() -> None:
+    # In a process of its own: torch has no way back once the two kinds of switches were mixed.
+    done = subprocess.run([sys.executable, "-c", _NEW_SWITCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+def test_a_device_is_picked_by_name() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "cuda:x", "cpu:-1", "hpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pick_device(name)
+    message = str(caught.value)
+    assert message.startswith(f"Device '{name}' cannot be used here (")
+    assert message.endswith("): choose auto, cpu or cuda:N.") and "\n" not in message
+
+
+def test_peaks_are_bytes() -> None:
+    size = peak_host_bytes()
+    block = bytearray(size + 64 * 2**20)  # more than the process ever held
+    block[:: 2**12] = b"x" * len(block[:: 2**12])
+    grown = peak_host_bytes() - size
+    assert grown > 48 * 2**20 and 100 * 2**20 < size < 2**40
+    assert peak_device_bytes(torch.device("cpu")) == 0
+
+
+def test_provenance_names_versions_and_machine() -> None:
+    facts = provenance()
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    assert facts["python"] == ".".join(str(part) for part in sys.version_info[:3])
+    assert {"alps", "transformers", "safetensors", "machine", "commit"} <= set(facts)
+    assert all(isinstance(value, str) and value for value in facts.values())

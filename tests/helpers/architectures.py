@@ -1,0 +1,141 @@
+"""docs/models.md: every architecture that is proved, what is pruned and what stays dense, how exactly it is walked.
+
+    python tests/helpers/architectures.py > docs/models.md
+
+Runs every tiny model of `decoders.py`, which takes a minute. A test compares the page with new runs, but for the times.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import alps
+from alps.calibration.block_inputs import capture
+from alps.calibration.lm_head import Head
+from alps.models.blocks import find_blocks
+from helpers.decoders import DENSE, MOE, decoder
+from helpers.vision import VISION, vision_model
+
+_HEAD = """# Architectures
+
+Every row is a tiny random model, built from its configuration in transformers {version}, walked and pruned. *Parity* is
+the largest difference between its own logits and those of walking its blocks one by one, over the largest logit; 1e-5
+is asked for. Then ALPS prunes it to 60 %, and the zeros of every linear map, of every expert, are counted: exact in
+all of them. Other models of the same kinds work alike: blocks and linear maps are discovered, not scripted. That each
+streams block by block to the same bits is a test of its own ([long runs](long-runs.md)).
+
+*Dense*: parameters with two dimensions or more that are left alone, and why; embeddings and output heads are
+everywhere, and not repeated. Seconds are those of pruning, on one thread.
+
+| architecture | class | pruned in each block | dense besides embeddings | parity | s |
+|---|---|---|---|---:|---:|
+"""
+_FOOT = """
+Of **vision-language models** the text decoder is pruned, on calibration text alone; vision tower and projector keep
+their bits, and are listed as outside the decoder blocks. The text decoder is the one that the model itself names
+(`get_decoder`), so that a vision tower with more layers is not taken for it. They are loaded with
+AutoModelForImageTextToText where there is no causal language model of the kind, or where the checkpoint says that it
+is more than one; the files of the image processor are copied along. What pruning does to answers about images is not
+measured. Idefics 3 and SmolVLM stream block by block; checkpoints of the other three name their tensors otherwise
+than transformers does, and are loaded whole. A text decoder with layers of two classes (cross-attention between
+others, as in Mllama) is refused.
+
+Encoder-decoders are refused, also as the text part of another model, and so are quantized checkpoints.
+
+```sh
+python tests/helpers/architectures.py > docs/models.md
+```
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one architecture showed."""
+
+    kind: str
+    architecture: str
+    pruned: str
+    dense: str
+    parity: float
+    seconds: float
+
+    def __str__(self) -> str:
+        facts = (
+            self.kind,
+            self.architecture,
+            self.pruned,
+            self.dense,
+            f"{self.parity:.0e}" if self.parity else "0",
+            f"{self.seconds:.1f}",
+        )
+        return "| " + " | ".join(facts) + " |"
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """All that two runs have in common."""
+        return self.kind, self.architecture, self.pruned, self.dense
+
+
+def examine(kind: str) -> Row:
+    """Walk and prune one architecture; asserts parity and exact counts."""
+    # The last tokens of vision-language models stand for images.
+    ids = torch.randint(2, 60 if kind in VISION else 64, (7, 16), generator=torch.Generator().manual_seed(3))
+    model = vision_model(kind) if kind in VISION else decoder(kind)
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        inputs = capture(model, blocks, ids, batch_size=4)
+        for block in blocks:
+            inputs.advance(block.index, block.module, torch.device("cpu"))
+        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+    parity = float((found - wanted).abs().max() / wanted.abs().max())
+    assert parity < 1e-5, (kind, parity)
+    start = time.perf_counter()
+    report = alps.prune(model, 0.6, calibration=ids)
+    seconds = time.perf_counter() - start
+    assert all(site.zeros == round(0.6 * site.entries) for site in report.sites)
+    names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.sites if site.expert is None)
+    experts = Counter(site.kind for site in report.sites if site.expert is not None)
+    parts = [f"`{name}`{_often(count, len(blocks))}" for name, count in names.items()]
+    parts += [f"`{name}` of every expert" for name in experts]
+    reasons = Counter(
+        (_short(row.name, kind), row.reason) for row in report.dense if row.reason != "embedding or output head"
+    )
+    dense = "; ".join(f"`{name.split('.N.')[-1]}`: {reason}" for name, reason in reasons) or "nothing"
+    return Row(kind, type(model).__name__, ", ".join(parts), dense, parity, seconds)
+
+
+def _short(name: str, kind: str) -> str:
+    """A parameter's name without numbers; of a vision-language model the part that it belongs to."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join("N" if part.isdigit() else part for part in (parts[:2] if kind in VISION else parts))
+
+
+def _often(count: int, blocks: int) -> str:
+    if count == blocks:
+        return ""
+    return f" ({count // blocks} in each)" if count % blocks == 0 else f" (in {count} places of {blocks} blocks)"
+
+
+def main() -> None:
+    """Print the page."""
+    torch.set_num_threads(1)
+    print(_HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
+    for kind in (*DENSE, *MOE, *VISION):
+        print(examine(kind), flush=True)
+    print(_FOOT, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Processes of alps that start at once: forked from a server that has imported it, which takes seconds otherwise.
+
+They are processes in all else: arguments, environment, folder, exit code, signals, a session of their own. What must
+come from the installed command, torchrun or a new interpreter is started as users start it, by `subprocess`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from alps.cli.main import COMMANDS
+
+# What commands, and a run on a LLaMA, import.
+_SERVER = multiprocessing.get_context("forkserver")
+_COMMANDS = sorted({f"alps.cli.{module}" for module, _, _ in COMMANDS.values()})
+_SERVER.set_forkserver_preload([*_COMMANDS, "alps.reporting.html_report", "transformers.models.llama.modeling_llama"])
+_STREAMS = ("stdout", "stderr")
+
+
+class Started:
+    """A process, as `subprocess.Popen` has it; its words are read when it has ended."""
+
+    def __init__(self, work: Callable[[], None], arguments: list[str], settings: dict[str, Any]) -> None:
+        self.args = arguments
+        self._folder = Path(tempfile.mkdtemp(prefix="started-"))
+        self._process = _SERVER.Process(target=_enter, args=(work, arguments, self._folder, settings))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Of a process that has ended; minus the signal that ended it."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = 280) -> tuple[str, str]:
+        """Wait for the end; what it printed, and what it said on stderr."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *map(self._said, _STREAMS))
+        out, err = map(self._said, _STREAMS)
+        shutil.rmtree(self._folder)
+        return out, err
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        """Wait for the end."""
+        out, err = self.communicate()
+        assert self.returncode is not None
+        return subprocess.CompletedProcess(self.args, self.returncode, out, err)
+
+    def _said(self, stream: str) -> str:
+        path = self._folder / stream
+        return path.read_text() if path.exists() else ""
+
+
+def start(
+    *arguments: object,
+    work: Callable[[], None] | None = None,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Started:
+    """Begin `alps ARGUMENTS`.
+
+    Args:
+        work: what to run in place of alps, with these arguments; of a module's top level, as `prepare` is.
+        cwd: folder, the present one by default.
+        environment: variables beside those of this process. Bits depend on the number of threads: one, unless
+            OMP_NUM_THREADS says another.
+        prepare: run first, in the new process.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    settings = {"cwd": str(cwd or Path.cwd()), "environment": variables, "prepare": prepare}
+    return Started(work or _alps, list(map(str, arguments)), settings)
+
+
+def run(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    return start(*arguments, **settings).ended()
+
+
+def run_script(path: Path, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """`python PATH ARGUMENTS`, to its end; nothing is compiled into files."""
+    return run(path, *arguments, work=_script, **settings)
+
+
+def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
+    """The same in so many processes that find each other as those of torchrun do; one is alone."""
+    if size == 1:
+        return [run(*arguments, **settings)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "started"}
+    started = []
+    for rank in range(size):
+        known = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(start(*arguments, environment=known, **settings))
+    return [one.ended() for one in started]
+
+
+def _script() -> None:
+    _, path, *arguments = sys.argv
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    sys.dont_write_bytecode = True
+    runpy.run_path(path, run_name="__main__")
+
+
+def _alps() -> None:
+    from alps.cli.main import run as run_alps
+
+    run_alps()
+
+
+def _enter(work: Callable[[], None], arguments: list[str], folder: Path, settings: dict[str, Any]) -> None:
+    """Become the process that was asked for, and do its work."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(_STREAMS, start=1):
+        os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(settings["environment"])
+    os.chdir(settings["cwd"])
+    import torch
+
+    # Read once by the server.
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if settings["prepare"] is not None:
+        settings["prepare"]()
+    sys.argv = ["alps", *arguments]
+    work()

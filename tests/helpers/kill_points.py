@@ -1,0 +1,145 @@
+"""Prune in processes that are killed at random moments, begin again until one comes through, and say what happened.
+
+    python tests/helpers/kill_points.py MODEL FOLDER SETTINGS.yaml --kills 20 --seed 0
+
+Every process is forked from this one, which has pruned once and so imported everything: no time is lost. The moments
+are drawn over the time that an undisturbed run takes; every third kill waits for a file instead, and falls while it is
+written. Prints a line of JSON: kills by what was going on, and whether results equal the undisturbed run's to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import alps.checkpoints.safetensors_io as shards
+from alps.checkpoints.journal import journal_place
+from alps.core.progress import Silent
+from alps.pruning.config import load_settings
+from alps.pruning.job import prune_directory
+
+
+def main() -> None:
+    """Run the undisturbed one, then kill and go on."""
+    options = _options()
+    torch.set_num_threads(1)
+    random.seed(options.seed)
+    _prune(options, "first")
+    begun = time.monotonic()
+    assert _wait(_start(options, "whole")) == 0
+    whole = time.monotonic() - begun
+    happened: Counter[str] = Counter()
+    attempts = 0
+    while happened.total() < options.kills:
+        happened[_kill_once(options, whole, attempts)] += 1
+        attempts += 1
+        if (options.folder / "killed").exists():
+            (options.folder / "killed").rename(options.folder / f"done-{attempts}")
+    assert _wait(_start(options, "killed")) == 0
+    results = [options.folder / "first", options.folder / "killed", *options.folder.glob("done-*")]
+    leftovers = [path.name for path in options.folder.iterdir() if path.name.startswith(".") or "partial" in path.name]
+    print(
+        json.dumps(
+            {
+                "kills": dict(happened),
+                "results": len(results),
+                "equal": all(_weights(one) == _weights(options.folder / "whole") for one in results),
+                "leftovers": leftovers,
+                "seconds": round(whole, 2),
+            }
+        )
+    )
+
+
+def _kill_once(options: argparse.Namespace, whole: float, attempt: int) -> str:
+    """Start, kill, and tell what the killed process was about: a file, a block, or nothing that it had kept."""
+    while_writing = attempt % 3 == 2
+    place = journal_place(options.folder / "killed")
+    before, stale = len(list(place.glob("block-*.json"))), _half_written(options.folder)
+    child = _start(options, "killed", slow=while_writing)
+    if while_writing:
+        skipped = random.randrange(4)
+        while len(_half_written(options.folder) - stale) == 0 or skipped > 0:
+            if _half_written(options.folder) - stale:
+                stale |= _half_written(options.folder)
+                skipped -= 1
+            if _over(child):
+                return "after the end"
+            time.sleep(0.0005)
+    else:
+        time.sleep(random.random() * whole)
+    writing = bool(_half_written(options.folder) - stale)
+    os.kill(child, signal.SIGKILL)
+    if _wait(child) == 0:
+        return "after the end"
+    after = len(list(place.glob("block-*.json")))
+    assert after >= before or (options.folder / "killed").exists()
+    return "while a file was written" if writing else f"after {after} blocks"
+
+
+def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
+    child = os.fork()
+    if child:
+        return child
+    if slow:
+        real = os.fsync
+
+        def slowly(handle: int) -> None:
+            time.sleep(0.05)  # long enough for a file to be met half-way
+            real(handle)
+
+        shards.os.fsync = slowly  # type: ignore[attr-defined]
+    try:
+        _prune(options, name)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def _prune(options: argparse.Namespace, name: str) -> None:
+    settings = load_settings(options.settings, {"model": str(options.model)})
+    prune_directory(settings, options.folder / name, Silent(), lambda _: None)
+
+
+def _wait(child: int) -> int:
+    return os.waitpid(child, 0)[1]
+
+
+def _over(child: int) -> bool:
+    return os.waitpid(child, os.WNOHANG)[0] != 0
+
+
+def _half_written(folder: Path) -> set[Path]:
+    """Files of a block, or of the checkpoint, that have not got their names yet."""
+    with contextlib.suppress(FileNotFoundError):  # a folder may get its name, or go, while it is looked at
+        return {*folder.glob("killed.partial/.*.partial-*"), *folder.glob(".killed.partial-*/.*")}
+    return set()
+
+
+def _weights(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

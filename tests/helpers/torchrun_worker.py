@@ -1,0 +1,46 @@
+"""Prune a tiny random model of one kind in as many processes as torchrun starts, and print what became of every site.
+
+    torchrun --nproc-per-node 2 tests/helpers/torchrun_worker.py KIND ORDER EPOCHS
+
+The model, its calibration tokens and the settings are the same in every process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from alps.core.distributed import joined
+from alps.data.calibration import Loaded
+from alps.data.windows import Windows
+from alps.finetuning.block_reconstruction import Matching
+from alps.pruning.pipeline import Walk
+from alps.pruning.run import run
+from alps.solvers import get_method
+from alps.solvers.patterns import Unstructured
+from helpers.decoders import decoder
+
+
+def main() -> None:
+    """See above."""
+    kind, order, epochs = sys.argv[1:]
+    # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
+    matching = Matching(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2) if int(epochs) else None
+    ids = torch.randint(2, 60, (7, 12), generator=torch.Generator().manual_seed(5))
+    loaded = Loaded(kind, decoder(kind), None)
+    with joined() as group:
+        walk = Walk(get_method("wanda"), Unstructured(0.5), torch.device("cpu"), matching=matching, group=group)
+        walk.order = order  # type: ignore[assignment]
+        report = run(loaded, walk, Windows(ids, "ids", len(ids)))
+        weights = [float(parameter.double().abs().sum()) for parameter in loaded.model.parameters()]
+        same = len(set(map(tuple, group.gathered(weights)))) == 1
+        if group.leads:
+            sites = [(s.name, s.tokens, s.added, s.zeros, s.error) for s in report.sites]
+            matches = [match.model_dump() for match in report.matches]
+            print(json.dumps({"sites": sites, "same": same, "weights": weights, "matches": matches}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The hash of a model: equal for equal models, different for everything that changes what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from alps.models.fingerprint import model_sha256
+
+
+def test_equal_models_have_equal_hashes_wherever_they_lay(tiny_model: Callable[..., Any]) -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    other.config._name_or_path = "/elsewhere"
+    assert model_sha256(one) == model_sha256(other) == model_sha256(one)
+
+
+def test_whatever_changes_the_model_changes_the_hash(tiny_model: Callable[..., Any]) -> None:
+    def bit(model: Any) -> Any:
+        model.model.layers[2].mlp.down_proj.weight.data.view(torch.int32)[3, 5] ^= 1
+        return model
+
+    def setting(model: Any) -> Any:
+        model.config.rms_norm_eps = 1e-3
+        return model
+
+    def shape(model: Any) -> Any:
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.data = weight.data.reshape(weight.shape[1], weight.shape[0])
+        return model
+
+    def swapped(model: Any) -> Any:
+        layer = model.model.layers[0].self_attn
+        layer.k_proj, layer.v_proj = layer.v_proj, layer.k_proj
+        return model
+
+    def buffer(model: Any) -> Any:
+        model.model.rotary_emb.inv_freq.mul_(2)
+        return model
+
+    def zero_sign(model: Any) -> Any:
+        # +0.0 and -0.0 compare equal and are other bytes.
+        model.lm_head.weight.data[0, 0] = -0.0
+        return model
+
+    def zero(model: Any) -> Any:
+        model.lm_head.weight.data[0, 0] = 0.0
+        return model
+
+    def half(model: Any) -> Any:
+        return model.to(torch.bfloat16)
+
+    changes: list[Callable[[Any], Any]] = [lambda m: m, bit, setting, shape, swapped, buffer, zero_sign, zero, half]
+    hashes = [model_sha256(change(tiny_model("llama"))) for change in changes]
+    hashes += [model_sha256(tiny_model(kind)) for kind in ("opt", "opt-postnorm", "gpt2")]
+    assert len(set(hashes)) == len(hashes)

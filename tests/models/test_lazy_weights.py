@@ -1,0 +1,223 @@
+"""A skeleton that fetches its blocks gives what the loaded model gives, to the bit, whatever its checkpoint's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alps.checkpoints.journal import open_journal
+from alps.checkpoints.safetensors_io import Stored
+from alps.data.calibration import Loaded, load, open_model
+from alps.data.windows import Windows
+from alps.finetuning.block_reconstruction import Matching
+from alps.models.lazy_weights import Streamed
+from alps.models.meta_model import open_streamed
+from alps.models.save import save_model, save_streamed
+from alps.pruning.pipeline import Walk
+from alps.pruning.resume import Resumable
+from alps.pruning.run import run
+from alps.solvers import get_method
+from alps.solvers.patterns import Unstructured
+from helpers.decoders import DENSE, MOE, decoder
+
+_CPU = torch.device("cpu")
+_IDS = torch.randint(2, 60, (4, 12), generator=torch.Generator().manual_seed(5))
+_NO_TOKENIZER = "alps.data.calibration.load_tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_NO_TOKENIZER, lambda name: None)
+
+
+def _walk(**settings: Any) -> Walk:
+    return Walk(get_method(settings.pop("method", "wanda")), Unstructured(0.5), _CPU, **settings)
+
+
+def _prune_streamed(directory: Path, out: Path, walk: Walk, dtype: str = "auto") -> Loaded:
+    loaded = open_model(str(directory), dtype)
+    assert isinstance(loaded.store, Streamed)
+    out.mkdir()
+    with open_journal(out, {}) as journal:
+        walk.resumable = Resumable(journal)
+        run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+        save_streamed(loaded.store, loaded.blocks(), journal, None, out)
+    return loaded
+
+
+def _prune_loaded(directory: Path, out: Path, walk: Walk, dtype: str = "auto") -> None:
+    loaded = load(str(directory), dtype)
+    run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+    save_model(loaded.model, None, out)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def _check_equal(one: Path, other: Path) -> None:
+    first, second = _tensors(one), _tensors(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if first[name].dtype != second[name].dtype]
+    assert different == []
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *MOE])
+def test_every_architecture_streams_to_the_bit(kind: str, tmp_path: Path) -> None:
+    model = decoder(kind)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk())
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk())
+    _check_equal(tmp_path / "streamed", tmp_path / "loaded")
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+    for name in ("config.json", "generation_config.json"):
+        files = [tmp_path / folder / name for folder in ("streamed", "loaded")]
+        assert files[0].is_file() == files[1].is_file()
+        assert not files[0].is_file() or files[0].read_text() == files[1].read_text()
+
+
+_SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "magnitude": lambda: {"method": "magnitude", "measure_errors": False},
+    "everything": lambda: {
+        "method": "alps",
+        "order": "sequential",
+        "target": 0.4,
+        "matching": Matching(epochs=1, tokens=24),
+        "budget": "loss",
+    },
+}
+
+
+@pytest.mark.parametrize("settings", _SETTINGS)
+@pytest.mark.parametrize("kind", ["llama", "opt-postnorm", "gpt2"])
+def test_every_way_through_the_walk_streams_to_the_bit(
+    kind: str, settings: str, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model(kind, torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="6KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
+    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk(**_SETTINGS[settings]()))
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk(**_SETTINGS[settings]()))
+    _check_equal(tmp_path / "streamed", tmp_path / "loaded")
+    names = {file.name for file in (tmp_path / "dense").glob("*.safetensors*")}
+    assert {file.name for file in (tmp_path / "streamed").glob("*.safetensors*")} == names
+    again = load(str(tmp_path / "streamed"))
+    assert next(again.model.parameters()).dtype == torch.bfloat16
+
+
+def test_weights_are_cast_and_tied_ones_stay_tied(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_model("gpt2", torch.float32)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path / "dense")
+    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk(), "bfloat16")
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk(), "bfloat16")
+    _check_equal(tmp_path / "streamed", tmp_path / "loaded")
+    assert "lm_head.weight" not in _tensors(tmp_path / "streamed")
+    again = load(str(tmp_path / "streamed")).model
+    assert again.lm_head.weight is again.transformer.wte.weight  # type: ignore[union-attr]
+    assert again.lm_head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lies_outside_the_blocks_stays_in_the_files(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """While windows are embedded, and afterwards nothing of it is held; tied weights are one."""
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "dense")
+    loaded = open_model(str(tmp_path / "dense"), dtype)
+    store = loaded.store
+    assert isinstance(store, Streamed)
+    blocks = loaded.blocks()
+    mapped: list[str] = []
+    real = Stored.mapped
+
+    def spied(stored: Stored) -> Tensor:
+        mapped.append(stored.name)
+        return real(stored)
+
+    monkeypatch.setattr(Stored, "mapped", spied)
+    with store.outside():
+        found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
+        assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
+        assert len(mapped) == len(found) > 0
+        for name, stored in _tensors(tmp_path / "dense").items():
+            if f"transformer.{name.removeprefix('transformer.')}" in found:
+                wanted = stored.to(getattr(torch, dtype))
+                assert torch.equal(found[f"transformer.{name.removeprefix('transformer.')}"], wanted)
+        assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight  # type: ignore[union-attr]
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+
+
+def test_one_block_at_a_time_is_in_memory(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    loaded = open_model(str(tmp_path / "dense"))
+    blocks = {block.name for block in loaded.blocks()}
+    seen = []
+    advance = "alps.calibration.block_inputs.BlockInputs.advance"
+    real = __import__("alps.calibration.block_inputs", fromlist=["BlockInputs"]).BlockInputs.advance
+
+    def watch(self: Any, index: int, block: nn.Module, device: torch.device) -> None:
+        held = [name for name, parameter in loaded.model.named_parameters() if not parameter.is_meta]
+        seen.append({name for name in blocks for one in held if one.startswith(f"{name}.")})
+        assert all(any(one.startswith(f"{name}.") for name in blocks) for one in held)
+        real(self, index, block, device)
+
+    monkeypatch.setattr(advance, watch)
+    with open_journal(tmp_path / "out", {}) as journal:
+        walk = _walk()
+        walk.resumable = Resumable(journal)
+        run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+    assert seen == [{"model.layers.0"}, {"model.layers.1"}]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda tensors: {f"odd.{name}": t for name, t in tensors.items()}, "under another name"),
+        (lambda tensors: {name: t.to(torch.int8) for name, t in tensors.items()}, "integers"),
+    ],
+)
+def test_what_cannot_be_streamed_is_loaded_whole_and_said(
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    reason: str,
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+    told: list[str] = []
+    whole = Loaded("whole", nn.Linear(2, 2), None)
+    monkeypatch.setattr("alps.data.calibration.load", lambda name, dtype, tell: whole)
+    assert open_model(str(tmp_path), "auto", told.append) is whole
+    assert len(told) == 1 and reason in told[0]
+
+
+def test_a_model_without_a_skeleton_is_loaded_whole_and_told_why(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> nn.Module:
+        raise ValueError("no such layer.\nAnd more.")
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("alps.models.meta_model.empty_model", fail)
+    assert open_streamed(str(tmp_path), None) == "transformers cannot build it without its weights (no such layer)"
+
+
+def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
+    model.save_pretrained(tmp_path / "other")
+    one, same, other = (open_model(str(tmp_path / name)).identity() for name in ("one", "same", "other"))
+    assert one == same != other

@@ -1,0 +1,253 @@
+"""Budgets: exact totals, the optimum against brute force, curves against solves, and what a probe says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alps.calibration.block_inputs import capture
+from alps.calibration.lm_head import Change, Head, divergences
+from alps.core.errors import ConfigError
+from alps.core.statistics import InputStats
+from alps.models.blocks import find_blocks
+from alps.models.sites import Site
+from alps.pruning.pipeline import Walk
+from alps.pruning.sparsity_allocation import BUDGETS, allocate, check_budget, plan
+from alps.solvers import Alps
+from alps.solvers.error_curve import POINTS, ErrorCurve, error_curve, inverse_diagonal, removal_costs
+from alps.solvers.objective import relative_error
+from alps.solvers.patterns import SemiStructured, Unstructured
+
+_CPU = torch.device("cpu")
+
+
+def _curve(entries: int, power: float, scale: float) -> ErrorCurve:
+    grid = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    return ErrorCurve(entries, scale * grid**power)
+
+
+@given(
+    sizes=st.lists(st.integers(50, 5000), min_size=1, max_size=6),
+    powers=st.lists(st.floats(1.5, 6), min_size=6, max_size=6),
+    sparsity=st.floats(0.05, 0.95),
+    reach=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+)
+@settings(max_examples=60)
+def test_the_total_is_exact_and_the_limits_hold(
+    sizes: list[int], powers: list[float], sparsity: float, reach: float
+) -> None:
+    curves = [_curve(n, power, 1 + i) for i, (n, power) in enumerate(zip(sizes, powers, strict=False))]
+    counts = allocate(curves, [1.0] * len(curves), sparsity, reach)
+    assert sum(counts) == sum(Unstructured(sparsity).pruned_count(n) for n in sizes)
+    for n, count in zip(sizes, counts, strict=True):
+        slack = len(sizes) + 1
+        assert max(sparsity - reach, 0) * n - slack <= count <= min(sparsity + reach, 1) * n + slack
+
+
+def test_the_allocation_is_the_best_of_all() -> None:
+    curves = [_curve(100, 2.0, 1.0), _curve(200, 3.0, 4.0), _curve(100, 2.5, 0.3)]
+    weights = [1.0, 0.2, 12.0]
+    counts = allocate(curves, weights, 0.5, 1.0)
+
+    def loss(zeros: tuple[int, ...] | list[int]) -> float:
+        position = [k / c.entries * (POINTS - 1) for k, c in zip(zeros, curves, strict=True)]
+        values = [c.errors[int(x)] for x, c in zip(position, curves, strict=True)]
+        return float(sum(w * v for w, v in zip(weights, values, strict=True)))
+
+    grid = [(a, b, 200 - a - b) for a, b in itertools.product(range(0, 101, 2), range(0, 201, 2))]
+    best = min(loss(zeros) for zeros in grid if 0 <= zeros[2] <= 100)
+    assert loss(counts) < best * 1.03
+    assert loss([50, 100, 50]) > best * 1.1, "a uniform budget would do as well"
+
+
+def test_a_heavier_weight_buys_fewer_zeros() -> None:
+    curves = [_curve(1000, 3.0, 1.0)] * 2
+    even, tilted = allocate(curves, [1.0, 1.0], 0.6, 0.5), allocate(curves, [4.0, 1.0], 0.6, 0.5)
+    assert even[0] == pytest.approx(600, abs=6) and tilted[0] < 500 and sum(tilted) == 1200
+
+
+def test_the_curve_predicts_the_error_of_alps() -> None:
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(600, 48, generator=generator) @ (torch.randn(48, 48, generator=generator) * 0.05 + torch.eye(48))
+    W, stats = torch.randn(40, 48, generator=generator), InputStats.of(X)
+    curve = error_curve(W, removal_costs(W, inverse_diagonal(stats, 0.01)), stats)
+    assert curve.entries == W.numel() and curve.errors[0] == 0
+    assert (
+        bool((curve.errors.diff() >= 0).all())
+        and float(curve.errors[120]) < float(curve.errors[40] + curve.errors[200]) / 2
+    )
+    method = Alps()
+    state = method.prepare(stats)
+    for sparsity in (0.5, 0.7):
+        error = relative_error(method.solve(W, state, Unstructured(sparsity)).weight, W, stats)
+        assert float(curve.errors[round(sparsity * (POINTS - 1))]) == pytest.approx(error, rel=0.35)
+
+
+def test_removal_costs_are_those_of_a_least_squares_refit() -> None:
+    generator = torch.Generator().manual_seed(4)
+    X = torch.randn(60, 6, generator=generator, dtype=torch.float64)
+    W, stats = torch.randn(1, 6, generator=generator), InputStats.of(X)
+    costs = removal_costs(W, inverse_diagonal(stats, 1e-9))
+    for j in range(6):
+        rest = [i for i in range(6) if i != j]
+        target = X @ W[0].double()
+        answer = torch.linalg.lstsq(X[:, rest], target[:, None]).solution
+        left = float((X[:, rest] @ answer - target[:, None]).square().sum())
+        assert float(costs[0, j]) == pytest.approx(left, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BUDGETS[1:])
+def test_a_plan_covers_every_site_once_and_keeps_the_total(
+    tiny_model: Callable[..., Any], kind: str, ids: Tensor, name: str
+) -> None:
+    model, untouched = tiny_model(kind), tiny_model(kind)
+    blocks = find_blocks(model)
+    patterns = plan(model, blocks, ids, name, Unstructured(0.6))
+    sizes = {site.name: site.read().numel() for block in blocks for site in block.sites}
+    assert patterns.keys() == sizes.keys()
+    zeros = sum(patterns[key].pruned_count(size) for key, size in sizes.items())
+    assert zeros == sum(Unstructured(0.6).pruned_count(n) for n in sizes.values())
+    assert len({str(pattern) for pattern in patterns.values()}) > 1
+    for key, parameter in untouched.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(key)), "a plan must leave the model as it was"
+
+
+def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    walk = Walk(Alps(), Unstructured(0.6), _CPU, budget="loss")
+    walk.run(model, find_blocks(model), ids)
+    for record in walk.records:
+        assert record.zeros == walk.patterns[record.name].pruned_count(record.entries)
+    total = sum(Unstructured(0.6).pruned_count(record.entries) for record in walk.records)
+    assert sum(record.zeros for record in walk.records) == total
+    assert max(r.sparsity for r in walk.records) - min(r.sparsity for r in walk.records) > 0.05
+    assert walk.seconds["budget"] > 0
+
+
+class _Told:
+    """What a watcher was told, job by job: title, steps that were announced, steps that came."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[str, int, int]] = []
+        self.open: list[str] = []
+
+    def start(self, title: str, total: int) -> None:
+        assert not self.open, "a job began within another"
+        self.open.append(title)
+        self.jobs.append((title, total, 0))
+
+    def step(self, detail: str) -> None:
+        title, total, steps = self.jobs[-1]
+        self.jobs[-1] = title, total, steps + 1
+
+    def finish(self) -> None:
+        self.open.pop()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("owl", 3), ("error", 3), ("loss", 6)])
+def test_planning_is_a_job_of_its_own_for_the_watcher(
+    tiny_model: Callable[..., Any], ids: Tensor, name: str, steps: int
+) -> None:
+    model, told = tiny_model("llama"), _Told()
+    walk = Walk(Alps(), Unstructured(0.6), _CPU, budget=name, watcher=told)
+    walk.run(model, find_blocks(model), ids)
+    assert told.jobs == [(f"budget {name}", steps, steps), ("alps 60%", 21, 21)]
+    assert not told.open
+
+
+def test_a_site_without_influence_pays_only_where_the_loss_is_asked(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    # Relative errors do not see the scale of a site, the model's answers do.
+    muted = next(site for site in blocks[1].sites if site.kind == "down_proj")
+    muted.write(muted.read() * 1e-3)
+    by_loss, by_error = (plan(model, blocks, ids, name, Unstructured(0.6))[muted.name] for name in ("loss", "error"))
+    size = muted.read().numel()
+    assert by_loss.pruned_count(size) == pytest.approx(0.75 * size, abs=size * 0.01)
+    assert by_error.pruned_count(size) < 0.72 * size
+
+
+def test_owl_gives_blocks_with_outliers_fewer_zeros(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for site in find_blocks(model)[1].sites:
+            site.read()[:, 0] *= 40
+    patterns = plan(model, find_blocks(model), ids, "owl", Unstructured(0.6))
+    of_block = [patterns[block.sites[0].name].pruned_count(10**6) / 10**6 for block in find_blocks(model)]
+    assert of_block[1] == min(of_block) and max(of_block) - min(of_block) == pytest.approx(0.16, abs=2e-3)
+
+
+def test_divergences_are_those_of_whole_models(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
+    model, dense = tiny_model(kind), tiny_model(kind)
+    blocks = find_blocks(model)
+
+    @contextmanager
+    def scaled(site: Site, factor: float) -> Iterator[None]:
+        before = site.read().clone()
+        site.write(before * factor)
+        yield
+        site.write(before)
+
+    chosen = [blocks[0].sites[-1], blocks[1].sites[0], blocks[1].sites[2], blocks[2].sites[1]]
+    changes: list[list[Change]] = [
+        [partial(scaled, site, 0.3) for site in chosen if site in block.sites] for block in blocks
+    ]
+    changes[0].append(partial(scaled, chosen[0], 1.0))
+    found = divergences(model, blocks, ids, _CPU, changes)
+    assert [len(mine) for mine in found] == [2, 2, 1] and found[0].pop() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        before = dense(input_ids=ids).logits.double().log_softmax(-1)
+    for site, value in zip(chosen, [one for mine in found for one in mine], strict=True):
+        with scaled(site, 0.3), torch.no_grad():
+            after = model(input_ids=ids).logits.double().log_softmax(-1)
+        expected = float((before.exp() * (before - after)).sum(-1).mean())
+        assert expected > 1e-4 and value == pytest.approx(expected, rel=0.05)
+    for name, parameter in dense.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_the_head_is_what_follows_the_blocks(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    inputs = capture(model, blocks, ids, len(ids))
+    for block in blocks:
+        inputs.advance(block.index, block.module, _CPU)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(Head(model, blocks)(inputs.hidden[0], ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_but_the_blocks_is_brought_to_the_heads_device_and_back(
+    tiny_model: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    inside = {id(tensor) for block in blocks for tensor in (*block.module.parameters(), *block.module.buffers())}
+    tensors = [*model.parameters(), *model.buffers()]
+    places = [tensor.data_ptr() for tensor in tensors]
+    # Stands in for another device, on any machine: a copy at another place.
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _device: tensor.clone())
+    with pytest.raises(RuntimeError, match="stop"), Head(model, blocks).on(_CPU):
+        moved = [tensor.data_ptr() != place for tensor, place in zip(tensors, places, strict=True)]
+        assert moved == [id(tensor) not in inside for tensor in tensors] and any(moved) and not all(moved)
+        raise RuntimeError("stop")
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+def test_budgets_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Budget 'lose' is unknown.* Did you mean 'loss'"):
+        check_budget("lose", Unstructured(0.5))
+    with pytest.raises(ConfigError, match="moves zeros between sites, which 2:4 forbids"):
+        check_budget("error", SemiStructured(2, 4))
+    check_budget("uniform", SemiStructured(2, 4))
