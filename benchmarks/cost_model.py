@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from alps.solvers import hessian
-from alps.solvers.foreseen import rounds
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,8 @@ class Run:
 
     def inverses(self, sites: Sequence[tuple[int, int]]) -> float:
         """Inverses that the sites of one input take: later sites find again as many as are kept."""
-        return self.counts.inverses + self._again(sites)
-
-    def rounds(self, sites: Sequence[tuple[int, int]]) -> float:
-        """Inverses that each process makes of a split input."""
-        return rounds(self.size) * self.counts.inverses / rounds(1) + self._again(sites)
-
-    def _again(self, sites: Sequence[tuple[int, int]]) -> float:
         kept = self.inverse_bytes // (sites[0][1] ** 2 * self.inverse_itemsize)
-        return (len(sites) - 1) * max(self.counts.inverses - kept, 0.0)
+        return self.counts.inverses + (len(sites) - 1) * max(self.counts.inverses - kept, 0.0)
 
 
 class Machine(Protocol):

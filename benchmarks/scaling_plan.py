@@ -69,14 +69,13 @@ def memory(run: Run) -> dict[str, float]:
     """Bytes on the GPU of the process that holds most, by what holds them; together they are the peak.
 
     A solve holds at most seven matrices of its rows and three of its Hessian beside its inputs (a test of the solver);
-    of a split site every process has the dense and the pruned weight whole, besides, and an inverse made ahead.
+    of a split site every process has the dense and the pruned weight whole, besides.
     """
     model, solver = run.model, 0.0
     for sites, owner in zip(run.model.inputs, assignment(run), strict=True):
         m, n = max(sites)[0], sites[0][1]
         rows, whole = (m, 1) if owner is not None else (-(-m // run.size), 2)
-        foreseen = 0 if owner is not None else run.inverse_itemsize * n * n
-        solver = max(solver, 4.0 * (7 * rows * n + whole * m * n + 3 * n * n) + foreseen)
+        solver = max(solver, 4.0 * (7 * rows * n + whole * m * n + 3 * n * n))
     return {
         "block": float(model.weights * run.itemsize),
         "activations": float(run.share(0) * run.seqlen * model.hidden * run.itemsize),

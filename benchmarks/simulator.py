@@ -107,9 +107,7 @@ def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | Non
 def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], shown: bool) -> None:
     """All processes solve some rows of every site of one input; each has the record of some sites."""
     n, size, part = sites[0][1], run.size, 1 / run.size
-    met, nbytes = run.inverses(sites), float(n * n * run.inverse_itemsize)
-    inverses = run.rounds(sites) * machine.inverse(n) + met * machine.send(nbytes)
-    clocks.nbytes["exchange"] = clocks.nbytes.get("exchange", 0.0) + met * nbytes * (size - 1)
+    inverses = run.inverses(sites) * machine.inverse(n)
     for rank in range(size):
         clocks.work(rank, "prepare", machine.prepare(n))
         clocks.work(rank, "inverses", inverses)

@@ -1,4 +1,4 @@
-"""Threads that stand for processes: they sum and send tensors as the processes of a group do."""
+"""Threads that stand for processes: they sum tensors as the processes of a group do."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ class Process:
         found = torch.stack(self._box).sum(dim=0).to(values.dtype)
         self._barrier.wait(30)
         return found
-
-    def send(self, tensor: Tensor, source: int) -> None:
-        """The values of one thread to all."""
-        self._box[self.rank] = tensor
-        self._barrier.wait(30)
-        if self.rank != source:
-            tensor.copy_(self._box[source])
-        self._barrier.wait(30)
 
 
 def in_threads(size: int, work: Callable[[Process], Any]) -> list[Any]:

@@ -5,8 +5,8 @@ legend  n  inputs of a site                                  scalar
         R  iterations of a solve                             scalar
         K  inverses of n x n that they take                  scalar
 A solve takes about K n^3 + 2 R m n^2 operations, and the sites of one input share the first term. Whole inputs go to
-the process with the least to do (`assign`); one that would keep a process busy while others wait is split by rows. That
-shares out the second term, and of the first what the processes foresee for each other (`alps.solvers.foreseen`).
+the process with the least to do (`assign`); one that would keep a process busy while others wait is split by rows: that
+shares out the second term alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from alps.pruning.layer_solver import SiteSolver
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
-from alps.solvers.foreseen import rounds
 
 # K and R of ALPS as most solves of SmolLM2-135M take them (docs/scaling.md); other methods: one factor, one sweep.
 _INVERSES, _ITERATIONS = 16.0, 40.0
@@ -38,14 +37,12 @@ class Job:
     """What it takes to solve all sites of one input, in operations.
 
     Attributes:
-        fixed: for the inverses, in one process.
-        apart: for the inverses, in each of several processes that solve a part of it.
+        fixed: for the inverses, in every process that solves a part of it.
         rows: shared out among them.
         divisible: whether it can be split.
     """
 
     fixed: float
-    apart: float
     rows: float
     divisible: bool
 
@@ -59,14 +56,10 @@ def job_of(method: Method, shapes: Sequence[tuple[int, int]], size: int, divisib
     """The job of some sites (out, in) of one input, for `size` processes."""
     inputs = shapes[0][1]
     outputs = sum(rows for rows, _ in shapes)
-    iterative = isinstance(method, Alps)
-    inverses, iterations = (_INVERSES, _ITERATIONS) if iterative else (1.0, 1.0)
+    inverses, iterations = (_INVERSES, _ITERATIONS) if isinstance(method, Alps) else (1.0, 1.0)
     enough = min(rows for rows, _ in shapes) >= _ROWS * size
     whole = not (isinstance(method, Alps) and not method.refine and divisible and enough)
-    # One of K is a Cholesky factor, which all make.
-    share = (1 + (inverses - 1) * rounds(size) / rounds(1)) / inverses if iterative else 1.0
-    fixed = inverses * inputs**3
-    return Job(fixed, share * fixed, 2 * iterations * outputs * inputs**2, not whole)
+    return Job(inverses * inputs**3, 2 * iterations * outputs * inputs**2, not whole)
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:
@@ -102,7 +95,7 @@ def shared_out(jobs: Sequence[Job], size: int) -> list[int | None]:
 
 def loads_of(jobs: Sequence[Job], owners: Sequence[int | None], size: int) -> list[float]:
     """Operations of every process."""
-    every = sum(job.apart + job.rows / size for job, owner in zip(jobs, owners, strict=True) if owner is None)
+    every = sum(job.fixed + job.rows / size for job, owner in zip(jobs, owners, strict=True) if owner is None)
     loads = [every] * size
     for job, owner in zip(jobs, owners, strict=True):
         if owner is not None:

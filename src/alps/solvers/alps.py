@@ -24,7 +24,6 @@ from alps.solvers.admm import AdmmResult, Steps
 from alps.solvers.admm_fused import StreamingSteps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.exchange import exchange
-from alps.solvers.foreseen import SharedHessian
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, descend
@@ -102,7 +101,7 @@ class Alps(Method):
         if not nonzero:
             mask = select(dense.abs(), part)
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
-        solution = self._split(dense, SharedHessian(state, rows, self.admm), part, entries, rows)
+        solution = self._split(dense, state, part, entries, rows)
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
         if int(rows.total((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")

@@ -34,11 +34,6 @@ def kept_bytes(device: torch.device) -> int:
     return max(_CACHE_BYTES, int(memory * _CACHE_SHARE))
 
 
-def indefinite(rho: float) -> SolveFailed:
-    """What a Hessian that has no inverse at a penalty ends with."""
-    return SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
-
-
 def damping_of(stats: InputStats, fraction: float) -> float:
     """The absolute damping lam; 1 for inputs that are zero throughout, which leaves H = I and W's size to decide."""
     mean = float(stats.square.mean(dtype=torch.float64))
@@ -78,22 +73,12 @@ class ScaledHessian:
         """
         if (rho, dtype) in self._inverses:
             return self._inverses[rho, dtype]
-        inverse = self._fresh(rho, dtype)
-        self._keep(rho, inverse)
-        return inverse
-
-    def _fresh(self, rho: float, dtype: torch.dtype) -> Tensor:
         shifted = self.matrix.clone()
         shifted.diagonal().add_(rho)
-        return (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
-
-    def _keep(self, rho: float, inverse: Tensor) -> None:
-        if (len(self._inverses) + 1) * inverse.nbytes <= self._room():
-            self._inverses[rho, inverse.dtype] = inverse
-
-    def _room(self) -> int:
-        """Bytes that the kept inverses may take."""
-        return kept_bytes(self.matrix.device)
+        inverse = (shifted if invert_(shifted) else self._inverse64(rho)).to(dtype)
+        if (len(self._inverses) + 1) * inverse.nbytes <= kept_bytes(inverse.device):
+            self._inverses[rho, dtype] = inverse
+        return inverse
 
     def _inverse64(self, rho: float) -> Tensor:
         """By Cholesky in float64: for a penalty so small that float32's rounding outweighs it."""
@@ -101,7 +86,7 @@ class ScaledHessian:
         shifted.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if int(failed):
-            raise indefinite(rho)
+            raise SolveFailed(f"the Hessian is not positive definite at rho = {rho:g}: raise the damping")
         return torch.cholesky_inverse(factor).float()
 
     def undamped_energy(self, delta: Tensor) -> float:

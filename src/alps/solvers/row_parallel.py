@@ -32,9 +32,6 @@ class Rows(Protocol):
     def total(self, values: Tensor) -> Tensor:
         """Sums over all processes, the same on every one of them; may overwrite `values`."""
 
-    def send(self, tensor: Tensor, source: int) -> None:
-        """Give every process the values that `tensor` has on `source`, in place."""
-
 
 @dataclass(frozen=True, eq=False)
 class Part(Unstructured):
