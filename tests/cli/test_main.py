@@ -90,21 +90,6 @@ def test_prune_inspect_eval(
     assert f"{compared['kl']:.5f}" in printed.err and f"{compared['agreement']:.2%}" in printed.err
 
 
-def test_refine_exchanges_entries_and_lowers_the_error(
-    monkeypatch: pytest.MonkeyPatch, stories: Path, text: Path
-) -> None:
-    out, sizes = text.parent / "refined", ["--samples", 4, "--seqlen", 64, "--calibration", text]
-    assert run_alps(monkeypatch, "prune", stories, out, "--pattern", "2:4", "--refine", *sizes) == 0
-    report = json.loads((out / "report.json").read_text())
-    assert report["method"] == "alps+refine" and report["summary"]["zeros"] == 113280
-    infos = [site["solve"] for site in report["sites"]]
-    assert all(info["exchanges"] > 0 and 1 <= info["exchange_rounds"] <= 2 for info in infos)
-    # On each site's own inputs, those of the pruned prefix.
-    lowered = [info["error_after_exchange"] / info["error_after_refit"] for info in infos]
-    assert max(lowered) < 1 and sum(lowered) / len(lowered) < 0.99
-    assert "refine: true" in (out / "alps.yaml").read_text()
-
-
 def test_inspect_counts_broken_groups(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
 ) -> None:
@@ -149,10 +134,6 @@ WRONG = {
     "a file that is no gguf": (["{text}", "{tmp}/out"], "not a .gguf"),
     "unsupported architecture": (["{tmp}/bert", "{tmp}/out"], "cannot be loaded"),
     "encoder-decoder": (["{tmp}/t5", "{tmp}/out"], "cannot be loaded"),
-    "refine without alps": (
-        ["{model}", "{tmp}/out", "--method", "wanda", "--refine"],
-        "Method 'wanda' knows no --refine: use it with --method alps",
-    ),
     "unknown method": (["{model}", "{tmp}/out", "--method", "alsp"], "Did you mean 'alps'?"),
     "sparsity 1.2": (["{model}", "{tmp}/out", "--sparsity", "1.2"], "outside [0, 1)"),
     "pattern 5:4": (["{model}", "{tmp}/out", "--pattern", "5:4", "--sparsity="], "1 <= N < M"),

@@ -131,10 +131,9 @@ def test_an_input_is_split_where_others_would_wait() -> None:
     assert loads_of(lone, [None], 2) == [fixed + rows / 2] * 2
     even = [job_of(method, [(1024, 1024)], 2) for _ in range(4)]
     assert sorted(shared_out(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
-    # Few rows, other methods and exchanges are not split.
+    # Few rows and other methods are not split.
     assert not job_of(method, [(30, 1024)], 2).divisible
     assert not job_of(get_method("sparsegpt"), [(4096, 1024)], 2).divisible
-    assert not job_of(get_method("alps", refine=True), [(4096, 1024)], 2).divisible
 
 
 def test_one_process_is_a_group_without_messages() -> None:

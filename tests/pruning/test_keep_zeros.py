@@ -39,13 +39,13 @@ def half(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-@pytest.mark.parametrize("name", [*METHODS, "wanda+refit", "alps+refine"])
+@pytest.mark.parametrize("name", [*METHODS, "wanda+refit"])
 @pytest.mark.parametrize("pattern", [0.7, "1:4"])
 def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name: str, pattern: str | float) -> None:
     loaded = load(str(half))
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
     base, _, extra = name.partition("+")
-    method = get_method(base, refit=extra == "refit", refine=extra == "refine")
+    method = get_method(base, refit=extra == "refit")
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, pattern, method, respect_zeros=True, **settings)
     records = {record.name: record for record in report.sites}

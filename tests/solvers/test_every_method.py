@@ -15,7 +15,7 @@ from alps.solvers.base import Solution, Status
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from helpers.problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
 
-ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")] + ["alps+refine"]
+ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")]
 PATTERNS: list[Pattern] = [
     Unstructured(0.5),
     Unstructured(0.7),
@@ -36,7 +36,7 @@ def problem_of(name: str) -> Problem:
 
 def method_of(name: str) -> Method:
     base, _, extra = name.partition("+")
-    return get_method(base, refit=extra == "refit", refine=extra == "refine")
+    return get_method(base, refit=extra == "refit")
 
 
 def solve(name: str, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solution:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alps.core.statistics import InputStats
-from alps.solvers import Alps, exchange, hessian
+from alps.solvers import Alps, hessian
 from alps.solvers import topk as selection
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from helpers.problems import correlated_inputs, normal
@@ -78,20 +78,18 @@ def peak_of(
     precision: Precision,
     pattern: Pattern,
     monkeypatch: pytest.MonkeyPatch,
-    refine: int = 0,
     traced: bool = False,
 ) -> tuple[int, int]:
     """Most bytes alive in a `prepare` and a `solve`, and those of the weight and the statistics among them.
 
     What does not grow with a site is shrunk as the site is: the cache of inverses (256 MB) and the pieces of a
-    selection (1 MB), and the rows exchanged at a time (4 MB).
+    selection (1 MB).
     """
     monkeypatch.setattr(hessian, "_CACHE_BYTES", 0)
     monkeypatch.setattr(selection, "_CPU_CHUNK", 2**12)
-    monkeypatch.setattr(exchange, "_SMALL", 0)
     weight, stats = normal(1, out_size, in_size), InputStats.of(correlated_inputs(2, 2 * in_size, in_size))
     assert stats.upper is not None
-    method = Alps(precision=precision, refine=refine, trace_errors=traced)
+    method = Alps(precision=precision, trace_errors=traced)
     with LiveBytes([weight, stats.upper, stats.total, stats.square]) as live:
         inputs = live.now
         solution = method.solve(weight, method.prepare(stats), pattern)
@@ -125,14 +123,3 @@ def test_noting_errors_stays_within_them_too(
 ) -> None:
     peak, inputs = peak_of(out_size, in_size, precision, Unstructured(0.7), monkeypatch, traced=True)
     assert peak - inputs <= limit(out_size, in_size)
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
-@pytest.mark.parametrize(("out_size", "in_size"), [(128, 128), (96, 448)])
-def test_exchanges_hold_no_more_than_the_solve_before_them(
-    out_size: int, in_size: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The share of the site sets the batch of rows, not the pieces that were shrunk.
-    monkeypatch.setattr(exchange, "_CHUNKS", 2**20)
-    plain, refined = (peak_of(out_size, in_size, "float32", pattern, monkeypatch, refine) for refine in (0, 1))
-    assert refined <= plain

@@ -16,7 +16,7 @@ from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from helpers.problems import ADVERSARIAL, PROBLEMS, correlated_inputs, normal
 
-ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")] + ["alps+refine"]
+ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")]
 # They correct the weights that stay for those that go. The others keep dense weights, or refit a support that looks at
 # one output or one moment at a time: on inputs without structure (`gaussian`, `one_input`) they can lose to magnitude.
 SOLVING = [name for name in ALL if name.split("+")[0] in ("alps", "sparsegpt", "magnitude")]
@@ -41,7 +41,7 @@ def problem_of(name: str) -> tuple[Tensor, InputStats]:
 
 def method_of(name: str) -> Method:
     base, _, extra = name.partition("+")
-    return get_method(base, refit=extra == "refit", refine=extra == "refine")
+    return get_method(base, refit=extra == "refit")
 
 
 def solve(name: str, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solution:

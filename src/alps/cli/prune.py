@@ -29,9 +29,6 @@ def prune(
     effort: Annotated[
         str | None, typer.Option(help="ALPS only: normal, or high for several times its iterations.  [default: normal]")
     ] = None,
-    refine: Annotated[
-        bool | None, typer.Option("--refine", help="ALPS only: exchange entries afterwards, for a smaller error.")
-    ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit", help="Optimal weights on the method's support, by PCG.")
     ] = None,
@@ -106,7 +103,6 @@ def prune(
         "pattern": pattern,
         "method": method,
         "effort": effort,
-        "refine": refine,
         "refit": refit,
         "order": order,
         "target": target,

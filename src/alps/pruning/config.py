@@ -41,7 +41,6 @@ class PruneSettings(BaseModel):
         method: a name of `alps.solvers.METHODS`.
         options: hyper-parameters of the method by name; nested for ALPS's `admm`.
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
-        refine: exchanges of entries after ALPS's refit, for a smaller error; see `alps.solvers.exchange`.
         refit: optimal weights on the method's support, by conjugate gradients.
         preset: one of `alps.pruning.presets.PRESETS`; what it says holds where nothing else is said.
         order: `block` or `sequential`, see `alps.pruning.pipeline.Walk`.
@@ -69,7 +68,6 @@ class PruneSettings(BaseModel):
     pattern: str | None = None
     method: str = "alps"
     effort: str = "normal"
-    refine: bool = False
     options: dict[str, Any] = {}
     refit: bool = False
     preset: str = PAPER
@@ -115,7 +113,7 @@ class PruneSettings(BaseModel):
             ConfigError: for an unknown method, effort or option, or an option of the wrong kind.
         """
         base = _with_options(
-            get_method(self.method, effort=self.effort, refine=self.refine),
+            get_method(self.method, effort=self.effort),
             self.options,
             f"options of method '{self.method}'",
         )

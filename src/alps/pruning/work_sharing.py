@@ -58,7 +58,7 @@ def job_of(method: Method, shapes: Sequence[tuple[int, int]], size: int, divisib
     outputs = sum(rows for rows, _ in shapes)
     inverses, iterations = (_INVERSES, _ITERATIONS) if isinstance(method, Alps) else (1.0, 1.0)
     enough = min(rows for rows, _ in shapes) >= _ROWS * size
-    whole = not (isinstance(method, Alps) and not method.refine and divisible and enough)
+    whole = not (isinstance(method, Alps) and divisible and enough)
     return Job(inverses * inputs**3, 2 * iterations * outputs * inputs**2, not whole)
 
 

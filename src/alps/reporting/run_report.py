@@ -17,7 +17,7 @@ from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
 # Phases that are parts of `solve`.
-INSIDE_SOLVE = ("sweep", "select", "swap", "admm", "refit", "exchange")
+INSIDE_SOLVE = ("sweep", "select", "swap", "admm", "refit")
 
 
 class LayerRecord(Record):

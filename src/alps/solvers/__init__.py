@@ -15,9 +15,6 @@ from alps.solvers.refit import Refitted
 from alps.solvers.sparsegpt import SparseGPT
 from alps.solvers.wanda import Wanda
 
-# Rounds of exchanges behind `refine`.
-REFINE_ROUNDS = 2
-
 METHODS: dict[str, Callable[[], Method]] = {
     "alps": Alps,
     "magnitude": Magnitude,
@@ -28,14 +25,13 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def get_method(name: str, refit: bool = False, effort: str = "normal", refine: bool = False) -> Method:
+def get_method(name: str, refit: bool = False, effort: str = "normal") -> Method:
     """The method of that name with its published defaults, followed by a refit of its weights if asked.
 
     Args:
         name: one of `METHODS`.
         refit: optimal weights on the method's support.
         effort: one of `admm.EFFORTS`; for ALPS alone, whose penalty may grow more slowly.
-        refine: exchanges of entries after the refit; for ALPS alone.
 
     Raises:
         ConfigError: for a name or an effort that does not exist, or what the method does not know.
@@ -49,10 +45,6 @@ def get_method(name: str, refit: bool = False, effort: str = "normal", refine: b
                 f"Method '{name}' knows no --effort {effort}: use it with --method alps, or leave it out."
             )
         method = replace(method, admm=EFFORTS[effort])
-    if refine:
-        if not isinstance(method, Alps):
-            raise ConfigError(f"Method '{name}' knows no --refine: use it with --method alps, or leave it out.")
-        method = replace(method, refine=REFINE_ROUNDS)
     return Refitted(method) if refit else method
 
 

@@ -1,4 +1,4 @@
-"""ALPS: l0-constrained least squares by operator splitting, refined by conjugate gradients, and by exchanges if asked.
+"""ALPS: l0-constrained least squares by operator splitting, refined by conjugate gradients.
 
 legend  W  dense weight                               (out, in)
         H  damped Gram scaled to unit diagonal        (in, in)
@@ -23,7 +23,6 @@ from alps.solvers import admm
 from alps.solvers.admm import AdmmResult, Steps
 from alps.solvers.admm_fused import StreamingSteps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
-from alps.solvers.exchange import exchange
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, descend
@@ -33,8 +32,6 @@ from alps.solvers.topk import masked
 
 # From this many weights on, a site's time is in its products.
 _LARGE = 2**16
-# Penalty of the inverse whose diagonal says what an input is worth to the exchanges: far below ADMM's.
-_NEARLY_DENSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ class Alps(Method):
         refit_steps: conjugate-gradient steps on the final support; 0 leaves ADMM's own weights.
         refit_tolerance: the refit stops earlier once every row's masked residual is below this.
         refit_gain: the refit stops earlier after a step that lowers the site's error by less than this share.
-        refine: rounds of exchanges after the refit, see `exchange.exchange`; 0 leaves the support as it is.
         precision: of the factors of the products inside the splitting. `auto` takes bfloat16 for large sites where
             the machine multiplies it faster than float32. The refit is float32 in any case.
         trace_errors: note the error of D at every check of the splitting; the answers are the same.
@@ -58,13 +54,12 @@ class Alps(Method):
     refit_steps: int = 10
     refit_tolerance: float = 1e-5
     refit_gain: float = 3e-5
-    refine: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     trace_errors: bool = False
 
     @property
     def name(self) -> str:
-        return "alps+refine" if self.refine else "alps"
+        return "alps"
 
     @property
     def needs(self) -> Needs:
@@ -91,7 +86,7 @@ class Alps(Method):
         Raises:
             SolveFailed: when the weights, or the answer, are not finite, here or elsewhere.
         """
-        assert not self.refine and not pattern.keeps_all
+        assert not pattern.keeps_all
         dense = weight.detach().to(torch.float32)
         wrong = torch.stack([(~torch.isfinite(dense)).any(), dense.any()]).to("cpu", torch.int64)
         infinite, nonzero = rows.total(wrong).tolist()
@@ -134,22 +129,7 @@ class Alps(Method):
         del W
         with info.timed("refit"):
             D = self._refit(state, weight, split, info, rows).weight
-        mask = split.mask
-        del split
-        if self.refine:
-            with info.timed("exchange"):
-                self._exchange(state, weight / state.scale, D, mask, pattern, info)
-        return Solution(D.mul_(state.scale), mask, info)
-
-    def _exchange(
-        self, state: ScaledHessian, W: Tensor, D: Tensor, mask: Tensor, pattern: Pattern, info: SolveInfo
-    ) -> None:
-        """Improve support and weights in place."""
-        worth = state.inverse(_NEARLY_DENSE).diagonal().clone()
-        made = exchange(state.matrix, W, D, mask, worth, pattern, self.refine)
-        info.exchanges, info.exchange_rounds = made.exchanges, made.rounds
-        energy = state.undamped_energy(W)
-        info.error_after_exchange = state.undamped_energy(W.sub_(D)) / (energy or 1.0)
+        return Solution(D.mul_(state.scale), split.mask, info)
 
     def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern, entries: int) -> Steps:
         large = entries >= _LARGE

@@ -56,8 +56,6 @@ class SolveInfo:
         error_before_refit, error_after_refit: relative reconstruction error around the refit, where one ran.
         refit_steps: conjugate-gradient steps taken.
         refit_residual: largest relative masked residual of a row after the refit.
-        exchanges, exchange_rounds: kept for pruned entries exchanged after the refit, and rounds of it (ALPS only).
-        error_after_exchange: relative reconstruction error after them; the one before is `error_after_refit`.
         seconds: wall time by phase.
         notes: anything a user should see, such as damping that had to be raised.
     """
@@ -72,9 +70,6 @@ class SolveInfo:
     error_after_refit: float | None = None
     refit_steps: int = 0
     refit_residual: float | None = None
-    exchanges: int = 0
-    exchange_rounds: int = 0
-    error_after_exchange: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

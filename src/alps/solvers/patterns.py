@@ -29,7 +29,7 @@ class _Anywhere:
         """The pattern itself."""
         return self
 
-    def part(self, rows: Tensor | slice, columns: slice) -> Self:  # noqa: ARG002 - part of the shared interface
+    def part(self, rows: slice, columns: slice) -> Self:  # noqa: ARG002 - part of the shared interface
         """The pattern on some rows and some columns of the matrix."""
         return self
 
@@ -167,7 +167,7 @@ class Within:
         """Whether there are zeros enough, so that all that may stay does."""
         return self.kept == int(self.allowed.sum())
 
-    def part(self, rows: Tensor | slice, columns: slice) -> Within:
+    def part(self, rows: slice, columns: slice) -> Within:
         """The pattern on some rows and some columns of the matrix."""
         return Within(self.base, self.allowed[rows, columns])
 
