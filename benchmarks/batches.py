@@ -19,22 +19,22 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import batch_tokens, capture
+from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.core.device import exact_float32, provenance
-from alps.core.half_precision import fast_halves
+from alps.core.half_precision import half_matmul_in_float32
 from alps.core.statistics import Needs
-from alps.data.calibration import Loaded, open_model
+from alps.data.calibration import LoadedModel, open_model
 from alps.models.blocks import on_device
 from layers import ended_in_words, markdown
 
 _CPU = torch.device("cpu")
 
 
-def passes(loaded: Loaded, ids: Tensor, windows: int, count: int) -> float:
+def passes(loaded: LoadedModel, ids: Tensor, windows: int, count: int) -> float:
     """Seconds of both passes over the first blocks, so many windows at a time."""
     blocks = loaded.blocks()
-    inputs = capture(loaded.model, blocks, ids, windows)
+    inputs = capture_block_inputs(loaded.model, blocks, ids, windows)
     start = time.perf_counter()
     for block in blocks[:count]:
         with on_device(block, _CPU):
@@ -43,7 +43,7 @@ def passes(loaded: Loaded, ids: Tensor, windows: int, count: int) -> float:
     return time.perf_counter() - start
 
 
-def best(loaded: Loaded, options: argparse.Namespace, sizes: Sequence[int]) -> dict[int, float]:
+def best(loaded: LoadedModel, options: argparse.Namespace, sizes: Sequence[int]) -> dict[int, float]:
     """The shortest times of all rounds, in which the sizes take turns."""
     vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def best(loaded: Loaded, options: argparse.Namespace, sizes: Sequence[int]) -> d
     return found
 
 
-def work_on(loaded: Loaded, options: argparse.Namespace, sizes: Sequence[int]) -> NoReturn:
+def work_on(loaded: LoadedModel, options: argparse.Namespace, sizes: Sequence[int]) -> NoReturn:
     """The neighbour: say that it is at work, and be so until it is killed, or nobody is there any more."""
     parent = os.getppid()
     print("at work", flush=True)
@@ -78,7 +78,7 @@ def main() -> None:
     loaded = open_model(options.model, options.dtype)
     loaded.model.eval()
     sizes = [size for size in (1, 2, 4, 8) if size <= options.windows]
-    with exact_float32(), fast_halves(_CPU, loaded.model):
+    with exact_float32(), half_matmul_in_float32(_CPU, loaded.model):
         if options.beside:
             work_on(loaded, options, sizes)
         alone = best(loaded, options, sizes)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.device import pick_device
-from alps.core.half_precision import fast_halves
+from alps.core.half_precision import half_matmul_in_float32
 from alps.data.calibration import load
 from alps.evaluation.perplexity import window_losses
 
@@ -65,7 +65,7 @@ def passages(model: nn.Module, ids: Tensor, device: torch.device) -> list[float]
 
 def losses(model: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     """Losses of all tokens but the first of windows (windows, tokens), float64, on the CPU."""
-    with torch.inference_mode(), fast_halves(device, model):
+    with torch.inference_mode(), half_matmul_in_float32(device, model):
         return torch.cat([window_losses(model, one[None].to(device)).double().cpu() for one in ids])
 
 

@@ -1,4 +1,4 @@
-"""How far an expert with few tokens should lean on the pool: held-out error over tokens and `ENOUGH`.
+"""How far an expert with few tokens should lean on the pool: held-out error over tokens and `MIN_TOKENS_PER_INPUT`.
 
 No trained mixture of experts is needed: the inputs of one block of a dense model are sent to the two nearest of eight
 centres, and a map is pruned for each centre on so many of the tokens that went there, filled up from all tokens. The
@@ -12,8 +12,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture
-from alps.calibration.dense_reference import watching
+from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.dense_reference import input_hooks
 from alps.core.statistics import InputStats, InputSums
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
@@ -34,7 +34,7 @@ def received(options: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     text = load_text(options.calibration, "calibration")
     windows = loaded.calibration(text, options.samples, options.seqlen, options.seed)
     blocks = find_blocks(loaded.model)
-    inputs = capture(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
+    inputs = capture_block_inputs(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
     for block in blocks[: options.block]:
         inputs.advance(block.index, block.module, torch.device("cpu"))
     block = blocks[options.block]
@@ -42,7 +42,7 @@ def received(options: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     sites = {site.kind: site for site in block.sites if site.kind in ("gate_proj", "down_proj")}
     with (
         torch.no_grad(),
-        watching([*sites.values()], lambda s, x: found.setdefault(s.kind, []).append(x.flatten(0, -2))),
+        input_hooks([*sites.values()], lambda s, x: found.setdefault(s.kind, []).append(x.flatten(0, -2))),
     ):
         for batch in range(len(inputs.hidden)):
             inputs.run(block.index, block.module, batch, torch.device("cpu"))
@@ -62,7 +62,7 @@ def routing(x: Tensor, seed: int) -> Tensor:
 
 
 def row(W: Tensor, x: Tensor, chosen: Tensor, share: float, options: argparse.Namespace) -> list[str]:
-    """Mean held-out error over centres with so many tokens for each input, for every value of `ENOUGH`."""
+    """Mean held-out error over centres at `share` tokens per input, for every value of `MIN_TOKENS_PER_INPUT`."""
     method, pool, width = get_method("alps"), InputSums.of(x), W.shape[1]
     tokens, cells = int(share * width), []
     for enough in _ENOUGH:

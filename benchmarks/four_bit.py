@@ -24,7 +24,7 @@ import alps
 from alps.core.device import provenance
 from alps.data.windows import Windows
 from alps.inference.cpu_backend import describe, find_kernel
-from alps.models.demo_model import place_of
+from alps.models.demo_model import resolve_model_path
 from inference import generate
 from layers import ended_in_words, markdown
 
@@ -118,7 +118,7 @@ def perplexities(name: str, options: argparse.Namespace) -> list[float]:
 
 def size_of(name: str) -> int:
     """Bytes of the weights' files."""
-    place = Path(place_of(name))
+    place = Path(resolve_model_path(name))
     return place.stat().st_size if place.is_file() else sum(file.stat().st_size for file in place.glob("*.safetensors"))
 
 

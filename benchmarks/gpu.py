@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from alps.core.device import exact_float32, provenance
 from alps.core.statistics import InputStats, InputSums
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
 from alps.solvers.objective import relative_error
@@ -130,7 +130,7 @@ def whole_model(options: argparse.Namespace, device: torch.device) -> str:
     for name in options.methods.split(","):
         model.load_state_dict(dense)
         before = _start_memory(device)
-        walk = Walk(get_method(name), parse_pattern(options.pattern), device)
+        walk = BlockPruner(get_method(name), parse_pattern(options.pattern), device)
         start = time.perf_counter()
         walk.run(model, find_blocks(model), ids)
         whole = time.perf_counter() - start

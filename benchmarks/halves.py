@@ -21,7 +21,7 @@ from torch import Tensor
 
 import alps
 from alps.core.device import provenance
-from alps.core.half_precision import Widened, multiplies_by_float32
+from alps.core.half_precision import Float32MatmulMode, multiplies_by_float32
 from layers import ended_in_words, markdown
 
 
@@ -46,7 +46,7 @@ def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
         query, key, value = (torch.randn(1, heads, seqlen, features).to(dtype).requires_grad_() for _ in range(3))
         taken: dict[str, list[float]] = {}
         for _ in range(rounds):
-            for way, context in (("torch's own", nullcontext), ("by float32", Widened)):
+            for way, context in (("torch's own", nullcontext), ("by float32", Float32MatmulMode)):
                 with context():
                     start = time.perf_counter()
                     out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -75,7 +75,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     half, full = (alps.load(options.model, dtype=dtype).requires_grad_() for dtype in ("bfloat16", "float32"))
     ids = torch.randint(0, half.config.vocab_size, (options.windows, options.seqlen))
-    ways = [("torch's own", half, nullcontext), ("by float32", half, Widened), ("in float32", full, nullcontext)]
+    ways = [
+        ("torch's own", half, nullcontext),
+        ("by float32", half, Float32MatmulMode),
+        ("in float32", full, nullcontext),
+    ]
     works: list[tuple[str, Callable[[Any, Tensor], None]]] = [("forward", forward), ("forward and backward", step)]
     rows = []
     for name, work in works:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.input_statistics import observe
-from alps.calibration.moe_statistics import SharedInput
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.device import provenance
 from alps.core.errors import AlpsError
 from alps.core.statistics import InputStats, Needs
@@ -25,13 +25,13 @@ from alps.solvers.patterns import Pattern
 Problem = tuple[Tensor, InputStats]
 
 
-def captured(options: argparse.Namespace, wanted: Callable[[Block], bool]) -> Iterator[SharedInput]:
+def captured(options: argparse.Namespace, wanted: Callable[[Block], bool]) -> Iterator[LayerInput]:
     """Every distinct input of the blocks that are wanted, with its statistics in the dense model and its sites."""
     loaded, cpu = load(options.model), torch.device("cpu")
     text = load_text(options.calibration, "calibration")
     windows = loaded.calibration(text, options.samples, options.seqlen, options.seed)
     blocks = find_blocks(loaded.model)
-    inputs = capture(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
+    inputs = capture_block_inputs(loaded.model, blocks, windows.ids, max(4096 // options.seqlen, 1))
     left = sum(map(wanted, blocks))
     for block in blocks:
         if wanted(block):

@@ -15,17 +15,17 @@ import time
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import batch_tokens, capture
-from alps.calibration.dense_reference import DenseStream
-from alps.calibration.forward_cache import Settled
+from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import Order, observations
 from alps.core.device import exact_float32, provenance
-from alps.core.half_precision import fast_halves
+from alps.core.half_precision import half_matmul_in_float32
 from alps.core.statistics import Needs
-from alps.data.calibration import Loaded, open_model
+from alps.data.calibration import LoadedModel, open_model
 from alps.models.blocks import on_device
 from alps.solvers.patterns import Unstructured, keep_largest
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 from layers import ended_in_words, markdown
 
 _CPU = torch.device("cpu")
@@ -33,22 +33,22 @@ _CUT = Unstructured(0.7)
 _WAYS: list[tuple[Order, bool]] = [("block", False), ("sequential", False), ("sequential", True)]
 
 
-def passes(loaded: Loaded, ids: Tensor, count: int, order: Order, resumed: bool, target: bool) -> float:
+def passes(loaded: LoadedModel, ids: Tensor, count: int, order: Order, resumed: bool, target: bool) -> float:
     """Seconds of all forward passes over the first blocks."""
     blocks, seconds = loaded.blocks(), 0.0
-    inputs = capture(loaded.model, blocks, ids, max(batch_tokens(blocks, _CPU) // ids.shape[1], 1))
+    inputs = capture_block_inputs(loaded.model, blocks, ids, max(batch_tokens(blocks, _CPU) // ids.shape[1], 1))
     beside = inputs.beside()
     for block in blocks[:count]:
         with on_device(block, _CPU):
-            dense = DenseStream(block.twin(), beside) if target else None
+            dense = DenseReference(block.twin(), beside) if target else None
             weights = {site.name: site.read().clone() for site in block.sites}
             start = time.perf_counter()
-            rest = Settled(block, inputs, _CPU) if resumed else inputs
+            rest = CachedForward(block, inputs, _CPU) if resumed else inputs
             needs = Needs.DRIFT if target else Needs.GRAM
             for seen in observations(block, rest, needs, _CPU, order, dense):
                 seconds += time.perf_counter() - start - seen.seconds
                 for site in (site for shared in seen.shared for site in shared.sites):
-                    site.write(masked(site.read(), keep_largest(site.read().abs(), _CUT)))
+                    site.write(apply_mask(site.read(), keep_largest(site.read().abs(), _CUT)))
                 start = time.perf_counter()
             rest.advance(block.index, block.module, _CPU)
             if dense is not None:
@@ -75,7 +75,7 @@ def main() -> None:
     vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
     rows = []
-    with exact_float32(), fast_halves(_CPU, loaded.model), torch.no_grad():
+    with exact_float32(), half_matmul_in_float32(_CPU, loaded.model), torch.no_grad():
         for target in (False, True):
             found = [
                 [passes(loaded, ids, options.blocks, *way, target) for way in _WAYS] for _ in range(options.rounds)

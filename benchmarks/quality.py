@@ -19,14 +19,14 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.core.device import forget_peaks, pick_device
-from alps.core.progress import ConsoleWatcher
-from alps.data.calibration import Loaded, load
+from alps.core.device import pick_device, reset_peak_memory
+from alps.core.progress import ConsoleProgress
+from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import load_calibration
 from alps.evaluation.api import evaluate
 from alps.evaluation.compare_config import method_settings
-from alps.pruning.config import PruneSettings, load_settings
-from alps.pruning.run import build_walk, run, write
+from alps.pruning.config import PruneConfig, load_prune_config
+from alps.pruning.run import build_block_pruner, run, write
 from alps.reporting.evaluation_records import ComparisonRecord
 
 Run = dict[str, Any]
@@ -36,7 +36,7 @@ def main() -> None:
     """Do what is missing, then print the tables of everything in the results file."""
     options = _options()
     path = Path(options.results)
-    dense: Loaded | None = None
+    dense: LoadedModel | None = None
     for pattern in options.patterns.split(","):
         for seed in map(int, options.seeds.split(",")):
             for method in options.methods.split(","):
@@ -49,15 +49,15 @@ def main() -> None:
     print(tables(_read(path)))
 
 
-def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, dense: Loaded) -> Run:
+def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, dense: LoadedModel) -> Run:
     """One run: load, prune (unless dense), evaluate; what it was measured on travels with the figures."""
-    watcher = ConsoleWatcher(Console(stderr=True), every_seconds=60)
+    progress = ConsoleProgress(Console(stderr=True), every_seconds=60)
     loaded, reference = (dense, None) if method == "dense" else (load(options.model), dense)
     row: Run = {"model": options.model, "seqlen": options.seqlen, "samples": options.samples}
     if method != "dense":
-        row |= _pruned(options, loaded, method, pattern, seed, watcher)
+        row |= _pruned(options, loaded, method, pattern, seed, progress)
     start = time.perf_counter()
-    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, watcher, reference)
+    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, progress, reference)
     row["perplexity"] = {record.text: record.perplexity for record in found}
     row["kl"] = {record.text: record.kl for record in found if isinstance(record, ComparisonRecord)}
     row["agreement"] = {record.text: record.agreement for record in found if isinstance(record, ComparisonRecord)}
@@ -67,15 +67,15 @@ def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, d
 
 
 def _pruned(
-    options: argparse.Namespace, loaded: Loaded, method: str, pattern: str, seed: int, watcher: ConsoleWatcher
+    options: argparse.Namespace, loaded: LoadedModel, method: str, pattern: str, seed: int, progress: ConsoleProgress
 ) -> Run:
     asked, device = _asked(options, method, pattern), pick_device(options.device)
     source = load_calibration(asked.calibration, options.samples)
-    windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, watcher)
+    windows = loaded.calibration(source, options.samples, options.seqlen, seed, device, progress)
     # A peak is the process's: without this, every run would report that of the largest before it.
-    forget_peaks(device)
+    reset_peak_memory(device)
     start = time.process_time()
-    report = run(loaded, build_walk(asked, watcher), windows, seed)
+    report = run(loaded, build_block_pruner(asked, progress), windows, seed)
     cpu_seconds = time.process_time() - start
     if options.save:
         write(loaded, report, Path(options.save) / f"{method}-{pattern}-{seed}".replace(":", "of"))
@@ -94,10 +94,10 @@ def _pruned(
     }
 
 
-def _asked(options: argparse.Namespace, method: str, pattern: str) -> PruneSettings:
+def _asked(options: argparse.Namespace, method: str, pattern: str) -> PruneConfig:
     aim = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
     shared = {"model": options.model, "calibration": options.calibration, "device": options.device}
-    return load_settings(None, {**shared, **aim, **method_settings(method)})
+    return load_prune_config(None, {**shared, **aim, **method_settings(method)})
 
 
 def tables(rows: list[Run]) -> str:

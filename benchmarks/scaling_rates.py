@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture
+from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import discover, observe
-from alps.calibration.moe_statistics import SharedInput
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.device import exact_float32, provenance
-from alps.core.distributed import Group, joined
+from alps.core.distributed import ProcessGroup, process_group
 from alps.core.statistics import InputStats, InputSums, Needs
-from alps.data.calibration import Loaded, open_model
+from alps.data.calibration import LoadedModel, open_model
 from alps.data.mixture import load_calibration
 from alps.models.blocks import on_device
 from alps.solvers.alps import Alps
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 from layers import calibration_options
 from machines import PANEL, gram_flops
 from scaling_runs import prune
@@ -88,13 +88,13 @@ def _pieces(options: argparse.Namespace, processes: int) -> dict[str, Any]:
 class _Timer:
     """Seconds by name; all processes begin a piece of work together."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.found: Found = {}
         self._group = group
 
     def time(self, name: str, work: Callable[[], Any], share: float = 1.0) -> Any:
         """What `work` returns; `share` turns its seconds into those of a unit."""
-        self._group.wait()
+        self._group.barrier()
         start = time.perf_counter()
         made = work()
         self.add(name, (time.perf_counter() - start) * share)
@@ -108,7 +108,7 @@ class _Timer:
 def main() -> None:
     """Measure, print one line of JSON."""
     options = _options()
-    with joined() as group, exact_float32():
+    with process_group() as group, exact_float32():
         timer = _Timer(group)
         loaded = open_model(options.model, options.dtype)
         source = load_calibration(options.calibration, options.samples)
@@ -116,7 +116,7 @@ def main() -> None:
         windows = timer.time("draw", lambda: loaded.calibration(*drawn))
         batch = max(batch_tokens(loaded.blocks(), _CPU) // options.seqlen, 1)
         ids = windows.ids[: min(max(_TOKENS // options.seqlen, 1), len(windows.ids) // 2)]
-        inputs = timer.time("capture", lambda: capture(loaded.model.eval(), loaded.blocks(), ids, batch))
+        inputs = timer.time("capture", lambda: capture_block_inputs(loaded.model.eval(), loaded.blocks(), ids, batch))
         counts = _blocks(options, loaded, inputs, timer)
         square = torch.randn(_PRODUCT, _PRODUCT)
         for _ in range(5):
@@ -124,13 +124,13 @@ def main() -> None:
         if group.size > 1:
             _messages(group, timer, [int(name.split()[1]) for name in timer.found if name.startswith("inverse ")])
         seconds = [{name: statistics.median(taken) for name, taken in timer.found.items()}]
-        every = group.gathered(seconds[0])
+        every = group.all_gather_object(seconds[0])
         mean = {name: statistics.mean(one[name] for one in every) for name in seconds[0]}
-        if group.leads:
+        if group.is_main:
             print(json.dumps({"shapes": _shapes(loaded), "counts": counts, "seconds": mean}))
 
 
-def _blocks(options: argparse.Namespace, loaded: Loaded, inputs: BlockInputs, timer: _Timer) -> dict[str, Any]:
+def _blocks(options: argparse.Namespace, loaded: LoadedModel, inputs: BlockInputs, timer: _Timer) -> dict[str, Any]:
     """Walk the dense model as far as a third of its depth, and solve two blocks on the way."""
     blocks, counts = loaded.blocks(), _Counted()
     share = 1 / sum(hidden.shape[0] * hidden.shape[1] for hidden in inputs.hidden)
@@ -162,7 +162,7 @@ class _Counted:
         return {"iterations": mean(self.iterations), "inverses": mean(self.inverses), "steps": steps}
 
 
-def _input(shared: SharedInput, pattern: Pattern, seqlen: int, timer: _Timer, counts: _Counted) -> None:
+def _input(shared: LayerInput, pattern: Pattern, seqlen: int, timer: _Timer, counts: _Counted) -> None:
     """Everything that is done with one input and its sites."""
     stats, method, n = shared.stats, Alps(), shared.sites[0].shape[1]
     rows, sums = torch.randn(max(_TOKENS // seqlen, 1), seqlen, n), InputSums.zeros(n, Needs.GRAM)
@@ -175,7 +175,7 @@ def _input(shared: SharedInput, pattern: Pattern, seqlen: int, timer: _Timer, co
     known: set[float] = set()
     for site in shared.sites:
         aim, name = site.read().float().clone(), "x".join(map(str, site.shape))
-        timer._group.wait()
+        timer._group.barrier()
         start = time.perf_counter()
         solution = method.solve(aim, state, pattern)
         whole, info = time.perf_counter() - start, solution.info
@@ -192,20 +192,20 @@ def _input(shared: SharedInput, pattern: Pattern, seqlen: int, timer: _Timer, co
 
 
 def _errors(weight: Tensor, aim: Tensor, pattern: Pattern, stats: InputStats) -> list[float]:
-    return relative_errors([weight, masked(aim, keep_largest(aim.abs(), pattern))], aim, stats)
+    return relative_errors([weight, apply_mask(aim, keep_largest(aim.abs(), pattern))], aim, stats)
 
 
-def _messages(group: Group, timer: _Timer, sizes: list[int]) -> None:
+def _messages(group: ProcessGroup, timer: _Timer, sizes: list[int]) -> None:
     for n in dict.fromkeys(sizes):
         sums, values, nbytes = InputSums.zeros(n, Needs.GRAM), torch.zeros(n, n), InputSums.nbytes(n, Needs.GRAM)
         for _ in range(5):
-            timer.time(f"reduce {n}", partial(group.sums, sums, 0), 1 / nbytes)
-            timer.time(f"all-reduce {n}", partial(group.sums, sums, None), 1 / nbytes)
-            timer.time(f"send {n}", partial(group.send, values, 0), 1 / (4 * n * n))
+            timer.time(f"reduce {n}", partial(group.reduce_statistics, sums, 0), 1 / nbytes)
+            timer.time(f"all-reduce {n}", partial(group.reduce_statistics, sums, None), 1 / nbytes)
+            timer.time(f"send {n}", partial(group.broadcast, values, 0), 1 / (4 * n * n))
     histograms = [torch.zeros(size, dtype=torch.int64) for size in (2**15, 2**16, 2)]
     for _ in range(20):
-        timer.time("select", lambda: [group.total(one) for one in histograms])
-        timer.time("message", group.wait)
+        timer.time("select", lambda: [group.all_reduce_sum(one) for one in histograms])
+        timer.time("message", group.barrier)
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
@@ -222,7 +222,7 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _shapes(loaded: Loaded) -> dict[str, Any]:
+def _shapes(loaded: LoadedModel) -> dict[str, Any]:
     config: Any = loaded.model.config
     return {
         "hidden": config.hidden_size,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alps.core.statistics import InputSums, Needs
-from alps.pruning.work_sharing import job_of, shared_out
+from alps.pruning.work_sharing import shared_out, solve_cost
 from alps.solvers import get_method
 from cost_model import Machine, Run
 
@@ -92,7 +92,7 @@ def simulate(run: Run, machine: Machine) -> Clocks:
 
 def assignment(run: Run) -> list[int | None]:
     """Who solves each input of a block; None for all of them together."""
-    jobs = [job_of(get_method("alps"), sites, run.size) for sites in run.model.inputs]
+    jobs = [solve_cost(get_method("alps"), sites, run.size) for sites in run.model.inputs]
     return shared_out(jobs, run.size) if run.size > 1 else [0] * len(jobs)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from alps.checkpoints.safetensors_io import Pending, write_tensors
+from alps.checkpoints.safetensors_io import TensorToWrite, write_tensors
 from alps.checkpoints.weight_files import INDEX_NAME
 from alps.models.load import quiet
 
@@ -89,14 +89,14 @@ def write_model(folder: Path, options: argparse.Namespace) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Pending:
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> TensorToWrite:
     def read() -> torch.Tensor:
         if len(shape) == 1:
             return torch.ones(shape, dtype=_DTYPE)
         drawn: torch.Tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         return drawn.to(_DTYPE)
 
-    return Pending(name, _DTYPE, shape, read)
+    return TensorToWrite(name, _DTYPE, shape, read)
 
 
 def prune(model: Path, out: Path, options: argparse.Namespace) -> tuple[int, int]:

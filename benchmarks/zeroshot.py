@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alps.core.device import provenance
-from alps.data.calibration import Loaded, load
+from alps.data.calibration import LoadedModel, load
 from alps.evaluation.api import evaluate_tasks
 
 Run = dict[str, Any]
@@ -26,7 +26,7 @@ def main() -> None:
     options = _options()
     path, tasks = Path(options.results), options.tasks.split(",")
     for model in options.models:
-        loaded: Loaded | None = None
+        loaded: LoadedModel | None = None
         for task in tasks:
             key = {"model": model, "task": task, "limit": options.limit}
             if not any(key.items() <= row.items() for row in _read(path)):
@@ -36,7 +36,7 @@ def main() -> None:
     print(table([row for row in _read(path) if row["limit"] == options.limit], options.models, tasks))
 
 
-def measure(options: argparse.Namespace, loaded: Loaded, task: str) -> Run:
+def measure(options: argparse.Namespace, loaded: LoadedModel, task: str) -> Run:
     """One task of one checkpoint; what it was measured with travels with the figures."""
     start = time.perf_counter()
     records = evaluate_tasks(loaded, [task], options.task_data, options.limit, options.device, options.batch_size)

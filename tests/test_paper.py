@@ -13,7 +13,7 @@ from torch import Tensor
 from alps.core.errors import ConfigError
 from alps.core.statistics import InputStats
 from alps.core.yaml_io import read_yaml
-from alps.evaluation.compare_config import load_comparison
+from alps.evaluation.compare_config import load_compare_config
 from alps.reporting.compare_results import Result
 from alps.reporting.evaluation_records import Estimate, EvaluationRecord, TaskRecord
 from alps.solvers import Alps, get_method
@@ -80,12 +80,12 @@ def test_a_column_shorter_than_its_keys_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_comparisons_ask_for_the_grid_of_the_paper(name: str) -> None:
-    asked = load_comparison(FOLDER / f"{name}.yaml", {})
+    asked = load_compare_config(FOLDER / f"{name}.yaml", {})
     runs = asked.combinations()
     assert len(runs) == 5 * 8 * 5 and {one.settings.calibration for one in runs} == {"c4"}
     assert {one.pattern for one in runs} == {"0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8"}
     assert {(one.settings.samples, one.settings.seqlen) for one in runs} == {(128, 2048)}
-    here = load_comparison(FOLDER / f"{name}.yaml", {"model": "smollm2-135m", "seeds": 1, "samples": 64})
+    here = load_compare_config(FOLDER / f"{name}.yaml", {"model": "smollm2-135m", "seeds": 1, "samples": 64})
     assert len(here.combinations()) == 40 and here.model == "smollm2-135m"
 
 

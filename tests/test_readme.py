@@ -88,7 +88,7 @@ def _headings(page: Path) -> set[str]:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^):]*\.md)?(?:#([^)]+))?\)", page.read_text())
     for target, heading in links:
-        leads = page.parent / target if target else page
-        assert leads.is_file(), target
-        assert not heading or heading in _headings(leads), (target, heading)
+        is_main = page.parent / target if target else page
+        assert is_main.is_file(), target
+        assert not heading or heading in _headings(is_main), (target, heading)
     assert links or page.name != "README.md"

@@ -18,7 +18,7 @@ from alps.solvers.admm import AdmmSettings, PlainSteps
 from alps.solvers.hessian import scaled
 from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import Pattern, keep_largest
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 from layers import Problem, exact_weights
 
 
@@ -78,7 +78,7 @@ class Watched(PlainSteps):
 
     def look(self) -> Look:
         """Both errors as they stand, in the coordinates of the weight."""
-        pruned = masked(self._W, keep_largest(self._W.abs(), self._pattern))
+        pruned = apply_mask(self._W, keep_largest(self._W.abs(), self._pattern))
         both = [one * self._hessian.scale for one in (self._D, pruned)]
         error, pruned_error = relative_errors(both, *self._problem)
         return Look(error, pruned_error, change=None)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from alps.core.errors import ConfigError
-from alps.core.yaml_io import read_yaml, sentence
+from alps.core.yaml_io import format_validation_error, read_yaml
 
 SparsityOf = Annotated[float, Field(gt=0, lt=1)]
 
@@ -50,7 +50,7 @@ class LayerRecipe(Strict):
     """Which layer problems: sites of a model, and the inputs they get in the dense model.
 
     Attributes:
-        model, calibration, samples, seqlen, seed: as in `alps.pruning.config.PruneSettings`.
+        model, calibration, samples, seqlen, seed: as in `alps.pruning.config.PruneConfig`.
         sites: full names of linear maps.
     """
 
@@ -131,4 +131,4 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         return _RECIPES.validate_python(values)
     except ValidationError as error:
         known = {name for kind in (Supports, Refits, Penalties, Dependence) for name in kind.model_fields}
-        raise ConfigError(sentence(error, str(path), known)) from None
+        raise ConfigError(format_validation_error(error, str(path), known)) from None

@@ -20,7 +20,7 @@ from alps.core.device import exact_float32
 from alps.core.errors import AlpsError, ConfigError
 from alps.core.yaml_io import read_yaml
 from alps.evaluation.compare import compare
-from alps.evaluation.compare_config import load_comparison
+from alps.evaluation.compare_config import load_compare_config
 from layers import Problem, layer_problems, origin
 from paper.dependence import dependence
 from paper.published import beside_the_paper
@@ -75,9 +75,9 @@ def whole_models(options: argparse.Namespace) -> str:
         raise ConfigError(f"'{options.recipe}' is a comparison: give --out, and neither --site nor --seed.")
     evaluation = {"texts": options.text, "eval_seqlen": options.eval_seqlen, "windows": options.windows}
     evaluation |= {"tasks": options.task, "task_data": options.task_data, "limit": options.limit}
-    asked = load_comparison(Path(options.recipe), {**_shared(options), **evaluation, "seeds": options.seeds})
-    _, watcher, tell = consoles()
-    return beside_the_paper(compare(asked, Path(options.out), watcher, tell))
+    asked = load_compare_config(Path(options.recipe), {**_shared(options), **evaluation, "seeds": options.seeds})
+    _, progress, tell = consoles()
+    return beside_the_paper(compare(asked, Path(options.out), progress, tell))
 
 
 def _shared(options: argparse.Namespace) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alps.core.errors import AlpsError
-    from alps.data.calibration import Loaded
+    from alps.data.calibration import LoadedModel
     from alps.evaluation.api import evaluate, evaluate_tasks
     from alps.inference.convert import pack_linears
     from alps.inference.load import load
@@ -23,7 +23,7 @@ __all__ = [
     "Alps",
     "AlpsError",
     "DSnoT",
-    "Loaded",
+    "LoadedModel",
     "Magnitude",
     "Refitted",
     "SemiStructured",
@@ -44,7 +44,7 @@ _HOMES = {
     "Alps": "alps.solvers",
     "AlpsError": "alps.core.errors",
     "DSnoT": "alps.solvers",
-    "Loaded": "alps.data.calibration",
+    "LoadedModel": "alps.data.calibration",
     "Magnitude": "alps.solvers",
     "Refitted": "alps.solvers",
     "SemiStructured": "alps.solvers.patterns",

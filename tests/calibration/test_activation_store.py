@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from alps.calibration.activation_store import Activations
-from alps.calibration.block_inputs import capture
-from alps.finetuning.block_reconstruction import Matching
+from alps.calibration.block_inputs import capture_block_inputs
+from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
 
@@ -53,8 +53,12 @@ def test_a_walk_with_files_prunes_to_the_same_bits(
     found, most = [], []
     for bytes_kept in (None, limit):
         model = tiny_model("llama")
-        walk = Walk(get_method("sparsegpt"), Unstructured(0.5), _CPU, order="sequential", target=0.4)
-        walk.matching, walk.activation_bytes, walk.spill_folder = Matching(tokens=32), bytes_kept, tmp_path
+        walk = BlockPruner(get_method("sparsegpt"), Unstructured(0.5), _CPU, order="sequential", target=0.4)
+        walk.matching, walk.activation_bytes, walk.spill_folder = (
+            ReconstructionParameters(tokens=32),
+            bytes_kept,
+            tmp_path,
+        )
 
         class Watch:
             def start(self, title: str, total: int) -> None: ...
@@ -63,7 +67,7 @@ def test_a_walk_with_files_prunes_to_the_same_bits(
 
             def finish(self) -> None: ...
 
-        walk.watcher = Watch()
+        walk.progress = Watch()
         walk.run(model, find_blocks(model), ids)
         found.append([site.read().clone() for block in find_blocks(model) for site in block.sites])
         assert max(most) == 0 if bytes_kept is None else max(most) > 0
@@ -77,7 +81,7 @@ def test_two_walks_over_the_same_inputs_do_not_touch_each_other(
 ) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2, Activations(_CPU, 0, tmp_path))
+    inputs = capture_block_inputs(model, blocks, ids, 2, Activations(_CPU, 0, tmp_path))
     before = [hidden.clone() for hidden in inputs.hidden]
     beside = inputs.beside()
     beside.advance(0, blocks[0].module, _CPU)

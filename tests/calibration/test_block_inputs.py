@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from alps.calibration.block_inputs import batch_tokens, capture, to_device
+from alps.calibration.block_inputs import batch_tokens, capture_block_inputs, to_device
 from alps.core.errors import UnsupportedModel
 from alps.models.blocks import find_blocks
 from helpers.decoders import decoder
@@ -57,7 +57,7 @@ def test_batches_are_as_many_tokens_as_suit_the_device(tiny_model: Callable[...,
 def test_batches_may_differ_in_size_and_a_window_is_run_alone(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     blocks = find_blocks(model := tiny_model("llama"))
     sizes = [3, 1, len(ids) - 4]
-    inputs = capture(model, blocks, ids, sizes)
+    inputs = capture_block_inputs(model, blocks, ids, sizes)
     assert [len(hidden) for hidden in inputs.hidden] == sizes
     with torch.no_grad():
         whole = inputs.run(0, blocks[0].module, 0, torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_replaying_the_blocks_is_the_model(
     expected, logits = _block_outputs(model, ids)
     # The blocks must matter, or replaying wrong ones would pass.
     assert all((a - b).abs().max() > 0.1 for a, b in pairwise(expected))
-    inputs = capture(model, blocks, ids, batch_size)
+    inputs = capture_block_inputs(model, blocks, ids, batch_size)
     assert [len(hidden) for hidden in inputs.hidden] == [len(batch) for batch in torch.split(ids, batch_size)]
     with torch.no_grad():
         for block, real in zip(blocks, expected, strict=True):
@@ -113,7 +113,7 @@ def test_every_block_is_replayed_with_its_own_arguments(ids: Tensor) -> None:
     model = _gemma()
     blocks = find_blocks(model)
     expected, _ = _block_outputs(model, ids)
-    inputs = capture(model, blocks, ids, 7)
+    inputs = capture_block_inputs(model, blocks, ids, 7)
     with torch.no_grad():
         for block, real in zip(blocks, expected, strict=True):
             inputs.hidden[0] = inputs.run(block.index, block.module, 0, _CPU)
@@ -126,7 +126,7 @@ def test_a_replay_with_a_changed_block_is_not_the_model(tiny_model: Callable[...
     model = tiny_model(kind)
     blocks = find_blocks(model)
     expected, logits = _block_outputs(model, ids)
-    inputs = capture(model, blocks, ids, 7)
+    inputs = capture_block_inputs(model, blocks, ids, 7)
     with torch.no_grad():
         blocks[0].sites[0].parameter.mul_(0.5)
         changed = inputs.run(0, blocks[0].module, 0, _CPU)
@@ -138,7 +138,7 @@ def test_the_model_is_left_as_it_was(tiny_model: Callable[..., Any], kind: str, 
     model = tiny_model(kind)
     blocks = find_blocks(model)
     _, before = _block_outputs(model, ids)
-    capture(model, blocks, ids, 3)
+    capture_block_inputs(model, blocks, ids, 3)
     assert all("forward" not in block.module.__dict__ for block in blocks)
     assert torch.equal(_block_outputs(model, ids)[1], before)
 
@@ -159,7 +159,7 @@ def test_the_model_is_left_as_it_was_when_it_raises(tiny_model: Callable[..., An
 
     handle = where.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        capture(model, blocks, ids, 3)
+        capture_block_inputs(model, blocks, ids, 3)
     handle.remove()
     assert all("forward" not in block.module.__dict__ for block in blocks)
     assert torch.equal(_block_outputs(model, ids)[1], before)
@@ -175,7 +175,7 @@ def test_a_forward_that_someone_else_put_on_a_block_survives(tiny_model: Callabl
         return 2 * real(*args, **kwargs)
 
     blocks[1].module.forward = doubled
-    capture(model, blocks, ids, 3)
+    capture_block_inputs(model, blocks, ids, 3)
     assert blocks[1].module.__dict__.get("forward") is doubled
 
 
@@ -198,7 +198,7 @@ class _Layers(nn.Module):
 
 def test_blocks_called_once_in_order_are_accepted(ids: Tensor) -> None:
     model = _Layers([0, 1, 2])
-    assert len(capture(model, find_blocks(model), ids, 3).calls) == 3
+    assert len(capture_block_inputs(model, find_blocks(model), ids, 3).calls) == 3
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_blocks_called_once_in_order_are_accepted(ids: Tensor) -> None:
 def test_blocks_that_are_not_walked_in_a_row_are_refused(ids: Tensor, order: list[int]) -> None:
     model = _Layers(order)
     with pytest.raises(UnsupportedModel, match="_Layers"):
-        capture(model, find_blocks(model), ids, 3)
+        capture_block_inputs(model, find_blocks(model), ids, 3)
 
 
 def test_a_model_that_works_between_its_blocks_is_refused(ids: Tensor) -> None:
     model = _Layers([0, 1, 2], between=1.0)
     with pytest.raises(UnsupportedModel, match="_Layers"):
-        capture(model, find_blocks(model), ids, 3)
+        capture_block_inputs(model, find_blocks(model), ids, 3)
 
 
 def test_arguments_are_moved_through_tuples_lists_and_dicts() -> None:
@@ -240,7 +240,7 @@ def test_the_output_head_runs_for_one_window_only(tiny_model: Callable[..., Any]
 
     model.get_output_embeddings().register_forward_hook(count("head"))
     model.get_input_embeddings().register_forward_hook(count("embedding"))
-    inputs = capture(model, find_blocks(model), ids, 2)
+    inputs = capture_block_inputs(model, find_blocks(model), ids, 2)
     # That window first, then four batches.
     assert calls == {"head": 1, "embedding": 5}
     assert [len(hidden) for hidden in inputs.hidden] == [2, 2, 2, 1]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import alps.solvers.dense_target
-from alps.calibration.block_inputs import BlockInputs, capture
-from alps.calibration.dense_reference import DenseStream
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
 from alps.calibration.input_statistics import discover, observe
 from alps.core.statistics import InputStats, Needs
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.hessian import damping_of
 from alps.solvers.patterns import SemiStructured
@@ -29,11 +29,11 @@ Inputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 @pytest.fixture
 def _trusting(monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> None:
     """Let few tokens move a target as far as many would: the damping is a tenth of the mean diagonal."""
-    monkeypatch.setattr(alps.solvers.dense_target, "QUIET_TOKENS", 0.1 * ids.numel())
+    monkeypatch.setattr(alps.solvers.dense_target, "PRIOR_TOKENS", 0.1 * ids.numel())
 
 
-def _prune(model: nn.Module, ids: Tensor, **settings: Any) -> Walk:
-    walk = Walk(get_method(settings.pop("method", "sparsegpt")), _HALF, _CPU, **settings)
+def _prune(model: nn.Module, ids: Tensor, **settings: Any) -> BlockPruner:
+    walk = BlockPruner(get_method(settings.pop("method", "sparsegpt")), _HALF, _CPU, **settings)
     walk.run(model, find_blocks(model), ids)
     return walk
 
@@ -87,7 +87,7 @@ def _before(
 def test_discovery_finds_the_groups_in_the_order_of_the_forward(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    groups = discover(blocks[0], capture(model, blocks, ids, 3), _CPU)
+    groups = discover(blocks[0], capture_block_inputs(model, blocks, ids, 3), _CPU)
     assert [[site.kind for site in group] for group in groups] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
@@ -106,10 +106,13 @@ def test_the_drift_is_that_of_the_real_inputs(
         site.write(site.read() * 0.7)
     real, real_dense = site_inputs(model, ids), site_inputs(dense, ids)
     one, two = find_blocks(model), find_blocks(dense)
-    inputs, dense_inputs = capture(model, one, ids, batch_size), capture(dense, two, ids, batch_size)
+    inputs, dense_inputs = (
+        capture_block_inputs(model, one, ids, batch_size),
+        capture_block_inputs(dense, two, ids, batch_size),
+    )
     for mine, theirs in zip(one, two, strict=True):
         groups = discover(mine, inputs, _CPU) if grouped else []
-        seen = observe(mine, inputs, Needs.DRIFT, _CPU, groups, DenseStream(theirs, dense_inputs))
+        seen = observe(mine, inputs, Needs.DRIFT, _CPU, groups, DenseReference(theirs, dense_inputs))
         assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in mine.sites)
         for shared in seen.shared:
             assert shared.stats.drift is not None and shared.stats.tokens == ids.numel()
@@ -123,7 +126,7 @@ def test_the_drift_is_that_of_the_real_inputs(
 def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     group = discover(blocks[0], inputs, _CPU)[0]
     called: list[str] = []
     hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: called.append("down"))
@@ -136,7 +139,7 @@ def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable
 def test_advancing_keeps_the_stream_whole(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("opt")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     other = BlockInputs(list(inputs.hidden), inputs.calls)
     before = [hidden.clone() for hidden in other.hidden]
     inputs.advance(0, blocks[0].module, _CPU)

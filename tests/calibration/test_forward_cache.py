@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import Activations
-from alps.calibration.block_inputs import BlockInputs, capture
-from alps.calibration.dense_reference import DenseStream
-from alps.calibration.forward_cache import Part, Settled
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.forward_cache import CachedForward, CachedSubmodule
 from alps.calibration.layer_order import observations
 from alps.core.statistics import InputStats, Needs
-from alps.finetuning.block_reconstruction import Matching
+from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import Block, find_blocks
 from alps.models.sites import Site
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.patterns import SemiStructured
 from helpers.decoders import DENSE, MOE, decoder
@@ -35,7 +35,7 @@ def _change(site: Site) -> None:
     site.write(weight * (weight.abs() > 0.1).to(weight.dtype))
 
 
-def _pass(block: Block, inputs: BlockInputs, dense: DenseStream) -> list[InputStats]:
+def _pass(block: Block, inputs: BlockInputs, dense: DenseReference) -> list[InputStats]:
     """Prunes a block in sequential order, and steps on; what was observed."""
     seen = []
     for observed in observations(block, inputs, Needs.DRIFT, _CPU, "sequential", dense):
@@ -51,21 +51,21 @@ def _pass(block: Block, inputs: BlockInputs, dense: DenseStream) -> list[InputSt
 def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputStats], list[Tensor], list[list[str]]]:
     """The same over all blocks: the sums, what the blocks gave, and the last sites of the parts of every block."""
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 3)
+    inputs = capture_block_inputs(model, blocks, ids, 3)
     beside, sums, states, parts = inputs.beside(), list[InputStats](), list[Tensor](), list[list[str]]()
     for block in blocks:
-        settled = Settled(block, inputs, _CPU) if resumed else inputs
-        sums += _pass(block, settled, DenseStream(block.twin(), beside))
+        settled = CachedForward(block, inputs, _CPU) if resumed else inputs
+        sums += _pass(block, settled, DenseReference(block.twin(), beside))
         states.append(torch.cat(inputs.hidden))
-        if isinstance(settled, Settled):
+        if isinstance(settled, CachedForward):
             parts.append([part.last.kind for part in settled.parts or ()])
             assert not any(part.received or part.given for part in settled.parts or ())
     return sums, states, parts
 
 
-def _observed(block: Block, inputs: BlockInputs, advances: bool = True) -> Settled:
+def _observed(block: Block, inputs: BlockInputs, advances: bool = True) -> CachedForward:
     """After all passes over a block whose sites stay as they are."""
-    settled = Settled(block, inputs, _CPU, advances)
+    settled = CachedForward(block, inputs, _CPU, advances)
     for _ in observations(block, settled, Needs.GRAM, _CPU, "sequential"):
         pass
     return settled
@@ -97,9 +97,9 @@ def test_parts_are_attention_and_mlp_by_their_last_sites(ids: Tensor) -> None:
 def test_every_site_is_multiplied_once_a_batch(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     batches, products = len(inputs.hidden), Counter[str]()
-    settled, dense = Settled(blocks[0], inputs, _CPU), DenseStream(blocks[0].twin(), inputs.beside())
+    settled, dense = CachedForward(blocks[0], inputs, _CPU), DenseReference(blocks[0].twin(), inputs.beside())
     for site in blocks[0].sites:
         site.module.register_forward_hook(lambda *_, kind=site.kind: products.update([kind]))
     discovered = 1
@@ -145,7 +145,7 @@ def test_a_view_of_something_wider_is_not_kept(ids: Tensor) -> None:
 
     model, _ = _walked_both_ways(change, ids)
     blocks = find_blocks(model)
-    settled = _observed(blocks[0], capture(model, blocks, ids, 2))
+    settled = _observed(blocks[0], capture_block_inputs(model, blocks, ids, 2))
     assert {part.last.kind: len(part.received) + len(part.given) for part in settled.parts or ()} == {
         "o_proj": len(settled.hidden),
         "down_proj": 0,
@@ -159,10 +159,10 @@ def test_any_order_and_passes_that_repeat_a_batch(step: int, ids: Tensor) -> Non
     for resumed in (False, True):
         model = decoder("llama")
         blocks = find_blocks(model)
-        inputs = capture(model, blocks, ids, 2)
-        settled = Settled(blocks[0], inputs, _CPU) if resumed else inputs
+        inputs = capture_block_inputs(model, blocks, ids, 2)
+        settled = CachedForward(blocks[0], inputs, _CPU) if resumed else inputs
         for site in blocks[0].sites[::step]:
-            if isinstance(settled, Settled):
+            if isinstance(settled, CachedForward):
                 settled.expect([[site]])
             for batch in (*range(len(inputs.hidden)), 0):
                 settled.run(0, blocks[0].module, batch, _CPU)
@@ -175,7 +175,7 @@ def test_any_order_and_passes_that_repeat_a_batch(step: int, ids: Tensor) -> Non
 def test_a_single_window_begins_at_the_start(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     settled = _observed(blocks[0], inputs)
     settled.expect([])
     with torch.no_grad():
@@ -187,11 +187,11 @@ def test_a_single_window_begins_at_the_start(ids: Tensor) -> None:
 def test_parts_are_kept_while_memory_allows(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     attention, mlp = 4 * ids.numel() * 32, 4 * ids.numel() * 48
     for limit, kinds in ((attention - 1, []), (attention, ["o_proj"]), (attention + mlp, ["o_proj", "down_proj"])):
         inputs.activations = Activations(limit=limit)
-        settled = Settled(blocks[0], inputs, _CPU)
+        settled = CachedForward(blocks[0], inputs, _CPU)
         settled.expect([])
         assert [part.last.kind for part in settled.parts or ()] == kinds
 
@@ -199,22 +199,25 @@ def test_parts_are_kept_while_memory_allows(ids: Tensor) -> None:
 def test_nothing_is_kept_for_a_pass_that_does_not_come(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
-    settled = _observed(blocks[0], capture(model, blocks, ids, 2), advances=False)
+    settled = _observed(blocks[0], capture_block_inputs(model, blocks, ids, 2), advances=False)
     assert settled.parts is not None
     assert [len(part.given) + len(part.received) for part in settled.parts] == [len(settled.hidden), 0]
 
 
-@pytest.mark.parametrize("matching", [None, Matching(epochs=1, tokens=48)])
+@pytest.mark.parametrize("matching", [None, ReconstructionParameters(epochs=1, tokens=48)])
 def test_a_walk_gives_the_same_bits(
-    matching: Matching | None, ids: Tensor, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    matching: ReconstructionParameters | None,
+    ids: Tensor,
+    tiny_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers = []
-    every: list[Callable[[Settled], list[Part]]] = [Settled._affordable, lambda _self: []]
+    every: list[Callable[[CachedForward], list[CachedSubmodule]]] = [CachedForward._affordable, lambda _self: []]
     for parts in every:
-        monkeypatch.setattr(Settled, "_affordable", parts)
+        monkeypatch.setattr(CachedForward, "_affordable", parts)
         model = tiny_model("llama")
         pattern = SemiStructured(2, 4)
-        walk = Walk(get_method("sparsegpt"), pattern, _CPU, order="sequential", target=0.4, matching=matching)
+        walk = BlockPruner(get_method("sparsegpt"), pattern, _CPU, order="sequential", target=0.4, matching=matching)
         walk.run(model, find_blocks(model), ids)
         answers.append([parameter.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.core.statistics import Needs
 from alps.models.blocks import Block, find_blocks
@@ -32,7 +32,7 @@ def _advance(block: Block, inputs: BlockInputs) -> None:
 def test_sites_that_read_one_tensor_share_one_record(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
     model = tiny_model(kind)
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 3)
+    inputs = capture_block_inputs(model, blocks, ids, 3)
     seen = observe(blocks[0], inputs, Needs.GRAM, _CPU)
     assert [{site.kind for site in shared.sites} for shared in seen.shared] == _GROUPS[kind]
     names = [site.name for shared in seen.shared for site in shared.sites]
@@ -51,7 +51,7 @@ def test_the_sums_are_those_of_the_real_inputs(
     model = tiny_model(kind)
     blocks = find_blocks(model)
     real = site_inputs(model, ids)
-    inputs = capture(model, blocks, ids, batch_size)
+    inputs = capture_block_inputs(model, blocks, ids, batch_size)
     for block in blocks:
         seen = observe(block, inputs, Needs.GRAM, _CPU)
         for shared in seen.shared:
@@ -72,7 +72,7 @@ def test_the_sums_are_those_of_the_real_inputs(
 def test_a_gram_is_collected_only_where_it_is_needed(tiny_model: Callable[..., Any], ids: Tensor, needs: Needs) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    seen = observe(blocks[0], capture(model, blocks, ids, 3), needs, _CPU)
+    seen = observe(blocks[0], capture_block_inputs(model, blocks, ids, 3), needs, _CPU)
     assert all(shared.stats.upper is None for shared in seen.shared)
     assert all(shared.stats.tokens == ids.numel() for shared in seen.shared)
 
@@ -80,7 +80,7 @@ def test_a_gram_is_collected_only_where_it_is_needed(tiny_model: Callable[..., A
 def test_observing_changes_neither_the_block_nor_its_inputs(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("gpt2")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 3)
+    inputs = capture_block_inputs(model, blocks, ids, 3)
     hidden = [tensor.clone() for tensor in inputs.hidden]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     observe(blocks[0], inputs, Needs.GRAM, _CPU)
@@ -92,7 +92,7 @@ def test_observing_changes_neither_the_block_nor_its_inputs(tiny_model: Callable
 def test_hooks_are_removed_when_the_block_raises(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 3)
+    inputs = capture_block_inputs(model, blocks, ids, 3)
     inputs.hidden[1] = inputs.hidden[1][..., :5]  # the second batch cannot be run
     with pytest.raises(RuntimeError):
         observe(blocks[0], inputs, Needs.GRAM, _CPU)
@@ -114,7 +114,7 @@ def test_sites_that_receive_nothing_are_reported(tiny_model: Callable[..., Any],
     model.model.layers = nn.ModuleList([Spare(layer) for layer in model.model.layers])
     blocks = find_blocks(model)
     assert [len(block.sites) for block in blocks] == [8, 8, 8]
-    seen = observe(blocks[0], capture(model, blocks, ids, 3), Needs.GRAM, _CPU)
+    seen = observe(blocks[0], capture_block_inputs(model, blocks, ids, 3), Needs.GRAM, _CPU)
     assert [site.name for site in seen.unused] == ["model.layers.0.spare"]
     assert len([site for shared in seen.shared for site in shared.sites]) == 7
 
@@ -140,7 +140,7 @@ def test_equal_tensors_that_are_not_the_same_are_kept_apart(ids: Tensor) -> None
 
     model = Model()
     blocks = find_blocks(model)
-    seen = observe(blocks[0], capture(model, blocks, ids, 2), Needs.GRAM, _CPU)
+    seen = observe(blocks[0], capture_block_inputs(model, blocks, ids, 2), Needs.GRAM, _CPU)
     assert [[site.kind for site in shared.sites] for shared in seen.shared] == [["a", "c"], ["b"]]
     first, second = (shared.stats for shared in seen.shared)
     assert first.tokens == second.tokens == ids.numel()
@@ -176,7 +176,7 @@ def test_a_site_that_first_receives_something_in_a_late_batch_is_not_forgotten(i
     windows[:, 0] = torch.tensor([2, 4, 3, 6])
     model = Model()
     blocks = find_blocks(model)
-    seen = observe(blocks[0], capture(model, blocks, windows, 1), Needs.GRAM, _CPU)
+    seen = observe(blocks[0], capture_block_inputs(model, blocks, windows, 1), Needs.GRAM, _CPU)
     assert [([site.kind for site in shared.sites], shared.stats.tokens) for shared in seen.shared] == [
         (["even"], 3 * windows.shape[1]),
         (["odd"], windows.shape[1]),
@@ -237,7 +237,7 @@ def _check_sums(model: nn.Module, ids: Tensor, batch_size: int) -> dict[str, int
     """Assert that the sums of the first block are those of full forwards; tokens of every site."""
     real = _all_inputs(model, ids, batch_size)
     blocks = find_blocks(model)
-    seen = observe(blocks[0], capture(model, blocks, ids, batch_size), Needs.GRAM, _CPU)
+    seen = observe(blocks[0], capture_block_inputs(model, blocks, ids, batch_size), Needs.GRAM, _CPU)
     tokens = {}
     for shared in seen.shared:
         for site in shared.sites:
@@ -301,7 +301,7 @@ def test_nothing_is_skipped_where_sites_meet_tokens_in_only_some_batches(ids: Te
 def test_later_batches_stop_at_the_last_input(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
     model = tiny_model(kind)
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     runs: dict[str, int] = {}
 
     def count(name: str) -> Callable[..., None]:
@@ -326,7 +326,7 @@ def test_the_first_batch_stops_there_too_in_a_block_like_one_before(
 ) -> None:
     model = tiny_model(kind)
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, 2)
+    inputs = capture_block_inputs(model, blocks, ids, 2)
     expected = observe(blocks[1], inputs, Needs.GRAM, _CPU)
     ended: list[str] = []
     for block in blocks[:2]:

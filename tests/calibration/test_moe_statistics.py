@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import alps
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.input_statistics import observe
-from alps.calibration.moe_statistics import ENOUGH, SharedInput
+from alps.calibration.moe_statistics import MIN_TOKENS_PER_INPUT, LayerInput
 from alps.cli.main import app
 from alps.cli.tables import prune_summary
 from alps.core.errors import UnsupportedModel
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.core.statistics import InputStats, Needs
-from alps.data.calibration import Loaded
-from alps.finetuning.distill_checkpoint import recover_settings
-from alps.finetuning.distillation import recover
+from alps.data.calibration import LoadedModel
+from alps.finetuning.distill_checkpoint import load_distill_config
+from alps.finetuning.distillation import distill
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
 from alps.pruning.sparsity_allocation import plan
@@ -48,10 +48,10 @@ def _slices(model: nn.Module) -> dict[str, Site]:
     return {site.name: site for block in find_blocks(model) for site in block.sites if site.expert is not None}
 
 
-def _seen(model: nn.Module, ids: Tensor, batch_size: int = 7, needs: Needs = Needs.GRAM) -> Iterator[SharedInput]:
+def _seen(model: nn.Module, ids: Tensor, batch_size: int = 7, needs: Needs = Needs.GRAM) -> Iterator[LayerInput]:
     """The inputs of all experts in the dense model."""
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, batch_size)
+    inputs = capture_block_inputs(model, blocks, ids, batch_size)
     for block in blocks:
         yield from (one for one in observe(block, inputs, needs, _CPU).shared if one.sites[0].expert is not None)
         inputs.advance(block.index, block.module, _CPU)
@@ -91,7 +91,7 @@ def _routed(model: nn.Module, ids: Tensor, kind: str, everything: bool = False) 
 
 def _sums(x: Tensor, pool: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, sum of squares and Gram of an expert's inputs by the rule, naively in float64."""
-    missing = max(ENOUGH * x.shape[1] - len(x), 0)
+    missing = max(MIN_TOKENS_PER_INPUT * x.shape[1] - len(x), 0)
     share = missing / max(len(pool), 1)
     return (
         x.sum(dim=0) + share * pool.sum(dim=0),
@@ -121,7 +121,7 @@ def test_the_sums_are_those_of_the_tokens_routed_there_filled_up_by_the_rule(
         (site,) = one.sites
         x, pool = mine[site.name], everything[site.name]
         assert one.tokens == len(x) and len(pool) == many.numel()
-        assert one.stats.tokens == max(len(x), ENOUGH * site.shape[1])
+        assert one.stats.tokens == max(len(x), MIN_TOKENS_PER_INPUT * site.shape[1])
         _assert_sums(one.stats, _sums(x, pool))
         starving += one.added > 0
         sites.pop(site.name)
@@ -172,7 +172,7 @@ def test_an_expert_without_a_token_gets_the_pool_alone(many: Tensor) -> None:
     assert [one.sites[0].name for one in empty] == [f"{prefix}.gate_up_proj.3", f"{prefix}.down_proj.3"]
     for one in empty:
         pool = everything[one.sites[0].name]
-        assert one.stats.tokens == one.added == ENOUGH * pool.shape[1]
+        assert one.stats.tokens == one.added == MIN_TOKENS_PER_INPUT * pool.shape[1]
         _assert_sums(one.stats, _sums(pool[:0], pool))
     report = alps.prune(model, 0.6, calibration=many, order="sequential")
     records = {site.name: site for site in report.sites}
@@ -201,7 +201,7 @@ def _mixtral_inputs(model: Any, ids: Tensor, layer: int) -> dict[str, Tensor]:
 def _reference_stats(inputs: dict[str, Tensor], name: str) -> InputStats:
     x = inputs[f"{name}/mine"]
     total, square, gram = _sums(x.double(), inputs[f"{name}/pool"].double())
-    return InputStats(max(len(x), ENOUGH * x.shape[1]), total.float(), square.float(), gram.float())
+    return InputStats(max(len(x), MIN_TOKENS_PER_INPUT * x.shape[1]), total.float(), square.float(), gram.float())
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5])
@@ -402,7 +402,11 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
     report = alps.prune(model, 0.6, "wanda", calibration=many, target=0.4)
     lines = prune_summary(report, tmp_path).plain.splitlines()
     (warning,) = [line for line in lines if line.startswith("WARNING")]
-    starving = {(s.block, s.expert) for s in report.sites if s.tokens is not None and s.tokens < ENOUGH * s.shape[1]}
+    starving = {
+        (s.block, s.expert)
+        for s in report.sites
+        if s.tokens is not None and s.tokens < MIN_TOKENS_PER_INPUT * s.shape[1]
+    }
     starving = {pair for pair in starving if pair[1] is not None}
     assert 1 < len(starving) < 16
     assert warning.startswith(
@@ -413,8 +417,11 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
     noted = {site.name for site in report.sites if any("were routed here" in note for note in site.solve["notes"])}
     assert noted == {site.name for site in report.sites if site.added}
 
-    fed = alps.prune(decoder("gpt_oss"), 0.6, "wanda", calibration=many.repeat(20, 1))
-    assert not any(site.added for site in fed.sites) and "WARNING" not in prune_summary(fed, tmp_path).plain
+    augment_undersampled = alps.prune(decoder("gpt_oss"), 0.6, "wanda", calibration=many.repeat(20, 1))
+    assert (
+        not any(site.added for site in augment_undersampled.sites)
+        and "WARNING" not in prune_summary(augment_undersampled, tmp_path).plain
+    )
 
 
 def test_recovery_trains_experts_and_leaves_zeros_and_routers_alone(word_tokenizer: Any, english_file: Path) -> None:
@@ -422,8 +429,8 @@ def test_recovery_trains_experts_and_leaves_zeros_and_routers_alone(word_tokeniz
     alps.prune(model, 0.5, "magnitude", measure_errors=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     given = {"calibration": str(english_file), "samples": 16, "seqlen": 32, "batch_tokens": 128, "lr": 2e-3, "steps": 4}
-    teacher, student = Loaded("dense", dense, word_tokenizer), Loaded("pruned", model, word_tokenizer)
-    record = recover(teacher, student, recover_settings(given), Silent())
+    teacher, student = LoadedModel("dense", dense, word_tokenizer), LoadedModel("pruned", model, word_tokenizer)
+    record = distill(teacher, student, load_distill_config(given), NoProgress())
     assert record.kl_after < record.kl_before
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:

@@ -15,7 +15,7 @@ import pytest
 
 from alps.checkpoints.atomic_io import check_target, new_directory
 from alps.core.errors import CheckpointError
-from alps.data.calibration import Loaded
+from alps.data.calibration import LoadedModel
 from alps.pruning.run import write
 from alps.reporting.run_report import RunReport
 
@@ -188,7 +188,7 @@ def test_what_the_check_lets_pass_can_be_written(tmp_path: Path, case: str) -> N
 def test_what_is_written_with_a_marker_can_be_replaced_by_the_same_call(
     tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
-    loaded = Loaded("tiny", tiny_model("llama"), None)
+    loaded = LoadedModel("tiny", tiny_model("llama"), None)
     report = RunReport(
         model="tiny", architecture="Any", method="alps", pattern="70%", dtype="float32", device="cpu", calibration=None
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from alps.checkpoints.atomic_io import remove_partial
 from alps.checkpoints.journal import check_journal, journal_place, open_journal
-from alps.checkpoints.safetensors_io import DTYPES, Pending, stored_tensors, write_tensors
+from alps.checkpoints.safetensors_io import DTYPES, TensorToWrite, stored_tensors, write_tensors
 from alps.checkpoints.weight_files import weight_file
 from alps.core.errors import CheckpointError
 
@@ -113,7 +113,7 @@ def test_files_hold_what_was_written(
         f"t{n}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[word])
         for n, (word, shape) in enumerate(wanted)
     }
-    write_tensors(path, [Pending(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()])  # type: ignore[misc]
+    write_tensors(path, [TensorToWrite(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()])  # type: ignore[misc]
     from safetensors.torch import load_file
 
     found = load_file(path)
@@ -132,7 +132,7 @@ def test_files_hold_what_was_written(
 
 def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
-    write_tensors(path, [Pending("w", torch.float32, (100,), lambda: torch.ones(100))])
+    write_tensors(path, [TensorToWrite("w", torch.float32, (100,), lambda: torch.ones(100))])
     (stored,) = stored_tensors(weight_file(path))
     path.write_bytes(path.read_bytes()[:-8])
     for read in (stored.read, stored.mapped):
@@ -143,7 +143,7 @@ def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_mapped_tensor_takes_no_memory_until_it_is_touched_and_writes_nothing(tmp_path: Path) -> None:
     path, size = tmp_path / "one.safetensors", 2**24
-    write_tensors(path, [Pending("w", torch.float32, (size,), lambda: torch.ones(size))])
+    write_tensors(path, [TensorToWrite("w", torch.float32, (size,), lambda: torch.ones(size))])
     content = hashlib.sha256(path.read_bytes()).digest()
     before = _private_bytes()
     (stored,) = stored_tensors(weight_file(path))
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
-        write_tensors(tmp_path / "one.safetensors", [Pending("w", torch.float32, (1,), stop)])
+        write_tensors(tmp_path / "one.safetensors", [TensorToWrite("w", torch.float32, (1,), stop)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.statistics import InputStats, InputSums
-from alps.pruning.work_sharing import assign, job_of, loads_of, shared_out
+from alps.pruning.work_sharing import assign, loads_of, shared_out, solve_cost
 from alps.reporting.run_report import RunReport
 from alps.solvers import get_method
 from alps.solvers.alps import Alps
 from alps.solvers.patterns import SemiStructured, Unstructured
-from alps.solvers.row_parallel import Part, top_of_all
-from alps.solvers.topk import top_mask
+from alps.solvers.row_parallel import RowShard, distributed_topk_mask
+from alps.solvers.topk import topk_mask
 from helpers import torchrun_worker as together
 from helpers.cli_process import run_group
 from helpers.thread_group import Process, in_threads
@@ -41,8 +41,8 @@ def test_the_largest_of_all_processes_are_those_of_one(values: list[int], size: 
     scores = torch.tensor(values, dtype=torch.float32) / 3
     kept = data.draw(st.integers(0, len(values)))
     parts = torch.tensor_split(scores, size)
-    found = in_threads(size, lambda rows: top_of_all(parts[rows.rank], kept, rows))
-    assert torch.equal(torch.cat(found), top_mask(scores, kept))
+    found = in_threads(size, lambda rows: distributed_topk_mask(parts[rows.rank], kept, rows))
+    assert torch.equal(torch.cat(found), topk_mask(scores, kept))
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
@@ -77,7 +77,7 @@ def test_who_does_not_own_sums_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch.distributed, name, lambda part, dst=None: part.mul_(2))
     for rank, owner, held in [(0, 0, True), (1, 0, False), (0, None, True), (1, None, True)]:
         sums = InputSums.of(torch.ones(3, 2))
-        Group(rank, 2).sums(sums, owner)
+        ProcessGroup(rank, 2).reduce_statistics(sums, owner)
         assert (sums.panels is not None) == held and sums.tokens == 6
         assert not held or sums.rounded().gram().tolist() == [[6, 6], [6, 6]]
 
@@ -90,7 +90,7 @@ def test_a_sample_of_parts_is_that_of_the_whole(entries: int, size: int, stride:
 
     def sample(rows: Process) -> Any:
         mine = whole[bounds[rows.rank] : bounds[rows.rank + 1]]
-        scores = Part.of(mine[None], 0.5, entries, rows).scores(mine)
+        scores = RowShard.of(mine[None], 0.5, entries, rows).scores(mine)
         return scores.sample(stride), scores.total(len(mine)), scores.entries
 
     for found, total, counted in in_threads(size, sample):
@@ -100,12 +100,12 @@ def test_a_sample_of_parts_is_that_of_the_whole(entries: int, size: int, stride:
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
 def test_batches_are_the_same_rows_in_any_number_of_processes(count: int, batch: int, size: int) -> None:
     rows = torch.arange(max(count, size))
-    shares = [Group(rank, size).shares(len(rows), batch) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).shard_batch_sizes(len(rows), batch) for rank in range(size)]
     wanted = torch.split(rows, max(batch, size))
     for i, part in enumerate(wanted):
         found = []
         for rank, mine in enumerate(shares):
-            own = Group(rank, size).share(rows)
+            own = ProcessGroup(rank, size).shard(rows)
             found += own[sum(mine[:i]) : sum(mine[: i + 1])].tolist()
         assert sorted(found) == part.tolist()
     for mine in shares:
@@ -125,26 +125,26 @@ def test_nobody_has_more_than_four_thirds_of_what_must_be(costs: list[float], si
 
 def test_an_input_is_split_where_others_would_wait() -> None:
     method = get_method("alps")
-    lone = [job_of(method, [(4096, 1024), (4096, 1024)], 2)]
+    lone = [solve_cost(method, [(4096, 1024), (4096, 1024)], 2)]
     assert shared_out(lone, 2) == [None]
     fixed, rows = lone[0].fixed, lone[0].rows
     assert loads_of(lone, [None], 2) == [fixed + rows / 2] * 2
-    even = [job_of(method, [(1024, 1024)], 2) for _ in range(4)]
+    even = [solve_cost(method, [(1024, 1024)], 2) for _ in range(4)]
     assert sorted(shared_out(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
     # Few rows and other methods are not split.
-    assert not job_of(method, [(30, 1024)], 2).divisible
-    assert not job_of(get_method("sparsegpt"), [(4096, 1024)], 2).divisible
+    assert not solve_cost(method, [(30, 1024)], 2).divisible
+    assert not solve_cost(get_method("sparsegpt"), [(4096, 1024)], 2).divisible
 
 
 def test_one_process_is_a_group_without_messages() -> None:
-    group, sums = Group(), InputSums.of(torch.ones(3, 2))
+    group, sums = ProcessGroup(), InputSums.of(torch.ones(3, 2))
     values = torch.arange(4)
-    group.sums(sums, 0)
-    group.wait()
-    assert sums.tokens == 3 and group.first(lambda: 5) == 5 and group.gathered(1) == [1]
-    assert torch.equal(group.share(values), values) and group.total(values) is values
+    group.reduce_statistics(sums, 0)
+    group.barrier()
+    assert sums.tokens == 3 and group.broadcast_from_main(lambda: 5) == 5 and group.all_gather_object(1) == [1]
+    assert torch.equal(group.shard(values), values) and group.all_reduce_sum(values) is values
     with pytest.raises(ConfigError, match="4 windows cannot be split over 5 processes"):
-        Group(1, 5).share(values)
+        ProcessGroup(1, 5).shard(values)
 
 
 def _torchrun(*arguments: object) -> list[str]:

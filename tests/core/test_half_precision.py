@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alps.checkpoints.bitmask_codec import pack
 from alps.core import half_precision as halves
-from alps.core.half_precision import Widened, fast_halves, multiplies_by_float32
+from alps.core.half_precision import Float32MatmulMode, half_matmul_in_float32, multiplies_by_float32
 from alps.inference import packed_linear as linear
 
 _HALVES = [torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ def test_products_are_those_of_float64_rounded_once(
     # Tiles much smaller than the matrices, none of whose sides they divide.
     monkeypatch.setattr(halves, "_ENTRIES", 300 * 32)
     for name, product, exact in _products(dtype):
-        with mode(), Widened():
+        with mode(), Float32MatmulMode():
             found = product()
         assert found.dtype == dtype, name
         wanted = exact()
@@ -68,7 +68,7 @@ def test_it_is_used_whether_or_not_gradients_are_asked_for(monkeypatch: pytest.M
     monkeypatch.setitem(halves._WIDE, torch.ops.aten.mm.default, counted)
     layer = nn.Linear(96, 64, bias=False).bfloat16()
     x = _numbers(128, 96, dtype=torch.bfloat16).requires_grad_()
-    with Widened():
+    with Float32MatmulMode():
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 layer(x.detach())
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_float32() -> None:
     grads = []
     for wide in (False, True):
         own = [one.float().requires_grad_() if wide else one.clone().requires_grad_() for one in (x, w)]
-        with Widened():
+        with Float32MatmulMode():
             F.linear(*own).pow(2).mean().backward()  # type: ignore[no-untyped-call]
         grads.append([one.grad.float() for one in own if one.grad is not None])
         assert len(grads[-1]) == 2
@@ -125,7 +125,7 @@ def test_attention_and_its_gradients_go_by_float32(
         return real(func, *more)
 
     monkeypatch.setattr(halves, "_attention", counted)
-    with Widened():
+    with Float32MatmulMode():
         found = _attended(dtype, how)
     assert asked == [(True, dtype)] * (dtype is torch.float16) + [(False, dtype)]
     exact, own = _attended(torch.float64, how), _attended(dtype, how)
@@ -149,7 +149,7 @@ def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.Monk
     for rows, terms, columns, dtype in ((1, 512, 512, half), (100, 512, 512, full), (100, 0, 50, half)):
         factors = _numbers(rows, terms, dtype=dtype), _numbers(columns, terms, dtype=dtype)
         own = F.linear(*factors)
-        with Widened(), torch.inference_mode():
+        with Float32MatmulMode(), torch.inference_mode():
             found = F.linear(*factors)
         assert found.dtype == dtype and torch.equal(found, own), (rows, terms, dtype)
 
@@ -169,7 +169,7 @@ def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) 
             lambda a, b, seen=seen: (seen.append(True), a.new_empty(len(a), b.shape[1]))[1],
         )
         layer = nn.Linear(128, 128, bias=False).bfloat16()
-        with fast_halves(cpu, nn.LayerNorm(8), layer), torch.inference_mode():
+        with half_matmul_in_float32(cpu, nn.LayerNorm(8), layer), torch.inference_mode():
             layer(_numbers(128, 128, dtype=torch.bfloat16))
         assert len(seen) == slow
 

@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alps.core.errors import ConfigError
-from alps.data.mixture import Mix, Part, combine, load_calibration
+from alps.data.mixture import CalibrationMix, CalibrationSource, combine, load_calibration
 from alps.data.text_sources import Text
 from alps.data.windows import Windows
 
 _WEIGHTS = st.lists(st.decimals("0.001", "50", places=3), min_size=1, max_size=6)
 
 
-def mixed(*weights: object) -> Mix:
-    return Mix(tuple(Part(Text(f"t{i}", ["x"]), Fraction(str(weight))) for i, weight in enumerate(weights)))
+def mixed(*weights: object) -> CalibrationMix:
+    return CalibrationMix(
+        tuple(CalibrationSource(Text(f"t{i}", ["x"]), Fraction(str(weight))) for i, weight in enumerate(weights))
+    )
 
 
 @given(_WEIGHTS, st.integers(1, 300))
@@ -133,7 +135,9 @@ def _windows(source: str, start: int, count: int) -> Windows:
 
 
 def test_windows_are_all_there_in_a_seeded_order() -> None:
-    mix = Mix((Part(Text("a", ["x"]), Fraction(7, 10)), Part(None, Fraction(3, 10))))
+    mix = CalibrationMix(
+        (CalibrationSource(Text("a", ["x"]), Fraction(7, 10)), CalibrationSource(None, Fraction(3, 10)))
+    )
     drawn = [_windows("a", 0, 14), _windows("self", 1000, 6)]
     one, again, other = (combine(mix, drawn, seed) for seed in (0, 0, 1))
     assert one.source == "a:0.7,self:0.3" and one.parts == (("a", 14), ("self", 6)) and one.available == 200
@@ -147,7 +151,7 @@ def test_windows_are_all_there_in_a_seeded_order() -> None:
 
 
 def test_a_single_source_is_left_alone() -> None:
-    mix, windows = Mix((Part(Text("a", ["x"])),)), _windows("a", 0, 5)
+    mix, windows = CalibrationMix((CalibrationSource(Text("a", ["x"])),)), _windows("a", 0, 5)
     assert combine(mix, [windows], 0) is windows and mix.seeds(11) == [11] and mix.name == "a"
 
 

@@ -122,7 +122,7 @@ def test_the_global_random_state_is_neither_read_nor_moved(story_model: Any) -> 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5]), (9, [5])])
 def test_batches_do_not_change_the_tokens(story_model: Any, size: int, sizes: list[int]) -> None:
     steps = Steps()
-    found = sample_windows(story_model, 1, 5, 24, 3, batch_size=size, watcher=steps)
+    found = sample_windows(story_model, 1, 5, 24, 3, batch_size=size, progress=steps)
     assert torch.equal(found, sample_windows(story_model, 1, 5, 24, 3, batch_size=4))
     assert steps.details == [f"{count} at once" for count in sizes for _ in range(23)]
     assert steps.totals == [len(sizes) * 23] and steps.finished == 1
@@ -138,7 +138,7 @@ def test_batches_keep_the_cache_within_its_limit(story_model: Any, monkeypatch: 
         assert generate._largest_batch(story_model, 24) == largest
     monkeypatch.setattr(generate, "_CACHE_BYTES", 2 * window)
     steps = Steps()
-    sample_windows(story_model, 1, 5, 24, 0, watcher=steps)
+    sample_windows(story_model, 1, 5, 24, 0, progress=steps)
     assert max(steps.details) == "2 at once"
 
 
@@ -249,5 +249,5 @@ def test_models_that_cannot_be_sampled_say_why(
 ) -> None:
     steps, model = Steps(), _Odd(answer).train()
     with pytest.raises(kind, match=complaint):
-        sample_windows(model, 0, 2, 8, 0, watcher=steps)
+        sample_windows(model, 0, 2, 8, 0, progress=steps)
     assert steps.finished == 1 and model.training

@@ -16,7 +16,7 @@ from torch import Tensor
 import alps
 from alps.core.errors import ConfigError
 from alps.data import self_generated as generated
-from alps.data.calibration import Loaded
+from alps.data.calibration import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.self_generated import first_token, forbidden_tokens, generated_windows
@@ -34,20 +34,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def tiny(tiny_model: Callable[..., Any], word_tokenizer: Any) -> Loaded:
-    return Loaded("tiny", tiny_model("llama"), word_tokenizer)
+def tiny(tiny_model: Callable[..., Any], word_tokenizer: Any) -> LoadedModel:
+    return LoadedModel("tiny", tiny_model("llama"), word_tokenizer)
 
 
 def refuse(**_: Any) -> Any:
     raise AssertionError("the model was called")
 
 
-def windows(loaded: Loaded, samples: int = 3, seqlen: int = 12, seed: int = 0, said: list[str] | None = None) -> Tensor:
+def windows(
+    loaded: LoadedModel, samples: int = 3, seqlen: int = 12, seed: int = 0, said: list[str] | None = None
+) -> Tensor:
     tell = (lambda _: None) if said is None else said.append
     return generated_windows(loaded.model, loaded.tokenizer, samples, seqlen, seed, tell=tell).ids
 
 
-def test_the_second_time_the_model_is_not_called(tiny: Loaded, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_time_the_model_is_not_called(
+    tiny: LoadedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     first = windows(tiny, said=said)
     assert len(said) == 1 and said[0].startswith("Sampling 3 windows of 12 tokens from the dense model")
@@ -59,16 +63,16 @@ def test_the_second_time_the_model_is_not_called(tiny: Loaded, cache: Path, monk
 
 
 def test_whatever_changes_the_windows_misses_the_cache(
-    tiny: Loaded, tiny_model: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, tiny_model: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows(tiny)
-    windows(Loaded("another name", tiny_model("llama"), tiny.tokenizer))
+    windows(LoadedModel("another name", tiny_model("llama"), tiny.tokenizer))
     assert len(list(cache.iterdir())) == 1
     windows(tiny, samples=4)
     windows(tiny, seqlen=13)
     windows(tiny, seed=1)
-    windows(Loaded("tiny", tiny_model("llama", torch.bfloat16), tiny.tokenizer))
-    windows(Loaded("tiny", tiny.model, None))
+    windows(LoadedModel("tiny", tiny_model("llama", torch.bfloat16), tiny.tokenizer))
+    windows(LoadedModel("tiny", tiny.model, None))
     assert len(list(cache.iterdir())) == 6
     for package in ("torch", "transformers"):
         monkeypatch.setattr(
@@ -110,7 +114,7 @@ def _unnamed(path: Path) -> None:
     ids=["truncated", "one bit", "another shape", "another tensor", "empty", "not safetensors"],
 )
 def test_a_damaged_file_is_made_again(
-    tiny: Loaded, cache: Path, damage: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, cache: Path, damage: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = windows(tiny)
     (path,) = cache.iterdir()
@@ -124,7 +128,7 @@ def test_a_damaged_file_is_made_again(
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])
 def test_a_file_appears_whole_or_not_at_all(
-    tiny: Loaded, cache: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, cache: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half of")
@@ -143,7 +147,7 @@ def test_a_file_appears_whole_or_not_at_all(
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made_costs_a_line_and_no_windows(tiny: Loaded, cache: Path) -> None:
+def test_a_cache_that_cannot_be_made_costs_a_line_and_no_windows(tiny: LoadedModel, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     said: list[str] = []
     assert windows(tiny, said=said).shape == (3, 12)
@@ -187,11 +191,11 @@ def test_windows_begin_where_a_text_does_and_hold_only_text(tokenizer: Any, firs
 def test_without_a_tokenizer_the_configuration_says_where_a_text_begins(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     model.config.bos_token_id = 7
-    ids = Loaded("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0).ids
+    ids = LoadedModel("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0).ids
     assert torch.equal(ids, sample_windows(model, 7, 2, 8, 0)) and ids[:, 0].tolist() == [7, 7]
     model.config.bos_token_id = None
     with pytest.raises(ConfigError, match="names none: calibrate with a text"):
-        Loaded("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0)
+        LoadedModel("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> None:
@@ -200,7 +204,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_model: Callable[..., Any])
         generated_windows(tiny_model("llama"), tokenizer, 2, 8, 0)
 
 
-def test_a_mix_holds_what_its_parts_give_alone(tiny: Loaded, english_file: Path, word_tokenizer: Any) -> None:
+def test_a_mix_holds_what_its_parts_give_alone(tiny: LoadedModel, english_file: Path, word_tokenizer: Any) -> None:
     mix = load_calibration(f"{english_file}:0.7,self:0.3", 10)
     drawn = tiny.calibration(mix, 10, 16, 3)
     seeds = mix.seeds(3)
@@ -213,7 +217,7 @@ def test_a_mix_holds_what_its_parts_give_alone(tiny: Loaded, english_file: Path,
 
 
 def test_a_text_that_is_too_short_is_told_before_sampling(
-    tiny: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "short.txt").write_text("short")
     monkeypatch.setattr(tiny.model, "forward", refuse)
@@ -221,16 +225,16 @@ def test_a_text_that_is_too_short_is_told_before_sampling(
         tiny.calibration(load_calibration(f"self:1,{tmp_path / 'short.txt'}:1", 4), 4, 16, 0)
 
 
-def test_a_text_in_a_mix_needs_a_tokenizer(tiny: Loaded, english_file: Path) -> None:
-    bare = Loaded("tiny", tiny.model, None)
+def test_a_text_in_a_mix_needs_a_tokenizer(tiny: LoadedModel, english_file: Path) -> None:
+    bare = LoadedModel("tiny", tiny.model, None)
     with pytest.raises(ConfigError, match="needs the model's tokenizer"):
         bare.calibration(load_calibration(f"self:1,{english_file}:1", 4), 4, 16, 0)
     with pytest.raises(ConfigError, match="longer than the 128"):
         bare.calibration(load_calibration("self", 4), 4, 129, 0)
 
 
-def test_pruning_in_memory_samples_the_dense_model(tiny: Loaded, tiny_model: Callable[..., Any]) -> None:
-    expected = windows(Loaded("tiny", tiny_model("llama"), tiny.tokenizer), 4, 16, 2)
+def test_pruning_in_memory_samples_the_dense_model(tiny: LoadedModel, tiny_model: Callable[..., Any]) -> None:
+    expected = windows(LoadedModel("tiny", tiny_model("llama"), tiny.tokenizer), 4, 16, 2)
     report = alps.prune(
         tiny.model, 0.5, "wanda", calibration="self", tokenizer=tiny.tokenizer, samples=4, seqlen=16, seed=2
     )

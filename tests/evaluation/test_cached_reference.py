@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.evaluation.cached_reference import Remembered
+from alps.evaluation.cached_reference import CachedReferenceModel
 from alps.models.blocks import find_blocks
 
 
@@ -31,7 +31,7 @@ def test_answers_are_the_models_own_to_the_bit_and_cost_no_blocks(
     batches = [ids[:4], ids[4:], ids[:2], ids[:2].view(4, 8)]
     with torch.inference_mode():
         expected = [model(input_ids=one, use_cache=False).logits for one in batches]
-    ran, remembered = _counted(model), Remembered(model)
+    ran, remembered = _counted(model), CachedReferenceModel(model)
     for wanted_runs in (4, 4, 4):
         with torch.inference_mode():
             found = [remembered(input_ids=one, use_cache=False).logits for one in batches]
@@ -59,7 +59,7 @@ def test_what_cannot_be_replayed_is_asked_anew(tiny_model: Callable[..., Any], i
     model = tiny_model("llama")
     with torch.inference_mode():
         plain = model(input_ids=ids, use_cache=False).logits
-        ran, remembered = _counted(model), Remembered(_Restless(model).eval())
+        ran, remembered = _counted(model), CachedReferenceModel(_Restless(model).eval())
         found = [remembered(input_ids=ids).logits for _ in range(3)]
     # The trial of the head is the second time that the model is asked.
     assert [torch.equal(one, plain + asked) for one, asked in zip(found, (1, 3, 4), strict=True)] == [True] * 3
@@ -68,8 +68,8 @@ def test_what_cannot_be_replayed_is_asked_anew(tiny_model: Callable[..., Any], i
 
 def test_the_mode_that_is_put_back_is_the_models(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("opt").train()
-    remembered = Remembered(model)
+    remembered = CachedReferenceModel(model)
     assert remembered.training
     with pytest.raises(AssertionError):
         remembered(input_ids=ids)
-    assert not Remembered(model.eval()).training
+    assert not CachedReferenceModel(model.eval()).training

@@ -14,15 +14,15 @@ import torch
 from filelock import FileLock
 
 from alps.core.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
-from alps.evaluation.cached_reference import Remembered
+from alps.evaluation.cached_reference import CachedReferenceModel
 from alps.evaluation.compare import compare
-from alps.evaluation.compare_config import Comparison, load_comparison
+from alps.evaluation.compare_config import CompareConfig, load_compare_config
 from alps.pruning import run as running
-from alps.pruning.config import PruneSettings
+from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_directory
 from alps.reporting.compare_results import RESULTS_NAME, Result, read_results
 from alps.reporting.evaluation_records import ComparisonRecord
@@ -31,16 +31,16 @@ from alps.solvers.sparsegpt import SparseGPT
 from helpers.cli_process import run, start
 
 
-def settings(stories: Path, text: Path, **more: Any) -> Comparison:
+def settings(stories: Path, text: Path, **more: Any) -> CompareConfig:
     chosen: dict[str, Any] = {"methods": ["wanda", "alps+order=sequential+target=0.4"], "sparsity": [0.5]}
     sizes = {"samples": 4, "seqlen": 32, "eval_seqlen": 64, "windows": 3}
     files = {"model": str(stories), "calibration": str(text), "texts": [str(text)]}
-    return Comparison.model_validate({**files, **sizes, **chosen, **more})
+    return CompareConfig.model_validate({**files, **sizes, **chosen, **more})
 
 
-def go(asked: Comparison, out: Path) -> tuple[list[Result], list[str]]:
+def go(asked: CompareConfig, out: Path) -> tuple[list[Result], list[str]]:
     told: list[str] = []
-    return compare(asked, out, Silent(), told.append), told
+    return compare(asked, out, NoProgress(), told.append), told
 
 
 def figures(result: Result) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, stories: Pa
     dense = load(str(stories))
     for number, result in enumerate(results[1:]):
         single = prune_directory(
-            PruneSettings.model_validate(result.settings), tmp_path / f"one{number}", Silent(), lambda _: None
+            PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress(), lambda _: None
         )
         assert [(s.name, s.error, s.magnitude_error, s.zeros) for s in single.sites] == [
             (s.name, s.error, s.magnitude_error, s.zeros) for s in result.sites
@@ -96,20 +96,20 @@ def test_the_dense_model_answers_once_and_figures_are_those_of_single_runs(
     # 40 windows of 64 tokens are two batches; the kept outputs of both are used by every run.
     asked = settings(folder, english_file, methods=["wanda", "sparsegpt"], windows=40)
     whole: list[int] = []
-    real = Remembered._whole
+    real = CachedReferenceModel._whole
 
-    def counted(self: Remembered, ids: torch.Tensor) -> Any:
+    def counted(self: CachedReferenceModel, ids: torch.Tensor) -> Any:
         whole.append(len(ids))
         return real(self, ids)
 
-    monkeypatch.setattr(Remembered, "_whole", counted)
+    monkeypatch.setattr(CachedReferenceModel, "_whole", counted)
     first, *results = go(asked, tmp_path / "all")[0]
     assert whole == [32, 8]
     dense = load(str(folder))
     assert first.evaluations[0].loss == evaluate(dense, [str(english_file)], 64, 40)[0].loss
     for number, result in enumerate(results):
-        chosen = PruneSettings.model_validate(result.settings)
-        prune_directory(chosen, tmp_path / f"one{number}", Silent(), lambda _: None)
+        chosen = PruneConfig.model_validate(result.settings)
+        prune_directory(chosen, tmp_path / f"one{number}", NoProgress(), lambda _: None)
         loaded = load(str(tmp_path / f"one{number}"))
         (found,) = evaluate(loaded, [str(english_file)], 64, 40, "cpu", None, dense)
         (mine,) = result.evaluations
@@ -221,7 +221,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
             compare(
                 settings(stories, english_file, methods=["wanda", "sparsegpt", "magnitude"]),
                 tmp_path / "all",
-                Silent(),
+                NoProgress(),
                 told.append,
             )
     assert any(line.startswith("Failed, the others go on: sparsegpt") for line in told)
@@ -276,11 +276,11 @@ def test_settings_come_from_yaml_and_back(tmp_path: Path, stories: Path, english
     asked = settings(stories, english_file, pattern=["2:4", "4:8"], tasks=["piqa"], limit=3)
     path = tmp_path / "compare.yaml"
     path.write_text(asked.to_yaml())
-    assert load_comparison(path, {}) == asked
-    assert load_comparison(path, {"seeds": 3, "samples": None}) == asked.model_copy(update={"seeds": 3})
+    assert load_compare_config(path, {}) == asked
+    assert load_compare_config(path, {"seeds": 3, "samples": None}) == asked.model_copy(update={"seeds": 3})
     path.write_text("model: x\npattern: [2:4, 4:8]\nsparsities: [0.5]\n")
     with pytest.raises(ConfigError, match=r"Setting 'sparsities' in .* is unknown\. Did you mean 'sparsity'"):
-        load_comparison(path, {})
+        load_compare_config(path, {})
 
 
 def test_calibration_text_is_read_once(

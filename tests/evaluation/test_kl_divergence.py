@@ -13,7 +13,7 @@ from torch import Tensor
 
 import alps
 from alps.core.errors import ConfigError
-from alps.data.calibration import Loaded, load
+from alps.data.calibration import LoadedModel, load
 from alps.evaluation.kl_divergence import token_divergences
 from alps.reporting.evaluation_records import ComparisonRecord, EvaluationRecord
 
@@ -27,7 +27,7 @@ def _other(model: Any, scale: float = 0.05) -> Any:
     return model
 
 
-def _compare(model: Loaded, reference: Loaded, text: Path, seqlen: int, windows: int) -> ComparisonRecord:
+def _compare(model: LoadedModel, reference: LoadedModel, text: Path, seqlen: int, windows: int) -> ComparisonRecord:
     (record,) = alps.evaluate(model, [str(text)], seqlen, windows, reference=reference)
     assert isinstance(record, ComparisonRecord)
     return record
@@ -49,8 +49,8 @@ def _naive(model: Any, reference: Any, ids: Tensor) -> tuple[float, float]:
 def test_divergence_is_that_of_a_plain_loop(
     tiny_model: Callable[..., Any], word_tokenizer: Any, english_file: Path, kind: str
 ) -> None:
-    reference = Loaded("dense", tiny_model(kind), word_tokenizer)
-    model = Loaded("pruned", _other(tiny_model(kind)), word_tokenizer)
+    reference = LoadedModel("dense", tiny_model(kind), word_tokenizer)
+    model = LoadedModel("pruned", _other(tiny_model(kind)), word_tokenizer)
     found = _compare(model, reference, english_file, 16, 5)
     kl, agreement = _naive(model.model, reference.model, model.evaluation(str(english_file), 16, 5).ids)
     assert found.kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
@@ -94,8 +94,8 @@ def test_known_divergence_between_coins() -> None:
 def test_training_modes_come_back_and_records_without_reference_stay_as_they_were(
     tiny_model: Callable[..., Any], word_tokenizer: Any, english_file: Path
 ) -> None:
-    model = Loaded("a", tiny_model("opt").train(), word_tokenizer)
-    reference = Loaded("b", tiny_model("opt"), word_tokenizer)
+    model = LoadedModel("a", tiny_model("opt").train(), word_tokenizer)
+    reference = LoadedModel("b", tiny_model("opt"), word_tokenizer)
     found = _compare(model, reference, english_file, 16, 2)
     assert found.kl == 0.0 and model.model.training and not reference.model.training
     (plain,) = alps.evaluate(reference, [str(english_file)], 16, 2)
@@ -112,7 +112,7 @@ def test_training_modes_come_back_and_records_without_reference_stay_as_they_wer
 def test_what_cannot_be_compared(
     tiny_model: Callable[..., Any], word_tokenizer: Any, stories: Path, english_file: Path
 ) -> None:
-    model, text = Loaded("tiny", tiny_model("llama"), word_tokenizer), [str(english_file)]
+    model, text = LoadedModel("tiny", tiny_model("llama"), word_tokenizer), [str(english_file)]
     with pytest.raises(ConfigError, match=r"cuts 'english\.txt' into other tokens"):
         alps.evaluate(model, text, 16, 2, reference=load(str(stories)))
     wider = load(str(stories))
@@ -120,7 +120,7 @@ def test_what_cannot_be_compared(
     with pytest.raises(ConfigError, match="predicts over 64 tokens and the reference over 512"):
         alps.evaluate(model, text, 16, 2, reference=wider)
     with pytest.raises(ConfigError, match="longer than the 128"):
-        alps.evaluate(load(str(stories)), text, 129, 2, reference=Loaded("t", tiny_model("gpt2"), None))
+        alps.evaluate(load(str(stories)), text, 129, 2, reference=LoadedModel("t", tiny_model("gpt2"), None))
 
 
 def test_names_do_and_a_bare_model_is_refused_in_a_sentence(stories: Path, english_file: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import alps
 from alps.core.errors import ConfigError
-from alps.data.calibration import Loaded, load
+from alps.data.calibration import LoadedModel, load
 
 
 def _naive(model: Any, tokens: list[int], seqlen: int) -> tuple[int, float]:
@@ -48,7 +48,7 @@ def test_perplexity_is_that_of_a_plain_loop(
 
 
 def test_windows_on_the_edge(tiny_model: Callable[..., Any], word_tokenizer: Any, kind: str, tmp_path: Path) -> None:
-    loaded = Loaded("tiny", tiny_model(kind), word_tokenizer)
+    loaded = LoadedModel("tiny", tiny_model(kind), word_tokenizer)
     text = "the quick brown fox jumps over it"[:32]  # 32 characters are 32 tokens
     tokens = word_tokenizer(text).input_ids
     assert len(tokens) == 32 and word_tokenizer.unk_token_id not in tokens
@@ -73,7 +73,7 @@ def test_windows_on_the_edge(tiny_model: Callable[..., Any], word_tokenizer: Any
 def test_windows_that_predict_nothing_are_refused(
     tiny_model: Callable[..., Any], word_tokenizer: Any, tmp_path: Path, seqlen: int, windows: int | None
 ) -> None:
-    loaded = Loaded("tiny", tiny_model("llama"), word_tokenizer)
+    loaded = LoadedModel("tiny", tiny_model("llama"), word_tokenizer)
     with pytest.raises(ConfigError):
         alps.evaluate(loaded, [_text(tmp_path, "x" * 100)], seqlen, windows)
 
@@ -83,7 +83,7 @@ def test_a_model_in_training_is_evaluated_without_dropout(
 ) -> None:
     model = tiny_model("opt")
     plain, training = (
-        alps.evaluate(Loaded("tiny", mode, word_tokenizer), [str(english_file)], 32, windows=8)[0].loss
+        alps.evaluate(LoadedModel("tiny", mode, word_tokenizer), [str(english_file)], 32, windows=8)[0].loss
         for mode in (model, tiny_model("opt").train())
     )
     assert training == plain
@@ -92,7 +92,7 @@ def test_a_model_in_training_is_evaluated_without_dropout(
 def test_every_text_gets_its_record_in_order(
     tiny_model: Callable[..., Any], word_tokenizer: Any, english_file: Path, tmp_path: Path
 ) -> None:
-    loaded = Loaded("tiny", tiny_model("gpt2"), word_tokenizer)
+    loaded = LoadedModel("tiny", tiny_model("gpt2"), word_tokenizer)
     records = alps.evaluate(loaded, [str(english_file), _text(tmp_path, "a different text " * 9)], 32, windows=3)
     assert [(record.text, record.windows) for record in records] == [("english.txt", 3), ("text.txt", 3)]
     assert records[0].loss != records[1].loss

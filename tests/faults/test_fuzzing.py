@@ -26,8 +26,8 @@ from alps.checkpoints.safetensors_io import stored_tensors
 from alps.checkpoints.weight_files import find_weights, parse_header
 from alps.core.errors import AlpsError
 from alps.data.text_sources import load_text
-from alps.evaluation.compare_config import load_comparison
-from alps.pruning.config import load_settings
+from alps.evaluation.compare_config import load_compare_config
+from alps.pruning.config import load_prune_config
 from alps.reporting.compare_results import Result, read_results
 from alps.reporting.run_report import RunReport
 
@@ -150,14 +150,14 @@ def _manifest(folder: Path, data: bytes) -> Any:
 
 
 def _settings(path: Path) -> Any:
-    found = load_settings(path, {})
-    assert load_settings(path, {}) == found or "nan" in str(found)
+    found = load_prune_config(path, {})
+    assert load_prune_config(path, {}) == found or "nan" in str(found)
     found.build_pattern(), found.build_method(), found.target_share(), found.to_yaml(), found.facts()
     return found
 
 
 def _comparison(path: Path) -> Any:
-    found = load_comparison(path, {})
+    found = load_compare_config(path, {})
     if found.seeds * len(found.methods) * len(found.sparsity) < 1000:
         found.combinations()
     return found.to_yaml()

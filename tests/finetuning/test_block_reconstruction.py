@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import alps
-from alps.calibration.block_inputs import BlockInputs, capture
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.lm_head import Head
 from alps.core.errors import SolveFailed
-from alps.finetuning.block_reconstruction import Matching, Predictions, match, relative_loss
+from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block, relative_loss
 from alps.models.blocks import Block, find_blocks
-from alps.reporting.records import MatchRecord
+from alps.reporting.records import ReconstructionRecord
 
 CPU = torch.device("cpu")
 # Windows of 16 tokens, three in a batch: eight batches, of which the last is held back.
-FAST = Matching(epochs=3, rate=2e-3, target=1.0)
+FAST = ReconstructionParameters(epochs=3, rate=2e-3, target=1.0)
 BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -48,8 +48,8 @@ class Case:
     targets: list[Tensor]
     twin: Block
 
-    def match(self, settings: Matching = FAST, seed: int = 0) -> MatchRecord:
-        return match(self.block, self.inputs, self.targets, settings, CPU, seed, twin=self.twin)
+    def match(self, settings: ReconstructionParameters = FAST, seed: int = 0) -> ReconstructionRecord:
+        return reconstruct_block(self.block, self.inputs, self.targets, settings, CPU, seed, twin=self.twin)
 
     def bits(self) -> dict[str, Tensor]:
         return {
@@ -66,10 +66,10 @@ def case(tiny_model: Callable[..., Any]) -> Callable[..., Case]:
         pruned = copy.deepcopy(dense)
         alps.prune(pruned, 0.6, "magnitude", measure_errors=False)
         first = find_blocks(dense)
-        targets = capture(dense, first, ids, 3)
+        targets = capture_block_inputs(dense, first, ids, 3)
         targets.advance(0, first[0].module, CPU)
         blocks = find_blocks(pruned)
-        inputs = capture(pruned, blocks, ids, 3)
+        inputs = capture_block_inputs(pruned, blocks, ids, 3)
         watched = Recording(inputs.hidden, inputs.calls, watched=blocks[0].module)
         return Case(blocks[0], watched, targets.hidden, first[0])
 
@@ -183,7 +183,7 @@ def test_zeros_stay_zeros_and_kept_weights_stay_kept(case: Callable[..., Case], 
 def test_norms_and_biases_are_tuned_only_where_asked(case: Callable[..., Case], kind: str, norms: bool) -> None:
     one = case(kind)
     before = one.bits()
-    one.match(Matching(epochs=1, rate=2e-3, norms=norms))
+    one.match(ReconstructionParameters(epochs=1, rate=2e-3, norms=norms))
     for name, bits in one.bits().items():
         assert torch.equal(bits, before[name]) == (bits.ndim == 1 and not norms), name
 
@@ -215,7 +215,7 @@ def test_a_block_without_a_weight_left_is_looked_at_only(case: Callable[..., Cas
     with torch.no_grad():
         for site in one.block.sites:
             site.parameter.zero_()
-    record = one.match(Matching(norms=False))
+    record = one.match(ReconstructionParameters(norms=False))
     assert record.after == record.before > 0 and (record.steps, record.best_step) == (0, 0)
     assert one.inputs.trained == []
 
@@ -262,7 +262,7 @@ def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
     sides = []
     for one in (dense, model):
         blocks = find_blocks(one)
-        inputs = capture(one, blocks, ids, 3)
+        inputs = capture_block_inputs(one, blocks, ids, 3)
         for block in blocks[: -1 if one is model else None]:
             inputs.advance(block.index, block.module, CPU)
         sides.append(inputs)
@@ -274,8 +274,8 @@ def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = divergence()
-    predictions = Predictions(Head(model, find_blocks(model)), torch.split(ids, 3))
-    record = match(last, sides[1], sides[0].hidden, FAST, CPU, 0, predictions)
+    predictions = OutputLoss(Head(model, find_blocks(model)), torch.split(ids, 3))
+    record = reconstruct_block(last, sides[1], sides[0].hidden, FAST, CPU, 0, predictions)
     assert record.before == pytest.approx(before, rel=1e-4)
     assert record.after == pytest.approx(divergence(), rel=1e-4) and record.after < 0.95 * before
     for name, value in outside.items():

@@ -15,56 +15,56 @@ from torch import Tensor, nn
 
 import alps
 from alps.core.errors import ConfigError
-from alps.core.progress import Silent
-from alps.data.calibration import Loaded, load
+from alps.core.progress import NoProgress
+from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import load_text
 from alps.evaluation.inspect import inspect
 from alps.finetuning import training_loop as distillation
-from alps.finetuning.distill_checkpoint import recover_directory, recover_settings
-from alps.finetuning.distillation import RecoverSettings, recover
+from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
+from alps.finetuning.distillation import DistillConfig, distill
 from alps.finetuning.training_loop import rate_share
 from alps.models.blocks import find_blocks
 from alps.reporting.model_card import model_card
 from alps.reporting.run_report import RunReport
 from helpers.model_comparison import mean_kl, same, weights
 
-Settings = Callable[..., RecoverSettings]
+Settings = Callable[..., DistillConfig]
 
 
 @pytest.fixture(scope="module")
-def dense(stories: Path) -> Loaded:
+def dense(stories: Path) -> LoadedModel:
     return load(str(stories))
 
 
 @pytest.fixture(scope="module")
-def pruned_once(dense: Loaded) -> Loaded:
+def pruned_once(dense: LoadedModel) -> LoadedModel:
     model = copy.deepcopy(dense.model)
     alps.prune(model, 0.6, "magnitude", measure_errors=False)
-    return Loaded("pruned", model, dense.tokenizer)
+    return LoadedModel("pruned", model, dense.tokenizer)
 
 
 @pytest.fixture
-def pruned(pruned_once: Loaded) -> Loaded:
-    return Loaded("pruned", copy.deepcopy(pruned_once.model), pruned_once.tokenizer)
+def pruned(pruned_once: LoadedModel) -> LoadedModel:
+    return LoadedModel("pruned", copy.deepcopy(pruned_once.model), pruned_once.tokenizer)
 
 
 @pytest.fixture
 def settings(english_file: Path) -> Settings:
-    def build(**changes: Any) -> RecoverSettings:
+    def build(**changes: Any) -> DistillConfig:
         given = {"calibration": str(english_file), "samples": 40, "seqlen": 64, "batch_tokens": 256, "lr": 2e-3}
-        return recover_settings({**given, **changes})
+        return load_distill_config({**given, **changes})
 
     return build
 
 
 def test_the_divergence_falls_and_nothing_frozen_or_pruned_moves(
-    dense: Loaded, pruned: Loaded, settings: Settings
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings
 ) -> None:
     before, teacher = weights(pruned.model), weights(dense.model)
     run = settings(steps=40)
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 40, 64, 0)
     assert (start := mean_kl(dense.model, pruned.model, windows.ids[-5:])) > 0.5
-    report = recover(dense, pruned, run, Silent())
+    report = distill(dense, pruned, run, NoProgress())
     after = weights(pruned.model)
     assert same(weights(dense.model), teacher)
     assert report.kl_after < 0.7 * report.kl_before
@@ -91,7 +91,7 @@ def test_the_divergence_falls_and_nothing_frozen_or_pruned_moves(
 
 
 def test_held_back_windows_are_never_trained_on_and_all_others_are(
-    dense: Loaded, pruned: Loaded, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[int, ...]] = []
     real = distillation.Distillation._step
@@ -103,7 +103,7 @@ def test_held_back_windows_are_never_trained_on_and_all_others_are(
     monkeypatch.setattr(distillation.Distillation, "_step", spy)
     run = settings(steps=6, samples=16, seqlen=16, batch_tokens=64)
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 16, 16, 0)
-    recover(dense, pruned, run, Silent())
+    distill(dense, pruned, run, NoProgress())
     everything = list(map(tuple, windows.ids.tolist()))
     assert len(trained) == 24 and set(trained) <= set(everything[:-2])
     # 14 windows give three batches of four before they are shuffled anew.
@@ -111,23 +111,23 @@ def test_held_back_windows_are_never_trained_on_and_all_others_are(
 
 
 def test_equal_settings_give_equal_weights_and_another_seed_does_not(
-    dense: Loaded, pruned_once: Loaded, settings: Settings
+    dense: LoadedModel, pruned_once: LoadedModel, settings: Settings
 ) -> None:
     found = []
     for seed in (3, 3, 4):
-        student = Loaded("pruned", copy.deepcopy(pruned_once.model), pruned_once.tokenizer)
-        recover(dense, student, settings(steps=4, seed=seed, samples=12), Silent())
+        student = LoadedModel("pruned", copy.deepcopy(pruned_once.model), pruned_once.tokenizer)
+        distill(dense, student, settings(steps=4, seed=seed, samples=12), NoProgress())
         found.append(weights(student.model))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_learn_and_keep_their_dtype(
-    dense: Loaded, pruned_once: Loaded, settings: Settings, dtype: torch.dtype
+    dense: LoadedModel, pruned_once: LoadedModel, settings: Settings, dtype: torch.dtype
 ) -> None:
-    student = Loaded("pruned", copy.deepcopy(pruned_once.model).to(dtype), pruned_once.tokenizer)
+    student = LoadedModel("pruned", copy.deepcopy(pruned_once.model).to(dtype), pruned_once.tokenizer)
     before = weights(student.model)
-    report = recover(dense, student, settings(steps=20), Silent())
+    report = distill(dense, student, settings(steps=20), NoProgress())
     after = weights(student.model)
     assert report.kl_after < 0.85 * report.kl_before and report.dtype == str(dtype).removeprefix("torch.")
     for name, weight in after.items():
@@ -138,24 +138,24 @@ def test_half_precision_weights_learn_and_keep_their_dtype(
 
 
 def test_an_absurd_step_size_leaves_the_pruned_model_as_it_was(
-    dense: Loaded, pruned: Loaded, settings: Settings
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings
 ) -> None:
     before = weights(pruned.model)
-    report = recover(dense, pruned, settings(steps=60, lr=3.0), Silent())
+    report = distill(dense, pruned, settings(steps=60, lr=3.0), NoProgress())
     assert same(weights(pruned.model), before)
     assert (report.kl_after, report.best_step) == (report.kl_before, 0)
     assert report.stopped == "no improvement in 4 checks" and report.steps == 24
-    report = recover(dense, pruned, settings(steps=60, lr=1e38), Silent())
+    report = distill(dense, pruned, settings(steps=60, lr=1e38), NoProgress())
     assert same(weights(pruned.model), before) and report.kl_after == report.kl_before
     assert report.stopped == "loss or gradient not finite" and report.steps < 10
 
 
 def test_the_best_state_is_kept_when_later_ones_are_worse(
-    dense: Loaded, pruned: Loaded, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "rate_share", lambda spent: 1.0 if spent < 0.4 else 1e4)
     run = settings(steps=30)
-    report = recover(dense, pruned, run, Silent())
+    report = distill(dense, pruned, run, NoProgress())
     values = [check.kl for check in report.checks if check.kl is not None]
     assert 0 < report.best_step < report.steps and report.kl_after == min(values) < values[-1]
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 40, 64, 0)
@@ -163,15 +163,15 @@ def test_the_best_state_is_kept_when_later_ones_are_worse(
 
 
 def test_an_interrupt_leaves_the_best_state_and_a_usable_model(
-    dense: Loaded, pruned: Loaded, settings: Settings
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings
 ) -> None:
-    class Impatient(Silent):
+    class Impatient(NoProgress):
         def step(self, detail: str) -> None:
             raise KeyboardInterrupt
 
     before = weights(pruned.model)
     with pytest.raises(KeyboardInterrupt):
-        recover(dense, pruned, settings(steps=50), Impatient())
+        distill(dense, pruned, settings(steps=50), Impatient())
     assert same(weights(pruned.model), before)
     assert all(parameter.requires_grad for parameter in pruned.model.parameters())
 
@@ -193,7 +193,7 @@ class Ticking:
         return self.shares[-1]
 
 
-class Counter(Silent):
+class Counter(NoProgress):
     total = steps = 0
 
     def start(self, title: str, total: int) -> None:
@@ -205,12 +205,12 @@ class Counter(Silent):
 
 @pytest.mark.parametrize("step_seconds", [0.05, 0.7])
 def test_a_time_is_kept_and_the_step_size_falls_to_its_end(
-    dense: Loaded, pruned: Loaded, settings: Settings, monkeypatch: pytest.MonkeyPatch, step_seconds: float
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings, monkeypatch: pytest.MonkeyPatch, step_seconds: float
 ) -> None:
     clock, counter = Ticking(step_seconds), Counter()
     monkeypatch.setattr(distillation, "time", clock)
     monkeypatch.setattr(distillation, "rate_share", clock.rate_share)
-    report = recover(dense, pruned, settings(minutes=0.05, samples=16, seqlen=32, batch_tokens=64), counter)
+    report = distill(dense, pruned, settings(minutes=0.05, samples=16, seqlen=32, batch_tokens=64), counter)
     assert 3.0 - 1.5 * step_seconds < report.seconds <= 3.02 and report.minutes == 0.05
     assert report.steps == len(clock.shares) == (4 if step_seconds == 0.7 else report.steps)
     assert report.checks[-1].step == report.steps and len(report.checks) <= 12
@@ -229,11 +229,11 @@ def test_the_schedule_of_the_step_size() -> None:
 def test_every_kind_of_model_keeps_its_zeros(
     kind: str, tiny_model: Callable[..., Any], word_tokenizer: Any, settings: Settings
 ) -> None:
-    dense = Loaded("dense", tiny_model(kind), word_tokenizer)
-    student = Loaded("pruned", tiny_model(kind), word_tokenizer)
+    dense = LoadedModel("dense", tiny_model(kind), word_tokenizer)
+    student = LoadedModel("pruned", tiny_model(kind), word_tokenizer)
     alps.prune(student.model, "2:4", "magnitude", measure_errors=False)
     before = weights(student.model)
-    report = recover(dense, student, settings(steps=8, seqlen=32), Silent())
+    report = distill(dense, student, settings(steps=8, seqlen=32), NoProgress())
     assert report.kl_after < report.kl_before
     frozen = {"model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"}
     frozen |= {name for name in before if "embed" in name or "project" in name}
@@ -243,16 +243,18 @@ def test_every_kind_of_model_keeps_its_zeros(
         assert name not in sites or torch.equal(weight == 0, before[name] == 0)
 
 
-def _refusals(dense: Loaded, pruned: Loaded, tiny: Callable[..., Any], words: Any) -> dict[str, tuple[Any, ...]]:
+def _refusals(
+    dense: LoadedModel, pruned: LoadedModel, tiny: Callable[..., Any], words: Any
+) -> dict[str, tuple[Any, ...]]:
     shorter = copy.deepcopy(dense.model)
     shorter.model.layers = shorter.model.layers[:-1]  # type: ignore[union-attr, index]
     wide = copy.deepcopy(dense.model)
     wide.model.layers[2].mlp.up_proj = nn.Linear(64, 8, bias=False)  # type: ignore[union-attr, index]
     return {
-        "another class": (Loaded("other", tiny("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
-        "fewer blocks": (Loaded("short", shorter, None), pruned, "only one of them has model.layers.4."),
-        "another shape": (Loaded("wide", wide, None), pruned, "model.layers.2.mlp.up_proj.weight is (8, 64)"),
-        "another vocabulary": (Loaded("words", dense.model, words), pruned, "tokenizers differ in"),
+        "another class": (LoadedModel("other", tiny("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
+        "fewer blocks": (LoadedModel("short", shorter, None), pruned, "only one of them has model.layers.4."),
+        "another shape": (LoadedModel("wide", wide, None), pruned, "model.layers.2.mlp.up_proj.weight is (8, 64)"),
+        "another vocabulary": (LoadedModel("words", dense.model, words), pruned, "tokenizers differ in"),
         "not pruned": (dense, dense, "Nothing is pruned in"),
         "in the wrong order": (pruned, dense, "Nothing is pruned in"),
     }
@@ -262,11 +264,11 @@ def _refusals(dense: Loaded, pruned: Loaded, tiny: Callable[..., Any], words: An
     "case", ["another class", "fewer blocks", "another shape", "another vocabulary", "not pruned", "in the wrong order"]
 )
 def test_models_that_do_not_belong_together(
-    dense: Loaded, pruned: Loaded, settings: Settings, tiny_model: Any, word_tokenizer: Any, case: str
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings, tiny_model: Any, word_tokenizer: Any, case: str
 ) -> None:
     teacher, student, expected = _refusals(dense, pruned, tiny_model, word_tokenizer)[case]
     with pytest.raises(ConfigError) as refused:
-        recover(teacher, student, settings(steps=1), Silent())
+        distill(teacher, student, settings(steps=1), NoProgress())
     assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -287,20 +289,20 @@ def test_models_that_do_not_belong_together(
     ],
 )
 def test_settings_that_cannot_be_used(
-    dense: Loaded, pruned: Loaded, settings: Settings, changes: dict[str, Any], expected: str
+    dense: LoadedModel, pruned: LoadedModel, settings: Settings, changes: dict[str, Any], expected: str
 ) -> None:
     before = weights(pruned.model)
     with pytest.raises(ConfigError, match=expected):
-        recover(dense, pruned, settings(**changes), Silent())
+        distill(dense, pruned, settings(**changes), NoProgress())
     assert same(weights(pruned.model), before)
 
 
-def test_a_dense_model_with_nan_is_refused(dense: Loaded, pruned: Loaded, settings: Settings) -> None:
+def test_a_dense_model_with_nan_is_refused(dense: LoadedModel, pruned: LoadedModel, settings: Settings) -> None:
     broken = copy.deepcopy(dense.model)
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.nan  # type: ignore[union-attr, operator]
     with pytest.raises(ConfigError, match="not finite"):
-        recover(Loaded("broken", broken, None), pruned, settings(steps=1), Silent())
+        distill(LoadedModel("broken", broken, None), pruned, settings(steps=1), NoProgress())
 
 
 def test_the_report_extends_that_of_the_pruned_directory(
@@ -309,7 +311,9 @@ def test_the_report_extends_that_of_the_pruned_directory(
     first, second, third = (tmp_path / name for name in ("pruned", "recovered", "again"))
     earlier = alps.prune(stories, "2:4", "wanda", calibration=english_file, samples=4, seqlen=32, out=first)
     for source, target in ((first, second), (second, third)):
-        recover_directory(str(stories), str(source), target, settings(steps=3, samples=16), Silent(), lambda _: None)
+        distill_directory(
+            str(stories), str(source), target, settings(steps=3, samples=16), NoProgress(), lambda _: None
+        )
     report = RunReport.read(third)
     assert report is not None and len(report.recovery) == 2
     assert report.model_copy(update={"recovery": []}) == earlier
@@ -326,16 +330,16 @@ def test_the_report_extends_that_of_the_pruned_directory(
 
 @pytest.mark.parametrize(("pattern", "claimed"), [("2:4", "2:4"), (0.6, "60%")])
 def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
-    dense: Loaded, stories: Path, tmp_path: Path, settings: Settings, pattern: str | float, claimed: str
+    dense: LoadedModel, stories: Path, tmp_path: Path, settings: Settings, pattern: str | float, claimed: str
 ) -> None:
     alps.prune(stories, pattern, "magnitude", measure_errors=False, out=tmp_path / "pruned")
     (tmp_path / "pruned" / "report.json").unlink()
-    report = recover_directory(
+    report = distill_directory(
         str(stories),
         str(tmp_path / "pruned"),
         tmp_path / "out",
         settings(steps=2, samples=16),
-        Silent(),
+        NoProgress(),
         lambda _: None,
     )
     assert RunReport.read(tmp_path / "out") == report

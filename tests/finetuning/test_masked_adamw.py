@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.finetuning.masked_adamw import Masters, Tuned
+from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
 
 
 def _linear(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Tensor]:
@@ -27,9 +27,9 @@ def test_steps_are_those_of_adam_on_masked_gradients_of_a_whole_batch() -> None:
     layer, mask = _linear()
     weight, bias = (p.detach().double().requires_grad_() for p in layer.parameters())
     adam = torch.optim.Adam([weight, bias], lr=0.03, betas=(0.9, 0.95))
-    tuned = [Tuned(layer.weight, mask, torch.float32), Tuned(layer.bias, None, torch.float32)]
+    tuned = [TrainableParameter(layer.weight, mask, torch.float32), TrainableParameter(layer.bias, None, torch.float32)]
     signs = torch.signbit(layer.weight.detach())
-    with Masters(layer, tuned, 0.03) as masters:
+    with MaskedAdamW(layer, tuned, 0.03) as masters:
         for step in range(4):
             loss = torch.zeros((), dtype=torch.float64)
             for part in range(2):
@@ -58,7 +58,7 @@ def test_the_mean_gradient_of_several_passes_is_taken(sums: torch.dtype) -> None
     layer, mask = _linear()
     weight = layer.weight.detach().double().requires_grad_()
     adam = torch.optim.Adam([weight], lr=0.03, betas=(0.9, 0.95))
-    with Masters(layer, [Tuned(layer.weight, mask, torch.float32)], 0.03, sums) as masters:
+    with MaskedAdamW(layer, [TrainableParameter(layer.weight, mask, torch.float32)], 0.03, sums) as masters:
         for step, passes in enumerate((3, 1, 2)):
             weight.grad = torch.zeros_like(weight)
             for part in range(passes):
@@ -73,7 +73,7 @@ def test_the_mean_gradient_of_several_passes_is_taken(sums: torch.dtype) -> None
 def test_small_steps_add_up_below_the_precision_of_bfloat16() -> None:
     layer, mask = _linear(torch.bfloat16)
     before = layer.weight.detach().clone()
-    with Masters(layer, [Tuned(layer.weight, mask, torch.bfloat16)], 1e-4) as masters:
+    with MaskedAdamW(layer, [TrainableParameter(layer.weight, mask, torch.bfloat16)], 1e-4) as masters:
         for step in range(200):
             layer(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
             assert masters.step(1.0)
@@ -87,18 +87,18 @@ def test_small_steps_add_up_below_the_precision_of_bfloat16() -> None:
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_kept_weight_that_reaches_zero_stays_out_of_the_count(stored: torch.dtype) -> None:
     layer, mask = _linear()
-    tuned = Tuned(layer.weight, mask, stored)
+    tuned = TrainableParameter(layer.weight, mask, stored)
     values = tuned.rounded(torch.zeros(int(mask.sum())))
     assert values.dtype is stored and bool((values != 0).all()) and float(values.float().max()) < 1e-4
     tuned.put(values)
     assert torch.equal(layer.weight == 0, ~mask)
-    assert bool((Tuned(layer.bias, None, stored).rounded(torch.zeros(5)) == 0).all())
+    assert bool((TrainableParameter(layer.bias, None, stored).rounded(torch.zeros(5)) == 0).all())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     layer, mask = _linear()
     before = layer.weight.detach().clone()
-    with Masters(layer, [Tuned(layer.weight, mask, torch.float32)], 0.1) as masters:
+    with MaskedAdamW(layer, [TrainableParameter(layer.weight, mask, torch.float32)], 0.1) as masters:
         (layer(torch.ones(1, 6)).sum() * torch.inf).backward()
         assert not masters.step(1.0)
     assert torch.equal(layer.weight, before)
@@ -108,7 +108,7 @@ def test_a_snapshot_comes_back_and_the_model_takes_gradients_as_before() -> None
     layer, mask = _linear()
     layer.bias.requires_grad_(False)
     before = layer.weight.detach().clone()
-    with Masters(layer, [Tuned(layer.weight, mask, torch.float32)], 0.1) as masters:
+    with MaskedAdamW(layer, [TrainableParameter(layer.weight, mask, torch.float32)], 0.1) as masters:
         kept = masters.snapshot()
         layer(_inputs(0, 0)).square().sum().backward()
         assert masters.step(1.0) and not torch.equal(layer.weight, before)
@@ -121,8 +121,13 @@ def test_a_snapshot_comes_back_and_the_model_takes_gradients_as_before() -> None
 
 def test_a_site_without_kept_weights_is_passed_over() -> None:
     layer, mask = _linear()
-    with Masters(
-        layer, [Tuned(layer.weight, torch.zeros_like(mask), torch.float32), Tuned(layer.bias, None, torch.float32)], 0.1
+    with MaskedAdamW(
+        layer,
+        [
+            TrainableParameter(layer.weight, torch.zeros_like(mask), torch.float32),
+            TrainableParameter(layer.bias, None, torch.float32),
+        ],
+        0.1,
     ) as masters:
         layer(_inputs(0, 0)).square().sum().backward()
         assert masters.step(1.0) and masters.entries == 5

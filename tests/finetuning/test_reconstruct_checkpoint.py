@@ -16,46 +16,51 @@ from torch import Tensor, nn
 import alps
 from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import ConfigError
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.data import calibration as loaded
-from alps.data.calibration import Loaded, load
-from alps.data.mixture import Mix, Part, load_calibration
+from alps.data.calibration import LoadedModel, load
+from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibration
 from alps.data.text_sources import SELF, Text
 from alps.data.windows import Windows
 from alps.finetuning import reconstruct_checkpoint as matched
-from alps.finetuning.block_reconstruction import Matching, Predictions, match
-from alps.finetuning.reconstruct_checkpoint import MatchSettings, match_directory, match_pair, match_settings
+from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
+from alps.finetuning.reconstruct_checkpoint import (
+    ReconstructConfig,
+    load_reconstruct_config,
+    reconstruct_directory,
+    reconstruct_model,
+)
 from alps.models.blocks import Block, find_blocks, on_device
 from alps.reporting.model_card import model_card
-from alps.reporting.records import MatchRecord, MatchRun
+from alps.reporting.records import ReconstructionRecord, ReconstructionRun
 from alps.reporting.run_report import RunReport
 from helpers.command_line import contents, run_alps
 from helpers.model_comparison import mean_kl, same, weights
 
 # Five batches of 32 windows, of which the last is held back.
-SETTINGS = MatchSettings(epochs=2, target="dense", rate=3e-3, samples=160, seqlen=64, device="cpu")
-SMALL = MatchSettings(epochs=1, rate=3e-3, samples=8, seqlen=32, device="cpu")
+SETTINGS = ReconstructConfig(epochs=2, target="dense", rate=3e-3, samples=160, seqlen=64, device="cpu")
+SMALL = ReconstructConfig(epochs=1, rate=3e-3, samples=8, seqlen=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def dense(stories: Path) -> Loaded:
+def dense(stories: Path) -> LoadedModel:
     return load(str(stories))
 
 
 @pytest.fixture(scope="module")
-def pruned(dense: Loaded) -> Loaded:
+def pruned(dense: LoadedModel) -> LoadedModel:
     model = copy.deepcopy(dense.model)
     alps.prune(model, 0.6, "magnitude", measure_errors=False)
-    return Loaded("pruned", model, dense.tokenizer)
+    return LoadedModel("pruned", model, dense.tokenizer)
 
 
 @pytest.fixture(scope="module")
-def source(english: str) -> Mix:
-    return Mix((Part(Text("first part", [english[:45_000]])),))
+def source(english: str) -> CalibrationMix:
+    return CalibrationMix((CalibrationSource(Text("first part", [english[:45_000]])),))
 
 
-def clone(one: Loaded) -> Loaded:
-    return Loaded(one.name, copy.deepcopy(one.model), one.tokenizer)
+def clone(one: LoadedModel) -> LoadedModel:
+    return LoadedModel(one.name, copy.deepcopy(one.model), one.tokenizer)
 
 
 def relative(own: Tensor, wanted: Tensor) -> float:
@@ -64,11 +69,11 @@ def relative(own: Tensor, wanted: Tensor) -> float:
 
 
 def test_every_block_gains_and_nothing_frozen_or_pruned_moves(
-    dense: Loaded, pruned: Loaded, source: Mix, english: str
+    dense: LoadedModel, pruned: LoadedModel, source: CalibrationMix, english: str
 ) -> None:
     student, teacher = clone(pruned), weights(dense.model)
     before = weights(student.model)
-    records, run = match_pair(dense, student, SETTINGS, source, Silent())
+    records, run = reconstruct_model(dense, student, SETTINGS, source, NoProgress())
     after = weights(student.model)
     assert same(weights(dense.model), teacher)
     assert [record.block for record in records] == list(range(5)) and run.blocks == 5
@@ -84,7 +89,7 @@ def test_every_block_gains_and_nothing_frozen_or_pruned_moves(
     for record in records[:-1]:  # the last state has gone through the final norm
         assert record.after == pytest.approx(relative(own[record.block + 1], wanted[record.block + 1]), rel=1e-4)
 
-    held_out = dense.calibration(Mix((Part(Text("rest", [english[45_000:]])),)), 40, 64, 0).ids
+    held_out = dense.calibration(CalibrationMix((CalibrationSource(Text("rest", [english[45_000:]])),)), 40, 64, 0).ids
     start, end = (mean_kl(dense.model, model, held_out) for model in (pruned.model, student.model))
     assert start > 1 and end < 0.75 * start
 
@@ -103,18 +108,18 @@ def test_every_block_gains_and_nothing_frozen_or_pruned_moves(
 
 
 def test_equal_settings_give_equal_weights_and_another_seed_does_not(
-    dense: Loaded, pruned: Loaded, source: Mix
+    dense: LoadedModel, pruned: LoadedModel, source: CalibrationMix
 ) -> None:
     found = []
     for settings in (SMALL, SMALL, SMALL.model_copy(update={"seed": 1}), SMALL.model_copy(update={"offload": True})):
         student = clone(pruned)
-        match_pair(dense, student, settings, source, Silent())
+        reconstruct_model(dense, student, settings, source, NoProgress())
         found.append(weights(student.model))
     assert same(found[0], found[1]) and same(found[0], found[3]) and not same(found[0], found[2])
 
 
 def test_few_windows_still_leave_some_to_hold_back(
-    dense: Loaded, pruned: Loaded, source: Mix, monkeypatch: pytest.MonkeyPatch
+    dense: LoadedModel, pruned: LoadedModel, source: CalibrationMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
@@ -122,31 +127,33 @@ def test_few_windows_still_leave_some_to_hold_back(
         block: Block,
         inputs: BlockInputs,
         targets: list[Tensor],
-        how: Matching,
+        how: ReconstructionParameters,
         device: torch.device,
         seed: int,
-        ending: Predictions | None,
+        ending: OutputLoss | None,
         peers: None,
         twin: Block,
-    ) -> MatchRecord:
+    ) -> ReconstructionRecord:
         assert (twin.index, twin.name) == (block.index, block.name) and twin.module is not block.module
         seen.append(([len(target) for target in targets], seed))
         assert (ending is not None) == (block.index == 4), "the last of five blocks answers by its predictions"
-        return match(block, inputs, targets, how, device, seed, ending, peers, twin)
+        return reconstruct_block(block, inputs, targets, how, device, seed, ending, peers, twin)
 
-    monkeypatch.setattr(matched, "match", spy)
+    monkeypatch.setattr(matched, "reconstruct_block", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.
-    match_pair(dense, clone(pruned), SMALL.model_copy(update={"seed": 5}), source, Silent())
+    reconstruct_model(dense, clone(pruned), SMALL.model_copy(update={"seed": 5}), source, NoProgress())
     assert seen == [([4, 4], 5)] * 5
 
 
 def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[..., Any], word_tokenizer: Any) -> None:
-    dense = Loaded("dense", tiny_model(kind), word_tokenizer)
-    student = Loaded("pruned", tiny_model(kind), None)
+    dense = LoadedModel("dense", tiny_model(kind), word_tokenizer)
+    student = LoadedModel("pruned", tiny_model(kind), None)
     alps.prune(student.model, "2:4", "magnitude", measure_errors=False)
     before = weights(student.model)
-    text = Mix((Part(Text("letters", ["the quick brown fox, and the lazy dog; " * 60])),))
-    records, _ = match_pair(dense, student, SMALL.model_copy(update={"epochs": 4, "samples": 40}), text, Silent())
+    text = CalibrationMix((CalibrationSource(Text("letters", ["the quick brown fox, and the lazy dog; " * 60])),))
+    records, _ = reconstruct_model(
+        dense, student, SMALL.model_copy(update={"epochs": 4, "samples": 40}), text, NoProgress()
+    )
     assert all(record.after < record.before for record in records)
     blocks = find_blocks(student.model)
     sites = {site.parameter_name for block in blocks for site in block.sites}
@@ -156,7 +163,7 @@ def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[...
 
 
 def test_one_block_of_each_model_is_on_the_device_at_a_time(
-    dense: Loaded, pruned: Loaded, source: Mix, monkeypatch: pytest.MonkeyPatch
+    dense: LoadedModel, pruned: LoadedModel, source: CalibrationMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, order = list[tuple[str, int]](), list[str]()
 
@@ -172,12 +179,12 @@ def test_one_block_of_each_model_is_on_the_device_at_a_time(
 
     student = clone(pruned)
     monkeypatch.setattr(matched, "on_device", spy)
-    match_pair(dense, student, SMALL, source, Silent())
+    reconstruct_model(dense, student, SMALL, source, NoProgress())
     assert order == ["dense", "pruned"] * 5
 
 
 def test_windows_of_self_are_sampled_from_the_dense_model(
-    dense: Loaded, pruned: Loaded, monkeypatch: pytest.MonkeyPatch
+    dense: LoadedModel, pruned: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -187,12 +194,12 @@ def test_windows_of_self_are_sampled_from_the_dense_model(
         return Windows(ids, SELF, samples)
 
     monkeypatch.setattr(loaded, "generated_windows", sampled)
-    _, run = match_pair(dense, clone(pruned), SMALL, load_calibration("self", 8), Silent())
+    _, run = reconstruct_model(dense, clone(pruned), SMALL, load_calibration("self", 8), NoProgress())
     assert asked == [dense.model] and run.calibration.source == "self"
 
 
 def test_models_that_cannot_be_matched(
-    dense: Loaded, pruned: Loaded, source: Mix, tiny_model: Callable[..., Any]
+    dense: LoadedModel, pruned: LoadedModel, source: CalibrationMix, tiny_model: Callable[..., Any]
 ) -> None:
     emptied = clone(pruned)
     with torch.no_grad():
@@ -203,24 +210,24 @@ def test_models_that_cannot_be_matched(
         (dense, emptied, "Nothing is left to tune in 'pruned'"),
         (dense, dense, "Nothing is pruned in"),
         (pruned, dense, "Nothing is pruned in"),
-        (Loaded("other", tiny_model("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
+        (LoadedModel("other", tiny_model("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
     ]:
         before = weights(student.model)
         with pytest.raises(ConfigError) as refused:
-            match_pair(teacher, student, SMALL, source, Silent())
+            reconstruct_model(teacher, student, SMALL, source, NoProgress())
         assert expected in str(refused.value) and "\n" not in str(refused.value)
         assert same(weights(student.model), before)
 
 
 def test_the_report_of_the_pruned_directory_is_kept_and_extended(
-    dense: Loaded, stories: Path, english_file: Path, tmp_path: Path
+    dense: LoadedModel, stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
     first, second, third = (tmp_path / name for name in ("pruned", "matched", "again"))
     earlier = alps.prune(stories, "2:4", "wanda", calibration=english_file, samples=4, seqlen=32, out=first)
     given = {"rate": 3e-3, "samples": 8, "seqlen": 32, "calibration": str(english_file)}
     for folder, target, seed in ((first, second, 0), (second, third, 7)):
-        settings = match_settings({**given, "seed": seed})
-        match_directory(str(stories), str(folder), target, settings, Silent(), lambda _: None)
+        settings = load_reconstruct_config({**given, "seed": seed})
+        reconstruct_directory(str(stories), str(folder), target, settings, NoProgress(), lambda _: None)
     report = RunReport.read(third)
     assert report is not None
     assert report.model_copy(update={"matches": [], "match_runs": []}) == earlier
@@ -242,9 +249,9 @@ def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
 ) -> None:
     alps.prune(stories, "2:4", "magnitude", measure_errors=False, out=tmp_path / "pruned")
     (tmp_path / "pruned" / "report.json").unlink()
-    settings = match_settings({"samples": 8, "seqlen": 32, "calibration": str(english_file)})
+    settings = load_reconstruct_config({"samples": 8, "seqlen": 32, "calibration": str(english_file)})
     pair = (str(stories), str(tmp_path / "pruned"), tmp_path / "out")
-    report = match_directory(*pair, settings, Silent(), lambda _: None)
+    report = reconstruct_directory(*pair, settings, NoProgress(), lambda _: None)
     assert RunReport.read(tmp_path / "out") == report
     assert (report.method, report.pattern, report.calibration) == ("unknown", "2:4", None)
     assert report.zeros == report.match_runs[0].zeros == 226_560 // 2 and len(report.matches) == 5
@@ -264,8 +271,8 @@ def test_the_command_end_to_end(
     assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err
     report = json.loads((out / "report.json").read_text())
-    assert [MatchRecord.model_validate(row).steps for row in report["matches"]] == [2] * 5
-    run = MatchRun.model_validate(report["match_runs"][0])
+    assert [ReconstructionRecord.model_validate(row).steps for row in report["matches"]] == [2] * 5
+    run = ReconstructionRun.model_validate(report["match_runs"][0])
     assert (run.epochs, run.target, run.rate) == (2, 0.0, 0.003)
     assert (run.calibration.windows, run.calibration.seqlen) == (40, 32)
     found = []
@@ -298,8 +305,8 @@ def test_the_command_end_to_end(
 def test_wrong_inputs_are_one_sentence_and_write_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    dense: Loaded,
-    pruned: Loaded,
+    dense: LoadedModel,
+    pruned: LoadedModel,
     stories: Path,
     english_file: Path,
     arguments: list[str],

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import alps
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import Head
 from alps.models.blocks import find_blocks
 from helpers.decoders import DENSE, MOE, decoder
@@ -95,7 +95,7 @@ def examine(kind: str) -> Row:
     blocks = find_blocks(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits
-        inputs = capture(model, blocks, ids, batch_size=4)
+        inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
         for block in blocks:
             inputs.advance(block.index, block.module, torch.device("cpu"))
         found = Head(model, blocks)(torch.cat(inputs.hidden), ids)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import Head
 from alps.models.blocks import Block
 
@@ -216,7 +216,7 @@ def check_walk(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
     """Walking the blocks one by one, with nothing pruned, has to give the logits of the model."""
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits
-        inputs = capture(model, blocks, ids, batch_size=4)
+        inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
         for block in blocks:
             before = torch.cat(inputs.hidden)
             inputs.advance(block.index, block.module, torch.device("cpu"))

@@ -168,7 +168,7 @@ def _no_memory(scene: Scene) -> None:
 
 def _no_host_memory(scene: Scene) -> None:
     words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried."
-    scene.during = lambda: patch("alps.pruning.pipeline.capture", side_effect=RuntimeError(words))
+    scene.during = lambda: patch("alps.pruning.pipeline.capture_block_inputs", side_effect=RuntimeError(words))
 
 
 def _float16(scene: Scene) -> list[object]:

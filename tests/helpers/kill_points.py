@@ -24,8 +24,8 @@ import torch
 
 import alps.checkpoints.safetensors_io as shards
 from alps.checkpoints.journal import journal_place
-from alps.core.progress import Silent
-from alps.pruning.config import load_settings
+from alps.core.progress import NoProgress
+from alps.pruning.config import load_prune_config
 from alps.pruning.job import prune_directory
 
 
@@ -108,8 +108,8 @@ def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
 
 
 def _prune(options: argparse.Namespace, name: str) -> None:
-    settings = load_settings(options.settings, {"model": str(options.model)})
-    prune_directory(settings, options.folder / name, Silent(), lambda _: None)
+    settings = load_prune_config(options.settings, {"model": str(options.model)})
+    prune_directory(settings, options.folder / name, NoProgress(), lambda _: None)
 
 
 def _wait(child: int) -> int:

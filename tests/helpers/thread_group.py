@@ -16,7 +16,7 @@ class Process:
     def __init__(self, rank: int, size: int, box: list[Tensor], barrier: threading.Barrier) -> None:
         self.rank, self.size, self._box, self._barrier = rank, size, box, barrier
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over all threads."""
         self._box[self.rank] = values.clone()
         self._barrier.wait(30)

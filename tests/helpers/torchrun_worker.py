@@ -12,11 +12,11 @@ import sys
 
 import torch
 
-from alps.core.distributed import joined
-from alps.data.calibration import Loaded
+from alps.core.distributed import process_group
+from alps.data.calibration import LoadedModel
 from alps.data.windows import Windows
-from alps.finetuning.block_reconstruction import Matching
-from alps.pruning.pipeline import Walk
+from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.pruning.pipeline import BlockPruner
 from alps.pruning.run import run
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
@@ -27,16 +27,20 @@ def main() -> None:
     """See above."""
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
-    matching = Matching(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2) if int(epochs) else None
+    matching = (
+        ReconstructionParameters(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2)
+        if int(epochs)
+        else None
+    )
     ids = torch.randint(2, 60, (7, 12), generator=torch.Generator().manual_seed(5))
-    loaded = Loaded(kind, decoder(kind), None)
-    with joined() as group:
-        walk = Walk(get_method("wanda"), Unstructured(0.5), torch.device("cpu"), matching=matching, group=group)
+    loaded = LoadedModel(kind, decoder(kind), None)
+    with process_group() as group:
+        walk = BlockPruner(get_method("wanda"), Unstructured(0.5), torch.device("cpu"), matching=matching, group=group)
         walk.order = order  # type: ignore[assignment]
         report = run(loaded, walk, Windows(ids, "ids", len(ids)))
         weights = [float(parameter.double().abs().sum()) for parameter in loaded.model.parameters()]
-        same = len(set(map(tuple, group.gathered(weights)))) == 1
-        if group.leads:
+        same = len(set(map(tuple, group.all_gather_object(weights)))) == 1
+        if group.is_main:
             sites = [(s.name, s.tokens, s.added, s.zeros, s.error) for s in report.sites]
             matches = [match.model_dump() for match in report.matches]
             print(json.dumps({"sites": sites, "same": same, "weights": weights, "matches": matches}))

@@ -20,7 +20,7 @@ import alps
 from alps.checkpoints.pack import pack_directory
 from alps.cli import main as cli
 from alps.core.errors import CheckpointError
-from alps.data.calibration import Loaded
+from alps.data.calibration import LoadedModel
 from alps.evaluation.perplexity import perplexity
 from alps.inference.convert import packed_modules
 from alps.inference.packed_linear import PackedLinear
@@ -110,7 +110,7 @@ def test_the_same_greedy_tokens_and_perplexity(
     assert torch.equal(packed.generate(**batch, **more), dense.generate(**batch, **more))
     values = []
     for model in (dense, packed):
-        loaded = Loaded("model", model, tokenizer)
+        loaded = LoadedModel("model", model, tokenizer)
         windows = loaded.evaluation(str(english_file), 128, 10)
         values.append(perplexity(model, windows, "model", torch.device("cpu")).perplexity)
     assert f"{values[0]:.4g}" == f"{values[1]:.4g}" and values[0] > 1
@@ -131,11 +131,11 @@ _PEAK = """
 import json, sys
 import torch
 import alps
-from alps.core.device import forget_peaks, peak_host_bytes
+from alps.core.device import reset_peak_memory, peak_host_bytes
 from pathlib import Path
 import transformers.models.llama.modeling_llama
 import accelerate
-forget_peaks(torch.device("cpu"))
+reset_peak_memory(torch.device("cpu"))
 before = peak_host_bytes()
 model = alps.load(sys.argv[1])
 model(torch.zeros(1, 40, dtype=torch.long))

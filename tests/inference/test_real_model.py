@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import alps
-from alps.data.calibration import Loaded, load
+from alps.data.calibration import LoadedModel, load
 from alps.evaluation.perplexity import perplexity
 from alps.inference.convert import packed_modules
 from alps.solvers.patterns import Unstructured, keep_largest
@@ -27,7 +27,7 @@ def _greedy(model: Any, ids: Tensor, count: int) -> list[int]:
     return found
 
 
-def _perplexity(loaded: Loaded, text: Path) -> float:
+def _perplexity(loaded: LoadedModel, text: Path) -> float:
     return perplexity(loaded.model, loaded.evaluation(str(text), 256, 4), "it", torch.device("cpu")).perplexity
 
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import alps
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.input_statistics import observe
-from alps.calibration.moe_statistics import SharedInput
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.statistics import Needs
 from alps.evaluation.inspect import inspect
 from alps.models.blocks import dense_parameters, find_blocks
@@ -40,10 +40,10 @@ def test_sums_do_not_depend_on_the_batches(kind: str) -> None:
     """To the bit, so that it is the same how many processes share the windows; OPT lays them in one row before fc1."""
     model = decoder(kind)
     ids = torch.randint(2, 60, (5, 24), generator=torch.Generator().manual_seed(5))
-    found: list[list[SharedInput]] = []
+    found: list[list[LayerInput]] = []
     for size in (5, 2):
         blocks = find_blocks(model)
-        inputs = capture(model, blocks, ids, size)
+        inputs = capture_block_inputs(model, blocks, ids, size)
         found.append([])
         for block in blocks:
             found[-1] += observe(block, inputs, Needs.GRAM, _CPU).shared

@@ -71,7 +71,7 @@ def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatc
 
 def test_every_command_knows_its_name(cache: Path, stories: Path) -> None:
     shutil.copytree(stories, cache / f"{packaged.NAME}-bf16-{packaged._SHA256[:12]}")
-    assert packaged.place_of(str(stories)) == str(stories)
+    assert packaged.resolve_model_path(str(stories)) == str(stories)
     expected = {name: tensor.shape for name, tensor in alps.load(stories).state_dict().items()}
     assert {name: tensor.shape for name, tensor in alps.load(packaged.NAME).state_dict().items()} == expected
     done = CliRunner().invoke(app, ["generate", packaged.NAME, "--prompt", "Once", "--tokens", "3"])

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alps.checkpoints.journal import open_journal
-from alps.checkpoints.safetensors_io import Stored
-from alps.data.calibration import Loaded, load, open_model
+from alps.checkpoints.safetensors_io import TensorOnDisk
+from alps.data.calibration import LoadedModel, load, open_model
 from alps.data.windows import Windows
-from alps.finetuning.block_reconstruction import Matching
-from alps.models.lazy_weights import Streamed
-from alps.models.meta_model import open_streamed
+from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.models.lazy_weights import LazyWeights
+from alps.models.meta_model import open_lazy_model
 from alps.models.save import save_model, save_streamed
-from alps.pruning.pipeline import Walk
-from alps.pruning.resume import Resumable
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.resume import ResumableRun
 from alps.pruning.run import run
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
@@ -36,22 +36,22 @@ def without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_NO_TOKENIZER, lambda name: None)
 
 
-def _walk(**settings: Any) -> Walk:
-    return Walk(get_method(settings.pop("method", "wanda")), Unstructured(0.5), _CPU, **settings)
+def _walk(**settings: Any) -> BlockPruner:
+    return BlockPruner(get_method(settings.pop("method", "wanda")), Unstructured(0.5), _CPU, **settings)
 
 
-def _prune_streamed(directory: Path, out: Path, walk: Walk, dtype: str = "auto") -> Loaded:
+def _prune_streamed(directory: Path, out: Path, walk: BlockPruner, dtype: str = "auto") -> LoadedModel:
     loaded = open_model(str(directory), dtype)
-    assert isinstance(loaded.store, Streamed)
+    assert isinstance(loaded.store, LazyWeights)
     out.mkdir()
     with open_journal(out, {}) as journal:
-        walk.resumable = Resumable(journal)
+        walk.resumable = ResumableRun(journal)
         run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
         save_streamed(loaded.store, loaded.blocks(), journal, None, out)
     return loaded
 
 
-def _prune_loaded(directory: Path, out: Path, walk: Walk, dtype: str = "auto") -> None:
+def _prune_loaded(directory: Path, out: Path, walk: BlockPruner, dtype: str = "auto") -> None:
     loaded = load(str(directory), dtype)
     run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
     save_model(loaded.model, None, out)
@@ -89,7 +89,7 @@ _SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "method": "alps",
         "order": "sequential",
         "target": 0.4,
-        "matching": Matching(epochs=1, tokens=24),
+        "matching": ReconstructionParameters(epochs=1, tokens=24),
         "budget": "loss",
     },
 }
@@ -132,16 +132,16 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
     tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "dense")
     loaded = open_model(str(tmp_path / "dense"), dtype)
     store = loaded.store
-    assert isinstance(store, Streamed)
+    assert isinstance(store, LazyWeights)
     blocks = loaded.blocks()
     mapped: list[str] = []
-    real = Stored.mapped
+    real = TensorOnDisk.mapped
 
-    def spied(stored: Stored) -> Tensor:
+    def spied(stored: TensorOnDisk) -> Tensor:
         mapped.append(stored.name)
         return real(stored)
 
-    monkeypatch.setattr(Stored, "mapped", spied)
+    monkeypatch.setattr(TensorOnDisk, "mapped", spied)
     with store.outside():
         found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
         assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
@@ -173,7 +173,7 @@ def test_one_block_at_a_time_is_in_memory(
     monkeypatch.setattr(advance, watch)
     with open_journal(tmp_path / "out", {}) as journal:
         walk = _walk()
-        walk.resumable = Resumable(journal)
+        walk.resumable = ResumableRun(journal)
         run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
     assert seen == [{"model.layers.0"}, {"model.layers.1"}]
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_streamed_is_loaded_whole_and_said(
     tiny_model("llama").save_pretrained(tmp_path)
     save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     told: list[str] = []
-    whole = Loaded("whole", nn.Linear(2, 2), None)
+    whole = LoadedModel("whole", nn.Linear(2, 2), None)
     monkeypatch.setattr("alps.data.calibration.load", lambda name, dtype, tell: whole)
     assert open_model(str(tmp_path), "auto", told.append) is whole
     assert len(told) == 1 and reason in told[0]
@@ -209,7 +209,7 @@ def test_a_model_without_a_skeleton_is_loaded_whole_and_told_why(
 
     tiny_model("llama").save_pretrained(tmp_path)
     monkeypatch.setattr("alps.models.meta_model.empty_model", fail)
-    assert open_streamed(str(tmp_path), None) == "transformers cannot build it without its weights (no such layer)"
+    assert open_lazy_model(str(tmp_path), None) == "transformers cannot build it without its weights (no such layer)"
 
 
 def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

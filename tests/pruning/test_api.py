@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps
 from alps.core.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.data.calibration import load
 from alps.pruning import run as running
-from alps.pruning.config import PruneSettings, load_settings
+from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.job import prune_directory
 from alps.reporting.run_report import RunReport
 from alps.solvers.wanda import Wanda
@@ -101,13 +101,13 @@ def test_the_report_and_the_card_tell_what_was_done(checkpoint: Path, english_fi
 
 
 def test_settings_are_saved_and_reproduce_the_run(checkpoint: Path, english_file: Path, tmp_path: Path) -> None:
-    settings = PruneSettings(
+    settings = PruneConfig(
         model=str(checkpoint), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, refit=True
     )
-    first = prune_directory(settings, tmp_path / "a", Silent(), lambda _: None)
-    saved = load_settings(tmp_path / "a" / "alps.yaml", {})
+    first = prune_directory(settings, tmp_path / "a", NoProgress(), lambda _: None)
+    saved = load_prune_config(tmp_path / "a" / "alps.yaml", {})
     assert saved == settings
-    second = prune_directory(saved, tmp_path / "b", Silent(), lambda _: None)
+    second = prune_directory(saved, tmp_path / "b", NoProgress(), lambda _: None)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(_bits(tensor), _bits(two[name])) for name, tensor in one.items())
     assert [r.model_dump(exclude={"solve"}) for r in first.sites] == [
@@ -219,8 +219,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
         if given == "a name":
             alps.prune(checkpoint, 0.5, out=out)
         elif given == "settings":
-            settings = PruneSettings(model=str(checkpoint), sparsity=0.5)
-            prune_directory(settings, out, Silent(), lambda _: None)
+            settings = PruneConfig(model=str(checkpoint), sparsity=0.5)
+            prune_directory(settings, out, NoProgress(), lambda _: None)
         else:
             alps.prune(model, 0.5, calibration=ids, out=out)
     assert _tree(tmp_path) == before
@@ -305,14 +305,14 @@ def test_no_nan_reaches_the_journal(
     def unchecked(site: Any, solution: Any) -> None:
         site.write(solution.weight)
 
-    monkeypatch.setattr("alps.pruning.layer_solver.SiteSolver._store", staticmethod(unchecked))
-    monkeypatch.setattr("alps.pruning.layer_solver.SiteSolver._record", lambda *_: None)
+    monkeypatch.setattr("alps.pruning.layer_solver.LayerSolver._store", staticmethod(unchecked))
+    monkeypatch.setattr("alps.pruning.layer_solver.LayerSolver._record", lambda *_: None)
     monkeypatch.setattr(Wanda, "solve", broken)
-    settings = PruneSettings(
+    settings = PruneConfig(
         model=str(checkpoint), sparsity=0.6, method="wanda", calibration=str(english_file), samples=4, seqlen=32
     )
     with pytest.raises(CheckpointError, match=r"Tensor .*weight for '.*out\.partial' has become NaN"):
-        prune_directory(settings, tmp_path / "out", Silent(), lambda _: None)
+        prune_directory(settings, tmp_path / "out", NoProgress(), lambda _: None)
     assert _tree(tmp_path) == []
 
 

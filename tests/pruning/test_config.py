@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from alps.core.errors import ConfigError
-from alps.pruning.config import PruneSettings, load_settings
+from alps.pruning.config import PruneConfig, load_prune_config
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT
 from alps.solvers.admm import EFFORTS, AdmmSettings
 from alps.solvers.patterns import SemiStructured, Unstructured
@@ -25,16 +25,16 @@ def _yaml(folder: Path, content: str | bytes) -> Path:
 
 def _refused(folder: Path, content: str | bytes, overrides: dict[str, Any] | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_settings(_yaml(folder, content), overrides or {})
+        load_prune_config(_yaml(folder, content), overrides or {})
     return str(caught.value)
 
 
-def _with_options(method: str, options: dict[str, Any]) -> PruneSettings:
-    return PruneSettings(model="m", sparsity=0.5, method=method, options=options)
+def _with_options(method: str, options: dict[str, Any]) -> PruneConfig:
+    return PruneConfig(model="m", sparsity=0.5, method=method, options=options)
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
-    settings = load_settings(
+    settings = load_prune_config(
         _yaml(tmp_path, "model: a/b\nsparsity: 0.7\nsamples: 16\noffload: true\ncalibration: ünï.txt\n"), {}
     )
     assert (settings.model, settings.sparsity, settings.pattern) == ("a/b", 0.7, None)
@@ -44,31 +44,31 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 def test_overrides_beat_the_file_and_none_is_no_override(tmp_path: Path) -> None:
     path = _yaml(tmp_path, "model: a/b\nsparsity: 0.7\nsamples: 16\noffload: true\n")
-    settings = load_settings(path, {"samples": 3, "offload": False, "model": None, "seed": 0})
+    settings = load_prune_config(path, {"samples": 3, "offload": False, "model": None, "seed": 0})
     assert (settings.samples, settings.offload, settings.model, settings.seed) == (3, False, "a/b", 0)
 
 
 def test_no_file_is_needed() -> None:
-    assert load_settings(None, {"model": "m", "pattern": "2:4"}).build_pattern() == SemiStructured(2, 4)
+    assert load_prune_config(None, {"model": "m", "pattern": "2:4"}).build_pattern() == SemiStructured(2, 4)
 
 
 def test_a_target_given_as_a_flag_replaces_the_files(tmp_path: Path) -> None:
     by_sparsity = _yaml(tmp_path, "model: m\nsparsity: 0.7\n")
-    assert load_settings(by_sparsity, {"pattern": "4:8"}).build_pattern() == SemiStructured(4, 8)
+    assert load_prune_config(by_sparsity, {"pattern": "4:8"}).build_pattern() == SemiStructured(4, 8)
     by_pattern = _yaml(tmp_path, "model: m\npattern: '2:4'\n")
-    assert load_settings(by_pattern, {"sparsity": 0.25}).build_pattern() == Unstructured(0.25)
+    assert load_prune_config(by_pattern, {"sparsity": 0.25}).build_pattern() == Unstructured(0.25)
 
 
 @pytest.mark.parametrize("written", ["2:4", "'2:4'", '"2:4"', "4:8", "1:4", "2:40"])
 def test_a_pattern_means_what_it_says_with_or_without_quotes(tmp_path: Path, written: str) -> None:
     # YAML 1.1 reads a bare 2:4 as the number 2 * 60 + 4.
     keep, group = (int(number) for number in written.strip("'\"").split(":"))
-    settings = load_settings(_yaml(tmp_path, f"model: m\npattern: {written}\n"), {})
+    settings = load_prune_config(_yaml(tmp_path, f"model: m\npattern: {written}\n"), {})
     assert settings.build_pattern() == SemiStructured(keep, group)
 
 
 def test_a_whole_number_is_a_sparsity(tmp_path: Path) -> None:
-    assert load_settings(_yaml(tmp_path, "model: m\nsparsity: 0\n"), {}).build_pattern() == Unstructured(0.0)
+    assert load_prune_config(_yaml(tmp_path, "model: m\nsparsity: 0\n"), {}).build_pattern() == Unstructured(0.0)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert message.endswith("Did you mean 'samples'?")
     assert "Did you mean" not in _refused(tmp_path, "model: m\nxyzzy: 3\n")
     with pytest.raises(ConfigError, match=r"'sparcity' in the command line is unknown\. Did you mean 'sparsity'"):
-        load_settings(None, {"model": "m", "sparcity": 0.5})
+        load_prune_config(None, {"model": "m", "sparcity": 0.5})
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, line: str, complaint
 )
 def test_a_target_that_cannot_be_is_refused(values: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings(None, {"model": "m", **values}).build_pattern()
+        load_prune_config(None, {"model": "m", **values}).build_pattern()
     assert complaint in str(caught.value)
 
 
@@ -154,13 +154,13 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str | bytes, complain
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path):
         with pytest.raises(ConfigError, match=r"cannot be read: .+\."):
-            load_settings(path, {})
+            load_prune_config(path, {})
 
 
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_built_with_its_defaults(name: str, refit: bool) -> None:
-    built = PruneSettings(model="m", sparsity=0.5, method=name, refit=refit).build_method()
+    built = PruneConfig(model="m", sparsity=0.5, method=name, refit=refit).build_method()
     assert built == (Refitted(METHODS[name]()) if refit else METHODS[name]())
 
 
@@ -171,7 +171,7 @@ def test_options_reach_the_method_at_any_depth() -> None:
     assert built == Alps(damping=0.02, admm=admm)
     assert built != Alps(damping=0.02)
     assert _with_options("dsnot-sparsegpt", {"max_cycles": 3}).build_method() == DSnoT("sparsegpt", 3)
-    refitted = PruneSettings(model="m", sparsity=0.5, method="sparsegpt", options={"damping": 0.1}, refit=True)
+    refitted = PruneConfig(model="m", sparsity=0.5, method="sparsegpt", options={"damping": 0.1}, refit=True)
     assert refitted.build_method() == Refitted(SparseGPT(damping=0.1))
     assert _with_options("magnitude", {}).build_method() == Magnitude()
 
@@ -202,34 +202,34 @@ def test_options_reach_the_method_at_any_depth() -> None:
 )
 def test_wrong_methods_and_options_are_refused(method: str, options: dict[Any, Any], complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings(None, {"model": "m", "sparsity": 0.5, "method": method, "options": options}).build_method()
+        load_prune_config(None, {"model": "m", "sparsity": 0.5, "method": method, "options": options}).build_method()
     assert complaint in str(caught.value)
 
 
 def test_what_is_saved_reads_back_as_the_same_settings(tmp_path: Path) -> None:
     for settings in (
-        PruneSettings(model="a/b", sparsity=1e-5, samples=7, refit=True, calibration="é: [x"),
-        PruneSettings(model="./m", pattern="2:4", options={"admm": {"growth": [[0.1, 1.3]]}}, errors=False),
-        PruneSettings(model="no", sparsity=0.3, method="dsnot", seed=2**40, dtype="bfloat16"),
+        PruneConfig(model="a/b", sparsity=1e-5, samples=7, refit=True, calibration="é: [x"),
+        PruneConfig(model="./m", pattern="2:4", options={"admm": {"growth": [[0.1, 1.3]]}}, errors=False),
+        PruneConfig(model="no", sparsity=0.3, method="dsnot", seed=2**40, dtype="bfloat16"),
     ):
         text = settings.to_yaml()
-        assert load_settings(_yaml(tmp_path, text), {}) == settings
-        assert list(yaml.safe_load(text)) == list(PruneSettings.model_fields)
+        assert load_prune_config(_yaml(tmp_path, text), {}) == settings
+        assert list(yaml.safe_load(text)) == list(PruneConfig.model_fields)
         assert len([line for line in text.splitlines() if not line.startswith(" ")]) >= len(settings.model_fields_set)
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
-    settings = PruneSettings(model="m", sparsity=0.5)
+    settings = PruneConfig(model="m", sparsity=0.5)
     with pytest.raises(ValueError, match="frozen"):
         settings.model = "other"
 
 
 def test_effort_reaches_the_schedule_and_options_go_on_top() -> None:
-    high = PruneSettings(model="m", sparsity=0.5, effort="high").build_method()
+    high = PruneConfig(model="m", sparsity=0.5, effort="high").build_method()
     assert high == Alps(admm=EFFORTS["high"]) != Alps()
-    tuned = PruneSettings(model="m", sparsity=0.5, effort="high", options={"admm": {"rho": 0.3}}).build_method()
+    tuned = PruneConfig(model="m", sparsity=0.5, effort="high", options={"admm": {"rho": 0.3}}).build_method()
     assert tuned == Alps(admm=replace(EFFORTS["high"], rho=0.3))
-    refitted = PruneSettings(model="m", sparsity=0.5, effort="high", refit=True).build_method()
+    refitted = PruneConfig(model="m", sparsity=0.5, effort="high", refit=True).build_method()
     assert refitted == Refitted(Alps(admm=EFFORTS["high"]))
 
 
@@ -242,4 +242,4 @@ def test_effort_reaches_the_schedule_and_options_go_on_top() -> None:
 )
 def test_an_effort_that_is_not_there_is_refused(method: str, effort: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
-        PruneSettings(model="m", sparsity=0.5, method=method, effort=effort).build_method()
+        PruneConfig(model="m", sparsity=0.5, method=method, effort=effort).build_method()

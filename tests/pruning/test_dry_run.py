@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from alps.cli.main import app
 from alps.core.errors import ConfigError
-from alps.data.calibration import Loaded, open_model
-from alps.finetuning.block_reconstruction import Matching
+from alps.data.calibration import LoadedModel, open_model
+from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.dry_run import _seconds, forecast, forecast_summary, peak
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.pruning.time_estimate import Measured
 from alps.solvers import get_method
 from alps.solvers.patterns import SemiStructured, Unstructured
@@ -32,7 +32,7 @@ def test_counts_and_sizes_are_exact(
     monkeypatch.setattr("alps.data.calibration.load_tokenizer", lambda name: None)
     tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path)
     loaded = open_model(str(tmp_path))
-    walk = Walk(get_method("alps"), _HALF, _CPU, target=0.4, order="sequential")
+    walk = BlockPruner(get_method("alps"), _HALF, _CPU, target=0.4, order="sequential")
     found = forecast(loaded, walk, samples=10, seqlen=16)
     kinds = {kind.name: (kind.shape, kind.count) for kind in found.kinds}
     assert kinds == {
@@ -59,7 +59,7 @@ def test_counts_and_sizes_are_exact(
     at_work = sum(found.memory.values()) - found.memory["outside the blocks"]
     assert peak(found.memory, True) == at_work
     # What is settled is tuned by matching: nothing is kept of the MLP for a step that begins at the block's start.
-    walk.matching = Matching(epochs=1)
+    walk.matching = ReconstructionParameters(epochs=1)
     assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 160 * 32 * 2
     walk.activation_bytes = 160 * 32 * 2 - 1
     assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 0
@@ -68,7 +68,7 @@ def test_counts_and_sizes_are_exact(
 
 def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     blocks = find_blocks(tiny_model("llama"))
-    walk = Walk(get_method("alps"), _HALF, _CPU, matching=Matching(epochs=2), budget="loss")
+    walk = BlockPruner(get_method("alps"), _HALF, _CPU, matching=ReconstructionParameters(epochs=2), budget="loss")
     measured = Measured(forward=1.0, observe=3.0, advance=0.75, gram=0.5, solve=10.0, cost=5.0)
     found = _seconds(walk, blocks, 1000, measured)
     cost = sum(m * n * n + n**3 for block in blocks for m, n in (site.shape for site in block.sites))
@@ -79,7 +79,7 @@ def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
         "match": 6.5 * 3000,
         "budget": 2.5 * 1000 * 3 + 512 * 7 * (3 + 2 + 1),
     }
-    walk.matching, walk.target = Matching(epochs=2, target=0.4), 0.4
+    walk.matching, walk.target = ReconstructionParameters(epochs=2, target=0.4), 0.4
     found = _seconds(walk, blocks, 1000, measured)
     assert (found["match"], found["forward"]) == (9 * 3000, 3.75 * 3000)
 
@@ -88,25 +88,25 @@ def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
 def test_a_model_in_memory_is_left_as_it_was(kind: str, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    walk = Walk(get_method("sparsegpt"), _HALF, _CPU, target=1.0)
-    found = forecast(Loaded("tiny", model, None), walk, 4, 16)
+    walk = BlockPruner(get_method("sparsegpt"), _HALF, _CPU, target=1.0)
+    found = forecast(LoadedModel("tiny", model, None), walk, 4, 16)
     assert not found.streamed and walk.records == [] and walk.seconds == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "the whole model is held in memory" in forecast_summary(found)
 
 
 def test_a_method_without_inputs_has_no_times(tiny_model: Callable[..., Any]) -> None:
-    walk = Walk(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
-    found = forecast(Loaded("tiny", tiny_model("llama"), None), walk, 4, 16)
+    walk = BlockPruner(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
+    found = forecast(LoadedModel("tiny", tiny_model("llama"), None), walk, 4, 16)
     assert found.seconds == {} and "Time" not in forecast_summary(found)
 
 
 def test_what_a_run_would_refuse_is_refused(tiny_model: Callable[..., Any]) -> None:
-    loaded = Loaded("tiny", tiny_model("llama"), None)
+    loaded = LoadedModel("tiny", tiny_model("llama"), None)
     with pytest.raises(ConfigError, match="does not divide"):
-        forecast(loaded, Walk(get_method("wanda"), SemiStructured(4, 8), _CPU), 4, 16)
+        forecast(loaded, BlockPruner(get_method("wanda"), SemiStructured(4, 8), _CPU), 4, 16)
     with pytest.raises(ConfigError, match="longer than"):
-        forecast(loaded, Walk(get_method("wanda"), _HALF, _CPU), 4, 1000)
+        forecast(loaded, BlockPruner(get_method("wanda"), _HALF, _CPU), 4, 1000)
 
 
 def test_the_command_prints_and_writes_nothing(stories: Path, english_file: Path, tmp_path: Path) -> None:
@@ -129,5 +129,5 @@ def test_random_tokens_are_of_the_vocabulary(tiny_model: Callable[..., Any], mon
         return drawn
 
     monkeypatch.setattr("alps.pruning.time_estimate.torch.randint", note)
-    forecast(Loaded("tiny", tiny_model("llama"), None), Walk(get_method("wanda"), _HALF, _CPU), 4, 16)
+    forecast(LoadedModel("tiny", tiny_model("llama"), None), BlockPruner(get_method("wanda"), _HALF, _CPU), 4, 16)
     assert seen[0].shape == (1, 16) and int(seen[0].max()) < 64

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 import alps
 from alps.cli.tables import prune_summary
 from alps.core.errors import ConfigError
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.data.calibration import load
 from alps.evaluation.compare_config import method_settings
 from alps.evaluation.inspect import inspect
 from alps.models.blocks import Block, find_blocks
-from alps.pruning.config import PruneSettings, load_settings
-from alps.pruning.job import foresee, prune_directory
+from alps.pruning.config import PruneConfig, load_prune_config
+from alps.pruning.job import estimate_run, prune_directory
 from alps.pruning.layer_rules import Rules, matches
-from alps.pruning.resume import Resumable
+from alps.pruning.resume import ResumableRun
 from alps.reporting.model_card import model_card
 from alps.reporting.run_report import RunReport
 from helpers.decoders import decoder
@@ -132,14 +132,14 @@ def test_a_directory_tells_of_its_rules_and_is_inspected_by_them(
     stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    settings = load_settings(
+    settings = load_prune_config(
         None,
         {"model": str(stories), "pattern": "2:4", "method": "wanda", "keep_dense": "lm_head, *.o_proj",
          "calibration": str(english_file), "samples": 4, "seqlen": 32},
     )  # fmt: skip
     assert settings.keep_dense == ["lm_head", "*.o_proj"]
-    report = prune_directory(settings, out, Silent(), lambda _: None)
-    assert load_settings(out / "alps.yaml", {}) == settings and RunReport.read(out) == report
+    report = prune_directory(settings, out, NoProgress(), lambda _: None)
+    assert load_prune_config(out / "alps.yaml", {}) == settings and RunReport.read(out) == report
     before, after = load(str(stories)).model, load(str(out)).model
     kept = [name for name, _ in before.named_parameters() if "o_proj" in name]
     assert len(kept) == 5 and all(_unchanged(after, before, name) for name in kept)
@@ -188,16 +188,16 @@ def test_rules_may_name_what_is_dense_anyway(kind: str, ids: Tensor) -> None:
 
 def test_names_come_as_a_list_or_with_commas(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: m\nsparsity: 0.5\nkeep_dense:\n- lm_head\n- '*.o_proj'\n")
-    assert load_settings(tmp_path / "run.yaml", {}).keep_dense == ["lm_head", "*.o_proj"]
-    assert load_settings(tmp_path / "run.yaml", {"keep_dense": ",a , b"}).keep_dense == ["a", "b"]
-    assert PruneSettings(model="m").rules() == Rules()
+    assert load_prune_config(tmp_path / "run.yaml", {}).keep_dense == ["lm_head", "*.o_proj"]
+    assert load_prune_config(tmp_path / "run.yaml", {"keep_dense": ",a , b"}).keep_dense == ["a", "b"]
+    assert PruneConfig(model="m").rules() == Rules()
     assert method_settings("alps+keep_dense=*.o_proj+order=sequential") == {
         "method": "alps",
         "keep_dense": "*.o_proj",
         "order": "sequential",
     }
     with pytest.raises(ConfigError, match="Setting 'keep_dense' in the command line is wrong"):
-        load_settings(None, {"model": "m", **method_settings("alps+keep_dense")})
+        load_prune_config(None, {"model": "m", **method_settings("alps+keep_dense")})
 
 
 def _expected(name: str, entries: int, rules: dict[str, float], otherwise: float) -> int:
@@ -236,9 +236,9 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         f"model: {stories}\nsparsity: 0.6\nmethod: wanda\ncalibration: {english_file}\nsamples: 4\nseqlen: 32\n"
         "keep_dense: ['*.o_proj']\noverrides:\n  '*.mlp': 2:4\n  '*.v_proj': 1:4\n  model.layers.1.*: 0.25\n"
     )
-    settings, out = load_settings(tmp_path / "run.yaml", {}), tmp_path / "out"
-    report = prune_directory(settings, out, Silent(), lambda _: None)
-    assert load_settings(out / "alps.yaml", {}) == settings
+    settings, out = load_prune_config(tmp_path / "run.yaml", {}), tmp_path / "out"
+    report = prune_directory(settings, out, NoProgress(), lambda _: None)
+    assert load_prune_config(out / "alps.yaml", {}) == settings
     expected = {"gate_proj": "2:4", "up_proj": "2:4", "down_proj": "2:4", "v_proj": "1:4"}
     for record in report.sites:
         assert record.pattern == ("25%" if record.block == 1 else expected.get(record.kind, "60%")), record.name
@@ -286,15 +286,15 @@ def test_overrides_that_cannot_be_are_refused(
 def test_overrides_of_the_wrong_kind_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "run.yaml").write_text(f"model: m\nsparsity: 0.5\n{line}\n")
     with pytest.raises(ConfigError, match="Setting 'overrides"):
-        load_settings(tmp_path / "run.yaml", {})
+        load_prune_config(tmp_path / "run.yaml", {})
 
 
 def test_a_forecast_knows_the_rules(stories: Path, english_file: Path, tmp_path: Path) -> None:
-    settings = PruneSettings(
+    settings = PruneConfig(
         model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32,
         keep_dense=["model.layers.[02].*", "*.o_proj"], overrides={"*.down_proj": "2:4"},
     )  # fmt: skip
-    found = foresee(settings, tmp_path / "out", lambda _: None)
+    found = estimate_run(settings, tmp_path / "out", lambda _: None)
     assert (found.blocks, found.sites) == (5, 3 * 6) and {kind.name for kind in found.kinds} >= {"down_proj"}
     assert dict(found.dense)["model.layers.4.self_attn.o_proj.weight"] == "kept dense by the rule '*.o_proj'"
 
@@ -302,23 +302,23 @@ def test_a_forecast_knows_the_rules(stories: Path, english_file: Path, tmp_path:
 def test_a_run_with_rules_goes_on_after_its_finished_blocks(
     stories: Path, english_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = PruneSettings(
+    settings = PruneConfig(
         model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="loss",
         method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, respect_zeros=True,
     )  # fmt: skip
-    whole = prune_directory(settings, tmp_path / "whole", Silent(), lambda _: None)
-    keep = Resumable.keep
+    whole = prune_directory(settings, tmp_path / "whole", NoProgress(), lambda _: None)
+    keep = ResumableRun.keep
 
-    def stop(self: Resumable, block: Block, *rest: Any) -> None:
+    def stop(self: ResumableRun, block: Block, *rest: Any) -> None:
         keep(self, block, *rest)
         if block.index == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Resumable, "keep", stop)
+    monkeypatch.setattr(ResumableRun, "keep", stop)
     with pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
-        prune_directory(settings, tmp_path / "parts", Silent(), lambda _: None)
-    monkeypatch.setattr(Resumable, "keep", keep)
-    parts = prune_directory(settings, tmp_path / "parts", Silent(), lambda _: None, resume=True)
+        prune_directory(settings, tmp_path / "parts", NoProgress(), lambda _: None)
+    monkeypatch.setattr(ResumableRun, "keep", keep)
+    parts = prune_directory(settings, tmp_path / "parts", NoProgress(), lambda _: None, resume=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
     assert [(r.name, r.zeros, r.pattern) for r in parts.sites] == [(r.name, r.zeros, r.pattern) for r in whole.sites]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.moe_statistics import SharedInput
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import ConfigError, SolveFailed
 from alps.core.statistics import InputStats, Needs
 from alps.models.blocks import Block, find_blocks
-from alps.pruning.layer_solver import SiteSolver
-from alps.pruning.pipeline import Walk
+from alps.pruning.layer_solver import LayerSolver
+from alps.pruning.pipeline import BlockPruner
 from alps.solvers import METHODS, Alps, Wanda, get_method
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
@@ -25,8 +25,8 @@ _CPU = torch.device("cpu")
 _HALF = SemiStructured(2, 4)
 
 
-def _prune(model: nn.Module, ids: Tensor, method: Method, pattern: Pattern, **settings: Any) -> Walk:
-    walk = Walk(method, pattern, _CPU, **settings)
+def _prune(model: nn.Module, ids: Tensor, method: Method, pattern: Pattern, **settings: Any) -> BlockPruner:
+    walk = BlockPruner(method, pattern, _CPU, **settings)
     walk.run(model, find_blocks(model), ids)
     return walk
 
@@ -78,14 +78,14 @@ def test_nobody_holds_the_sums_of_a_solved_input(
     tiny_model: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
-    solve = SiteSolver.shared_input
+    solve = LayerSolver.shared_input
 
-    def watched(solver: SiteSolver, block: Block, shared: SharedInput, rows: None) -> None:
+    def watched(solver: LayerSolver, block: Block, shared: LayerInput, rows: None) -> None:
         before = shared.sums.panels is not None
         solve(solver, block, shared, rows)
         held.append(before and shared.sums.panels is None)
 
-    monkeypatch.setattr(SiteSolver, "shared_input", watched)
+    monkeypatch.setattr(LayerSolver, "shared_input", watched)
     _prune(tiny_model("llama"), ids, Alps(), _HALF)
     assert held == [True] * 12
 
@@ -161,7 +161,7 @@ def test_many_batches_give_what_one_gives(
 
 def test_nothing_is_forwarded_for_a_method_that_reads_no_inputs(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("gpt2")
-    walk = Walk(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
+    walk = BlockPruner(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
     walk.run(model, find_blocks(model), None)
     assert len(walk.records) == 12
     assert all(record.error is None and record.zeros == record.entries // 2 for record in walk.records)
@@ -215,7 +215,7 @@ def test_alps_beats_magnitude_at_every_site_of_a_trained_model(stories: Any, eng
 
 def _refusal(model: Any, pattern: SemiStructured) -> str:
     with pytest.raises(ConfigError) as caught:
-        Walk(get_method("magnitude"), pattern, _CPU, measure_errors=False).run(model, find_blocks(model), None)
+        BlockPruner(get_method("magnitude"), pattern, _CPU, measure_errors=False).run(model, find_blocks(model), None)
     return str(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_a_weight_that_is_not_a_number_is_named(
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[3, 5] = float("nan")
-    walk = Walk(get_method(method), _HALF, _CPU, measure_errors=measured)
+    walk = BlockPruner(get_method(method), _HALF, _CPU, measure_errors=measured)
     with pytest.raises(SolveFailed) as caught:
         walk.run(model, find_blocks(model), ids)
     sentence = str(caught.value)

@@ -15,42 +15,47 @@ from typer.testing import CliRunner
 import alps
 from alps.cli.main import app
 from alps.core.errors import ConfigError
-from alps.finetuning.block_reconstruction import Matching
-from alps.finetuning.reconstruct_checkpoint import match_settings
-from alps.pruning.config import load_settings
+from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config
+from alps.pruning.config import load_prune_config
 from alps.pruning.presets import PRESETS
-from alps.pruning.row_weights import check_channels
+from alps.pruning.row_weights import check_row_weights
 from alps.solvers.dense_target import parse_target
 
 
 def test_a_preset_yields_to_the_file_and_the_file_to_a_flag(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: m\nsparsity: 0.7\npreset: best\nmatch: 3\nbudget: owl\n")
-    settings = load_settings(path, {"budget": "error"})
+    settings = load_prune_config(path, {"budget": "error"})
     assert (settings.preset, settings.order, settings.match, settings.budget) == ("best", "sequential", 3, "error")
     assert settings.target_share() == PRESETS["best"]["target"]
-    assert settings.matching() == Matching(epochs=3, target=PRESETS["best"]["match_target"])
+    assert settings.matching() == ReconstructionParameters(epochs=3, target=PRESETS["best"]["match_target"])
 
 
 def test_matching_aims_at_the_dense_stream_unless_told() -> None:
-    unasked = load_settings(None, {"model": "m", "sparsity": 0.5, "match": 1}).matching()
-    told = load_settings(None, {"model": "m", "sparsity": 0.5, "match": 1, "match_target": "0.4"}).matching()
-    assert (unasked, told) == (Matching(target=parse_target("dense")), Matching(target=0.4))
-    assert match_settings({}).matching().target == parse_target("dense")
+    unasked = load_prune_config(None, {"model": "m", "sparsity": 0.5, "match": 1}).matching()
+    told = load_prune_config(None, {"model": "m", "sparsity": 0.5, "match": 1, "match_target": "0.4"}).matching()
+    assert (unasked, told) == (
+        ReconstructionParameters(target=parse_target("dense")),
+        ReconstructionParameters(target=0.4),
+    )
+    assert load_reconstruct_config({}).matching().target == parse_target("dense")
 
 
 def test_a_preset_aims_at_nothing_where_nothing_is_matched() -> None:
     asked = {"model": "m", "sparsity": 0.5, "preset": "best"}
-    assert load_settings(None, asked).matching() == Matching(epochs=1, target=PRESETS["best"]["match_target"])
-    assert load_settings(None, {**asked, "match": 0}).matching() is None
+    assert load_prune_config(None, asked).matching() == ReconstructionParameters(
+        epochs=1, target=PRESETS["best"]["match_target"]
+    )
+    assert load_prune_config(None, {**asked, "match": 0}).matching() is None
     with pytest.raises(ConfigError, match=r"Match target '0\.3' aims at nothing"):
-        load_settings(None, {**asked, "match": 0, "match_target": 0.3}).matching()
+        load_prune_config(None, {**asked, "match": 0, "match_target": 0.3}).matching()
 
 
 def test_the_paper_is_what_one_gets_unasked() -> None:
     plain, named = ({"model": "m", "sparsity": 0.5, **extra} for extra in ({}, {"preset": "paper"}))
-    settings = load_settings(None, plain)
-    assert settings == load_settings(None, named)
+    settings = load_prune_config(None, plain)
+    assert settings == load_prune_config(None, named)
     assert (settings.order, settings.target_share(), settings.matching(), settings.budget) == (
         "block",
         0.0,
@@ -64,7 +69,7 @@ def test_presets_are_what_the_documentation_says() -> None:
     told = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \| ([\w.]+) \| ([^|]+) \| (\w+)[^|]*\| (\w+)[^|]*\|$", text, re.M)
     assert [row[0] for row in told] == list(PRESETS)
     for name, order, target, matching, budget, channels in told:
-        settings = load_settings(None, {"model": "m", "sparsity": 0.5, "preset": name})
+        settings = load_prune_config(None, {"model": "m", "sparsity": 0.5, "preset": name})
         found = settings.matching()
         assert (settings.order, settings.budget, settings.channels) == (order, budget, channels)
         assert settings.target_share() == parse_target(target)
@@ -84,22 +89,22 @@ def test_presets_are_what_the_documentation_says() -> None:
     ids=str,
 )
 def test_a_preset_leaves_out_what_would_have_nothing_to_move(asked: dict[str, Any], budget: str, channels: str) -> None:
-    settings = load_settings(None, {"model": "m", "preset": "best", **asked})
+    settings = load_prune_config(None, {"model": "m", "preset": "best", **asked})
     assert (settings.budget, settings.channels) == (budget, channels)
-    check_channels(settings.channels, settings.build_pattern(), settings.build_method())
+    check_row_weights(settings.channels, settings.build_pattern(), settings.build_method())
 
 
 def test_what_is_asked_for_outright_is_refused_all_the_same() -> None:
     asked = {"model": "m", "sparsity": 0.7, "method": "wanda", "preset": "best", "channels": "block"}
-    settings = load_settings(None, asked)
+    settings = load_prune_config(None, asked)
     with pytest.raises(ConfigError, match="wanda prunes every row alike: use equal"):
-        check_channels(settings.channels, settings.build_pattern(), settings.build_method())
+        check_row_weights(settings.channels, settings.build_pattern(), settings.build_method())
 
 
 def test_a_saved_preset_reads_back_as_it_was(tmp_path: Path) -> None:
-    settings = load_settings(None, {"model": "m", "sparsity": 0.7, "preset": "best", "target": "dense"})
+    settings = load_prune_config(None, {"model": "m", "sparsity": 0.7, "preset": "best", "target": "dense"})
     (tmp_path / "alps.yaml").write_text(settings.to_yaml())
-    assert load_settings(tmp_path / "alps.yaml", {}) == settings
+    assert load_prune_config(tmp_path / "alps.yaml", {}) == settings
 
 
 @pytest.mark.parametrize("pattern", ["0.6", "2:4"])

@@ -21,11 +21,11 @@ import yaml
 import alps
 from alps.checkpoints.journal import Journal, journal_place
 from alps.core.errors import CheckpointError, SolveFailed
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
-from alps.finetuning.block_reconstruction import Matching
-from alps.pruning.config import PruneSettings, load_settings
+from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.job import prune_directory
 from alps.pruning.presets import PRESETS
 from alps.reporting.run_report import RunReport
@@ -67,8 +67,8 @@ def settings(stories: Path, english_file: Path) -> dict[str, Any]:
 
 def _prune(settings: dict[str, Any], out: Path, **changed: Any) -> RunReport:
     resume, tell = changed.pop("resume", False), changed.pop("tell", lambda _: None)
-    chosen = PruneSettings.model_validate({**settings, **changed})
-    return prune_directory(chosen, out, Silent(), tell, resume)
+    chosen = PruneConfig.model_validate({**settings, **changed})
+    return prune_directory(chosen, out, NoProgress(), tell, resume)
 
 
 def _weights(folder: Path) -> bytes:
@@ -183,12 +183,12 @@ def test_finished_blocks_are_not_solved_again(
     ("constant", "other", "words"),
     [
         (
-            "alps.pruning.config.Matching",
-            partial(Matching, rate=1e-3),
+            "alps.pruning.config.ReconstructionParameters",
+            partial(ReconstructionParameters, rate=1e-3),
             r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
         ),
-        ("alps.pruning.job.QUIET_TOKENS", 1024, "target's damping was 16384 tokens and is 1024 tokens"),
-        ("alps.pruning.job.CHANNEL_TOKENS", 64, "weights of channels was of 4096 tokens and is of 64 tokens"),
+        ("alps.pruning.job.PRIOR_TOKENS", 1024, "target's damping was 16384 tokens and is 1024 tokens"),
+        ("alps.pruning.job.ROW_WEIGHT_TOKENS", 64, "weights of channels was of 4096 tokens and is of 64 tokens"),
     ],
 )
 def test_another_versions_constants_are_refused(
@@ -307,6 +307,6 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(settings: dict[str, Any
 
 def test_settings_that_change_nothing_are_no_facts() -> None:
     base = {"model": "m", "sparsity": 0.5}
-    one = load_settings(None, base).facts()
-    assert load_settings(None, {**base, "offload": True, "device": "cpu", "model": "n"}).facts() == one
-    assert load_settings(None, {**base, "preset": "fast"}).facts() != one
+    one = load_prune_config(None, base).facts()
+    assert load_prune_config(None, {**base, "offload": True, "device": "cpu", "model": "n"}).facts() == one
+    assert load_prune_config(None, {**base, "preset": "fast"}).facts() != one

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import alps
-from alps.calibration.block_inputs import BlockInputs, capture
-from alps.core.distributed import Group
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import Walk
-from alps.pruning.row_weights import CHANNEL_TOKENS, _slopes, _windows, channel_weights
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.row_weights import ROW_WEIGHT_TOKENS, _slopes, _windows, compute_row_weights
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
 from helpers.decoders import DENSE, MOE, decoder
@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 
 
 def _inputs(model: nn.Module, ids: Tensor) -> BlockInputs:
-    return capture(model, find_blocks(model), ids, 4)
+    return capture_block_inputs(model, find_blocks(model), ids, 4)
 
 
 def _exact(model: nn.Module, inputs: BlockInputs) -> dict[str, Tensor]:
@@ -46,8 +46,10 @@ def _exact(model: nn.Module, inputs: BlockInputs) -> dict[str, Tensor]:
 
 
 def test_weights_are_those_of_the_exact_jacobian(ids: Tensor) -> None:
-    windows = ids[:1].expand(CHANNEL_TOKENS // ids.shape[1], -1)
-    found = channel_weights(find_blocks(model := decoder("llama"))[0], _inputs(model, windows), _CPU, Group())
+    windows = ids[:1].expand(ROW_WEIGHT_TOKENS // ids.shape[1], -1)
+    found = compute_row_weights(
+        find_blocks(model := decoder("llama"))[0], _inputs(model, windows), _CPU, ProcessGroup()
+    )
     wanted = _exact(model, _inputs(model, ids[:1]))
     assert found.keys() == wanted.keys() and len(found) == 7
     for name, weights in found.items():
@@ -65,7 +67,7 @@ def test_every_architecture_is_left_as_it_was(kind: str, ids: Tensor) -> None:
     blocks, inputs = find_blocks(model), _inputs(model, ids)
     with torch.no_grad():
         before = inputs.run(0, blocks[0].module, 0, _CPU)
-        found = channel_weights(blocks[0], inputs, _CPU, Group())
+        found = compute_row_weights(blocks[0], inputs, _CPU, ProcessGroup())
         assert torch.equal(before, inputs.run(0, blocks[0].module, 0, _CPU))
     assert all(parameter.grad is None for parameter in model.parameters())
     alone = [site for site in blocks[0].sites if site.expert is None]
@@ -79,7 +81,7 @@ def test_a_site_that_is_not_called_once_is_left_out(ids: Tensor) -> None:
     model = decoder("llama")
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
-    found = channel_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, Group())
+    found = compute_row_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, ProcessGroup())
     kinds = {name.rpartition(".")[2] for name in found}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
 
@@ -90,7 +92,7 @@ def test_a_block_may_write_into_what_a_site_gave(ids: Tensor) -> None:
         model = decoder("llama")
         mlp = model.model.layers[0].mlp
         mlp.forward = lambda x, m=mlp, c=changed: m.down_proj(m.act_fn(c(m.gate_proj(x))) * m.up_proj(x))
-        found.append(channel_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, Group()))
+        found.append(compute_row_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, ProcessGroup()))
     assert found[0].keys() == found[1].keys() and len(found[0]) == 7
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -100,7 +102,7 @@ def test_a_channel_that_nothing_reads_counts_a_little(ids: Tensor) -> None:
     block = find_blocks(model)[0]
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 3] = 0
-    weights = channel_weights(block, _inputs(model, ids), _CPU, Group())["model.layers.0.mlp.up_proj"]
+    weights = compute_row_weights(block, _inputs(model, ids), _CPU, ProcessGroup())["model.layers.0.mlp.up_proj"]
     assert float(weights[3]) == float(torch.tensor(1e-4)) and int((weights > 1e-4).sum()) == len(weights) - 1
 
 
@@ -109,7 +111,7 @@ def test_processes_share_the_same_windows_out(size: int) -> None:
     windows = torch.zeros(20, 512, 4)
     found = []
     for rank in range(size):
-        group = Group(rank, size) if size > 1 else Group()
+        group = ProcessGroup(rank, size) if size > 1 else ProcessGroup()
         mine = windows[rank::size]
         inputs = BlockInputs(list(torch.split(mine, 3)), [])
         for batch, window, number in _windows(inputs, group):
@@ -140,7 +142,7 @@ def test_magnitude_keeps_the_best_support_of_the_weighed_problem(monkeypatch: py
     with torch.no_grad():
         dense = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
         site.module.weight = nn.Parameter(dense.clone())
-    walk = Walk(get_method("magnitude"), Unstructured(0.5), _CPU)
+    walk = BlockPruner(get_method("magnitude"), Unstructured(0.5), _CPU)
     records: list[Any] = []
     solver = walk.solver([block], walk._phases, records)
     solver.channels = {site.name: weights}
@@ -161,7 +163,7 @@ def test_a_walk_loses_less_where_it_counts(method: str, tiny_model: Callable[...
     dense = tiny_model("llama")
     block = find_blocks(dense)[0]
     inputs = _inputs(dense, ids)
-    weights = channel_weights(block, inputs, _CPU, Group())
+    weights = compute_row_weights(block, inputs, _CPU, ProcessGroup())
     received: dict[str, Tensor] = {}
     for site in block.sites:
         site.module.register_forward_pre_hook(lambda _m, a, n=site.name: received.update({n: a[0].flatten(0, -2)}))
@@ -224,5 +226,5 @@ def test_states_whose_norm_float16_cannot_hold_still_tell(tiny_model: Callable[.
     model = tiny_model("llama").half()
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(2e4 * model.get_input_embeddings().weight.sign())
-    found = channel_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, Group())
+    found = compute_row_weights(find_blocks(model)[0], _inputs(model, ids), _CPU, ProcessGroup())
     assert {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"} <= set(found)

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture
+from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import Change, Head, divergences
 from alps.core.errors import ConfigError
 from alps.core.statistics import InputStats
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
-from alps.pruning.pipeline import Walk
+from alps.pruning.pipeline import BlockPruner
 from alps.pruning.sparsity_allocation import BUDGETS, allocate, check_budget, plan
 from alps.solvers import Alps
 from alps.solvers.error_curve import POINTS, ErrorCurve, error_curve, inverse_diagonal, removal_costs
@@ -123,7 +123,7 @@ def test_a_plan_covers_every_site_once_and_keeps_the_total(
 
 def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
-    walk = Walk(Alps(), Unstructured(0.6), _CPU, budget="loss")
+    walk = BlockPruner(Alps(), Unstructured(0.6), _CPU, budget="loss")
     walk.run(model, find_blocks(model), ids)
     for record in walk.records:
         assert record.zeros == walk.patterns[record.name].pruned_count(record.entries)
@@ -158,7 +158,7 @@ def test_planning_is_a_job_of_its_own_for_the_watcher(
     tiny_model: Callable[..., Any], ids: Tensor, name: str, steps: int
 ) -> None:
     model, told = tiny_model("llama"), _Told()
-    walk = Walk(Alps(), Unstructured(0.6), _CPU, budget=name, watcher=told)
+    walk = BlockPruner(Alps(), Unstructured(0.6), _CPU, budget=name, progress=told)
     walk.run(model, find_blocks(model), ids)
     assert told.jobs == [(f"budget {name}", steps, steps), ("alps 60%", 21, 21)]
     assert not told.open
@@ -220,7 +220,7 @@ def test_divergences_are_those_of_whole_models(tiny_model: Callable[..., Any], k
 def test_the_head_is_what_follows_the_blocks(tiny_model: Callable[..., Any], kind: str, ids: Tensor) -> None:
     model = tiny_model(kind)
     blocks = find_blocks(model)
-    inputs = capture(model, blocks, ids, len(ids))
+    inputs = capture_block_inputs(model, blocks, ids, len(ids))
     for block in blocks:
         inputs.advance(block.index, block.module, _CPU)
     with torch.no_grad():

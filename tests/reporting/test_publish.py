@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from alps.cli.main import run
-from alps.core.progress import Silent
+from alps.core.progress import NoProgress
 from alps.evaluation.compare import compare
-from alps.evaluation.compare_config import Comparison
-from alps.finetuning.distill_checkpoint import recover_directory, recover_settings
-from alps.finetuning.reconstruct_checkpoint import match_directory, match_settings
-from alps.pruning.config import PruneSettings
+from alps.evaluation.compare_config import CompareConfig
+from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
+from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config, reconstruct_directory
+from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_directory
 from alps.reporting import publish as published
 from alps.reporting.compare_results import RESULTS_NAME, write_results
@@ -38,7 +38,7 @@ def alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def prune(stories: Path, text: Path, out: Path, tell: Any = lambda _: None) -> RunReport:
     sizes: dict[str, Any] = {"samples": 4, "seqlen": 32, "calibration": str(text)}
-    return prune_directory(PruneSettings(model=str(stories), sparsity=0.7, **sizes), out, Silent(), tell)
+    return prune_directory(PruneConfig(model=str(stories), sparsity=0.7, **sizes), out, NoProgress(), tell)
 
 
 def test_compare_leaves_a_page_that_can_be_made_again(
@@ -71,15 +71,15 @@ def test_checkpoints_have_pages_and_cards_that_name_them(stories: Path, english_
     rebuild_page(tmp_path / "pruned")
     assert (tmp_path / "pruned" / PAGE_NAME).read_text() == page
     sizes = {"samples": 4, "seqlen": 32, "calibration": str(english_file)}
-    steps = {"match": match_settings(sizes), "recover": recover_settings({**sizes, "steps": 1})}
+    steps = {"match": load_reconstruct_config(sizes), "recover": load_distill_config({**sizes, "steps": 1})}
     notes = {
         "match": "matched to the dense model&#39;s since",
         "recover": "Recovered by distillation since, not one-shot",
     }
-    for name, job in (("match", match_directory), ("recover", recover_directory)):
+    for name, job in (("match", reconstruct_directory), ("recover", distill_directory)):
         told: list[str] = []
         settings: Any = steps[name]
-        job(str(stories), str(tmp_path / "pruned"), tmp_path / name, settings, Silent(), told.append)
+        job(str(stories), str(tmp_path / "pruned"), tmp_path / name, settings, NoProgress(), told.append)
         assert notes[name] in (tmp_path / name / PAGE_NAME).read_text() and notes[name] not in page
         assert not any("left out" in line for line in told)
     for name in ("pruned", "match", "recover"):
@@ -103,7 +103,7 @@ def test_without_the_packages_everything_but_the_page_is_there(
     assert "report.html" not in (tmp_path / "pruned" / "README.md").read_text()
     assert (tmp_path / "pruned" / "model.safetensors").is_file() and not (tmp_path / "pruned" / PAGE_NAME).exists()
     files = {"model": str(stories), "calibration": str(english_file), "texts": [str(english_file)]}
-    asked = Comparison.model_validate(
+    asked = CompareConfig.model_validate(
         {
             **files,
             "methods": ["magnitude"],
@@ -115,7 +115,7 @@ def test_without_the_packages_everything_but_the_page_is_there(
         }
     )
     told.clear()
-    assert len(compare(asked, tmp_path / "all", Silent(), told.append)) == 2
+    assert len(compare(asked, tmp_path / "all", NoProgress(), told.append)) == 2
     assert sum(PAGE_NAME in line for line in told) == 1 and INSTALL in told[-1]
     assert alps(monkeypatch, "report", tmp_path / "all") == 2
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ from torch import Tensor
 from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.solvers import get_method
-from alps.solvers.dense_target import correction, retarget, target_damping
+from alps.solvers.dense_target import shifted_weight, target_damping, target_shift
 from alps.solvers.hessian import damping_of
 from alps.solvers.patterns import Unstructured
 
@@ -55,7 +55,7 @@ def test_the_new_weight_minimises_the_objective(share: float) -> None:
     stats = _stats(X, X_d)
     X, X_d, W64 = X.double(), X_d.double(), W.double()
     damping = damping_of(stats, 0.01)
-    best = retarget(W, correction(stats, share, 0.01)).double().requires_grad_()
+    best = shifted_weight(W, target_shift(stats, share, 0.01)).double().requires_grad_()
     (slope,) = torch.autograd.grad(_objective(best, W64, X, X_d, share, damping), best)
     far = W64.clone().mul_(0).requires_grad_()
     (reference,) = torch.autograd.grad(_objective(far, W64, X, X_d, share, damping), far)
@@ -69,7 +69,7 @@ def test_the_objective_is_the_distance_to_the_new_weight(share: float) -> None:
     X, X_d, W = _inputs()
     stats = _stats(X, X_d)
     damping = damping_of(stats, 0.01)
-    best = retarget(W, correction(stats, share, 0.01)).double()
+    best = shifted_weight(W, target_shift(stats, share, 0.01)).double()
     X, X_d, W = X.double(), X_d.double(), W.double()
     H = X.T @ X + damping * torch.eye(X.shape[1], dtype=torch.float64)
     least = _objective(best, W, X, X_d, share, damping)
@@ -87,7 +87,7 @@ def test_alps_reaches_the_dense_outputs_better_with_the_dense_target() -> None:
     method = get_method("alps")
     state = method.prepare(stats)
     plain = method.solve(W, state, Unstructured(0.5)).weight
-    aimed = method.solve(retarget(W, correction(stats, 1.0, 0.01)), state, Unstructured(0.5)).weight
+    aimed = method.solve(shifted_weight(W, target_shift(stats, 1.0, 0.01)), state, Unstructured(0.5)).weight
     wanted = X_d @ W.T
     assert float((X @ aimed.T - wanted).square().sum()) < 0.95 * float((X @ plain.T - wanted).square().sum())
     # What the paper asks for is what the plain solve does better.
@@ -96,7 +96,7 @@ def test_alps_reaches_the_dense_outputs_better_with_the_dense_target() -> None:
 
 def test_without_drift_nothing_changes() -> None:
     X, _, W = _inputs()
-    assert torch.equal(retarget(W, correction(_stats(X, X), 1.0, 0.01)), W)
+    assert torch.equal(shifted_weight(W, target_shift(_stats(X, X), 1.0, 0.01)), W)
 
 
 def test_an_indefinite_gram_is_refused() -> None:
@@ -105,7 +105,7 @@ def test_an_indefinite_gram_is_refused() -> None:
     assert stats.upper is not None
     stats.upper.diagonal().neg_()
     with pytest.raises(SolveFailed, match="not positive definite"):
-        correction(stats, 1.0, 0.01)
+        target_shift(stats, 1.0, 0.01)
 
 
 def test_few_tokens_move_the_target_less_than_many() -> None:
@@ -113,7 +113,8 @@ def test_few_tokens_move_the_target_less_than_many() -> None:
     X, X_d, W = _inputs(tokens=512)
     few, many = _stats(X, X_d), _sums(X.repeat(64, 1), X_d.repeat(64, 1)).rounded()
     near, far = (
-        float((retarget(W, correction(stats, 1.0, target_damping(stats.tokens))) - W).norm()) for stats in (few, many)
+        float((shifted_weight(W, target_shift(stats, 1.0, target_damping(stats.tokens))) - W).norm())
+        for stats in (few, many)
     )
     assert 0 < near < 0.3 * far
 
@@ -122,6 +123,6 @@ def test_directions_that_hardly_vary_are_left_alone() -> None:
     scale = torch.ones(12).index_fill(0, torch.tensor([3]), 1e-2)
     generator = torch.Generator().manual_seed(2)
     X = torch.randn(16_384, 12, generator=generator) * scale
-    shift = correction(_stats(X, 1.5 * X), 1.0, target_damping(len(X)))
+    shift = target_shift(_stats(X, 1.5 * X), 1.0, target_damping(len(X)))
     quiet, loud = float(shift[3, 3]), shift.diagonal()[scale == 1]
     assert 0 < quiet < 1e-3 and bool((loud > 0.2).all() & (loud < 0.3).all())

@@ -44,7 +44,7 @@ def solve(name: str, weight: Tensor, stats: InputStats, pattern: Pattern) -> Sol
     return method.solve(weight, method.prepare(stats), pattern)
 
 
-def fitting(problem: str) -> list[Pattern]:
+def select_within_budget(problem: str) -> list[Pattern]:
     return [pattern for pattern in PATTERNS if pattern.fits(problem_of(problem).weight.shape[1])]
 
 
@@ -62,7 +62,7 @@ def bits(values: Tensor) -> Tensor:
 def test_the_table_is_complete() -> None:
     assert [get_method(name).name for name in METHODS] == list(METHODS)
     assert [method_of(name).name for name in ALL] == ALL
-    assert len(fitting("gaussian")) == len(PATTERNS) and len(fitting("one_input")) == 3
+    assert len(select_within_budget("gaussian")) == len(PATTERNS) and len(select_within_budget("one_input")) == 3
 
 
 @every_method
@@ -83,7 +83,7 @@ def test_what_comes_back_is_pruned_exactly(name: str, problem: str) -> None:
     weight, inputs = problem_of(problem)
     stats = InputStats.of(inputs)
     before = weight.clone()
-    for pattern in fitting(problem):
+    for pattern in select_within_budget(problem):
         solution = solve(name, weight, stats, pattern)
         mask, found = solution.mask, solution.weight
         assert mask.shape == found.shape == weight.shape
@@ -107,7 +107,7 @@ def test_the_scale_of_the_sums_does_not_matter(name: str, problem: str) -> None:
     once = InputSums.of(inputs)
     twice = once + once
     four_times = (twice + twice).rounded()
-    for pattern in fitting(problem):
+    for pattern in select_within_budget(problem):
         one, four = solve(name, weight, once.rounded(), pattern), solve(name, weight, four_times, pattern)
         assert torch.equal(one.mask, four.mask)
         assert torch.equal(bits(one.weight), bits(four.weight))
@@ -120,7 +120,7 @@ def test_the_scale_of_the_sums_does_not_matter(name: str, problem: str) -> None:
 def test_twice_the_tokens_change_nothing(name: str, problem: str) -> None:
     weight, inputs = problem_of(problem)
     once = InputSums.of(inputs)
-    for pattern in fitting(problem):
+    for pattern in select_within_budget(problem):
         one, two = (solve(name, weight, sums.rounded(), pattern) for sums in (once, once + once))
         assert torch.equal(one.mask, two.mask)
         assert output_distance(one.weight, two.weight, inputs) < 1e-3

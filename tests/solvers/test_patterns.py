@@ -15,7 +15,7 @@ from alps.solvers.patterns import (
     Unstructured,
     keep_largest,
     parse_pattern,
-    top_mask,
+    topk_mask,
 )
 
 KINDS = ("normal", "bfloat16", "few values", "equal", "signed zeros and infinities")
@@ -112,9 +112,9 @@ def test_two_of_four_keeps_the_larger_ones() -> None:
 
 def test_large_vectors_of_ties_are_exact() -> None:
     scores = torch.ones(1 << 20)
-    assert top_mask(scores, 1).nonzero().tolist() == [[0]]
+    assert topk_mask(scores, 1).nonzero().tolist() == [[0]]
     scores[12345] = 2.0
-    mask = top_mask(scores, 700_001)
+    mask = topk_mask(scores, 700_001)
     assert int(mask.sum()) == 700_001
     assert bool(mask[:700_001].all())
 
@@ -133,14 +133,14 @@ def test_large_vectors_are_the_stable_sort(kind: str, kept: int) -> None:
     order = scores.float().sort(descending=True, stable=True).indices
     expected = torch.zeros(size, dtype=torch.bool)
     expected[order[:kept]] = True
-    assert torch.equal(top_mask(scores, kept), expected)
+    assert torch.equal(topk_mask(scores, kept), expected)
 
 
 def test_top_mask_of_none_and_of_all() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0])
-    assert top_mask(scores, 0).tolist() == [False] * 3
-    assert top_mask(scores, 3).tolist() == [True] * 3
-    assert top_mask(scores, 1).tolist() == [True, False, False]
+    assert topk_mask(scores, 0).tolist() == [False] * 3
+    assert topk_mask(scores, 3).tolist() == [True] * 3
+    assert topk_mask(scores, 1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(

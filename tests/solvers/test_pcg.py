@@ -12,7 +12,7 @@ from alps.core.statistics import InputStats
 from alps.solvers import METHODS, Refitted, get_method
 from alps.solvers.hessian import scaled
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
-from alps.solvers.pcg import descend, refit
+from alps.solvers.pcg import pcg_iterations, refit
 from helpers.problems import (
     IN,
     OUT,
@@ -228,7 +228,7 @@ def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> Non
     gains = [after - before for before, after in pairwise(totals)]
     least = gains[at - 1] * (1 + 1e-9)
     X = torch.where(mask, weight, 0.0)
-    found = descend(H, C - X @ H, mask, X, right, 10, 0.0, least)
+    found = pcg_iterations(H, C - X @ H, mask, X, right, 10, 0.0, least)
     assert found.steps == next(i for i, gain in enumerate(gains, 1) if gain <= least)
     assert found.gain == pytest.approx(totals[found.steps], rel=1e-5)
     assert found.weight is X, "the answer overwrites the start"
@@ -239,4 +239,4 @@ def test_without_a_least_gain_the_steps_go_on() -> None:
     mask = random_mask(9, OUT, IN, 0.4)
     right = (C * mask).norm(dim=1)
     X = torch.where(mask, weight, 0.0)
-    assert descend(H, C - X @ H, mask, X, right, 10, 0.0).steps == 10
+    assert pcg_iterations(H, C - X @ H, mask, X, right, 10, 0.0).steps == 10

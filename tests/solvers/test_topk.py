@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alps.solvers import topk as selection
-from alps.solvers.topk import Whole, masked, nearly_top, top_mask
+from alps.solvers.topk import Whole, apply_mask, approx_topk_mask, topk_mask
 
 DISTINCT = ("normal", "uniform", "heavy tails", "ascending", "descending", "shifted")
 TIED = ("few values", "constant", "mostly zero", "bfloat16")
@@ -42,9 +42,9 @@ def stable_top(scores: Tensor, kept: int) -> Tensor:
 
 
 def check_nearly(scores: Tensor, kept: int, slack: float) -> int:
-    """Assert what `nearly_top` promises; by how many entries it is off."""
+    """Assert what `approx_topk_mask` promises; by how many entries it is off."""
     before, out = scores.clone(), torch.full_like(scores, torch.nan)
-    assert nearly_top(Whole(scores), kept, slack, out) is out
+    assert approx_topk_mask(Whole(scores), kept, slack, out) is out
     assert torch.equal(scores, before)
     assert bool(((out == 0) | (out == 1)).all())
     off = int(out.sum(dtype=torch.float64)) - kept
@@ -75,7 +75,7 @@ def test_ties_that_no_cut_can_split_are_split_by_position(size: int) -> None:
     """Half of the entries are equal, and the count ends among them: only the exact selection can answer."""
     scores = torch.where(torch.arange(size) % 2 == 0, 1.0, vector("uniform", size, 3))
     kept, out = size // 4, torch.empty(size)
-    nearly_top(Whole(scores), kept, 1e-3, out)
+    approx_topk_mask(Whole(scores), kept, 1e-3, out)
     assert torch.equal(out.bool(), stable_top(scores, kept))
 
 
@@ -85,7 +85,7 @@ def test_small_vectors_are_selected_exactly(kind: str, size: int, seed: int, sha
     scores = vector(kind, size, seed)
     kept = min(max(round(share * size), 1), size - 1)
     assert check_nearly(scores, kept, slack) == 0
-    assert torch.equal(top_mask(scores, kept), stable_top(scores, kept))
+    assert torch.equal(topk_mask(scores, kept), stable_top(scores, kept))
 
 
 @many
@@ -100,7 +100,7 @@ def test_a_sample_that_misleads_costs_no_correctness(
         patch.setattr(selection, "_SAMPLED_FROM", 1)
         patch.setattr(selection, "_CPU_CHUNK", 128)
         check_nearly(scores, kept, slack)
-        assert torch.equal(top_mask(scores, kept), stable_top(scores, kept))
+        assert torch.equal(topk_mask(scores, kept), stable_top(scores, kept))
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "few values", "bfloat16", "mostly zero"])
@@ -109,13 +109,13 @@ def test_top_mask_of_several_chunks_is_the_stable_sort(kind: str, size: int) -> 
     """The last chunk is whole or not, and divisible by the group of 32 or not."""
     scores = vector(kind, size, 7)
     for kept in (1, round(0.3 * size), size - 1):
-        assert torch.equal(top_mask(scores, kept), stable_top(scores, kept))
+        assert torch.equal(topk_mask(scores, kept), stable_top(scores, kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_masked_is_where_but_for_the_sign_of_zero(dtype: torch.dtype) -> None:
     values, mask = vector("normal", 999, 1).sub(0.7).to(dtype).view(27, 37), vector("uniform", 999).view(27, 37) < 0.5
     before = values.clone()
-    found = masked(values, mask)
+    found = apply_mask(values, mask)
     assert found.dtype == dtype and torch.equal(found, torch.where(mask, values, 0.0))
     assert torch.equal(values, before) and mask.dtype == torch.bool

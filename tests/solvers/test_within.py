@@ -1,4 +1,4 @@
-"""Zeros that are there stay: what must hold for every method under `Within`, and the counts it promises."""
+"""Zeros that are there stay: what must hold for every method under `MaskedPattern`, and the counts it promises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch import Tensor
 from alps.core.statistics import InputStats
 from alps.solvers import Alps, get_method
 from alps.solvers.base import Solution, Status
-from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, Within, keep_largest, within
+from alps.solvers.patterns import (
+    MaskedPattern,
+    Pattern,
+    SemiStructured,
+    Unstructured,
+    keep_largest,
+    restrict_to_nonzeros,
+)
 from alps.solvers.topk import capped
 from helpers.problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
 from solvers.test_every_method import ALL, PATTERNS, bits, method_of, problem_of
@@ -47,8 +54,8 @@ def test_no_zero_comes_back_and_counts_are_exact(name: str, share: float, aims_e
         allowed = some(len(problem), weight, share)
         aim = weight if aims_elsewhere else weight * allowed
         for base in PATTERNS:
-            pattern = within(base.base, weight * allowed)
-            assert isinstance(pattern, Within) and torch.equal(pattern.allowed, allowed)
+            pattern = restrict_to_nonzeros(base.base, weight * allowed)
+            assert isinstance(pattern, MaskedPattern) and torch.equal(pattern.allowed, allowed)
             found = solve(name, aim, inputs, pattern)
             assert not bool((found.mask & ~allowed).any()), (problem, str(base))
             assert not bool(bits(found.weight)[~found.mask].any())
@@ -67,13 +74,13 @@ def test_where_everything_is_allowed_the_answer_is_the_same_to_the_bit(name: str
         for base in PATTERNS:
             if not base.fits(weight.shape[1]):
                 continue
-            wrapped = Within(base.base, torch.ones_like(weight, dtype=torch.bool))
+            wrapped = MaskedPattern(base.base, torch.ones_like(weight, dtype=torch.bool))
             plain, found = solve(name, weight, inputs, base), solve(name, weight, inputs, wrapped)
             if problem == "zero_weight" and wrapped.kept < weight.numel():
                 assert not bool(found.weight.any())
             assert torch.equal(bits(plain.weight), bits(found.weight)) and torch.equal(plain.mask, found.mask)
     dense = problem_of("gaussian").weight
-    assert within(Unstructured(0.5), dense) == Unstructured(0.5)
+    assert restrict_to_nonzeros(Unstructured(0.5), dense) == Unstructured(0.5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -82,7 +89,7 @@ def test_a_weight_with_zeros_enough_keeps_its_bits(name: str, base: Unstructured
     weight, inputs = problem_of("correlated")
     sparse = weight * keep_largest(weight.abs(), base if base.sparsity else Unstructured(0.3))
     for aim in (sparse, sparse * some(1, weight, 0.8)):
-        found = solve(name, aim, inputs, within(base, aim))
+        found = solve(name, aim, inputs, restrict_to_nonzeros(base, aim))
         assert found.info.status is Status.UNCHANGED
         assert torch.equal(found.weight, aim) and torch.equal(found.mask, aim != 0)
 
@@ -93,7 +100,7 @@ def test_what_is_chosen_is_better_than_what_is_smallest(name: str, base: Unstruc
     weight, inputs = problem_of("correlated")
     sparse = weight * some(7, weight, 0.6)
     hessian, _ = hessian64(inputs)
-    pattern = within(base, sparse)
+    pattern = restrict_to_nonzeros(base, sparse)
     by_size = solve("magnitude", sparse, inputs, pattern).weight
     errors = [objective64(one, sparse, hessian).sum() for one in (solve(name, sparse, inputs, pattern).weight, by_size)]
     assert 0 < float(errors[0]) < 0.8 * float(errors[1])
@@ -106,11 +113,11 @@ def test_large_sites_keep_their_zeros(base: Unstructured | SemiStructured, preci
     sparse = normal(3, 256, 272) * random_mask(4, 256, 272, 0.5)
     stats = InputStats.of(correlated_inputs(5, 600, 272))
     method = Alps(precision=precision)  # type: ignore[arg-type]
-    found = method.solve(sparse, method.prepare(stats), within(base, sparse))
+    found = method.solve(sparse, method.prepare(stats), restrict_to_nonzeros(base, sparse))
     assert not bool((found.mask & (sparse == 0)).any())
     assert int(found.mask.sum()) == expected_kept(sparse != 0, base)
     if base == Unstructured(0.7):
-        small = get_method("magnitude").solve(sparse, None, within(base, sparse))
+        small = get_method("magnitude").solve(sparse, None, restrict_to_nonzeros(base, sparse))
         errors = [stats.energy(one.weight - sparse) for one in (found, small)]
         assert 0 < errors[0] < 0.8 * errors[1]
 
@@ -136,7 +143,7 @@ def test_wanda_shares_what_rows_cannot_take(seed: int, sparsity: float, share: f
     scores = normal(seed, 6, 20).abs()
     allowed = random_mask(seed + 1, 6, 20, share)
     allowed[seed % 6] = False
-    pattern = Within(Unstructured(sparsity), allowed)
+    pattern = MaskedPattern(Unstructured(sparsity), allowed)
     mask = keep_largest(scores, pattern, scope="row")
     assert int(mask.sum()) == pattern.kept == expected_kept(allowed, Unstructured(sparsity))
     kept, room = mask.sum(dim=1), allowed.sum(dim=1)
@@ -150,7 +157,7 @@ def test_wanda_shares_what_rows_cannot_take(seed: int, sparsity: float, share: f
 
 def test_a_pattern_within_a_matrix_tells_its_counts() -> None:
     allowed = torch.tensor([[True, True, True, False, False, False, False, True]])
-    pattern = Within(SemiStructured(2, 4), allowed)
+    pattern = MaskedPattern(SemiStructured(2, 4), allowed)
     assert (pattern.kept, pattern.pruned_count(8), pattern.sparsity, str(pattern)) == (3, 5, 0.625, "2:4")
     assert pattern.fits(8) and not pattern.fits(4) and not pattern.settled
-    assert Within(Unstructured(0.5), allowed).settled and not Within(Unstructured(0.625), allowed).settled
+    assert MaskedPattern(Unstructured(0.5), allowed).settled and not MaskedPattern(Unstructured(0.625), allowed).settled

@@ -90,7 +90,7 @@ def batch_tokens(blocks: Sequence[Block], device: torch.device) -> int:
     return _FEW if device.type == "cpu" and not experts else _MANY
 
 
-def capture(
+def capture_block_inputs(
     model: nn.Module,
     blocks: Sequence[Block],
     windows: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.calibration.moe_hooks import watching_products
+from alps.calibration.moe_hooks import matmul_hooks
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
@@ -19,7 +19,7 @@ from alps.models.sites import Site
 KEEP_BYTES = 2**31
 
 
-def fitting(sizes: Sequence[int], limit: int | None) -> list[int]:
+def select_within_budget(sizes: Sequence[int], limit: int | None) -> list[int]:
     """Indices of what one stream keeps of the block that is being pruned, besides the hidden states between blocks.
 
     Args:
@@ -34,12 +34,12 @@ def fitting(sizes: Sequence[int], limit: int | None) -> list[int]:
     return found
 
 
-class AllSeen(Exception):
+class StopForward(Exception):
     """Nothing that the rest of a block's forward computes is wanted."""
 
 
 @contextmanager
-def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], first: bool = False) -> Iterator[None]:
+def input_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], first: bool = False) -> Iterator[None]:
     """Call `callback(site, input)` before every forward of a site for the time of the body.
 
     An expert's slice has no forward: it is called back before every product with it. With `first` the call comes before
@@ -55,7 +55,7 @@ def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], fi
     alone = [site for site in sites if site.expert is None]
     handles = [site.module.register_forward_pre_hook(hook(site), prepend=first, with_kwargs=True) for site in alone]
     try:
-        with watching_products([site for site in sites if site.expert is not None], callback):
+        with matmul_hooks([site for site in sites if site.expert is not None], callback):
             yield
     finally:
         for handle in handles:
@@ -63,7 +63,7 @@ def watching(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], fi
 
 
 @dataclass
-class DenseStream:
+class DenseReference:
     """The dense side of one block: a dense copy of it, and what it receives in the dense model.
 
     Attributes:
@@ -82,7 +82,7 @@ class DenseStream:
         Without it every later question takes a pass of its own.
         """
         size = self.inputs.tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites)
-        if not fitting([size], self.inputs.activations.limit):
+        if not select_within_budget([size], self.inputs.activations.limit):
             return
         names = {site.name for site in sites}
         for batch, hidden in enumerate(self.inputs.hidden):
@@ -116,9 +116,9 @@ class DenseStream:
         def note(site: Site, x: Tensor) -> None:
             found[site.name].append(x)
             if once and all(found.values()):
-                raise AllSeen
+                raise StopForward
 
         sites = [site for site in self.block.sites if site.name in names]
-        with watching(sites, note), suppress(AllSeen):
+        with input_hooks(sites, note), suppress(StopForward):
             output = self.inputs.run(self.block.index, self.block.module, batch, device)
         return found, output

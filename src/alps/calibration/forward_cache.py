@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs, replaced_forward
-from alps.calibration.dense_reference import fitting, watching
+from alps.calibration.dense_reference import input_hooks, select_within_budget
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
 
 @dataclass(eq=False)
-class Part:
+class CachedSubmodule:
     """A module inside a block whose output is that of its last site.
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
         return hidden if self.rest is None else (hidden, *self.rest)
 
 
-class Settled(BlockInputs):
+class CachedForward(BlockInputs):
     """The inputs of a block, run without what is settled in it.
 
     A batch may be run any number of times, while only the sites that are expected change from pass to pass.
@@ -58,10 +58,10 @@ class Settled(BlockInputs):
         self._settled: set[str] = set()
         self._expected: set[str] = set()
         # Parts whose last site receives what the next pass observes, and the site by which it does.
-        self._noted: list[tuple[Site, Part]] = []
+        self._noted: list[tuple[Site, CachedSubmodule]] = []
         self._leaving = False
         # Looked for when a first pass is announced: looking runs the block.
-        self.parts: list[Part] | None = None
+        self.parts: list[CachedSubmodule] | None = None
 
     def expect(self, groups: Sequence[Sequence[Site]]) -> None:
         """The next pass observes these sites, each group by what its first one receives; those before are pruned."""
@@ -85,7 +85,7 @@ class Settled(BlockInputs):
             return super().run(index, block, batch, device, window)
         with ExitStack() as stack:
             for site, part in self._noted:
-                stack.enter_context(watching([site], partial(self._note, part, batch), first=True))
+                stack.enter_context(input_hooks([site], partial(self._note, part, batch), first=True))
             for part in self.parts or ():
                 if part.names <= self._settled and (batch in part.received or batch in part.given):
                     stack.enter_context(replaced_forward(part.module, partial(self._resumed, part, batch)))
@@ -97,12 +97,12 @@ class Settled(BlockInputs):
         self._leaving = True
         super().advance(index, block, device)
 
-    def _note(self, part: Part, batch: int, _site: Site, x: Tensor) -> None:
+    def _note(self, part: CachedSubmodule, batch: int, _site: Site, x: Tensor) -> None:
         # A view may hold far more memory than was counted; such a part is computed again each time.
         if x.is_contiguous():
             part.received[batch] = x.to(self.hidden[batch].device)
 
-    def _resumed(self, part: Part, batch: int, *_args: Any, **_kwargs: Any) -> Any:
+    def _resumed(self, part: CachedSubmodule, batch: int, *_args: Any, **_kwargs: Any) -> Any:
         if batch in part.given:
             given = part.given.pop(batch) if self._leaving else part.given[batch]
             # A copy, since what follows may write into it.
@@ -112,13 +112,13 @@ class Settled(BlockInputs):
             part.given[batch] = hidden.to(self.hidden[batch].device, copy=True)
         return part.returned(hidden)
 
-    def _affordable(self) -> list[Part]:
+    def _affordable(self) -> list[CachedSubmodule]:
         parts = _parts(self._block, self, self._device)
         sizes = [self.tokens * max(part.last.shape) * part.last.dtype.itemsize for part in parts]
-        return [parts[index] for index in fitting(sizes, self.activations.limit)]
+        return [parts[index] for index in select_within_budget(sizes, self.activations.limit)]
 
 
-def _parts(block: Block, inputs: BlockInputs, device: torch.device) -> list[Part]:
+def _parts(block: Block, inputs: BlockInputs, device: torch.device) -> list[CachedSubmodule]:
     """What one window shows to be parts, and proves: it gives the same without what comes before their last sites."""
     if not block.sites or any(site.expert is not None for site in block.sites):
         return []
@@ -127,7 +127,7 @@ def _parts(block: Block, inputs: BlockInputs, device: torch.device) -> list[Part
         with trace.recording():
             whole = inputs.run(block.index, block.module, 0, device, 0)
 
-        def holds(parts: Sequence[Part]) -> bool:
+        def holds(parts: Sequence[CachedSubmodule]) -> bool:
             with ExitStack() as stack:
                 for part in parts:
                     stack.enter_context(replaced_forward(part.module, partial(trace.again, part)))
@@ -154,15 +154,15 @@ class _Trace:
 
         handles = [module.register_forward_hook(returned) for module in self._block.module.modules()]
         try:
-            with watching(self._block.sites, lambda site, x: self._received.append((site, x))):
+            with input_hooks(self._block.sites, lambda site, x: self._received.append((site, x))):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[CachedSubmodule]:
         """The outermost modules that end with a site; none where a site is not called exactly once."""
-        found = list[Part]()
+        found = list[CachedSubmodule]()
         if sorted(site.name for site, _ in self._received) != sorted(site.name for site in self._block.sites):
             return found
         for module in self._block.module.modules():
@@ -171,12 +171,12 @@ class _Trace:
                 found.append(part)
         return found
 
-    def again(self, part: Part, *_args: Any, **_kwargs: Any) -> Any:
+    def again(self, part: CachedSubmodule, *_args: Any, **_kwargs: Any) -> Any:
         """What a part returns by its last site alone."""
         x = next(x for site, x in self._received if site.name == part.last.name)
         return part.returned(part.last.module(x))
 
-    def _part(self, module: nn.Module) -> Part | None:
+    def _part(self, module: nn.Module) -> CachedSubmodule | None:
         inner = set(module.modules())
         sites = [site for site, _ in self._received if site.module in inner]
         outputs = self._returned.get(module, [])
@@ -186,4 +186,4 @@ class _Trace:
         rest = tuple(more) if isinstance(outputs[0], tuple) else None
         if hidden is not self._returned[sites[-1].module][0] or any(isinstance(one, Tensor) for one in more):
             return None
-        return Part(module, sites[-1], frozenset(site.name for site in sites), rest)
+        return CachedSubmodule(module, sites[-1], frozenset(site.name for site in sites), rest)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs, Structure
-from alps.calibration.dense_reference import AllSeen, DenseStream, watching
-from alps.calibration.moe_statistics import Peers, SharedInput, fed
+from alps.calibration.dense_reference import DenseReference, StopForward, input_hooks
+from alps.calibration.moe_statistics import LayerInput, Peers, augment_undersampled
 from alps.core.errors import UnsupportedModel
 from alps.core.statistics import InputSums, Needs
 from alps.models.blocks import Block
@@ -29,7 +29,7 @@ class Observation:
         seconds: time spent summing statistics, a part of the pass.
     """
 
-    shared: list[SharedInput]
+    shared: list[LayerInput]
     unused: list[Site]
     seconds: float
 
@@ -41,9 +41,9 @@ class _Collector:
         self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = (), last: int | None = None
     ) -> None:
         self.needs, self.device, self._last = needs, device, last
-        self.shared: list[SharedInput] = []
+        self.shared: list[LayerInput] = []
         # By the name of a site, its input.
-        self._owner: dict[str, SharedInput] = {}
+        self._owner: dict[str, LayerInput] = {}
         for group in groups:
             self._begin(group)
         self.seconds = 0.0
@@ -54,7 +54,7 @@ class _Collector:
         self.may_stop = bool(groups)  # whether a batch may end at its last input
         self._shape = torch.Size()  # windows and tokens of this batch
         # Inputs of this batch that met a new site; held, so that identity means the same tensor.
-        self._met: list[tuple[Tensor, SharedInput]] = []
+        self._met: list[tuple[Tensor, LayerInput]] = []
 
     def knows(self, site: Site) -> bool:
         """Whether a site has received something."""
@@ -68,7 +68,7 @@ class _Collector:
         """
         self._meet(site, x)
         if len(self._owner) == self._last:
-            raise AllSeen
+            raise StopForward
 
     def _meet(self, site: Site, x: Tensor) -> None:
         owner = self._owner.get(site.name)
@@ -90,7 +90,7 @@ class _Collector:
         """
         self._add(self._owner[site.name], x)
         if self.may_stop and len(self._received) == len(self.shared):
-            raise AllSeen
+            raise StopForward
 
     def begin_starved(self, sites: Sequence[Site]) -> None:
         """Empty sums for those experts among `sites` that received nothing where others of their like did."""
@@ -102,7 +102,7 @@ class _Collector:
     def agree(self, wanted: Sequence[Site], peers: Peers) -> None:
         """Know the same inputs as all peers, in the same order: those of which nothing was seen here are empty."""
         sites = {site.name: site for site in wanted}
-        groups = {names[0]: names for one in peers.gathered(self._groups()) for names in one}
+        groups = {names[0]: names for one in peers.all_gather_object(self._groups()) for names in one}
         mine = {names[0]: names for names in self._groups()}
         if any(mine.get(leader, names) != names for leader, names in groups.items()) or any(
             self.knows(sites[name]) for leader, names in groups.items() if leader not in mine for name in names
@@ -119,7 +119,7 @@ class _Collector:
     def _groups(self) -> list[list[str]]:
         return [[site.name for site in one.sites] for one in self.shared]
 
-    def received_once(self, shared: SharedInput) -> bool:
+    def received_once(self, shared: LayerInput) -> bool:
         """Whether an input has been met exactly once since the batch began."""
         return self._received.get(shared.sites[0].name) == 1
 
@@ -138,15 +138,15 @@ class _Collector:
         self._received.clear()
         self._met.clear()
 
-    def _begin(self, sites: Sequence[Site]) -> SharedInput:
+    def _begin(self, sites: Sequence[Site]) -> LayerInput:
         # Which tokens an expert receives may differ between the dense and the pruned model: it has no drift.
         needs = self.needs if sites[0].expert is None else min(self.needs, Needs.GRAM)
-        shared = SharedInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
+        shared = LayerInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
         self.shared.append(shared)
         self._owner |= {site.name: shared for site in sites}
         return shared
 
-    def _add(self, shared: SharedInput, x: Tensor) -> None:
+    def _add(self, shared: LayerInput, x: Tensor) -> None:
         start = self._now()
         name = shared.sites[0].name
         count = self._received.get(name, 0)
@@ -180,7 +180,7 @@ def observe(
     needs: Needs,
     device: torch.device,
     groups: Sequence[Sequence[Site]] = (),
-    dense: DenseStream | None = None,
+    dense: DenseReference | None = None,
     peers: Peers | None = None,
 ) -> Observation:
     """Run `block` over all batches and sum up what its sites receive.
@@ -215,9 +215,9 @@ def observe(
                 assert dense is not None, "the drift is measured against a dense stream"
                 names = {site.name for site in leaders + strangers if site.expert is None}
                 collector.dense = dense.received(names, batch, device, once=collector.may_stop) if names else {}
-            hooks = watching(leaders, collector.later), watching(strangers, collector.first)
+            hooks = input_hooks(leaders, collector.later), input_hooks(strangers, collector.first)
             collector.begin_batch(inputs.hidden[batch])
-            with hooks[0], hooks[1], suppress(AllSeen):
+            with hooks[0], hooks[1], suppress(StopForward):
                 inputs.run(block.index, block.module, batch, device)
             collector.end_batch(complete=all(map(collector.knows, wanted)))
             if not batch and not groups and collector.may_stop:
@@ -225,7 +225,7 @@ def observe(
     collector.begin_starved(wanted)
     if peers is not None:
         collector.agree(wanted, peers)
-    shared = fed(collector.shared, block, inputs, needs, device, peers)
+    shared = augment_undersampled(collector.shared, block, inputs, needs, device, peers)
     return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
 
 
@@ -242,7 +242,7 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
     """
     collector = _Collector(Needs.NOTHING, device)
     collector.begin_batch(inputs.hidden[0])
-    with torch.no_grad(), watching(block.sites, collector.first):
+    with torch.no_grad(), input_hooks(block.sites, collector.first):
         inputs.run(block.index, block.module, 0, device)
     met = list(collector.shared)
     collector.begin_starved(block.sites)

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.calibration.dense_reference import DenseStream
-from alps.calibration.forward_cache import Settled
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.forward_cache import CachedForward
 from alps.calibration.input_statistics import Observation, discover, observe
 from alps.calibration.moe_statistics import Peers
 from alps.core.statistics import Needs
@@ -25,14 +25,15 @@ def observations(
     needs: Needs,
     device: torch.device,
     order: Order = "block",
-    dense: DenseStream | None = None,
+    dense: DenseReference | None = None,
     peers: Peers | None = None,
 ) -> Iterator[Observation]:
     """What the sites of a block receive, to be pruned between one answer and the next.
 
     Args:
         block: the block, on `device`.
-        inputs: hidden states and arguments of this block; a pass over `Settled` ones goes on where the last one ended.
+        inputs: hidden states and arguments of this block; a `CachedForward` continues where the last pass
+            ended.
         needs: what to collect.
         device: where the forward runs and the sums live.
         order: `block` gives one answer; `sequential` one for every input, in the order of the forward (the inputs of
@@ -56,12 +57,12 @@ def observations(
     for group in groups:
         steps.setdefault(group[0].parameter_name, []).append(group)
     for step in steps.values():
-        if isinstance(inputs, Settled):
+        if isinstance(inputs, CachedForward):
             inputs.expect(step)
         yield observe(block, inputs, needs, device, step, dense, peers)
     found = {site.name for group in groups for site in group}
     if rest := [site for site in block.sites if site.name not in found]:
-        if isinstance(inputs, Settled):
+        if isinstance(inputs, CachedForward):
             inputs.expect([[site] for site in rest])
         yield observe(block.only(rest), inputs, needs, device, dense=dense, peers=peers)
 
@@ -73,7 +74,9 @@ def _discovered(
     if peers is None:
         return discover(block, inputs, device)
     sites = {site.name: site for site in block.sites}
-    names = peers.first(lambda: [[site.name for site in group] for group in discover(block, inputs, device)])
+    names = peers.broadcast_from_main(
+        lambda: [[site.name for site in group] for group in discover(block, inputs, device)]
+    )
     return [[sites[name] for name in group] for group in names]
 
 

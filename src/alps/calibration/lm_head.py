@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture, replaced_forwards
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs, replaced_forwards
 from alps.core.kl_divergence import kl_divergence
 from alps.models.blocks import Block, on_device, outside
 
@@ -87,7 +87,7 @@ def divergences(
     Returns:
         For every change, mean KL(model || changed model) per token in nats.
     """
-    inputs = capture(model, blocks, windows, len(windows))
+    inputs = capture_block_inputs(model, blocks, windows, len(windows))
     home = inputs.hidden[0].device
     dense, carried = inputs.hidden[0], list[Tensor]()
 

@@ -65,7 +65,7 @@ class _Products(TorchFunctionMode):
 
 
 @contextmanager
-def watching_products(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def matmul_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Call `callback(site, x)` before every product of a slice of `sites` for the time of the body.
 
     Experts run by their plain forward meanwhile, which multiplies one expert after the other.

@@ -4,7 +4,7 @@ legend  in   inputs of an expert's map                                    scalar
         T_e  tokens that the router sent to the expert                    scalar
         G_e  Gram of what its map received of them                        (in, in)
         T, P the same of the pool                                         scalar, (in, in)
-        c    `ENOUGH`                                                     scalar
+        c    `MIN_TOKENS_PER_INPUT`                                                     scalar
 An expert with T_e < c in gets G_e + (c in - T_e) P / T: as many average tokens of the pool as are missing, and the
 other sums alike. The rule is continuous at T_e = c in, leaves an expert with enough tokens alone, gives one without any
 the pool, and scales with the inputs. The pool of a first map is all tokens that entered the experts; that of a second
@@ -26,18 +26,18 @@ import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.calibration.dense_reference import AllSeen, watching
+from alps.calibration.dense_reference import StopForward, input_hooks
 from alps.calibration.moe_hooks import reroutable, rerouted
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
 # Tokens for each input: with one the Gram has full rank, and still misleads (docs/experts.md).
-ENOUGH = 4
+MIN_TOKENS_PER_INPUT = 4
 
 
 @dataclass(frozen=True)
-class SharedInput:
+class LayerInput:
     """What was collected of one input, and all the sites that read it (q, k and v; gate and up).
 
     Attributes:
@@ -75,75 +75,77 @@ class SharedInput:
 
 
 class Peers(Protocol):
-    """The processes that see the other tokens of the same calibration; see `alps.core.distributed.Group`."""
+    """The processes that see the other tokens of the same calibration; see `alps.core.distributed.ProcessGroup`."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that counts what there is only one of."""
 
-    def counts(self, mine: Mapping[str, int]) -> dict[str, int]:
+    def sum_counters(self, mine: Mapping[str, int]) -> dict[str, int]:
         """Sums over all processes by name."""
 
-    def first(self, value: Callable[[], Any]) -> Any:
+    def broadcast_from_main(self, value: Callable[[], Any]) -> Any:
         """What the first of them makes of `value`."""
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all of them."""
 
 
-def fed(
-    shared: Sequence[SharedInput],
+def augment_undersampled(
+    shared: Sequence[LayerInput],
     block: Block,
     inputs: BlockInputs,
     needs: Needs,
     device: torch.device,
     peers: Peers | None = None,
-) -> list[SharedInput]:
+) -> list[LayerInput]:
     """The same inputs, with those of starving experts filled up; with `peers`, this process's part of it."""
     experts = {one.name: one.sums.tokens for one in shared if one.sites[0].expert is not None}
-    received = peers.counts(experts) if peers is not None and experts else experts
-    missing = {name: max(ENOUGH * _inputs_of(name, shared) - count, 0) for name, count in received.items()}
-    hungry = [one for one in shared if missing.get(one.name)]
-    if not hungry or needs is Needs.NOTHING:
+    received = peers.sum_counters(experts) if peers is not None and experts else experts
+    missing = {
+        name: max(MIN_TOKENS_PER_INPUT * _inputs_of(name, shared) - count, 0) for name, count in received.items()
+    }
+    undersampled = [one for one in shared if missing.get(one.name)]
+    if not undersampled or needs is Needs.NOTHING:
         return list(shared)
-    own = _rerouted_pools([one.sites[0] for one in hungry], block, inputs, needs, device)
+    own = _rerouted_pools([one.sites[0] for one in undersampled], block, inputs, needs, device)
     fused: dict[str, InputSums] = {}
     for one in shared:
         name = one.sites[0].parameter_name
         if one.sites[0].expert is not None and one.sites[0].name not in own:
             fused[name] = fused[name] + one.sums if name in fused else one.sums
-    pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in hungry}
+    pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in undersampled}
     sizes = {name: pool.tokens for name, pool in pools.items()}
     if peers is not None:
-        sizes = peers.counts(sizes)
-    counted = peers is None or peers.leads
+        sizes = peers.sum_counters(sizes)
+    counted = peers is None or peers.is_main
     return [
         _filled(one, pools[one.name], missing[one.name], sizes[one.name], counted) if one.name in pools else one
         for one in shared
     ]
 
 
-def _inputs_of(name: str, shared: Sequence[SharedInput]) -> int:
+def _inputs_of(name: str, shared: Sequence[LayerInput]) -> int:
     return next(one.sites[0].shape[1] for one in shared if one.name == name)
 
 
-def _filled(one: SharedInput, pool: InputSums, missing: int, of: int, counted: bool) -> SharedInput:
+def _filled(one: LayerInput, pool: InputSums, missing: int, of: int, counted: bool) -> LayerInput:
     added = pool.averaged(missing, of)
     return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), added=missing)
 
 
 def _rerouted_pools(
-    hungry: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
+    undersampled: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
 ) -> dict[str, InputSums]:
     """By name of a site, what it receives when all tokens are sent to its expert; only where that can be done."""
-    modules = {id(site.module): site.module for site in hungry if reroutable(site.module)}
+    modules = {id(site.module): site.module for site in undersampled if reroutable(site.module)}
     pools: dict[str, InputSums] = {}
     for module in modules.values():
-        sites = [site for site in hungry if site.module is module]
+        sites = [site for site in undersampled if site.module is module]
         collector = _Everywhere(sites, pools, needs)
-        with torch.no_grad(), watching(sites, collector.note), rerouted(module, collector.send_all):
+        with torch.no_grad(), input_hooks(sites, collector.note), rerouted(module, collector.send_all):
             for batch in range(len(inputs.hidden)):
-                with suppress(AllSeen):
+                with suppress(StopForward):
                     inputs.run(block.index, block.module, batch, device)
     return pools
 
@@ -163,7 +165,7 @@ class _Everywhere:
         self._summed.clear()
         for expert in sorted({site.expert for site in self._sites if site.expert is not None}):
             send(expert)
-        raise AllSeen
+        raise StopForward
 
     def note(self, site: Site, x: Tensor) -> None:
         assert self._hidden is not None

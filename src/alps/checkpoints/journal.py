@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alps.checkpoints.atomic_io import sync, write_text
 from alps.checkpoints.locked import locked_directory
-from alps.checkpoints.safetensors_io import Pending, Stored, stored_tensors, write_tensors
+from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite, stored_tensors, write_tensors
 from alps.checkpoints.weight_files import weight_file
 from alps.core.errors import CheckpointError
 
@@ -80,7 +80,7 @@ class Journal:
             CheckpointError: when they cannot be written.
         """
         assert index == self.finished, f"block {index} after {self.finished} finished ones"
-        pending = [Pending(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]  # type: ignore[misc]
+        pending = [TensorToWrite(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]  # type: ignore[misc]
         write_tensors(self._path(index, "safetensors"), pending)
 
     def keep_record(self, index: int, record: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Journal:
         write_text(self._path(index, "json"), json.dumps(record, allow_nan=False))
         sync(self.place)
 
-    def tensors(self, index: int) -> dict[str, Stored]:
+    def tensors(self, index: int) -> dict[str, TensorOnDisk]:
         """Where the tensors of a finished block lie, by their names inside the block.
 
         Raises:

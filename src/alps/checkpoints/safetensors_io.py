@@ -33,7 +33,7 @@ _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorOnDisk:
     """A tensor that lies in a file: its bytes begin at `offset`."""
 
     name: str
@@ -43,7 +43,7 @@ class Stored:
     offset: int
     nbytes: int
 
-    def section(self, start: int, shape: tuple[int, ...]) -> Stored:
+    def section(self, start: int, shape: tuple[int, ...]) -> TensorOnDisk:
         """A part of the tensor that lies in one piece: `start` is the number of elements before it."""
         size = self.dtype.itemsize
         return replace(self, shape=shape, offset=self.offset + start * size, nbytes=torch.Size(shape).numel() * size)
@@ -92,7 +92,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Pending:
+class TensorToWrite:
     """A tensor that is to be written: what the header says of it, and where its values come from in the end."""
 
     name: str
@@ -106,7 +106,7 @@ class Pending:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def stored_tensors(file: WeightFile) -> list[Stored]:
+def stored_tensors(file: WeightFile) -> list[TensorOnDisk]:
     """The tensors of a safetensors file in the order of their bytes.
 
     Raises:
@@ -116,12 +116,12 @@ def stored_tensors(file: WeightFile) -> list[Stored]:
     for entry in parse_header(file.header):
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"'{file.path}' holds {entry.name} as {entry.dtype}, which is not supported.")
-        found.append(Stored(entry.name, file.path, DTYPES[entry.dtype], entry.shape, offset, entry.nbytes))
+        found.append(TensorOnDisk(entry.name, file.path, DTYPES[entry.dtype], entry.shape, offset, entry.nbytes))
         offset += entry.nbytes
     return found
 
 
-def write_tensors(path: Path, tensors: Iterable[Pending]) -> None:
+def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     """Write a safetensors file that appears whole or not at all; every tensor is asked for when its turn comes.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from alps.core.errors import CheckpointError, shortened
+from alps.core.errors import CheckpointError, truncate
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -159,7 +159,7 @@ def _header(path: Path) -> str:
         missing = True
     if missing:
         raise CheckpointError(
-            f"'{shortened(path)}' is missing, though the index names it: fetch or save the model again."
+            f"'{truncate(path)}' is missing, though the index names it: fetch or save the model again."
         )
     try:
         with safe_open(path, framework="pt"):  # checks the header, and that the file has the length it states

@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 from alps.cli.console import consoles
 from alps.core.errors import ConfigError
 from alps.evaluation.compare import compare
-from alps.evaluation.compare_config import load_comparison
+from alps.evaluation.compare_config import load_compare_config
 from alps.pruning.presets import PRESETS
 from alps.reporting.compare_results import RESULTS_NAME
 from alps.reporting.markdown_tables import TABLE_NAME, summary
@@ -79,8 +79,8 @@ def compare_command(
         "device": device,
         "dtype": dtype,
     }
-    console, watcher, tell = consoles()
-    results = compare(load_comparison(config, given), out, watcher, tell)
+    console, progress, tell = consoles()
+    results = compare(load_compare_config(config, given), out, progress, tell)
     console.print(Markdown(summary(results)) if console.is_terminal else summary(results), soft_wrap=True)
     page = f", {PAGE_NAME}" if (out / PAGE_NAME).is_file() else ""
     tell(f"Written to {out}: {RESULTS_NAME}, {TABLE_NAME}{page}.")

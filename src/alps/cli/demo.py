@@ -19,7 +19,7 @@ def demo(
     """Prune a real 135M-parameter LLaMA to 70 %, and compare methods; needs pip's package index once, no hub."""
     from alps.cli.demo_run import demo as run_demo
 
-    console, watcher, tell = consoles()
-    rows, report = run_demo(out, quick, device, watcher, tell)
+    console, progress, tell = consoles()
+    rows, report = run_demo(out, quick, device, progress, tell)
     console.print(demo_table(rows))
     console.print(prune_summary(report, out), soft_wrap=True)

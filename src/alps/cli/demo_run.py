@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alps.checkpoints.atomic_io import check_target
-from alps.core.progress import Watcher
+from alps.core.progress import Progress
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.models.demo_model import NAME, packaged_model
-from alps.pruning.config import PruneSettings
-from alps.pruning.pipeline import Walk
+from alps.pruning.config import PruneConfig
+from alps.pruning.pipeline import BlockPruner
 from alps.pruning.run import run, write
 from alps.reporting.evaluation_records import EvaluationRecord
 from alps.reporting.run_report import RunReport
@@ -43,7 +43,7 @@ class DemoRow:
 
 
 def demo(
-    out: Path, quick: bool, device: str, watcher: Watcher, tell: Callable[[str], None]
+    out: Path, quick: bool, device: str, progress: Progress, tell: Callable[[str], None]
 ) -> tuple[list[DemoRow], RunReport]:
     """Prune the packaged model to 70 % and write ALPS's result to `out`.
 
@@ -62,13 +62,13 @@ def demo(
     limit, seqlen = EVALUATION
     start = time.perf_counter()
     tell(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
-    dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, watcher)[0]
+    dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, progress)[0]
     rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
     text = load_text(TEXT, "calibration")
     for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
         start = time.perf_counter()
         tell(f"Pruning to {SPARSITY:.0%} with {method} ...")
-        settings = PruneSettings(
+        settings = PruneConfig(
             model=NAME,
             sparsity=SPARSITY,
             method=method,
@@ -79,10 +79,10 @@ def demo(
         )
         loaded = load(NAME)
         windows = loaded.calibration(text, *CALIBRATION, settings.seed)
-        walk = Walk(settings.build_method(), settings.build_pattern(), settings.place(), watcher=watcher)
+        walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.place(), progress=progress)
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
-        pruned = evaluate(loaded, [TEXT], seqlen, limit, device, watcher)[0]
+        pruned = evaluate(loaded, [TEXT], seqlen, limit, device, progress)[0]
         report.evaluations = [
             dense.model_copy(update={"model": f"{NAME}, dense"}),
             pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),

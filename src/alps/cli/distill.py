@@ -11,7 +11,7 @@ from alps.cli.console import consoles
 from alps.cli.tables import match_summary, recovery_summary
 
 
-def recover(
+def distill(
     dense: Annotated[str, typer.Argument(help="The dense model, as MODEL of `alps prune`.")],
     pruned: Annotated[str, typer.Argument(help="A directory that was pruned from it.")],
     out: Annotated[Path, typer.Argument(help="Directory to create for the recovered checkpoint.")],
@@ -31,7 +31,7 @@ def recover(
     ] = None,
 ) -> None:
     """Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot."""
-    from alps.finetuning.distill_checkpoint import recover_directory, recover_settings
+    from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
 
     given: dict[str, Any] = {
         "minutes": minutes,
@@ -45,8 +45,8 @@ def recover(
         "device": device,
         "dtype": dtype,
     }
-    console, watcher, tell = consoles()
-    report = recover_directory(dense, pruned, out, recover_settings(given), watcher, tell)
+    console, progress, tell = consoles()
+    report = distill_directory(dense, pruned, out, load_distill_config(given), progress, tell)
     console.print(recovery_summary(report, out), soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ def match_command(
     ] = None,
 ) -> None:
     """Tune the kept weights of PRUNED, block by block, to the outputs of DENSE's blocks, and write OUT; zeros stay."""
-    from alps.finetuning.reconstruct_checkpoint import match_directory, match_settings
+    from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config, reconstruct_directory
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -92,6 +92,6 @@ def match_command(
         "dtype": dtype,
         "offload": offload,
     }
-    console, watcher, tell = consoles()
-    report = match_directory(dense, pruned, out, match_settings(given), watcher, tell)
+    console, progress, tell = consoles()
+    report = reconstruct_directory(dense, pruned, out, load_reconstruct_config(given), progress, tell)
     console.print(match_summary(report, out), soft_wrap=True)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from alps.cli.console import consoles
 from alps.cli.tables import evaluation_table, inspection_tables, task_table
-from alps.core.device import memory_told, pick_device
-from alps.core.distributed import joined
+from alps.core.device import out_of_memory_as_error, pick_device
+from alps.core.distributed import process_group
 from alps.core.errors import ConfigError
 from alps.data.calibration import load
 from alps.evaluation.api import evaluate
@@ -57,23 +57,23 @@ def evaluate_command(
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
-    with joined() as group:
-        _, watcher, tell = consoles(quiet=not group.leads)
+    with process_group() as group:
+        _, progress, tell = consoles(quiet=not group.is_main)
         loaded = load(directory, dtype, tell, packed=True)
         if text:
             dense = None if reference is None else load(reference, dtype, tell)
-            with memory_told("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
-                found = evaluate(loaded, text, seqlen, windows, device, watcher, dense, group)
+            with out_of_memory_as_error("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
+                found = evaluate(loaded, text, seqlen, windows, device, progress, dense, group)
             rows += found
-            if group.leads:
+            if group.is_main:
                 errors.print(evaluation_table(found))
         if wanted is not None:
-            with memory_told("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
+            with out_of_memory_as_error("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
                 scores = score_tasks(loaded, wanted, group.device(device, place), batch_size or 8, group)
             rows += scores
-            if group.leads:
+            if group.is_main:
                 errors.print(task_table(scores))
-    if group.leads:
+    if group.is_main:
         print(json.dumps([row.model_dump() for row in rows], indent=1))
 
 

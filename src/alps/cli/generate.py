@@ -23,11 +23,11 @@ def generate_command(
     """Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr."""
     from alps.inference.load import load
     from alps.inference.text_generation import summary, write
-    from alps.models.demo_model import place_of
+    from alps.models.demo_model import resolve_model_path
     from alps.models.load import load_tokenizer
 
     _, _, tell = consoles()
-    place = place_of(path, tell)
+    place = resolve_model_path(path, tell)
     model, tokenizer = load(place, device, dtype), load_tokenizer(place)
 
     def emit(text: str) -> None:

@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "recover": (
         "distill",
-        "recover",
+        "distill",
         "Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot.",
     ),
     "match": (
@@ -161,6 +161,6 @@ def main(
 ) -> None:
     """Prune large language models in one shot, and see what it did to them."""
     if not version and context.invoked_subcommand not in _TOGETHER:
-        from alps.core.distributed import alone
+        from alps.core.distributed import require_single_process
 
-        alone(str(context.invoked_subcommand))
+        require_single_process(str(context.invoked_subcommand))

@@ -9,10 +9,10 @@ import typer
 
 from alps.cli.console import consoles
 from alps.cli.tables import prune_summary
-from alps.core.distributed import alone, joined
-from alps.pruning.config import load_settings
+from alps.core.distributed import process_group, require_single_process
+from alps.pruning.config import load_prune_config
 from alps.pruning.dry_run import forecast_summary
-from alps.pruning.job import foresee, prune_directory
+from alps.pruning.job import estimate_run, prune_directory
 from alps.pruning.presets import PRESETS
 from alps.pruning.sparsity_allocation import BUDGETS
 from alps.solvers import METHODS
@@ -124,12 +124,14 @@ def prune(
         "errors": errors,
     }
     if dry_run:
-        alone("prune --dry-run")
-    with joined() as group:
-        console, watcher, tell = consoles(quiet=not group.leads)
-        settings = load_settings(config, given)
+        require_single_process("prune --dry-run")
+    with process_group() as group:
+        console, progress, tell = consoles(quiet=not group.is_main)
+        settings = load_prune_config(config, given)
         if dry_run:
-            console.print(forecast_summary(foresee(settings, out, tell)), soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                forecast_summary(estimate_run(settings, out, tell)), soft_wrap=True, highlight=False, markup=False
+            )
             return
-        report = prune_directory(settings, out, watcher, tell, resume, group)
+        report = prune_directory(settings, out, progress, tell, resume, group)
         console.print(prune_summary(report, out), soft_wrap=True)

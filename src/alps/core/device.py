@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alps.core.errors import ConfigError, SolveFailed, reason_of
+from alps.core.errors import ConfigError, SolveFailed, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,13 +33,13 @@ def pick_device(name: str) -> torch.device:
         float(torch.zeros(1, device=device).sum())
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise ConfigError(
-            f"Device '{name}' cannot be used here ({reason_of(error)}): choose auto, cpu or cuda:N."
+            f"Device '{name}' cannot be used here ({first_line(error)}): choose auto, cpu or cuda:N."
         ) from None
     return device
 
 
 @contextmanager
-def memory_told(advice: str, host: str | None = None) -> Iterator[None]:
+def out_of_memory_as_error(advice: str, host: str | None = None) -> Iterator[None]:
     """Turn running out of memory, on a GPU or on the host, into one sentence.
 
     Args:
@@ -104,7 +104,7 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def forget_peaks(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let the peaks below begin anew, so that several runs in one process can be told apart; on Linux and on GPUs."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

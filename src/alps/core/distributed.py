@@ -1,7 +1,7 @@
 """Several processes on one model, started by torchrun: who this one is, what they tell each other, and how they end.
 
-This is the only file that knows of ranks. In a process of its own (`Group()`) every call is a no-op, so that one code
-path serves one process and many. Tensors travel by NCCL where they are on GPUs, everything else by gloo.
+`ProcessGroup()` is a group of one process, in which every call is a no-op: one code path serves
+one process and many. Tensors travel by NCCL where they are on GPUs, everything else by gloo.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alps.core.errors import AlpsError, ConfigError, RankLost, reason_of
+from alps.core.errors import AlpsError, ConfigError, RankLost, first_line
 from alps.core.statistics import InputSums
 
 # How long a process waits for the others before it gives up, in seconds; ALPS_RANK_TIMEOUT says otherwise.
@@ -27,7 +27,7 @@ _TIMEOUT = 1800.0
 _LAST_WORDS = 3.0
 
 
-class Group:
+class ProcessGroup:
     """The processes of one run.
 
     Attributes:
@@ -37,11 +37,11 @@ class Group:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, store: Any = None) -> None:
-        self.rank, self.size, self.local, self.place = rank, size, local, "the start"
+        self.rank, self.size, self.local, self.current_stage = rank, size, local, "the start"
         self._store = store
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that prints, and keeps what there is only one of."""
         return self.rank == 0
 
@@ -64,7 +64,7 @@ class Group:
         torch.cuda.set_device(self.local)
         return torch.device("cuda", self.local)
 
-    def share(self, values: Tensor) -> Tensor:
+    def shard(self, values: Tensor) -> Tensor:
         """Every `size`-th of the rows of a tensor, those of this process.
 
         Raises:
@@ -74,7 +74,7 @@ class Group:
             raise ConfigError(f"{len(values)} windows cannot be split over {self.size} processes: give more samples.")
         return values[self.rank :: self.size]
 
-    def shares(self, count: int, batch: int) -> list[int]:
+    def shard_batch_sizes(self, count: int, batch: int) -> list[int]:
         """How many of every `batch` consecutive ones of all processes' `count` rows are this process's by `share`.
 
         A batch has at least one row of each process, but for the last, which is left out where it has none of this one.
@@ -84,19 +84,19 @@ class Group:
         mine = [-(-max(end - self.rank, 0) // self.size) for end in ends]
         return [after - before for before, after in pairwise(mine) if after > before]
 
-    def first(self, value: Callable[[], Any]) -> Any:
+    def broadcast_from_main(self, value: Callable[[], Any]) -> Any:
         """What the first process makes of `value`, which no other calls; it must be picklable.
 
         What it raises ends all of them.
         """
         if self.size == 1:
             return value()
-        made = [value()] if self.leads else [None]
+        made = [value()] if self.is_main else [None]
         with self._together():
             dist.broadcast_object_list(made, src=0)
         return made[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, on every one of them."""
         if self.size == 1:
             return [value]
@@ -105,22 +105,22 @@ class Group:
             dist.all_gather_object(found, value)
         return found
 
-    def counts(self, mine: Mapping[str, int]) -> dict[str, int]:
+    def sum_counters(self, mine: Mapping[str, int]) -> dict[str, int]:
         """Sums by name, in the first process's order and then the others'; who lacks a name counts nothing for it."""
         total: dict[str, int] = {}
-        for one in self.gathered(dict(mine)):
+        for one in self.all_gather_object(dict(mine)):
             for name, count in one.items():
                 total[name] = total.get(name, 0) + count
         return total
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, the same bits on every one of them; may overwrite `values`."""
         if self.size > 1:
             with self._together():
                 dist.all_reduce(values)
         return values
 
-    def sums(self, mine: InputSums, owner: int | None) -> None:
+    def reduce_statistics(self, mine: InputSums, owner: int | None) -> None:
         """Add up the sums of all processes in place: on `owner`, the others let go of theirs, or on all for None."""
         if self.size == 1:
             return
@@ -135,15 +135,15 @@ class Group:
         if owner not in (None, self.rank):
             mine.clear()
 
-    def send(self, tensor: Tensor, source: int) -> None:
+    def broadcast(self, tensor: Tensor, source: int) -> None:
         """Give every process the values that `tensor` has on `source`, in place."""
         if self.size > 1:
             with self._together():
                 dist.broadcast(tensor, src=source)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when every process is here."""
-        self.total(torch.zeros(1))
+        self.all_reduce_sum(torch.zeros(1))
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Group:
         except RuntimeError as error:
             raise RankLost(self._loss(error)) from error
 
-    def tell(self, sentence: str) -> None:
+    def post_exit_reason(self, sentence: str) -> None:
         """Leave last words for the others: why this process ends."""
         if self.size > 1:
             with suppress(Exception):
@@ -161,7 +161,7 @@ class Group:
 
     def _loss(self, error: Exception) -> str:
         """Who is lost, where, and why, as far as those who are left know."""
-        self.tell("")
+        self.post_exit_reason("")
         deadline, words = time.monotonic() + _LAST_WORDS, dict[int, str]()
         # torchrun soon asks those who are left to end, too.
         with suppress(KeyboardInterrupt):
@@ -173,10 +173,10 @@ class Group:
                 return f"Rank {rank} ended: {sentence}"
         gone = [rank for rank in range(self.size) if rank not in words]
         if not gone:
-            return f"Rank {self.rank} lost touch with the others at {self.place} ({reason_of(error)})."
+            return f"Rank {self.rank} lost touch with the others at {self.current_stage} ({first_line(error)})."
         return (
             f"Rank {', '.join(map(str, gone))} of {self.size} died or hangs: rank {self.rank} waited in vain at "
-            f"{self.place}; the system's log says whether it was killed for its memory."
+            f"{self.current_stage}; the system's log says whether it was killed for its memory."
         )
 
     def _words(self, rank: int) -> str | None:
@@ -203,7 +203,7 @@ def timeout() -> float:
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def process_group() -> Iterator[ProcessGroup]:
     """The processes that torchrun has started, or this one alone; they part at the end of the body.
 
     What a process fails with is told to the others, who wait for it in vain.
@@ -212,23 +212,23 @@ def joined() -> Iterator[Group]:
         RankLost: when another process is lost.
     """
     if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Group()
+        yield ProcessGroup()
         return
     limit = datetime.timedelta(seconds=timeout())
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     words, calls = (dist.PrefixStore(name, store) for name in ("words", "run"))  # type: ignore[attr-defined]
-    group = Group(rank, size, int(os.environ.get("LOCAL_RANK", "0")), words)
+    group = ProcessGroup(rank, size, int(os.environ.get("LOCAL_RANK", "0")), words)
     dist.init_process_group(backend, store=calls, rank=rank, world_size=size, timeout=limit)
     try:
         yield group
     except RankLost:
         raise
     except BaseException as error:
-        group.tell(_sentence(error))
+        group.post_exit_reason(_sentence(error))
         raise
     else:
-        group.wait()
+        group.barrier()
     finally:
         with suppress(Exception):
             dist.destroy_process_group()
@@ -238,7 +238,7 @@ def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, AlpsError) and str(error) else f"{type(error).__name__}: {error}"
 
 
-def alone(command: str) -> None:
+def require_single_process(command: str) -> None:
     """Refuse to run a command in several processes.
 
     Raises:

@@ -33,12 +33,12 @@ class RankLost(AlpsError):
     """Another process of the run has ended or does not answer; says which, where, and what it said last."""
 
 
-def reason_of(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line of at most 160 characters without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
 
 
-def shortened(word: object) -> str:
+def truncate(word: object) -> str:
     """A name or value that a user gave, in at most 200 characters."""
     text = str(word)
     return text if len(text) <= 200 else f"{text[:190]}..."
@@ -62,4 +62,4 @@ def check_known(what: str, word: object, choices: Iterable[str]) -> None:
     known = list(choices)
     if word not in known:
         near = did_you_mean(str(word), known)
-        raise ConfigError(f"{what} '{shortened(word)}' is unknown: choose one of {', '.join(known)}.{near}")
+        raise ConfigError(f"{what} '{truncate(word)}' is unknown: choose one of {', '.join(known)}.{near}")

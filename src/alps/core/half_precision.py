@@ -25,14 +25,14 @@ _FEWEST = 20.0
 
 
 @contextmanager
-def fast_halves(device: torch.device, *models: nn.Module) -> Iterator[None]:
+def half_matmul_in_float32(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """For the time of the body, multiply matrices of the models' dtypes in the fastest way that rounds as it should.
 
     Does nothing on a GPU, for float32 and float64, and where the CPU has instructions of its own.
     """
     dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
     slow = any(multiplies_by_float32(dtype, device) for dtype in dtypes)
-    with Widened() if slow else nullcontext():
+    with Float32MatmulMode() if slow else nullcontext():
         yield
 
 
@@ -42,7 +42,7 @@ def multiplies_by_float32(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and fast is not None and not fast(device)
 
 
-class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Float32MatmulMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products of bfloat16 or float16 matrices on the CPU go by float32, forward and backward; so does attention."""
 
     def __init__(self) -> None:

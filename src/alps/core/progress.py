@@ -6,10 +6,11 @@ import time
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """What the walk and the evaluation report to."""
 
     def start(self, title: str, total: int) -> None:
@@ -22,7 +23,7 @@ class Watcher(Protocol):
         """The job is over, however it ended."""
 
 
-class Silent:
+class NoProgress:
     """Reports to nobody."""
 
     def start(self, title: str, total: int) -> None:
@@ -35,12 +36,12 @@ class Silent:
         pass
 
 
-class ConsoleWatcher:
+class ConsoleProgress:
     """A bar with the remaining time on a terminal, at most a line every few seconds elsewhere."""
 
     def __init__(self, console: Console, every_seconds: float = 5.0) -> None:
         self._console, self._every = console, every_seconds
-        self._bar: Progress | None = None
+        self._bar: RichProgress | None = None
         self._title, self._total, self._done = "", 0, 0
         self._started = self._printed = 0.0
 
@@ -48,7 +49,7 @@ class ConsoleWatcher:
         self._title, self._total, self._done = title, total, 0
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from alps.core.errors import ConfigError, did_you_mean, shortened
+from alps.core.errors import ConfigError, did_you_mean, truncate
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,7 +43,7 @@ def read_value(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except _BROKEN:
         raise ConfigError(
-            f"The value in '{shortened(where)}' is not valid YAML: put it in quotes, or mend it."
+            f"The value in '{truncate(where)}' is not valid YAML: put it in quotes, or mend it."
         ) from None
 
 
@@ -79,7 +79,7 @@ def _nodes(value: Any, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
-def sentence(error: ValidationError, where: str, known: Iterable[str]) -> str:
+def format_validation_error(error: ValidationError, where: str, known: Iterable[str]) -> str:
     """The first of the errors that pydantic found in settings, in one sentence.
 
     Args:
@@ -88,7 +88,7 @@ def sentence(error: ValidationError, where: str, known: Iterable[str]) -> str:
         known: keys that there are, to suggest one.
     """
     first = error.errors()[0]
-    key = shortened(".".join(str(part) for part in first["loc"]))
+    key = truncate(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"Setting '{key}' in {where} is unknown.{did_you_mean(key, known)}"
     if first["type"] == "missing":

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.errors import ConfigError
-from alps.core.progress import Watcher
-from alps.data.mixture import Mix, Part, combine
+from alps.core.progress import Progress
+from alps.data.mixture import CalibrationMix, CalibrationSource, combine
 from alps.data.self_generated import generated_windows
 from alps.data.text_sources import Text, load_text
 from alps.data.windows import Windows, calibration_windows, evaluation_windows
 from alps.inference.load import is_packed, load_packed
 from alps.models.auto_class import text_config
 from alps.models.blocks import Block, find_blocks
-from alps.models.demo_model import place_of
+from alps.models.demo_model import resolve_model_path
 from alps.models.fingerprint import model_sha256
-from alps.models.lazy_weights import Streamed
+from alps.models.lazy_weights import LazyWeights
 from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
-from alps.models.meta_model import open_streamed
+from alps.models.meta_model import open_lazy_model
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A causal language model, its tokenizer if any, and the name a user gave it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Loaded:
     name: str
     model: nn.Module
     tokenizer: Any
-    store: Streamed | None = None
+    store: LazyWeights | None = None
 
     def blocks(self) -> list[Block]:
         """The decoder blocks; those of a skeleton fetch their weights when they are needed.
@@ -55,12 +55,12 @@ class Loaded:
 
     def calibration(
         self,
-        source: Text | Mix,
+        source: Text | CalibrationMix,
         samples: int,
         seqlen: int,
         seed: int,
         device: torch.device | None = None,
-        watcher: Watcher | None = None,
+        progress: Progress | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> Windows:
         """Seeded calibration windows from a text, from the model itself, or from a mix of such sources.
@@ -77,7 +77,7 @@ class Loaded:
                 or a model that cannot be sampled.
             UnsupportedModel: for sampling from a model without a key-value cache.
         """
-        mix = source if isinstance(source, Mix) else Mix((Part(source),))
+        mix = source if isinstance(source, CalibrationMix) else CalibrationMix((CalibrationSource(source),))
         if samples < 1 or seqlen < 1:
             raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
         if self.tokenizer is None and any(part.text is not None for part in mix.parts):
@@ -93,7 +93,7 @@ class Loaded:
             if (text := mix.parts[i].text) is not None:
                 drawn[i] = calibration_windows(text, self.tokenizer, *sizes)
             else:
-                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, watcher, tell)
+                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, progress, tell)
         return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
     def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
@@ -156,7 +156,9 @@ class Loaded:
             )
 
 
-def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None, packed: bool = False) -> Loaded:
+def load(
+    name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None, packed: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -171,12 +173,12 @@ def load(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _:
     """
     kept = parse_dtype(dtype)
     if packed and is_packed(name):
-        return Loaded(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
-    place = place_of(name, tell)
-    return Loaded(name, load_model(place, kept), load_tokenizer(place))
+        return LoadedModel(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
+    place = resolve_model_path(name, tell)
+    return LoadedModel(name, load_model(place, kept), load_tokenizer(place))
 
 
-def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> Loaded:
+def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> LoadedModel:
     """Open a model without reading its weights, where its checkpoint allows it; else load it.
 
     Args:
@@ -185,11 +187,11 @@ def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lam
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
-    place = place_of(name, tell)
+    place = resolve_model_path(name, tell)
     check_model_path(place)
-    found = open_streamed(place, parse_dtype(dtype))
-    if isinstance(found, Streamed):
-        return Loaded(name, found.model, load_tokenizer(place), found)
+    found = open_lazy_model(place, parse_dtype(dtype))
+    if isinstance(found, LazyWeights):
+        return LoadedModel(name, found.model, load_tokenizer(place), found)
     try:
         loaded = load(name, dtype, tell)
     except MemoryError:

@@ -17,7 +17,7 @@ from alps.data.windows import Windows
 
 
 @dataclass(frozen=True)
-class Part:
+class CalibrationSource:
     """A source of windows and its weight; `text` is None for windows that the dense model samples."""
 
     text: Text | None
@@ -30,10 +30,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Mix:
+class CalibrationMix:
     """Sources of calibration windows; most often only one."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[CalibrationSource, ...]
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Mix:
         return [seed] if len(self.parts) == 1 else [derived_seed(seed, f"part {i}") for i in range(len(self.parts))]
 
 
-def load_calibration(spec: str, samples: int) -> Mix:
+def load_calibration(spec: str, samples: int) -> CalibrationMix:
     """Resolve what a user wrote for the calibration, and load its texts.
 
     Args:
@@ -80,7 +80,7 @@ def load_calibration(spec: str, samples: int) -> Mix:
             twice, or one that would get no window.
     """
     if "," not in spec or _is_file(spec):
-        return Mix((_part(spec, Fraction(1)),))
+        return CalibrationMix((_part(spec, Fraction(1)),))
     weights = {}
     for word in spec.split(","):
         source, _, weight = word.strip().rpartition(":")
@@ -91,12 +91,12 @@ def load_calibration(spec: str, samples: int) -> Mix:
         if source in weights:
             raise ConfigError(f"Calibration mix '{spec}' names '{source}' twice: add up its weights.")
         weights[source] = _weight(weight, word, spec)
-    mix = Mix(tuple(_part(source, weight) for source, weight in weights.items()))
+    mix = CalibrationMix(tuple(_part(source, weight) for source, weight in weights.items()))
     mix.counts(samples)
     return mix
 
 
-def combine(mix: Mix, drawn: Sequence[Windows], seed: int) -> Windows:
+def combine(mix: CalibrationMix, drawn: Sequence[Windows], seed: int) -> Windows:
     """The windows of all parts in a seeded order.
 
     Args:
@@ -112,10 +112,10 @@ def combine(mix: Mix, drawn: Sequence[Windows], seed: int) -> Windows:
     return Windows(ids[order], mix.name, sum(windows.available for windows in drawn), parts)
 
 
-def _part(spec: str, weight: Fraction) -> Part:
+def _part(spec: str, weight: Fraction) -> CalibrationSource:
     if spec == SELF and not _is_file(spec):
-        return Part(None, weight)
-    return Part(load_text(spec, "calibration"), weight)
+        return CalibrationSource(None, weight)
+    return CalibrationSource(load_text(spec, "calibration"), weight)
 
 
 def _weight(word: str, part: str, spec: str) -> Fraction:

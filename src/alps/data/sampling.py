@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from alps.core.device import derived_seed, exact_float32
 from alps.core.errors import ConfigError, UnsupportedModel
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Silent, Watcher
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import NoProgress, Progress
 from alps.models.auto_class import text_config
 
 # Windows sampled at once: more would gain little speed, and their logits are copied to the CPU.
@@ -48,7 +48,7 @@ def sample_windows(
     forbidden: Tensor | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Sample windows with the key-value cache; a token that ends a text does not end a window.
 
@@ -73,19 +73,19 @@ def sample_windows(
         ConfigError: when logits are not finite, or memory of the device runs out.
         UnsupportedModel: for a model without a key-value cache.
     """
-    schedule, watcher = schedule or TemperatureSchedule(), watcher or Silent()
+    schedule, progress = schedule or TemperatureSchedule(), progress or NoProgress()
     largest = batch_size or _largest_batch(model, seqlen)
     batches = torch.arange(samples).tensor_split(-(-samples // largest))
     home, training = next(model.parameters()).device, model.training
     place = device or home
-    watcher.start("sampling calibration windows", len(batches) * (seqlen - 1))
+    progress.start("sampling calibration windows", len(batches) * (seqlen - 1))
     try:
-        with torch.no_grad(), exact_float32(), fast_halves(place, model):
+        with torch.no_grad(), exact_float32(), half_matmul_in_float32(place, model):
             _move(model, place).eval()
             parts = []
             for batch in batches:
                 uniform = torch.stack([_stream(seed, int(window), seqlen - 1) for window in batch])
-                parts.append(_sample_batch(model, first, uniform, schedule, forbidden, watcher))
+                parts.append(_sample_batch(model, first, uniform, schedule, forbidden, progress))
             return torch.cat(parts)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -93,7 +93,7 @@ def sample_windows(
             "sample with --device cpu once, which is kept, or calibrate with a text."
         ) from error
     finally:
-        watcher.finish()
+        progress.finish()
         _move(model, home).train(training)
 
 
@@ -119,7 +119,7 @@ def _sample_batch(
     uniform: Tensor,
     schedule: TemperatureSchedule,
     forbidden: Tensor | None,
-    watcher: Watcher,
+    progress: Progress,
 ) -> Tensor:
     device = next(model.parameters()).device
     columns = [torch.full((len(uniform),), first)]
@@ -140,7 +140,7 @@ def _sample_batch(
         if forbidden is not None:
             logits[:, forbidden] = -torch.inf
         columns.append(draw(logits, uniform[:, index], schedule.at(index)))
-        watcher.step(f"{len(uniform)} at once")
+        progress.step(f"{len(uniform)} at once")
     return torch.stack(columns, dim=1)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alps.core.errors import ConfigError
-from alps.core.progress import Watcher
+from alps.core.progress import Progress
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.text_sources import SELF
 from alps.data.windows import Windows, document_separator
@@ -37,7 +37,7 @@ def generated_windows(
     seqlen: int,
     seed: int,
     device: torch.device | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Windows:
     """Windows sampled from a model, or those of an earlier call with the same model and arguments.
@@ -81,7 +81,15 @@ def generated_windows(
     if ids is None:
         tell(f"Sampling {samples} windows of {seqlen} tokens from the dense model, once: this may take a while ...")
         ids = sample_windows(
-            model, first, samples, seqlen, seed, schedule=schedule, forbidden=forbidden, device=device, watcher=watcher
+            model,
+            first,
+            samples,
+            seqlen,
+            seed,
+            schedule=schedule,
+            forbidden=forbidden,
+            device=device,
+            progress=progress,
         )
         try:
             _write(path, Windows(ids, SELF, samples))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alps.core.device import pick_device
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.progress import Watcher
-from alps.data.calibration import Loaded, load
+from alps.core.progress import Progress
+from alps.data.calibration import LoadedModel, load
 from alps.evaluation.kl_divergence import divergence
 from alps.evaluation.perplexity import perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
@@ -17,19 +17,19 @@ from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
 
 
 def evaluate(
-    loaded: Loaded | str | Path,
+    loaded: LoadedModel | str | Path,
     texts: Sequence[str],
     seqlen: int = 2048,
     windows: int | None = None,
     device: str = "auto",
-    watcher: Watcher | None = None,
-    reference: Loaded | str | Path | None = None,
-    group: Group | None = None,
+    progress: Progress | None = None,
+    reference: LoadedModel | str | Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[EvaluationRecord]:
     """Perplexity of a model on each text; see `alps.evaluation.perplexity` for the convention.
 
     Args:
-        loaded: what `alps eval` takes as DIR, or a model in memory as `Loaded(name, model, tokenizer)`.
+        loaded: what `alps eval` takes as DIR, or a model in memory as `LoadedModel(name, model, tokenizer)`.
         reference: the dense model, to compare with on the same windows: every record is then a `ComparisonRecord`,
             see `alps.evaluation.kl_divergence`.
         group: processes that share out the windows, each with the same arguments.
@@ -38,20 +38,20 @@ def evaluate(
         ConfigError: for a text that is missing or too short, windows longer than the model takes, or a reference with
             another tokenizer or vocabulary.
     """
-    loaded, group = _loaded(loaded), group or Group()
+    loaded, group = _loaded(loaded), group or ProcessGroup()
     place = group.device(device, pick_device(device))
     cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
     if reference is None:
-        return [perplexity(loaded.model, one, loaded.name, place, watcher, group) for one in cut]
+        return [perplexity(loaded.model, one, loaded.name, place, progress, group) for one in cut]
     dense = _loaded(reference)
     for one, text in zip(cut, texts, strict=True):
         dense.check_same(one, text, windows)
     names = (loaded.name, dense.name)
-    return [divergence(loaded.model, dense.model, one, names, place, watcher, group) for one in cut]
+    return [divergence(loaded.model, dense.model, one, names, place, progress, group) for one in cut]
 
 
 def evaluate_tasks(
-    loaded: Loaded | str | Path,
+    loaded: LoadedModel | str | Path,
     tasks: Sequence[str],
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -75,10 +75,10 @@ def evaluate_tasks(
     return score_tasks(_loaded(loaded), found, place, batch_size)
 
 
-def _loaded(model: Loaded | str | Path) -> Loaded:
+def _loaded(model: LoadedModel | str | Path) -> LoadedModel:
     if isinstance(model, str | Path):
         return load(str(model), packed=True)
-    if not isinstance(model, Loaded):
+    if not isinstance(model, LoadedModel):
         raise ConfigError(
             f"A {type(model).__name__} cannot be measured without its tokenizer: give the name of a checkpoint, or "
             "alps.Loaded(name, model, tokenizer)."

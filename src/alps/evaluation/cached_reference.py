@@ -12,7 +12,7 @@ from alps.calibration.lm_head import Head
 from alps.models.blocks import find_blocks
 
 
-class Remembered(nn.Module):
+class CachedReferenceModel(nn.Module):
     """A causal language model whose weights do not change, with the last block's output kept for every batch.
 
     A batch that comes again costs what follows the blocks (the last norm and the output head), and gives the same

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from alps.checkpoints.atomic_io import write_text
 from alps.checkpoints.locked import locked_directory
-from alps.core.device import forget_peaks, pick_device, provenance
+from alps.core.device import pick_device, provenance, reset_peak_memory
 from alps.core.errors import CheckpointError, SolveFailed
-from alps.core.progress import Watcher
-from alps.data.calibration import Loaded, load
-from alps.data.mixture import Mix, load_calibration
+from alps.core.progress import Progress
+from alps.data.calibration import LoadedModel, load
+from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
-from alps.evaluation.cached_reference import Remembered
-from alps.evaluation.compare_config import COMPARISON_NAME, Combination, Comparison
+from alps.evaluation.cached_reference import CachedReferenceModel
+from alps.evaluation.compare_config import COMPARISON_NAME, Combination, CompareConfig
 from alps.evaluation.kl_divergence import divergence
 from alps.evaluation.perplexity import perplexity
 from alps.evaluation.sample_outputs import continuations
@@ -30,8 +30,8 @@ from alps.models.blocks import find_blocks
 from alps.models.demo_model import NAME as PACKAGED
 from alps.models.fingerprint import model_sha256
 from alps.models.load import check_model_path, parse_dtype
-from alps.pruning.config import PruneSettings
-from alps.pruning.run import build_walk, run
+from alps.pruning.config import PruneConfig
+from alps.pruning.run import build_block_pruner, run
 from alps.pruning.sparsity_allocation import check_fit
 from alps.reporting.compare_results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
 from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
@@ -41,7 +41,7 @@ from alps.reporting.publish import publish
 _BATCH_SIZE = 8
 
 
-def compare(settings: Comparison, out: Path, watcher: Watcher, tell: Callable[[str], None]) -> list[Result]:
+def compare(settings: CompareConfig, out: Path, progress: Progress, tell: Callable[[str], None]) -> list[Result]:
     """Do what is missing of a comparison in `out`, and return all of its results, the dense model's first.
 
     Args:
@@ -61,12 +61,12 @@ def compare(settings: Comparison, out: Path, watcher: Watcher, tell: Callable[[s
     if settings.model != PACKAGED:
         check_model_path(settings.model)
     tasks = find_tasks(settings.tasks, _path(settings.task_data), settings.limit) if settings.tasks else None
-    read = [one.settings for one in combinations if build_walk(one.settings).reads_inputs]
+    read = [one.settings for one in combinations if build_block_pruner(one.settings).reads_inputs]
     sources = {spec: load_calibration(*spec) for spec in dict.fromkeys((one.calibration, one.samples) for one in read)}
     with locked_directory(out, COMPARISON_NAME):
         settings.check_continues(out)
         done = read_results(out / RESULTS_NAME)
-        bench = _Bench(settings, load(settings.model, settings.dtype, tell), tasks, sources, watcher)
+        bench = _Bench(settings, load(settings.model, settings.dtype, tell), tasks, sources, progress)
         blocks = find_blocks(bench.dense.model)
         for one in combinations:
             ruled = one.settings.rules().applied(bench.dense.model, blocks)
@@ -117,11 +117,11 @@ def _keep(out: Path, results: list[Result]) -> list[Result]:
 class _Bench:
     """Everything that the runs share: the dense model, a copy to prune, texts, tasks, and calibration windows."""
 
-    settings: Comparison
-    dense: Loaded
+    settings: CompareConfig
+    dense: LoadedModel
     tasks: TaskSet | None
-    sources: dict[tuple[str, int], Mix]
-    watcher: Watcher
+    sources: dict[tuple[str, int], CalibrationMix]
+    progress: Progress
     drawn: dict[tuple[str, int, int, int], Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,20 +129,20 @@ class _Bench:
         self.device = pick_device(wanted.device)
         self.sha256 = model_sha256(self.dense.model)
         self.texts = [self.dense.evaluation(text, wanted.eval_seqlen, wanted.windows) for text in wanted.texts]
-        self.copy = Loaded(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
+        self.copy = LoadedModel(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
         # Every run is measured against the dense model on the same windows.
-        self.reference = Remembered(self.dense.model)
+        self.reference = CachedReferenceModel(self.dense.model)
 
-    def windows(self, wanted: PruneSettings) -> Windows:
+    def windows(self, wanted: PruneConfig) -> Windows:
         """Calibration windows, drawn once; where the model samples its own, it is the dense one."""
         sizes = (wanted.samples, wanted.seqlen, wanted.seed)
         key = (wanted.calibration, *sizes)
         if key not in self.drawn:
             source = self.sources[wanted.calibration, wanted.samples]
-            self.drawn[key] = self.dense.calibration(source, *sizes, self.device, self.watcher)
+            self.drawn[key] = self.dense.calibration(source, *sizes, self.device, self.progress)
         return self.drawn[key]
 
-    def check_calibrations(self, wanted: list[PruneSettings]) -> None:
+    def check_calibrations(self, wanted: list[PruneConfig]) -> None:
         """Draw the windows of the first seed from every text, so that one that is too short is told before any run."""
         for one in wanted:
             parts = self.sources[one.calibration, one.samples].parts
@@ -161,7 +161,7 @@ class _Bench:
                 changed = changed or (f"text '{text.source}'" if record.sha256 != text.sha256 else None)
             used = result.calibration
             if used is not None and (result.settings["calibration"], used.windows) in self.sources:
-                windows = self.windows(PruneSettings.model_validate(result.settings))
+                windows = self.windows(PruneConfig.model_validate(result.settings))
                 changed = changed or (f"calibration '{used.source}'" if used.sha256 != windows.sha256 else None)
             if changed:
                 raise CheckpointError(
@@ -171,7 +171,7 @@ class _Bench:
     def dense_result(self) -> Result:
         """The dense model, measured like all others."""
         model = self.dense
-        forget_peaks(self.device)
+        reset_peak_memory(self.device)
         return Result(
             model=self.settings.model,
             model_sha256=self.sha256,
@@ -181,7 +181,7 @@ class _Bench:
             method=DENSE,
             pattern="",
             seed=None,
-            evaluations=[perplexity(self.reference, w, model.name, self.device, self.watcher) for w in self.texts],
+            evaluations=[perplexity(self.reference, w, model.name, self.device, self.progress) for w in self.texts],
             tasks=self._scores(model),
             continuations=self._continuations(model),
             versions=provenance(),
@@ -191,14 +191,14 @@ class _Bench:
     def result(self, one: Combination) -> Result:
         """Prune the copy as asked for, and measure it."""
         self.copy.model.load_state_dict(self.dense.model.state_dict())
-        walk = build_walk(one.settings, self.watcher)
+        walk = build_block_pruner(one.settings, self.progress)
         windows = self.windows(one.settings) if walk.reads_inputs else None
-        forget_peaks(self.device)
+        reset_peak_memory(self.device)
         report = run(self.copy, walk, windows, one.seed)
         names = (f"{self.dense.name}, {one.method} {one.pattern}", self.dense.name)
         models = (self.copy.model, self.reference)
         found: list[EvaluationRecord] = [
-            divergence(*models, text, names, self.device, self.watcher) for text in self.texts
+            divergence(*models, text, names, self.device, self.progress) for text in self.texts
         ]
         return Result.of(
             report,
@@ -213,10 +213,10 @@ class _Bench:
             finished=_now(),
         )
 
-    def _scores(self, model: Loaded) -> list[TaskRecord]:
+    def _scores(self, model: LoadedModel) -> list[TaskRecord]:
         return [] if self.tasks is None else score_tasks(model, self.tasks, self.device, _BATCH_SIZE)
 
-    def _continuations(self, model: Loaded) -> list[Continuation]:
+    def _continuations(self, model: LoadedModel) -> list[Continuation]:
         pairs = continuations(model, self.settings.prompts, self.settings.prompt_tokens, self.device)
         return [Continuation(prompt=prompt, text=text) for prompt, text in pairs]
 

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alps.core.errors import CheckpointError, ConfigError
-from alps.core.yaml_io import read_value, read_yaml, sentence
-from alps.pruning.config import PruneSettings, load_settings
+from alps.core.yaml_io import format_validation_error, read_value, read_yaml
+from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.presets import PRESETS
 
 COMPARISON_NAME = "compare.yaml"
@@ -27,7 +27,7 @@ class Combination(BaseModel):
     method: str
     pattern: str
     seed: int
-    settings: PruneSettings
+    settings: PruneConfig
 
     @property
     def key(self) -> tuple[str, str, int | None]:
@@ -39,7 +39,7 @@ class Combination(BaseModel):
         return f"{self.method} {self.pattern}, seed {self.seed}"
 
 
-class Comparison(BaseModel):
+class CompareConfig(BaseModel):
     """Settings of `alps compare`. Unknown keys are refused.
 
     Attributes:
@@ -48,11 +48,11 @@ class Comparison(BaseModel):
             `alps+order=sequential+target=0.4`.
         sparsity, pattern: fractions of zeros, and N:M patterns; together at least one.
         seeds: how many, counted from 0; each draws its own calibration windows.
-        calibration, samples, seqlen: as in `alps.pruning.config.PruneSettings`.
+        calibration, samples, seqlen: as in `alps.pruning.config.PruneConfig`.
         texts, eval_seqlen, windows: what perplexity and divergence are taken on, as for `alps eval`.
         tasks, task_data, limit: zero-shot tasks, as for `alps eval`.
         prompts, prompt_tokens: to be continued greedily by every model, and by how many tokens.
-        device, dtype: as in `alps.pruning.config.PruneSettings`.
+        device, dtype: as in `alps.pruning.config.PruneConfig`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -103,9 +103,9 @@ class Comparison(BaseModel):
                     pattern = aim["pattern"] if "pattern" in aim else f"{aim['sparsity']:g}"
                     yield Combination(method=method, pattern=pattern, seed=seed, settings=settings)
 
-    def _settings(self, method: str, aim: dict[str, Any], seed: int) -> PruneSettings:
+    def _settings(self, method: str, aim: dict[str, Any], seed: int) -> PruneConfig:
         shared = {key: getattr(self, key) for key in ("model", "calibration", "samples", "seqlen", "device", "dtype")}
-        return load_settings(None, {**shared, "seed": seed, **aim, **method_settings(method)})
+        return load_prune_config(None, {**shared, "seed": seed, **aim, **method_settings(method)})
 
     def check_continues(self, folder: Path) -> None:
         """Refuse to go on with a comparison that was begun with other settings, named in the sentence.
@@ -116,7 +116,7 @@ class Comparison(BaseModel):
         path = folder / COMPARISON_NAME
         if not path.exists():
             return
-        before = load_comparison(path, {})
+        before = load_compare_config(path, {})
         for key in type(self).model_fields:
             old, new = getattr(before, key), getattr(self, key)
             if key not in _MAY_GROW and old != new:
@@ -130,7 +130,7 @@ class Comparison(BaseModel):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_comparison(path: Path | None, overrides: dict[str, Any]) -> Comparison:
+def load_compare_config(path: Path | None, overrides: dict[str, Any]) -> CompareConfig:
     """Settings of a comparison from a YAML file, with every override that is not None on top.
 
     Raises:
@@ -139,10 +139,10 @@ def load_comparison(path: Path | None, overrides: dict[str, Any]) -> Comparison:
     values = read_yaml(path) if path else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return Comparison.model_validate({**values, **given})
+        return CompareConfig.model_validate({**values, **given})
     except ValidationError as error:
         where = str(path) if path else "the command line"
-        raise ConfigError(sentence(error, where, Comparison.model_fields)) from None
+        raise ConfigError(format_validation_error(error, where, CompareConfig.model_fields)) from None
 
 
 def method_settings(method: str) -> dict[str, Any]:

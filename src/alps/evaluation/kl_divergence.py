@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Silent, Watcher
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
 from alps.reporting.evaluation_records import ComparisonRecord
@@ -29,8 +29,8 @@ def divergence(
     windows: Windows,
     names: tuple[str, str],
     device: torch.device,
-    watcher: Watcher | None = None,
-    group: Group | None = None,
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> ComparisonRecord:
     """Compare a causal language model with a reference on windows of tokens.
 
@@ -45,22 +45,22 @@ def divergence(
     Raises:
         ConfigError: when the two predict over vocabularies of different sizes.
     """
-    watcher, group = watcher or Silent(), group or Group()
+    progress, group = progress or NoProgress(), group or ProcessGroup()
     training = model.training, reference.training
     model, reference = model.to(device).eval(), reference.to(device).eval()
     parts = batches(windows)[group.rank :: group.size]
     sums = _Sums()
-    watcher.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
+    progress.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode(), fast_halves(device, model, reference):
+        with torch.inference_mode(), half_matmul_in_float32(device, model, reference):
             for part in parts:
                 sums.add(*_logits(model, reference, part.to(device)), part.to(device))
-                watcher.step("")
+                progress.step("")
     finally:
-        watcher.finish()
+        progress.finish()
         model.train(training[0])
         reference.train(training[1])
-    sums.values = group.total(sums.values)
+    sums.values = group.all_reduce_sum(sums.values)
     return _record(sums, windows, names)
 
 

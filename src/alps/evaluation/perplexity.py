@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from alps.core.distributed import Group
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Silent, Watcher
+from alps.core.distributed import ProcessGroup
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.reporting.evaluation_records import EvaluationRecord
 
@@ -30,8 +30,8 @@ def perplexity(
     windows: Windows,
     name: str,
     device: torch.device,
-    watcher: Watcher | None = None,
-    group: Group | None = None,
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> EvaluationRecord:
     """Measure a causal language model on windows of tokens.
 
@@ -43,22 +43,22 @@ def perplexity(
         watcher: told after every batch.
         group: processes that share out the batches; all get the record of all windows.
     """
-    watcher, group = watcher or Silent(), group or Group()
+    progress, group = progress or NoProgress(), group or ProcessGroup()
     training = model.training
     model = model.to(device).eval()
     parts = batches(windows)[group.rank :: group.size]
     total = torch.zeros((), dtype=torch.float64)
-    watcher.start(f"{name} on {windows.source}", len(parts))
+    progress.start(f"{name} on {windows.source}", len(parts))
     try:
-        with torch.inference_mode(), fast_halves(device, model):
+        with torch.inference_mode(), half_matmul_in_float32(device, model):
             for batch in parts:
                 total += window_losses(model, batch.to(device)).sum(dtype=torch.float64).cpu()
-                watcher.step("")
+                progress.step("")
     finally:
-        watcher.finish()
+        progress.finish()
         model.train(training)
     predicted = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-    loss = float(group.total(total)) / predicted
+    loss = float(group.all_reduce_sum(total)) / predicted
     return EvaluationRecord(
         model=name,
         text=windows.source,

@@ -9,11 +9,13 @@ import torch
 from transformers import GenerationConfig
 
 from alps.core.errors import ConfigError
-from alps.core.half_precision import fast_halves
-from alps.data.calibration import Loaded
+from alps.core.half_precision import half_matmul_in_float32
+from alps.data.calibration import LoadedModel
 
 
-def continuations(loaded: Loaded, prompts: Sequence[str], tokens: int, device: torch.device) -> list[tuple[str, str]]:
+def continuations(
+    loaded: LoadedModel, prompts: Sequence[str], tokens: int, device: torch.device
+) -> list[tuple[str, str]]:
     """Greedy continuations, one prompt at a time, without any template around it.
 
     Args:
@@ -49,6 +51,6 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torc
     first_end = ends[0] if isinstance(ends, list) else ends
     # The model's own generation settings may sample; without a padding token generate() warns.
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
-    with torch.inference_mode(), fast_halves(device, model):
+    with torch.inference_mode(), half_matmul_in_float32(device, model):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

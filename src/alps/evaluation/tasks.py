@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError, did_you_mean
-from alps.core.half_precision import fast_halves
-from alps.data.calibration import Loaded
+from alps.core.half_precision import half_matmul_in_float32
+from alps.data.calibration import LoadedModel
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.task_schemas import Document
 from alps.reporting.evaluation_records import Estimate, TaskRecord
@@ -89,7 +89,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
 
 
 def score_tasks(
-    loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int = 8, group: Group | None = None
+    loaded: LoadedModel, tasks: TaskSet, device: torch.device, batch_size: int = 8, group: ProcessGroup | None = None
 ) -> list[TaskRecord]:
     """Score a causal language model on tasks, in their order.
 
@@ -107,14 +107,14 @@ def score_tasks(
         raise ConfigError("Tasks need the model's tokenizer: pass it with the model.")
     if batch_size < 1:
         raise ConfigError(f"Batches of {batch_size} sequences hold nothing: give at least 1.")
-    group, training = group or Group(), loaded.model.training
+    group, training = group or ProcessGroup(), loaded.model.training
     for name, documents in (tasks.documents or {}).items():
         if len(documents) < group.size:
             raise ConfigError(
                 f"Task {name} has {len(documents)} items for {group.size} processes: start fewer, or raise --limit."
             )
     try:
-        with _apart(), fast_halves(device, loaded.model):
+        with _apart(), half_matmul_in_float32(device, loaded.model):
             found = _scores(loaded, tasks, device, batch_size, group)
     except (OSError, ImportError) as error:
         if tasks.documents is not None:
@@ -126,7 +126,7 @@ def score_tasks(
         ) from error
     finally:
         loaded.model.train(training)
-    records: list[TaskRecord] = group.first(
+    records: list[TaskRecord] = group.broadcast_from_main(
         lambda: [_record(loaded.name, name, row, found) for name, row in found["results"].items()]
     )
     return records
@@ -151,7 +151,7 @@ def local_task(name: str, documents: list[Document]) -> Any:
     )
 
 
-def _scores(loaded: Loaded, tasks: TaskSet, device: torch.device, batch_size: int, group: Group) -> Any:
+def _scores(loaded: LoadedModel, tasks: TaskSet, device: torch.device, batch_size: int, group: ProcessGroup) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
     from alps.evaluation.distributed_lm import SharedModel

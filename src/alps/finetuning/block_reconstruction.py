@@ -24,19 +24,19 @@ from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.lm_head import Head
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.core.kl_divergence import kl_divergence
-from alps.finetuning.masked_adamw import Masters, tunable
+from alps.finetuning.masked_adamw import MaskedAdamW, trainable_parameters
 from alps.models.blocks import Block
-from alps.reporting.records import MatchRecord
+from alps.reporting.records import ReconstructionRecord
 
 # What the presets are measured with: docs/experiments.md, "A share of the dense stream".
-MATCH_TARGET = 1.0
+DEFAULT_RECONSTRUCT_TARGET = 1.0
 
 
 @dataclass(frozen=True)
-class Matching:
+class ReconstructionParameters:
     """How blocks are tuned.
 
     Attributes:
@@ -52,7 +52,7 @@ class Matching:
     """
 
     epochs: int = 1
-    target: float = MATCH_TARGET
+    target: float = DEFAULT_RECONSTRUCT_TARGET
     rate: float = 3e-4
     floor: float = 0.1
     held_back: float = 0.0625
@@ -62,7 +62,7 @@ class Matching:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class OutputLoss:
     """What follows the last block, and the token ids of every batch that its masks are made from."""
 
     head: Head
@@ -84,24 +84,24 @@ def relative_loss(output: Tensor, target: Tensor) -> Tensor:
     return (distance / wanted.square().sum(dim=-1).clamp_min(1e-12)).mean()
 
 
-def match(
+def reconstruct_block(
     block: Block,
     inputs: BlockInputs,
     targets: Sequence[Tensor],
-    settings: Matching,
+    settings: ReconstructionParameters,
     device: torch.device,
     seed: int = 0,
-    predictions: Predictions | None = None,
-    peers: Group | None = None,
+    predictions: OutputLoss | None = None,
+    peers: ProcessGroup | None = None,
     twin: Block | None = None,
-) -> MatchRecord:
+) -> ReconstructionRecord:
     """Tune a pruned block in place.
 
     Args:
         block: pruned block, on `device`.
         inputs: what it receives from the pruned prefix.
         targets: the dense block's outputs on the dense model's inputs, batch by batch.
-        settings: see `Matching`.
+        settings: see `ReconstructionParameters`.
         device: where to compute.
         seed: shuffles the batches.
         predictions: for the last block: compare what the head makes of the outputs.
@@ -131,19 +131,19 @@ def match(
 
     sizes = [len(one) for one in targets]
     tuning = _Tuning(block.index, loss_of, sizes, _totals(sizes, peers), settings, seed, peers)
-    tuned = tunable(block, settings.norms)
+    tuned = trainable_parameters(block, settings.norms)
     if not tuned:
         return tuning.untouched()
     # Nothing outside the block may take a gradient, the head least of all.
     whole = block.module if predictions is None else predictions.head.model
     near = nullcontext() if predictions is None else predictions.head.on(device)
-    with near, torch.enable_grad(), Masters(whole, tuned, settings.rate, torch.float64) as masters:
+    with near, torch.enable_grad(), MaskedAdamW(whole, tuned, settings.rate, torch.float64) as masters:
         return tuning.run(masters)
 
 
-def _totals(sizes: Sequence[int], peers: Group | None) -> list[int]:
+def _totals(sizes: Sequence[int], peers: ProcessGroup | None) -> list[int]:
     """Windows of every batch in all processes, of which one may have none of the last batch."""
-    every: list[list[int]] = [list(sizes)] if peers is None else peers.gathered(list(sizes))
+    every: list[list[int]] = [list(sizes)] if peers is None else peers.all_gather_object(list(sizes))
     return [sum(one[i] for one in every if i < len(one)) for i in range(max(map(len, every)))]
 
 
@@ -159,20 +159,20 @@ class _Tuning:
     loss_of: Callable[[int, int], Tensor]
     sizes: Sequence[int]
     totals: Sequence[int]
-    settings: Matching
+    settings: ReconstructionParameters
     seed: int
-    peers: Group | None = None
+    peers: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         self.batches = len(self.totals)
         self._held = min(max(round(self.batches * self.settings.held_back), 1), self.batches - 1)
 
-    def untouched(self) -> MatchRecord:
+    def untouched(self) -> ReconstructionRecord:
         """The record of a block without anything to tune."""
         before = self._before()
-        return MatchRecord(block=self.index, before=before, after=before, steps=0, best_step=0)
+        return ReconstructionRecord(block=self.index, before=before, after=before, steps=0, best_step=0)
 
-    def run(self, masters: Masters) -> MatchRecord:
+    def run(self, masters: MaskedAdamW) -> ReconstructionRecord:
         training = list(range(self.batches - self._held))
         best = before = self._before()
         kept, best_step, step = masters.snapshot(), 0, 0
@@ -189,13 +189,13 @@ class _Tuning:
                     if now < best:
                         best, best_step, kept = now, step, masters.snapshot()
         masters.restore(kept)
-        return MatchRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
+        return ReconstructionRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
 
-    def _descend(self, batch: int, masters: Masters) -> None:
+    def _descend(self, batch: int, masters: MaskedAdamW) -> None:
         for window in self._windows(batch):
             self.loss_of(batch, window).backward()  # type: ignore[no-untyped-call]
         if self.peers is not None:
-            masters.add_up(self.peers.total)
+            masters.add_up(self.peers.all_reduce_sum)
 
     def _windows(self, batch: int) -> range:
         return range(self.sizes[batch] if batch < len(self.sizes) else 0)
@@ -219,4 +219,4 @@ class _Tuning:
                 for batch in held_back
             ]
         loss = sum(mine) / len(held_back)
-        return loss if self.peers is None else float(self.peers.total(torch.tensor(loss, dtype=torch.float64)))
+        return loss if self.peers is None else float(self.peers.all_reduce_sum(torch.tensor(loss, dtype=torch.float64)))

@@ -13,7 +13,7 @@ from torch import nn
 from alps.checkpoints.atomic_io import check_target, new_directory
 from alps.core.device import peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.core.errors import ConfigError
-from alps.data.calibration import Loaded
+from alps.data.calibration import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.demo_model import NAME as PACKAGED
 from alps.models.finite_check import check_result
@@ -63,7 +63,7 @@ def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -
     return RunReport.read(Path(pruned))
 
 
-def check_pair(dense: Loaded, pruned: Loaded) -> None:
+def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
     """Refuse two models that differ in more than the values of their weights, or a second one that is not pruned.
 
     Raises:
@@ -89,7 +89,7 @@ def count_zeros(model: nn.Module) -> int:
     return sum(int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites)
 
 
-def describe(pruned: Loaded, dense: str, device: str) -> RunReport:
+def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
     """The report of a model that something else has pruned: the counts that its weights show, and nothing more."""
     sites = [(block.index, site) for block in find_blocks(pruned.model) for site in block.sites]
     records = [
@@ -125,7 +125,7 @@ def describe(pruned: Loaded, dense: str, device: str) -> RunReport:
     return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
 
 
-def write_changed(pruned: Loaded, report: RunReport, out: Path, tell: Callable[[str], None]) -> None:
+def write_changed(pruned: LoadedModel, report: RunReport, out: Path, tell: Callable[[str], None]) -> None:
     """Write a changed model to `out`, which appears whole or not at all.
 
     The times of the one-shot run stay its own: saving is not added to them. `tell` is given a line where the page of
@@ -152,7 +152,7 @@ def _model_difference(dense: nn.Module, pruned: nn.Module) -> str | None:
     return None
 
 
-def _vocabulary_difference(dense: Loaded, pruned: Loaded) -> str | None:
+def _vocabulary_difference(dense: LoadedModel, pruned: LoadedModel) -> str | None:
     if dense.tokenizer is None or pruned.tokenizer is None:
         return None
     own, other = dense.tokenizer.get_vocab(), pruned.tokenizer.get_vocab()

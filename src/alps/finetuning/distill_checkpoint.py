@@ -6,25 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alps.core.progress import Watcher
+from alps.core.progress import Progress
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.finetuning.checkpoint_pair import check_request, describe, read_settings, write_changed
-from alps.finetuning.distillation import RecoverSettings, recover
+from alps.finetuning.distillation import DistillConfig, distill
 from alps.reporting.run_report import RunReport
 
 
-def recover_settings(given: dict[str, Any]) -> RecoverSettings:
+def load_distill_config(given: dict[str, Any]) -> DistillConfig:
     """Settings from the values that are not None.
 
     Raises:
         ConfigError: for a value of the wrong kind or range, or an unknown name.
     """
-    return read_settings(RecoverSettings, given)
+    return read_settings(DistillConfig, given)
 
 
-def recover_directory(
-    dense: str, pruned: str, out: Path, settings: RecoverSettings, watcher: Watcher, tell: Callable[[str], None]
+def distill_directory(
+    dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress, tell: Callable[[str], None]
 ) -> RunReport:
     """Check everything that can be checked, then load both models, recover the pruned one and write it to `out`.
 
@@ -38,7 +38,7 @@ def recover_directory(
     earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
     text = load_text(settings.calibration, "calibration")
     teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
-    record = recover(teacher, student, settings, watcher, text)
+    record = distill(teacher, student, settings, progress, text)
     report = earlier or describe(student, dense, record.device)
     report.recovery.append(record)
     write_changed(student, report, out, tell)

@@ -14,23 +14,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from alps.core.device import memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.device import out_of_memory_as_error, peak_device_bytes, peak_host_bytes, pick_device, provenance
 from alps.core.errors import ConfigError
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Watcher
-from alps.data.calibration import Loaded
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import Progress
+from alps.data.calibration import LoadedModel
 from alps.data.text_sources import Text, load_text
 from alps.finetuning.checkpoint_pair import check_pair, count_zeros
-from alps.finetuning.masked_adamw import Masters, Tuned
+from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
 from alps.finetuning.training_loop import Distillation, Schedule
 from alps.models.blocks import find_blocks
 from alps.models.sites import routing_parameters
-from alps.reporting.records import RecoveryReport, calibration_record
+from alps.reporting.records import DistillationReport, calibration_record
 
 _MOST_HELD_BACK = 8
 
 
-class RecoverSettings(BaseModel):
+class DistillConfig(BaseModel):
     """What `alps recover` was asked to do. Unknown keys are refused.
 
     Attributes:
@@ -75,15 +75,15 @@ class RecoverSettings(BaseModel):
         return min(max(self.samples // 8, 1), _MOST_HELD_BACK)
 
 
-def recover(
-    dense: Loaded, pruned: Loaded, settings: RecoverSettings, watcher: Watcher, text: Text | None = None
-) -> RecoveryReport:
+def distill(
+    dense: LoadedModel, pruned: LoadedModel, settings: DistillConfig, progress: Progress, text: Text | None = None
+) -> DistillationReport:
     """Train a pruned model in place towards the dense one.
 
     Args:
         dense: the teacher; moved to the device, otherwise untouched.
         pruned: the student; moved to the device. Its zeros, and all that is not trained, keep their bits.
-        settings: see `RecoverSettings`.
+        settings: see `DistillConfig`.
         watcher: told after every step, or after every hundredth of the time.
         text: calibration text when the caller has it already; else it is loaded as the settings say.
 
@@ -103,14 +103,14 @@ def recover(
     zeros = count_zeros(pruned.model)
     training = dense.model.training, pruned.model.training
     try:
-        with memory_told("lower --batch-tokens and --seqlen, or use --device cpu"):
+        with out_of_memory_as_error("lower --batch-tokens and --seqlen, or use --device cpu"):
             dense.model.to(device).eval()
             with (
-                fast_halves(device, dense.model, pruned.model),
+                half_matmul_in_float32(device, dense.model, pruned.model),
                 _computing(pruned.model.to(device).eval()) as tuned,
-                Masters(pruned.model, tuned, settings.lr) as masters,
+                MaskedAdamW(pruned.model, tuned, settings.lr) as masters,
             ):
-                run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, watcher)
+                run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, progress)
                 run.train()
                 entries, seconds = masters.entries, run.clock.elapsed
     finally:
@@ -118,7 +118,7 @@ def recover(
         pruned.model.train(training[1])
     before = run.checks[0].kl
     assert before is not None and count_zeros(pruned.model) == zeros
-    return RecoveryReport(
+    return DistillationReport(
         dense=dense.name,
         pruned=pruned.name,
         minutes=settings.minutes,
@@ -145,7 +145,7 @@ def recover(
 
 
 @contextmanager
-def _computing(model: nn.Module) -> Iterator[list[Tuned]]:
+def _computing(model: nn.Module) -> Iterator[list[TrainableParameter]]:
     """The parameters to train; for the time of the body a float16 model computes in float32."""
     stored = {id(parameter): parameter.dtype for parameter in model.parameters()}
     if torch.float16 in stored.values():
@@ -158,7 +158,7 @@ def _computing(model: nn.Module) -> Iterator[list[Tuned]]:
             parameter.data = parameter.data.to(stored[id(parameter)])
 
 
-def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[Tuned]:
+def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[TrainableParameter]:
     """Sites that hold zeros, with their masks, and all vectors (norms, biases) but the output head's and routers'."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
@@ -167,7 +167,7 @@ def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[Tuned]:
     found = []
     for parameter in model.parameters():
         if id(parameter) in weights and not bool(parameter.all()):
-            found.append(Tuned(parameter, parameter.detach() != 0, stored[id(parameter)]))
+            found.append(TrainableParameter(parameter, parameter.detach() != 0, stored[id(parameter)]))
         elif parameter.ndim == 1 and id(parameter) not in frozen:
-            found.append(Tuned(parameter, None, stored[id(parameter)]))
+            found.append(TrainableParameter(parameter, None, stored[id(parameter)]))
     return found

@@ -21,7 +21,7 @@ _BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TrainableParameter:
     """A parameter to train.
 
     Attributes:
@@ -55,7 +55,7 @@ class Tuned:
         return values.masked_fill_(values == 0, torch.finfo(self.stored).tiny)
 
 
-def tunable(block: Block, norms: bool) -> list[Tuned]:
+def trainable_parameters(block: Block, norms: bool) -> list[TrainableParameter]:
     """Sites with a weight left, with their masks, and all norms and biases but routers' if wanted; nothing fixed."""
     sites: dict[int, list[Site]] = {}
     for site in block.sites:
@@ -67,9 +67,9 @@ def tunable(block: Block, norms: bool) -> list[Tuned]:
             continue
         if id(parameter) in sites:
             mask = _kept(parameter, sites[id(parameter)])
-            found += [Tuned(parameter, mask, parameter.dtype)] if bool(mask.any()) else []
+            found += [TrainableParameter(parameter, mask, parameter.dtype)] if bool(mask.any()) else []
         elif norms and parameter.ndim == 1 and id(parameter) not in routing:
-            found.append(Tuned(parameter, None, parameter.dtype))
+            found.append(TrainableParameter(parameter, None, parameter.dtype))
     return found
 
 
@@ -83,7 +83,7 @@ def _kept(parameter: Tensor, sites: Sequence[Site]) -> Tensor:
     return mask
 
 
-class Masters:
+class MaskedAdamW:
     """float32 masters of parameters and AdamW on them; use as a context, which gives the model's flags back.
 
     Within the context only the tuned parameters take gradients, and each gradient is moved to the sums of its master as
@@ -91,7 +91,7 @@ class Masters:
     """
 
     def __init__(
-        self, model: nn.Module, tuned: Sequence[Tuned], rate: float, sums: torch.dtype = torch.float32
+        self, model: nn.Module, tuned: Sequence[TrainableParameter], rate: float, sums: torch.dtype = torch.float32
     ) -> None:
         self._model, self._rate = model, rate
         self._tuned = [entry for entry in tuned if entry.mask is None or bool(entry.mask.any())]
@@ -105,7 +105,7 @@ class Masters:
         """Weights that are trained."""
         return sum(master.numel() for master in self._masters)
 
-    def __enter__(self) -> Masters:
+    def __enter__(self) -> MaskedAdamW:
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         self._model.requires_grad_(False)
         self._hooks = []
@@ -161,7 +161,7 @@ class Masters:
             entry.put(values)
 
 
-def _mover(entry: Tuned, sums: Tensor) -> Callable[[Tensor], None]:
+def _mover(entry: TrainableParameter, sums: Tensor) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         assert parameter.grad is not None
         sums.add_(entry.take(parameter.grad))

@@ -15,15 +15,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.lm_head import Head
-from alps.core.device import exact_float32, memory_told, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.device import (
+    exact_float32,
+    out_of_memory_as_error,
+    peak_device_bytes,
+    peak_host_bytes,
+    pick_device,
+    provenance,
+)
 from alps.core.errors import ConfigError
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Watcher
-from alps.data.calibration import Loaded, load
-from alps.data.mixture import Mix, load_calibration
-from alps.finetuning.block_reconstruction import MATCH_TARGET, Matching, Predictions, match
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import Progress
+from alps.data.calibration import LoadedModel, load
+from alps.data.mixture import CalibrationMix, load_calibration
+from alps.finetuning.block_reconstruction import (
+    DEFAULT_RECONSTRUCT_TARGET,
+    OutputLoss,
+    ReconstructionParameters,
+    reconstruct_block,
+)
 from alps.finetuning.checkpoint_pair import (
     check_pair,
     check_request,
@@ -33,17 +45,17 @@ from alps.finetuning.checkpoint_pair import (
     write_changed,
 )
 from alps.models.blocks import find_blocks, on_device
-from alps.reporting.records import MatchRecord, MatchRun, calibration_record
+from alps.reporting.records import ReconstructionRecord, ReconstructionRun, calibration_record
 from alps.reporting.run_report import RunReport
 from alps.solvers.dense_target import parse_target
 
 
-class MatchSettings(BaseModel):
+class ReconstructConfig(BaseModel):
     """What `alps match` was asked to do. Unknown keys are refused.
 
     Attributes:
         epochs: passes over the windows that are not held back.
-        target: `pruned`, `dense` or a share between 0 and 1, see `alps.finetuning.block_reconstruction.Matching`.
+        target: `pruned`, `dense` or a share between 0 and 1, see `ReconstructionParameters`.
         rate: Adam's step size at its largest.
         calibration: text, `self` (sampled from the dense model) or a mix, see `alps.data.mixture.load_calibration`.
         samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. At least one of them is
@@ -55,7 +67,7 @@ class MatchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     epochs: int = Field(default=1, ge=1)
-    target: str | float = MATCH_TARGET
+    target: str | float = DEFAULT_RECONSTRUCT_TARGET
     rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     calibration: str = "c4"
     samples: int = Field(default=128, ge=2)
@@ -65,28 +77,28 @@ class MatchSettings(BaseModel):
     dtype: str = "auto"
     offload: bool = False
 
-    def matching(self) -> Matching:
+    def matching(self) -> ReconstructionParameters:
         """How blocks are tuned.
 
         Raises:
             ConfigError: for a target that is none.
         """
-        return Matching(epochs=self.epochs, target=parse_target(self.target), rate=self.rate)
+        return ReconstructionParameters(epochs=self.epochs, target=parse_target(self.target), rate=self.rate)
 
 
-def match_settings(given: dict[str, Any]) -> MatchSettings:
+def load_reconstruct_config(given: dict[str, Any]) -> ReconstructConfig:
     """Settings from the values that are not None.
 
     Raises:
         ConfigError: for a value of the wrong kind or range, or an unknown name.
     """
-    settings = read_settings(MatchSettings, given)
+    settings = read_settings(ReconstructConfig, given)
     settings.matching()  # refused here, before any model is loaded
     return settings
 
 
-def match_directory(
-    dense: str, pruned: str, out: Path, settings: MatchSettings, watcher: Watcher, tell: Callable[[str], None]
+def reconstruct_directory(
+    dense: str, pruned: str, out: Path, settings: ReconstructConfig, progress: Progress, tell: Callable[[str], None]
 ) -> RunReport:
     """Check everything that can be checked, then load both models, match the pruned one's blocks and write it to `out`.
 
@@ -99,7 +111,7 @@ def match_directory(
     earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
     source = load_calibration(settings.calibration, settings.samples)
     teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
-    records, run = match_pair(teacher, student, settings, source, watcher, tell)
+    records, run = reconstruct_model(teacher, student, settings, source, progress, tell)
     report = earlier or describe(student, dense, run.device)
     report.matches += records
     report.match_runs.append(run)
@@ -107,20 +119,20 @@ def match_directory(
     return report
 
 
-def match_pair(
-    dense: Loaded,
-    pruned: Loaded,
-    settings: MatchSettings,
-    source: Mix,
-    watcher: Watcher,
+def reconstruct_model(
+    dense: LoadedModel,
+    pruned: LoadedModel,
+    settings: ReconstructConfig,
+    source: CalibrationMix,
+    progress: Progress,
     tell: Callable[[str], None] = lambda _: None,
-) -> tuple[list[MatchRecord], MatchRun]:
+) -> tuple[list[ReconstructionRecord], ReconstructionRun]:
     """Match every block of a pruned model, in place, to the dense model's.
 
     Args:
         dense: gives the targets, and the windows of `self`; unchanged.
         pruned: tuned; its zeros, and all that is outside its blocks, keep their bits.
-        settings: see `MatchSettings`.
+        settings: see `ReconstructConfig`.
         source: what the calibration windows are drawn from.
         watcher: told after every block.
         tell: is given one line before a sampling.
@@ -141,18 +153,18 @@ def match_pair(
         )
     device = pick_device(settings.device)
     # The two vocabularies are the same where both are known; either tokenizer will do.
-    reader = Loaded(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
-    windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, watcher, tell)
+    reader = LoadedModel(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
+    windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, progress, tell)
     reader.check_ids(windows)
     training = dense.model.training, pruned.model.training
     start = time.perf_counter()
     try:
-        records = _match_blocks(dense.model.eval(), pruned.model.eval(), windows.ids, settings, device, watcher)
+        records = _match_blocks(dense.model.eval(), pruned.model.eval(), windows.ids, settings, device, progress)
     finally:
         dense.model.train(training[0])
         pruned.model.train(training[1])
     assert count_zeros(pruned.model) == zeros
-    return records, MatchRun(
+    return records, ReconstructionRun(
         dense=dense.name,
         pruned=pruned.name,
         epochs=settings.epochs,
@@ -171,35 +183,40 @@ def match_pair(
 
 
 def _match_blocks(
-    dense: nn.Module, pruned: nn.Module, ids: Tensor, settings: MatchSettings, device: torch.device, watcher: Watcher
-) -> list[MatchRecord]:
+    dense: nn.Module,
+    pruned: nn.Module,
+    ids: Tensor,
+    settings: ReconstructConfig,
+    device: torch.device,
+    progress: Progress,
+) -> list[ReconstructionRecord]:
     matching = settings.matching()
     models, tuned = find_blocks(dense), find_blocks(pruned)
     # Two batches at least: one is held back.
     batch = max(min(matching.tokens // ids.shape[1], len(ids) // 2), 1)
     storage = torch.device("cpu") if settings.offload else device
     records = []
-    watcher.start("match", len(tuned))
+    progress.start("match", len(tuned))
     try:
         with (
-            memory_told("use --offload, or give fewer --samples or a lower --seqlen"),
+            out_of_memory_as_error("use --offload, or give fewer --samples or a lower --seqlen"),
             exact_float32(),
-            fast_halves(device, dense, pruned),
+            half_matmul_in_float32(device, dense, pruned),
         ):
-            targets = _captured(capture(dense, models, ids, batch), storage)
-            inputs = _captured(capture(pruned, tuned, ids, batch), storage)
-            predictions = Predictions(Head(pruned, tuned), torch.split(ids, batch))
+            targets = _captured(capture_block_inputs(dense, models, ids, batch), storage)
+            inputs = _captured(capture_block_inputs(pruned, tuned, ids, batch), storage)
+            predictions = OutputLoss(Head(pruned, tuned), torch.split(ids, batch))
             for model, block in zip(models, tuned, strict=True):
                 with on_device(model, device), on_device(block, device):
                     targets.advance(model.index, model.module, device)
                     ending = predictions if block is tuned[-1] else None
                     how = (matching, device, settings.seed, ending, None, model)
-                    records.append(match(block, inputs, targets.hidden, *how))
+                    records.append(reconstruct_block(block, inputs, targets.hidden, *how))
                     if block is not tuned[-1]:
                         inputs.advance(block.index, block.module, device)
-                watcher.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")
+                progress.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")
     finally:
-        watcher.finish()
+        progress.finish()
     return records
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from alps.core.errors import ConfigError
 from alps.core.kl_divergence import kl_divergence
-from alps.core.progress import Watcher
-from alps.finetuning.masked_adamw import Masters
-from alps.reporting.records import RecoveryCheck
+from alps.core.progress import Progress
+from alps.finetuning.masked_adamw import MaskedAdamW
+from alps.reporting.records import DistillationCheck
 
 # Tokens per forward and backward pass.
 _PASS_TOKENS = 1024
@@ -75,16 +75,16 @@ class Distillation:
 
     dense: nn.Module
     pruned: nn.Module
-    masters: Masters
+    masters: MaskedAdamW
     ids: Tensor
     schedule: Schedule
     device: torch.device
-    watcher: Watcher
+    progress: Progress
     tokens: int = 0
     best: float = math.inf
     best_step: int = 0
     stopped: str = "budget spent"
-    checks: list[RecoveryCheck] = field(default_factory=list)
+    checks: list[DistillationCheck] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._held_back = self.ids[len(self.ids) - self.schedule.held_back :]
@@ -106,11 +106,11 @@ class Distillation:
                 f"The time is up before a first step of about {self.clock.step_seconds:.1f} s and two checks of "
                 f"{self.clock.check_seconds:.1f} s: give more --minutes, or lower --batch-tokens and --seqlen."
             )
-        self.watcher.start("recovery", self.schedule.steps or 100)
+        self.progress.start("recovery", self.schedule.steps or 100)
         try:
             kept = self._steps(kept)
         finally:
-            self.watcher.finish()
+            self.progress.finish()
             self.masters.restore(kept)
 
     def _steps(self, kept: list[Tensor]) -> list[Tensor]:
@@ -127,7 +127,7 @@ class Distillation:
                 kept = self._check(loss, kept)
             ticks = self.clock.steps if self.schedule.steps else min(int(100 * spent), 100)
             for _ in range(shown, ticks):
-                self.watcher.step(f"KL {loss:.4f}, best held back {self.best:.4f}")
+                self.progress.step(f"KL {loss:.4f}, best held back {self.best:.4f}")
             shown = ticks
             if all(check.step > self.best_step for check in self.checks[-_PATIENCE:]):
                 self.stopped = f"no improvement in {_PATIENCE} checks"
@@ -141,7 +141,7 @@ class Distillation:
             parts = _parts(self._held_back)
             now = sum(float(self._divergence(part, self._held_back.numel())) for part in parts)
         finite = math.isfinite(now)
-        self.checks.append(RecoveryCheck(step=self.clock.steps, kl=now if finite else None, training_kl=loss))
+        self.checks.append(DistillationCheck(step=self.clock.steps, kl=now if finite else None, training_kl=loss))
         if finite and now < self.best:
             self.best, self.best_step = now, self.clock.steps
             kept = self.masters.snapshot()

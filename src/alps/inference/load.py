@@ -24,7 +24,7 @@ from alps.core.device import pick_device
 from alps.core.errors import CheckpointError, ConfigError
 from alps.inference.convert import packed_layer, put, refuse_saving, rows_out, tied_parameters
 from alps.inference.semi_structured import check_device, semi_structure
-from alps.models.demo_model import place_of
+from alps.models.demo_model import resolve_model_path
 from alps.models.load import load_model, parse_dtype, quiet, readable
 from alps.models.meta_model import empty_model
 
@@ -57,7 +57,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto", semi_struct
             raise ConfigError(
                 f"'{path}' is not packed, and semi_structured is for packed layers: `alps pack` it first."
             )
-        return load_model(place_of(str(path)), wanted).requires_grad_(False).to(place)
+        return load_model(resolve_model_path(str(path)), wanted).requires_grad_(False).to(place)
     model = load_packed(Path(path).expanduser(), wanted).to(place)
     if semi_structured:
         semi_structure(model)

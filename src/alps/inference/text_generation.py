@@ -20,7 +20,7 @@ from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
 
 
 @dataclass(frozen=True)
-class Written:
+class GenerationResult:
     """What was generated.
 
     Attributes:
@@ -66,7 +66,7 @@ def write(
     seed: int = 0,
     chat: bool = False,
     emit: Callable[[str], None] = lambda _: None,
-) -> Written:
+) -> GenerationResult:
     """Continue a prompt.
 
     Args:
@@ -99,10 +99,10 @@ def write(
     times, count = streamer.times[1:], out.shape[1] - ids.shape[1]
     rate = (count - 1) / (times[-1] - times[0]) if count > 1 else None
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return Written("".join(streamer.texts), ids.shape[1], count, times[0] - start, rate, size)
+    return GenerationResult("".join(streamer.texts), ids.shape[1], count, times[0] - start, rate, size)
 
 
-def summary(model: nn.Module, written: Written) -> str:
+def summary(model: nn.Module, written: GenerationResult) -> str:
     """How fast text came, in how much memory, and by what."""
     layers = [layer for _, layer in packed_modules(model)]
     speed = "" if written.tokens_per_second is None else f", then {written.tokens_per_second:.1f} tokens/s"

@@ -61,7 +61,7 @@ def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
     return target
 
 
-def place_of(name: str, tell: Callable[[str], None] = lambda _: None) -> str:
+def resolve_model_path(name: str, tell: Callable[[str], None] = lambda _: None) -> str:
     """Where a model lies: the packaged one in the cache, any other where its name says.
 
     Raises:

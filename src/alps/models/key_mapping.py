@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alps.checkpoints.safetensors_io import Stored
+from alps.checkpoints.safetensors_io import TensorOnDisk
 
 # (name of a parameter, what its parts are called): `{e}` is the number of an expert, its parts lie below each other.
 _STACKED: list[tuple[str, tuple[str, ...]]] = [
@@ -39,7 +39,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Origin:
+class KeyMapping:
     """The tensors of a checkpoint that one tensor of a module tree is made of.
 
     Attributes:
@@ -62,7 +62,7 @@ class Origin:
                 piece.copy_(read(name))
         return whole
 
-    def section(self, whole: Stored, name: str) -> Stored:
+    def section(self, whole: TensorOnDisk, name: str) -> TensorOnDisk:
         """Where the part called `name` lies in a file that holds the tensor whole."""
         if not self.rows:
             return whole
@@ -72,7 +72,7 @@ class Origin:
         return whole.section(above * torch.Size(rest).numel(), (self.rows[place], *rest))
 
 
-def find_origin(name: str, shape: torch.Size, stored: Shapes, prefix: str) -> Origin | None:
+def find_origin(name: str, shape: torch.Size, stored: Shapes, prefix: str) -> KeyMapping | None:
     """Where a tensor of a module tree lies in a checkpoint; None when no rule finds it in its whole shape.
 
     Args:
@@ -86,7 +86,7 @@ def find_origin(name: str, shape: torch.Size, stored: Shapes, prefix: str) -> Or
     names += [re.sub(rule, found, name) for rule, found in _RENAMED if re.fullmatch(rule, name)]
     for one in names:
         if stored.get(one) == tuple(shape):
-            return Origin(((one,),))
+            return KeyMapping(((one,),))
     for rule, found in _STACKED:
         if (match := re.fullmatch(rule, name)) and len(shape) > 2:
             parts = tuple(tuple(match.expand(part).format(e=e) for part in found) for e in range(shape[0]))
@@ -94,5 +94,5 @@ def find_origin(name: str, shape: torch.Size, stored: Shapes, prefix: str) -> Or
                 rows = tuple(stored[part][0] for part in parts[0])
                 wanted = [(size, *shape[2:]) for size in rows]
                 if sum(rows) == shape[1] and all([stored[part] for part in row] == wanted for row in parts):
-                    return Origin(parts, rows)
+                    return KeyMapping(parts, rows)
     return None

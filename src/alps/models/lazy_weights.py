@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alps.checkpoints.safetensors_io import Pending, Stored
+from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite
 from alps.checkpoints.weight_files import WeightFile
 from alps.models.blocks import Block
 from alps.models.finite_check import check_finite
-from alps.models.key_mapping import Origin
+from alps.models.key_mapping import KeyMapping
 
 _META = torch.device("meta")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
@@ -28,11 +28,11 @@ class _Slot:
     """One tensor of the skeleton: every place that holds it (several, where weights are tied), and where it lies."""
 
     places: tuple[tuple[nn.Module, str], ...]
-    origin: Origin
+    origin: KeyMapping
     dtype: torch.dtype
 
 
-class Streamed:
+class LazyWeights:
     """The weights of a skeleton.
 
     Attributes:
@@ -45,8 +45,8 @@ class Streamed:
         self,
         model: nn.Module,
         directory: Path,
-        files: Mapping[WeightFile, list[Stored]],
-        origins: Mapping[str, Origin],
+        files: Mapping[WeightFile, list[TensorOnDisk]],
+        origins: Mapping[str, KeyMapping],
     ) -> None:
         self.model, self.directory, self.files = model, directory, files
         self._stored = {one.name: one for tensors in files.values() for one in tensors}
@@ -112,13 +112,13 @@ class Streamed:
         names = [name for name in self._slots if name not in self._inside]
         try:
             for name in names:
-                self._fill(name, torch.device("cpu"), Stored.mapped)
+                self._fill(name, torch.device("cpu"), TensorOnDisk.mapped)
             yield
         finally:
             for name in names:
                 self._empty(name)
 
-    def rewritten(self, file: WeightFile, changed: Mapping[str, Stored]) -> list[Pending]:
+    def rewritten(self, file: WeightFile, changed: Mapping[str, TensorOnDisk]) -> list[TensorToWrite]:
         """The tensors of one of the checkpoint's files, with other values for some.
 
         Args:
@@ -136,19 +136,21 @@ class Streamed:
         return [self._pending(one, dtypes.get(one.name, one.dtype), made.get(one.name)) for one in self.files[file]]
 
     @staticmethod
-    def _pending(one: Stored, dtype: torch.dtype, made: tuple[Origin, Stored] | None) -> Pending:
+    def _pending(one: TensorOnDisk, dtype: torch.dtype, made: tuple[KeyMapping, TensorOnDisk] | None) -> TensorToWrite:
         def read() -> Tensor:
             if made is None:
                 return one.read().to(dtype)
             origin, stored = made
             return origin.section(stored, one.name).read().to(dtype)
 
-        return Pending(one.name, dtype, one.shape, read)
+        return TensorToWrite(one.name, dtype, one.shape, read)
 
     def _of(self, block: Block) -> list[str]:
         return [name for name in self._slots if name.startswith(f"{block.name}.")]
 
-    def _fill(self, name: str, device: torch.device, read: Callable[[Stored], Tensor] = Stored.read) -> None:
+    def _fill(
+        self, name: str, device: torch.device, read: Callable[[TensorOnDisk], Tensor] = TensorOnDisk.read
+    ) -> None:
         slot = self._slots[name]
         tensor = slot.origin.join(lambda part: read(self._stored[part])).to(device, slot.dtype)
         self._put(slot, nn.Parameter(tensor))

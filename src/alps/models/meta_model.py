@@ -14,15 +14,15 @@ from transformers import AutoConfig, GenerationConfig
 
 from alps.checkpoints.safetensors_io import stored_tensors
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weights
-from alps.core.errors import reason_of
+from alps.core.errors import first_line
 from alps.models.auto_class import auto_class
 from alps.models.hub import fetched_directory
 from alps.models.key_mapping import find_origin
-from alps.models.lazy_weights import Streamed
+from alps.models.lazy_weights import LazyWeights
 from alps.models.load import looks_local, quiet, readable
 
 
-def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
+def open_lazy_model(place: str, dtype: torch.dtype | None) -> LazyWeights | str:
     """A model whose weights stay in its checkpoint, or why this one has to be loaded whole.
 
     Args:
@@ -41,7 +41,7 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
     try:
         model = _skeleton(directory, dtype, {one.dtype for one in stored.values() if one.dtype.is_floating_point})
     except Exception as error:
-        return f"transformers cannot build it without its weights ({reason_of(error)})"
+        return f"transformers cannot build it without its weights ({first_line(error)})"
     if _keeps_float32(model):
         return "some of its weights are kept in float32 whatever the checkpoint's dtype"
     shapes = {name: one.shape for name, one in stored.items()}
@@ -68,7 +68,7 @@ def open_streamed(place: str, dtype: torch.dtype | None) -> Streamed | str:
                 return f"its checkpoint holds {name} under another name"
             with torch.no_grad():
                 buffer.copy_(found.join(lambda part: stored[part].read()))
-    return Streamed(model, directory, files, origins)
+    return LazyWeights(model, directory, files, origins)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from alps.checkpoints.safetensors_io import write_tensors
 from alps.checkpoints.weight_files import INDEX_NAME
 from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
-from alps.models.lazy_weights import Streamed
+from alps.models.lazy_weights import LazyWeights
 from alps.models.load import quiet
 
 
@@ -36,7 +36,11 @@ def _copy_processor(model: nn.Module, place: str, folder: Path) -> None:
 
 
 def save_streamed(
-    store: Streamed, blocks: Sequence[Block], journal: Journal, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    store: LazyWeights,
+    blocks: Sequence[Block],
+    journal: Journal,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
 ) -> None:
     """The same for a model that is not in memory: the files of its checkpoint anew, with the blocks of a journal.
 
@@ -48,7 +52,7 @@ def save_streamed(
 
 
 def write_files(
-    store: Streamed, blocks: Sequence[Block], journal: Journal, folder: Path, first: int = 0, step: int = 1
+    store: LazyWeights, blocks: Sequence[Block], journal: Journal, folder: Path, first: int = 0, step: int = 1
 ) -> None:
     """Every `step`-th file of the weights, from the `first` on.
 
@@ -60,7 +64,7 @@ def write_files(
         write_tensors(folder / file.name, store.rewritten(file, changed))
 
 
-def save_beside(store: Streamed, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_beside(store: LazyWeights, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """All that belongs to a model that is not in memory but the files of its weights."""
     held = {file: store.rewritten(file, {}) for file in store.files}
     if len(held) > 1:

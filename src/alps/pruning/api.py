@@ -14,17 +14,17 @@ from alps.calibration.layer_order import Order
 from alps.checkpoints.atomic_io import check_target
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError, check_known
-from alps.core.progress import Silent, Watcher
-from alps.data.calibration import Loaded
+from alps.core.progress import NoProgress, Progress
+from alps.data.calibration import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.models.finite_check import check_finite
-from alps.pruning.config import matching_of, split_names
-from alps.pruning.job import Job, prune_job
+from alps.pruning.config import make_reconstruction, split_names
+from alps.pruning.job import PruneJob, prune_job
 from alps.pruning.layer_rules import Rules, parse_overrides
-from alps.pruning.pipeline import Walk
-from alps.pruning.presets import PAPER, with_preset
-from alps.pruning.row_weights import Channels, check_channels
-from alps.pruning.run import run, windows_of, write
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.presets import PAPER, apply_preset
+from alps.pruning.row_weights import Channels, check_row_weights
+from alps.pruning.run import make_calibration_windows, run, write
 from alps.pruning.sparsity_allocation import check_budget
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method, get_method
@@ -57,7 +57,7 @@ def prune(
     overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
     channels: Channels | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> RunReport:
     """Prune a causal language model.
 
@@ -77,9 +77,9 @@ def prune(
         device: where blocks are solved; `auto` is the first GPU, or the device a model in memory is on.
         dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
         offload: keep activations on the CPU between blocks.
-        measure_errors: see `alps.pruning.pipeline.Walk`.
+        measure_errors: see `alps.pruning.pipeline.BlockPruner`.
         preset, order, target, match, match_target, budget, channels, keep_dense, overrides, respect_zeros: as in
-            `alps.pruning.config.PruneSettings`; None for one of the first seven is as the preset says.
+            `alps.pruning.config.PruneConfig`; None for one of the first seven is as the preset says.
         watcher: told after every site.
 
     Raises:
@@ -91,30 +91,30 @@ def prune(
     said = {"order": order, "target": target, "match": match, "match_target": match_target, "budget": budget}
     said |= {"channels": channels, "preset": preset}
     given = {name: value for name, value in said.items() if value is not None}
-    steps = with_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
+    steps = apply_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
     share = parse_target(steps["target"])
     check_known("Order", steps["order"], get_args(Order))
     check_budget(steps["budget"], wanted)
-    check_channels(steps["channels"], wanted, chosen)
+    check_row_weights(steps["channels"], wanted, chosen)
     if out is not None:
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    matching = matching_of(steps["match"], steps["match_target"])
-    walk = Walk(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
-    walk.budget, walk.watcher, walk.respect_zeros = steps["budget"], watcher or Silent(), respect_zeros
+    matching = make_reconstruction(steps["match"], steps["match_target"])
+    walk = BlockPruner(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
+    walk.budget, walk.progress, walk.respect_zeros = steps["budget"], progress or NoProgress(), respect_zeros
     walk.channels = steps["channels"]
     walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))
     source = calibration if calibration is None or torch.is_tensor(calibration) else str(calibration)
     if not isinstance(model, nn.Module):
         assert out is not None
-        job = Job(str(model), walk, source, samples, seqlen, seed, device, dtype)
+        job = PruneJob(str(model), walk, source, samples, seqlen, seed, device, dtype)
         return prune_job(job, Path(out))
     start = time.perf_counter()
     loaded = _in_memory(model, tokenizer)
     seconds = time.perf_counter() - start
     drawn = load_calibration(source, samples) if isinstance(source, str) else source
-    windows = windows_of(loaded, drawn, samples, seqlen, seed, walk)
+    windows = make_calibration_windows(loaded, drawn, samples, seqlen, seed, walk)
     report = run(loaded, walk, windows, seed if isinstance(source, str) else None)
     report.add_seconds("load", seconds)
     if out is not None:
@@ -128,7 +128,7 @@ def _place(model: nn.Module | str | Path, device: str) -> torch.device:
     return pick_device(device)
 
 
-def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
+def _in_memory(model: nn.Module, tokenizer: Any) -> LoadedModel:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
     check_finite(model.named_parameters(), name)
-    return Loaded(name, model, tokenizer)
+    return LoadedModel(name, model, tokenizer)

@@ -14,11 +14,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alps.core.device import pick_device
-from alps.core.errors import ConfigError, did_you_mean, shortened
-from alps.core.yaml_io import read_yaml, sentence
-from alps.finetuning.block_reconstruction import MATCH_TARGET, Matching
+from alps.core.errors import ConfigError, did_you_mean, truncate
+from alps.core.yaml_io import format_validation_error, read_yaml
+from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
 from alps.pruning.layer_rules import Rules, parse_overrides
-from alps.pruning.presets import PAPER, with_preset
+from alps.pruning.presets import PAPER, apply_preset
 from alps.solvers import METHODS, Method, Refitted, get_method
 from alps.solvers.dense_target import parse_target
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
@@ -31,7 +31,7 @@ def split_names(names: Any) -> Any:
     return [name for part in names.split(",") if (name := part.strip())] if isinstance(names, str) else names
 
 
-class PruneSettings(BaseModel):
+class PruneConfig(BaseModel):
     """What `alps prune` was asked to do. Unknown keys are refused.
 
     Attributes:
@@ -43,7 +43,7 @@ class PruneSettings(BaseModel):
         effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
         refit: optimal weights on the method's support, by conjugate gradients.
         preset: one of `alps.pruning.presets.PRESETS`; what it says holds where nothing else is said.
-        order: `block` or `sequential`, see `alps.pruning.pipeline.Walk`.
+        order: `block` or `sequential`, see `alps.pruning.pipeline.BlockPruner`.
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.dense_target`.
         match: epochs of block matching, see `alps.finetuning.block_reconstruction`; 0 for none.
         match_target: what it aims at: `pruned`, `dense`, or a share of the dense stream between 0 and 1.
@@ -74,7 +74,7 @@ class PruneSettings(BaseModel):
     order: Literal["block", "sequential"] = "block"
     target: str | float = "pruned"
     match: int = Field(default=0, ge=0)
-    match_target: str | float = MATCH_TARGET
+    match_target: str | float = DEFAULT_RECONSTRUCT_TARGET
     budget: str = "uniform"
     channels: Literal["equal", "block"] = "equal"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
@@ -123,9 +123,9 @@ class PruneSettings(BaseModel):
         """Share of the dense target; see `parse_target`."""
         return parse_target(self.target)
 
-    def matching(self) -> Matching | None:
-        """Block matching, if it is asked for; see `matching_of`."""
-        return matching_of(self.match, self.match_target)
+    def matching(self) -> ReconstructionParameters | None:
+        """Block matching, if it is asked for; see `make_reconstruction`."""
+        return make_reconstruction(self.match, self.match_target)
 
     def rules(self) -> Rules:
         """What is said of parts of the model by name.
@@ -154,21 +154,21 @@ class PruneSettings(BaseModel):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def matching_of(epochs: int, target: str | float) -> Matching | None:
+def make_reconstruction(epochs: int, target: str | float) -> ReconstructionParameters | None:
     """Block matching of so many epochs, None for 0 of them.
 
     Raises:
         ConfigError: for a target that is none, or another than the default where nothing is matched.
     """
     share = parse_target(target, "match_target")
-    if not epochs and share != MATCH_TARGET:
+    if not epochs and share != DEFAULT_RECONSTRUCT_TARGET:
         raise ConfigError(
             f"Match target '{target}' aims at nothing where nothing is matched: give --match 1, or leave it out."
         )
-    return Matching(epochs=epochs, target=share) if epochs else None
+    return ReconstructionParameters(epochs=epochs, target=share) if epochs else None
 
 
-def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings:
+def load_prune_config(path: Path | None, overrides: dict[str, Any]) -> PruneConfig:
     """Settings from a YAML file, with every override that is not None on top.
 
     A `sparsity` override also clears the file's `pattern`, and the other way round.
@@ -184,12 +184,12 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> PruneSettings
     chosen = {**values, **given}
     method = METHODS.get(str(chosen.get("method", "alps")))
     by_rows = method is not None and method().by_rows
-    resolved = with_preset(chosen, chosen.get("pattern") is not None, by_rows)
+    resolved = apply_preset(chosen, chosen.get("pattern") is not None, by_rows)
     try:
-        return PruneSettings.model_validate(resolved)
+        return PruneConfig.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(
-            sentence(error, str(path) if path else "the command line", PruneSettings.model_fields)
+            format_validation_error(error, str(path) if path else "the command line", PruneConfig.model_fields)
         ) from None
 
 
@@ -200,7 +200,7 @@ def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
     for key, value in options.items():
         if key not in fields:
             raise ConfigError(
-                f"Setting '{shortened(key)}' is not among the {where} ({', '.join(fields) or 'it has none'})."
+                f"Setting '{truncate(key)}' is not among the {where} ({', '.join(fields) or 'it has none'})."
                 f"{did_you_mean(str(key), fields)}"
             )
         if isinstance(value, float | int) and not 0 <= value < math.inf:

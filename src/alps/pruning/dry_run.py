@@ -11,12 +11,12 @@ from collections import Counter
 
 from torch import Tensor
 
-from alps.calibration.dense_reference import fitting
+from alps.calibration.dense_reference import select_within_budget
 from alps.core.statistics import InputSums
-from alps.data.calibration import Loaded
+from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block
-from alps.pruning.pipeline import Walk
-from alps.pruning.row_weights import CHANNEL_TOKENS
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
 from alps.pruning.sparsity_allocation import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
 from alps.pruning.time_estimate import Measured, cost, measure
 from alps.reporting.records import Record
@@ -63,7 +63,7 @@ class Forecast(Record):
     measured: float
 
 
-def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
+def forecast(loaded: LoadedModel, walk: BlockPruner, samples: int, seqlen: int) -> Forecast:
     """What `walk` would do to a model with so many windows of so many tokens; nothing is changed.
 
     Raises:
@@ -95,7 +95,7 @@ def forecast(loaded: Loaded, walk: Walk, samples: int, seqlen: int) -> Forecast:
     )
 
 
-def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: Measured) -> dict[str, float]:
+def _seconds(walk: BlockPruner, blocks: list[Block], tokens: int, measured: Measured) -> dict[str, float]:
     count = len(blocks)
     one_pass = measured.forward * tokens * count
     # What the dense model makes of a block comes with its inputs, where a target needs them.
@@ -110,7 +110,7 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: Measured) -
         twice = 1 if walk.matching.target < 1 else 0
         found["match"] = one_pass * ((3 + twice) * walk.matching.epochs + 0.5 * (1 + twice))
     if walk.channels != "equal":
-        found["channels"] = measured.forward * 3 * min(tokens, CHANNEL_TOKENS) * count
+        found["channels"] = measured.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
     if walk.budget != "uniform":
         found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
     if walk.budget == "loss":
@@ -120,7 +120,9 @@ def _seconds(walk: Walk, blocks: list[Block], tokens: int, measured: Measured) -
     return found
 
 
-def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measured: Measured | None) -> dict[str, int]:
+def _memory(
+    loaded: LoadedModel, walk: BlockPruner, blocks: list[Block], tokens: int, measured: Measured | None
+) -> dict[str, int]:
     parameters = list(loaded.model.parameters())
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     largest = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
@@ -141,8 +143,8 @@ def _memory(loaded: Loaded, walk: Walk, blocks: list[Block], tokens: int, measur
         settled = [tokens * features * size for features in measured.settled]
         found["statistics"] = sum(InputSums.nbytes(n, walk.needs) for n in measured.inputs)
         found["activations"] = states if limit is None else min(states, limit)
-        found["inputs of the dense block"] = sum(kept[index] for index in fitting(kept, limit))
-        found["settled parts"] = sum(settled[index] for index in fitting(settled, limit))
+        found["inputs of the dense block"] = sum(kept[index] for index in select_within_budget(kept, limit))
+        found["settled parts"] = sum(settled[index] for index in select_within_budget(settled, limit))
     return found
 
 

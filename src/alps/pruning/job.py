@@ -13,27 +13,27 @@ from torch import Tensor
 
 from alps.checkpoints.atomic_io import check_target, remove_partial
 from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import AlpsError
-from alps.core.progress import Silent, Watcher
-from alps.data.calibration import Loaded, load, open_model
-from alps.data.mixture import Mix, load_calibration
+from alps.core.progress import NoProgress, Progress
+from alps.data.calibration import LoadedModel, load, open_model
+from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.models.demo_model import NAME as PACKAGED
 from alps.models.load import check_model_path, parse_dtype
-from alps.pruning.config import PruneSettings
+from alps.pruning.config import PruneConfig
 from alps.pruning.dry_run import Forecast, forecast
-from alps.pruning.pipeline import Walk
-from alps.pruning.resume import Resumable
-from alps.pruning.row_weights import CHANNEL_TOKENS
-from alps.pruning.run import build_walk, check_calibrated, run, windows_of, write
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.resume import ResumableRun
+from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
+from alps.pruning.run import build_block_pruner, check_calibrated, make_calibration_windows, run, write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
-from alps.solvers.dense_target import QUIET_TOKENS
+from alps.solvers.dense_target import PRIOR_TOKENS
 
 
 @dataclass(frozen=True)
-class Job:
+class PruneJob:
     """A model by its name, and what is to be done to it.
 
     Attributes:
@@ -46,14 +46,14 @@ class Job:
     """
 
     model: str
-    walk: Walk
+    walk: BlockPruner
     calibration: str | Tensor | None
     samples: int
     seqlen: int
     seed: int
     device: str = "auto"
     dtype: str = "auto"
-    settings: PruneSettings | None = None
+    settings: PruneConfig | None = None
     facts: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,9 +62,9 @@ class Job:
             # They are no settings, and another version may take others.
             facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
         if self.walk.target:
-            facts["target's damping"] = f"{QUIET_TOKENS} tokens"
+            facts["target's damping"] = f"{PRIOR_TOKENS} tokens"
         if self.walk.channels != "equal":
-            facts["weights of channels"] = f"of {CHANNEL_TOKENS} tokens"
+            facts["weights of channels"] = f"of {ROW_WEIGHT_TOKENS} tokens"
         object.__setattr__(self, "facts", facts)
 
     def _described(self) -> dict[str, str]:
@@ -93,23 +93,23 @@ def _method_in_words(method: Method) -> str:
 
 
 def prune_directory(
-    settings: PruneSettings,
+    settings: PruneConfig,
     out: Path,
-    watcher: Watcher,
+    progress: Progress,
     tell: Callable[[str], None],
     resume: bool = False,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> RunReport:
     """What `alps prune` does; see `prune_job`."""
-    return prune_job(_job(settings, watcher), out, tell, resume, group)
+    return prune_job(_job(settings, progress), out, tell, resume, group)
 
 
 def prune_job(
-    job: Job,
+    job: PruneJob,
     out: Path,
     tell: Callable[[str], None] = lambda _: None,
     resume: bool = False,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> RunReport:
     """Check everything that can be checked, then open the model, prune and write.
 
@@ -125,65 +125,65 @@ def prune_job(
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError, RankLost: one sentence each; `out` is not written
             then.
     """
-    group, walk = group or Group(), job.walk
+    group, walk = group or ProcessGroup(), job.walk
     source = _checked(job, out)
     walk.group, walk.device = group, group.device(job.device, walk.device)
-    group.first(lambda: check_journal(out, job.facts, resume))
+    group.broadcast_from_main(lambda: check_journal(out, job.facts, resume))
     start = time.perf_counter()
     loaded = _opened(job, source, tell)
     seconds = time.perf_counter() - start
     facts = {**job.facts, "the model's weights": loaded.identity()}
     drawn = (source, job.samples, job.seqlen, job.seed, walk, tell)
-    windows: Windows | None = group.first(lambda: windows_of(loaded, *drawn))
+    windows: Windows | None = group.broadcast_from_main(lambda: make_calibration_windows(loaded, *drawn))
     if windows is not None:
         facts["the calibration's hash"] = windows.sha256
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
     with _shared_journal(out, facts, group) as journal, _kept(journal):
-        if journal.holds_work and group.leads:
+        if journal.holds_work and group.is_main:
             tell(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
-        walk.resumable, walk.spill_folder = Resumable(journal, group), journal.place
-        report = run(loaded, walk, windows, job.seed if isinstance(source, Mix) else None)
+        walk.resumable, walk.spill_folder = ResumableRun(journal, group), journal.place
+        report = run(loaded, walk, windows, job.seed if isinstance(source, CalibrationMix) else None)
         report.add_seconds("load", seconds)
         write(loaded, report, out, job.settings, tell=tell, journal=journal, group=group)
-        group.wait()
-        if group.leads:
+        group.barrier()
+        if group.is_main:
             journal.discard()
     return report
 
 
 @contextmanager
-def _shared_journal(out: Path, facts: Mapping[str, str], group: Group) -> Iterator[Journal]:
+def _shared_journal(out: Path, facts: Mapping[str, str], group: ProcessGroup) -> Iterator[Journal]:
     """The journal of a run: the first process holds it, the others read it and add their blocks."""
-    if group.leads:
+    if group.is_main:
         with open_journal(out, facts) as journal:
             remove_partial(out)
-            group.wait()
+            group.barrier()
             yield journal
     else:
-        group.wait()
+        group.barrier()
         yield follow_journal(out)
 
 
-def foresee(settings: PruneSettings, out: Path, tell: Callable[[str], None]) -> Forecast:
+def estimate_run(settings: PruneConfig, out: Path, tell: Callable[[str], None]) -> Forecast:
     """What `prune_directory` would do, hold and take; writes nothing.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: what it would raise before it prunes.
     """
-    job = _job(settings, Silent())
+    job = _job(settings, NoProgress())
     source = _checked(job, out)
     return forecast(_opened(job, source, tell), job.walk, settings.samples, settings.seqlen)
 
 
-def _job(settings: PruneSettings, watcher: Watcher) -> Job:
-    walk = build_walk(settings, watcher)
+def _job(settings: PruneConfig, progress: Progress) -> PruneJob:
+    walk = build_block_pruner(settings, progress)
     source = settings.calibration if walk.reads_inputs else None
     sizes = (settings.samples, settings.seqlen, settings.seed)
-    return Job(settings.model, walk, source, *sizes, settings.device, settings.dtype, settings)
+    return PruneJob(settings.model, walk, source, *sizes, settings.device, settings.dtype, settings)
 
 
-def _checked(job: Job, out: Path) -> Mix | Tensor | None:
+def _checked(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
     """What the windows are or are drawn from, if any; refuses what can be refused without the model."""
     parse_dtype(job.dtype)
     if job.model != PACKAGED:
@@ -193,9 +193,9 @@ def _checked(job: Job, out: Path) -> Mix | Tensor | None:
     return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else job.calibration
 
 
-def _opened(job: Job, source: Mix | Tensor | None, tell: Callable[[str], None]) -> Loaded:
+def _opened(job: PruneJob, source: CalibrationMix | Tensor | None, tell: Callable[[str], None]) -> LoadedModel:
     # A model that samples its own text has to be whole.
-    samples_itself = isinstance(source, Mix) and any(part.text is None for part in source.parts)
+    samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.parts)
     return (load if samples_itself else open_model)(job.model, job.dtype, tell)
 
 

@@ -31,7 +31,7 @@ class Rules:
     keep_dense: Sequence[str] = ()
     overrides: Mapping[str, Pattern] = field(default_factory=dict)
 
-    def applied(self, model: nn.Module, blocks: list[Block]) -> Ruled:
+    def applied(self, model: nn.Module, blocks: list[Block]) -> AppliedRules:
         """The rules on one model.
 
         Args:
@@ -57,7 +57,7 @@ class Rules:
                     "dense, or named by a later override; leave it out, or put it last."
                 )
         patterns = {name: self.overrides[rule] for name, rule in chosen.items()}
-        return Ruled([self._open(block, kept) for block in blocks], kept, patterns)
+        return AppliedRules([self._open(block, kept) for block in blocks], kept, patterns)
 
     def _open(self, block: Block, kept: dict[str, str]) -> Block:
         names = [name for name, _ in block.module.named_parameters()]
@@ -67,7 +67,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Ruled:
+class AppliedRules:
     """The blocks of one model under some rules.
 
     Attributes:

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from alps.calibration.input_statistics import Observation
-from alps.calibration.moe_statistics import SharedInput
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import SolveFailed
-from alps.core.progress import Watcher
+from alps.core.progress import Progress
 from alps.core.statistics import InputStats
 from alps.models.blocks import Block
 from alps.models.sites import Site
 from alps.reporting.run_report import LayerRecord, solve_record
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method, Solution
-from alps.solvers.dense_target import correction, retarget, target_damping
+from alps.solvers.dense_target import shifted_weight, target_damping, target_shift
 from alps.solvers.objective import relative_errors
-from alps.solvers.patterns import Pattern, Within, keep_largest, within
+from alps.solvers.patterns import MaskedPattern, Pattern, keep_largest, restrict_to_nonzeros
 from alps.solvers.row_parallel import Rows
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 
 
 @dataclass
-class Phases:
+class PhaseTimer:
     """Wall time by phase, on a device."""
 
     device: torch.device
@@ -61,11 +61,11 @@ class Phases:
 
 
 @dataclass
-class SiteSolver:
+class LayerSolver:
     """Prunes sites whose inputs were observed.
 
     Attributes:
-        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `Walk`.
+        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `BlockPruner`.
         channels: by site, what its rows count (out,), see `row_weights.py`; rows of a site without count alike, and all
             of them where it is None.
         counted: whether calibration tokens were fed.
@@ -82,12 +82,12 @@ class SiteSolver:
     target: float
     counted: bool
     shown: frozenset[int]
-    watcher: Watcher
-    phases: Phases
+    progress: Progress
+    phases: PhaseTimer
     records: list[LayerRecord]
     channels: Mapping[str, Tensor] | None = None
 
-    def shared_input(self, block: Block, shared: SharedInput, rows: Rows | None = None) -> None:
+    def shared_input(self, block: Block, shared: LayerInput, rows: Rows | None = None) -> None:
         """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
 
         The sums are let go of: rounded, they are held for the time of the solves.
@@ -103,14 +103,14 @@ class SiteSolver:
         with self.phases.timed("prepare"), _naming(shared.sites):
             state = method.prepare(stats)
             if stats.drift is not None:
-                shift = correction(stats, self.target, target_damping(stats.tokens))
+                shift = target_shift(stats, self.target, target_damping(stats.tokens))
         for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()
             if shift is not None:
-                aim = retarget(aim, shift)
+                aim = shifted_weight(aim, shift)
             pattern = self.patterns.get(site.name, self.pattern)
             if self.respect_zeros:
-                pattern = within(pattern.base, site.read())
+                pattern = restrict_to_nonzeros(pattern.base, site.read())
             with self.phases.timed("solve"), _naming([site]):
                 solution = self._solved(method, site, aim, state, pattern, rows)
             stored = self._store(site, solution)
@@ -120,7 +120,7 @@ class SiteSolver:
 
     def told(self, record: LayerRecord) -> None:
         """A site is done, here or in another process."""
-        self.watcher.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
+        self.progress.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
 
     def _solved(
         self, method: Method, site: Site, aim: Tensor, state: Any, pattern: Pattern, rows: Rows | None
@@ -156,18 +156,18 @@ class SiteSolver:
         pattern: Pattern,
         solution: Solution,
         stored: Tensor,
-        shared: SharedInput,
+        shared: LayerInput,
         stats: InputStats,
     ) -> None:
         found = 0 if self.respect_zeros else None
-        if isinstance(pattern, Within):
+        if isinstance(pattern, MaskedPattern):
             found = int(torch.count_nonzero(~pattern.allowed))
         for phase, seconds in solution.info.seconds.items():
             self.phases.add(phase, seconds)
         error = magnitude_error = None
         if self.measure_errors:
             with self.phases.timed("errors"):
-                by_size = masked(aim, keep_largest(aim.abs(), pattern))
+                by_size = apply_mask(aim, keep_largest(aim.abs(), pattern))
                 error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
         solution.info.notes = [*solution.info.notes, *shared.notes]
         self.records.append(
@@ -199,11 +199,11 @@ def _by_rows(method: Method, aim: Tensor, state: Any, pattern: Pattern, rows: Ro
     solution = method.solve_rows(aim[mine], state, pattern, aim.numel(), rows)
     whole = torch.zeros_like(aim)
     whole[mine] = solution.weight
-    solution.weight = rows.total(whole)
+    solution.weight = rows.all_reduce_sum(whole)
     return solution
 
 
-def _check(stats: InputStats, block: Block, shared: SharedInput) -> None:
+def _check(stats: InputStats, block: Block, shared: LayerInput) -> None:
     if not stats.is_finite():
         names = ", ".join(site.name for site in shared.sites)
         raise SolveFailed(

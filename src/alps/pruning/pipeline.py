@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import Activations
-from alps.calibration.block_inputs import batch_tokens, capture
-from alps.calibration.dense_reference import DenseStream
-from alps.calibration.forward_cache import Settled
+from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import Order, observations
 from alps.calibration.lm_head import Head
-from alps.calibration.moe_statistics import SharedInput
-from alps.core.device import exact_float32, memory_told
-from alps.core.distributed import Group
-from alps.core.half_precision import fast_halves
-from alps.core.progress import Silent, Watcher
+from alps.calibration.moe_statistics import LayerInput
+from alps.core.device import exact_float32, out_of_memory_as_error
+from alps.core.distributed import ProcessGroup
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.progress import NoProgress, Progress
 from alps.core.statistics import InputSums, Needs
-from alps.finetuning.block_reconstruction import Matching, Predictions, match
+from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
 from alps.models.blocks import Block, on_device
 from alps.pruning.layer_rules import Rules
-from alps.pruning.layer_solver import Phases, SiteSolver
-from alps.pruning.resume import Resumable
-from alps.pruning.row_weights import Channels, channel_weights, check_channels
+from alps.pruning.layer_solver import LayerSolver, PhaseTimer
+from alps.pruning.resume import ResumableRun
+from alps.pruning.row_weights import Channels, check_row_weights, compute_row_weights
 from alps.pruning.sparsity_allocation import check_budget, check_fit, plan
 from alps.pruning.work_sharing import solve_sites
-from alps.reporting.records import MatchRecord
+from alps.reporting.records import ReconstructionRecord
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.base import Method
 from alps.solvers.patterns import Pattern
@@ -45,7 +45,7 @@ _NEEDS_LESS_HERE = "keep activations in files with --activation-memory, give few
 
 
 @dataclass
-class Walk:
+class BlockPruner:
     """One pruning of one model.
 
     Attributes:
@@ -78,23 +78,23 @@ class Walk:
     measure_errors: bool = True
     order: Order = "block"
     target: float = 0.0
-    matching: Matching | None = None
+    matching: ReconstructionParameters | None = None
     budget: str = "uniform"
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    watcher: Watcher = field(default_factory=Silent)
+    progress: Progress = field(default_factory=NoProgress)
     activation_bytes: int | None = None
     spill_folder: Path | None = None
     respect_zeros: bool = False
     channels: Channels = "equal"
-    resumable: Resumable | None = None
+    resumable: ResumableRun | None = None
     rules: Rules = field(default_factory=Rules)
-    group: Group = field(default_factory=Group)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
     records: list[LayerRecord] = field(default_factory=list)
-    matches: list[MatchRecord] = field(default_factory=list)
+    matches: list[ReconstructionRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._phases = Phases(self.device, self.seconds)
+        self._phases = PhaseTimer(self.device, self.seconds)
 
     @property
     def needs(self) -> Needs:
@@ -104,7 +104,7 @@ class Walk:
         return Needs.GRAM if self.measure_errors else self.method.needs
 
     @property
-    def _peers(self) -> Group | None:
+    def _peers(self) -> ProcessGroup | None:
         return self.group if self.group.size > 1 else None
 
     @property
@@ -128,30 +128,34 @@ class Walk:
         """
         check_fit(blocks, self.pattern, self.patterns)
         check_budget(self.budget, self.pattern)
-        check_channels(self.channels, self.pattern, self.method)
+        check_row_weights(self.channels, self.pattern, self.method)
         restored = self.resumable is not None and self.resumable.has(blocks[-1])
         read = windows if self.reads_inputs and not restored else None
         assert read is not None or restored or not self.reads_inputs, "windows are missing"
-        with memory_told(_NEEDS_LESS, _NEEDS_LESS_HERE), exact_float32(), fast_halves(self.device, model):
+        with (
+            out_of_memory_as_error(_NEEDS_LESS, _NEEDS_LESS_HERE),
+            exact_float32(),
+            half_matmul_in_float32(self.device, model),
+        ):
             if read is not None and self.budget != "uniform":
                 self.patterns = {**self._planned(model, blocks, read), **self.patterns}
-            self.watcher.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
+            self.progress.start(f"{self.method.name} {self.pattern}", sum(len(block.sites) for block in blocks))
             try:
                 if read is None:
                     self._without_inputs(blocks)
                 else:
                     self._with_inputs(model, blocks, read)
             finally:
-                self.watcher.finish()
+                self.progress.finish()
 
     def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
         free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.timed("budget"):
-            asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.watcher)
-            found: Mapping[str, Pattern] = self.group.first(lambda: plan(model, free, windows, *asked))
-        if self.resumable is not None and self.group.leads:
+            asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.progress)
+            found: Mapping[str, Pattern] = self.group.broadcast_from_main(lambda: plan(model, free, windows, *asked))
+        if self.resumable is not None and self.group.is_main:
             self.resumable.plan(found)
         return found
 
@@ -164,25 +168,27 @@ class Walk:
                 if self.resumable is not None:
                     self.resumable.begin(self.seconds)
                 empty = [InputSums.zeros(site.shape[1], Needs.NOTHING, self.device) for site in block.sites]
-                shared = [SharedInput(one, [site]) for one, site in zip(empty, block.sites, strict=True)]
+                shared = [LayerInput(one, [site]) for one, site in zip(empty, block.sites, strict=True)]
                 solve_sites(solver, self.group, block, shared)
                 self._keep(block)
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
         with self._phases.timed("capture"):
             tokens, tuned = windows.shape[1], self.matching
-            sizes = [] if tuned is None else self.group.shares(len(windows), tuned.tokens // tokens)
-            windows = self.group.share(windows)
+            sizes = [] if tuned is None else self.group.shard_batch_sizes(len(windows), tuned.tokens // tokens)
+            windows = self.group.shard(windows)
             home = torch.device("cpu") if self.offload else self.device
             kept = Activations(home, self.activation_bytes, self.spill_folder)
-            inputs = capture(model, blocks, windows, sizes or max(batch_tokens(blocks, self.device) // tokens, 1), kept)
+            inputs = capture_block_inputs(
+                model, blocks, windows, sizes or max(batch_tokens(blocks, self.device) // tokens, 1), kept
+            )
         split = torch.split(windows, [len(one) for one in inputs.hidden])
-        predictions = Predictions(Head(model, blocks, inputs.bare), split)
+        predictions = OutputLoss(Head(model, blocks, inputs.bare), split)
         dense_inputs = inputs.beside() if self.target > 0 or self.matching is not None else None
         solver = self.solver(blocks, self._phases, self.records)
         for block in blocks:
             with on_device(block, self.device):
-                dense = None if dense_inputs is None else DenseStream(block.twin(), dense_inputs)
+                dense = None if dense_inputs is None else DenseReference(block.twin(), dense_inputs)
                 ending = predictions if block is blocks[-1] else None
                 restored = self._restored(block)
                 rest, advances = inputs, self.matching is None and ending is None
@@ -191,9 +197,9 @@ class Walk:
                         self.resumable.begin(self.seconds)
                     if self.channels != "equal":
                         with self._phases.timed("channels"):
-                            solver.channels = channel_weights(block, inputs, self.device, self.group)
+                            solver.channels = compute_row_weights(block, inputs, self.device, self.group)
                     if self.order == "sequential":
-                        rest = Settled(block, inputs, self.device, advances)
+                        rest = CachedForward(block, inputs, self.device, advances)
                     steps = observations(block, rest, self.needs, self.device, self.order, dense, self._peers)
                     for seen in self._phases.observed(steps):
                         solve_sites(solver, self.group, block, seen.shared)
@@ -206,15 +212,15 @@ class Walk:
                         rest = inputs  # what was settled is tuned now
                         with self._phases.timed("match"):
                             how = (self.matching, self.device, 0, ending, self._peers, dense.block)
-                            self.matches.append(match(block, inputs, dense.inputs.hidden, *how))
+                            self.matches.append(reconstruct_block(block, inputs, dense.inputs.hidden, *how))
                     self._keep(block)
                 if ending is None:
                     with self._phases.timed("forward"):
                         rest.advance(block.index, block.module, self.device)
 
-    def solver(self, blocks: list[Block], phases: Phases, records: list[LayerRecord]) -> SiteSolver:
+    def solver(self, blocks: list[Block], phases: PhaseTimer, records: list[LayerRecord]) -> LayerSolver:
         """What prunes the sites of these blocks; time and records go where it is told."""
-        return SiteSolver(
+        return LayerSolver(
             method=self.method,
             pattern=self.pattern,
             patterns=self.patterns,
@@ -224,7 +230,7 @@ class Walk:
             counted=self.reads_inputs,
             # Reports show how some sites were solved: those of the first, the middle and the last block.
             shown=frozenset(blocks[place].index for place in (0, len(blocks) // 2, -1)),
-            watcher=self.watcher,
+            progress=self.progress,
             phases=phases,
             records=records,
         )
@@ -237,7 +243,7 @@ class Walk:
         self.records += sites
         self.matches += [] if matched is None else [matched]
         for site in sites:
-            self.watcher.step(f"{site.name}  as it was kept")
+            self.progress.step(f"{site.name}  as it was kept")
         return True
 
     def _keep(self, block: Block) -> None:

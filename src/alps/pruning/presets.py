@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from alps.core.errors import check_known
-from alps.finetuning.block_reconstruction import MATCH_TARGET
+from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET
 
 PAPER = "paper"
 
-_PLAIN = {"target": "pruned", "match": 0, "match_target": MATCH_TARGET, "budget": "uniform", "channels": "equal"}
+_PLAIN = {
+    "target": "pruned",
+    "match": 0,
+    "match_target": DEFAULT_RECONSTRUCT_TARGET,
+    "budget": "uniform",
+    "channels": "equal",
+}
 # docs/presets.md has the measurements behind them.
 PRESETS: dict[str, dict[str, Any]] = {
     PAPER: {"order": "block", **_PLAIN},
@@ -26,11 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool) -> dict[str, Any]:
+def apply_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool) -> dict[str, Any]:
     """What is given, and for the rest of the steps what its `preset` says.
 
     Args:
-        given: settings by name, as in `alps.pruning.config.PruneSettings`, without those that were not said.
+        given: settings by name, as in `alps.pruning.config.PruneConfig`, without those that were not said.
         semi_structured: of N:M, which fixes the share of zeros of every group and leaves a budget nothing to move.
         by_rows: of a method that prunes every row alike; like N:M it has no use for what channels count.
 
@@ -45,5 +51,5 @@ def with_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool) 
     if semi_structured or by_rows:
         steps["channels"] = "equal"
     if given.get("match") == 0:
-        steps["match_target"] = MATCH_TARGET
+        steps["match_target"] = DEFAULT_RECONSTRUCT_TARGET
     return {**steps, **given}

@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 
 from alps.checkpoints.journal import Journal
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import CheckpointError
 from alps.models.blocks import Block
 from alps.models.finite_check import check_result
-from alps.reporting.records import MatchRecord, Record
+from alps.reporting.records import ReconstructionRecord, Record
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.patterns import Pattern, Unstructured, parse_pattern
 
@@ -25,12 +25,12 @@ class _BlockRecord(Record):
     """A finished block: the records of its sites and of its matching, and what it took by phase."""
 
     sites: list[LayerRecord]
-    match: MatchRecord | None
+    match: ReconstructionRecord | None
     seconds: dict[str, float]
 
 
 @dataclass
-class Resumable:
+class ResumableRun:
     """The side of a walk that outlives its process.
 
     Attributes:
@@ -40,7 +40,7 @@ class Resumable:
     """
 
     journal: Journal
-    group: Group = field(default_factory=Group)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
     before: float = 0.0
     _phases: dict[str, float] = field(default_factory=dict)
     _begun: float = 0.0
@@ -54,7 +54,7 @@ class Resumable:
         self._phases, self._begun = dict(seconds), time.perf_counter()
 
     def keep(
-        self, block: Block, sites: list[LayerRecord], match: MatchRecord | None, seconds: Mapping[str, float]
+        self, block: Block, sites: list[LayerRecord], match: ReconstructionRecord | None, seconds: Mapping[str, float]
     ) -> None:
         """The block that was begun is done: write it down.
 
@@ -69,11 +69,11 @@ class Resumable:
         record = _BlockRecord(sites=sites, match=match, seconds=spent)
         if mine:
             self.journal.keep_tensors(block.index, dict(block.module.state_dict()))
-        self.group.wait()
-        if self.group.leads:
+        self.group.barrier()
+        if self.group.is_main:
             self.journal.keep_record(block.index, record.model_dump(mode="json"))
 
-    def restore(self, block: Block, seconds: dict[str, float]) -> tuple[list[LayerRecord], MatchRecord | None]:
+    def restore(self, block: Block, seconds: dict[str, float]) -> tuple[list[LayerRecord], ReconstructionRecord | None]:
         """Give the block its finished weights, and `seconds` the time that they took.
 
         Raises:

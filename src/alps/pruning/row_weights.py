@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError, check_known
 from alps.models.blocks import Block
 from alps.models.sites import Site
@@ -33,12 +33,12 @@ from alps.solvers.patterns import Pattern, Unstructured
 
 Channels = Literal["equal", "block"]
 # Tokens of the first windows that weights are read from: the mean of so many squares is within a few per cent.
-CHANNEL_TOKENS = 4096
+ROW_WEIGHT_TOKENS = 4096
 # Of the mean weight: rows that next to nothing depends on stay part of the problem.
 _LEAST = 1e-4
 
 
-def check_channels(channels: Channels, pattern: Pattern, method: Method) -> None:
+def check_row_weights(channels: Channels, pattern: Pattern, method: Method) -> None:
     """Refuse what is no choice, and weights where no zero can move from one row to another.
 
     Raises:
@@ -55,7 +55,9 @@ def check_channels(channels: Channels, pattern: Pattern, method: Method) -> None
         )
 
 
-def channel_weights(block: Block, inputs: BlockInputs, device: torch.device, group: Group) -> dict[str, Tensor]:
+def compute_row_weights(
+    block: Block, inputs: BlockInputs, device: torch.device, group: ProcessGroup
+) -> dict[str, Tensor]:
     """Weights d (out,) of the sites of a dense block, float32 on `device`, of mean 1 and at least 1e-4.
 
     Sites that are not modules of their own, are not called exactly once a window, or have no influence that can be told
@@ -78,16 +80,16 @@ def channel_weights(block: Block, inputs: BlockInputs, device: torch.device, gro
             sums[site.name] += math.nan if slope is None else slope.flatten(0, -2).double().square().sum(dim=0)
     weights = {}
     for name, mine in sums.items():
-        total = group.total(mine)
+        total = group.all_reduce_sum(mine)
         mean = total.mean()
         if mean > 0 and bool(torch.isfinite(mean)):
             weights[name] = (total / mean).clamp_min(_LEAST).float()
     return weights
 
 
-def _windows(inputs: BlockInputs, group: Group) -> Iterator[tuple[int, int, int]]:
+def _windows(inputs: BlockInputs, group: ProcessGroup) -> Iterator[tuple[int, int, int]]:
     """Batch, window in it, and number among all, of this process's share of the first windows."""
-    wanted = max(CHANNEL_TOKENS // inputs.hidden[0].shape[1], 1)
+    wanted = max(ROW_WEIGHT_TOKENS // inputs.hidden[0].shape[1], 1)
     number = group.rank
     for batch, hidden in enumerate(inputs.hidden):
         for window in range(len(hidden)):

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from alps.checkpoints.atomic_io import new_directory
 from alps.checkpoints.journal import Journal
 from alps.core.device import peak_device_bytes, peak_host_bytes, provenance
-from alps.core.distributed import Group
+from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.progress import Silent, Watcher
-from alps.data.calibration import Loaded
-from alps.data.mixture import Mix
+from alps.core.progress import NoProgress, Progress
+from alps.data.calibration import LoadedModel
+from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows
 from alps.models.auto_class import is_composite
 from alps.models.finite_check import check_result
 from alps.models.save import save_beside, save_model, write_files
-from alps.pruning.config import SETTINGS_NAME, PruneSettings
-from alps.pruning.pipeline import Walk
-from alps.pruning.row_weights import check_channels
+from alps.pruning.config import SETTINGS_NAME, PruneConfig
+from alps.pruning.pipeline import BlockPruner
+from alps.pruning.row_weights import check_row_weights
 from alps.pruning.sparsity_allocation import check_budget, check_fit
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
@@ -35,7 +35,7 @@ _PRUNED_TARGET = (
 )
 
 
-def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
+def build_block_pruner(settings: PruneConfig, progress: Progress | None = None) -> BlockPruner:
     """The walk that settings ask for, on no model yet.
 
     Raises:
@@ -43,17 +43,17 @@ def build_walk(settings: PruneSettings, watcher: Watcher | None = None) -> Walk:
     """
     pattern, method = settings.build_pattern(), settings.build_method()
     check_budget(settings.budget, pattern)
-    check_channels(settings.channels, pattern, method)
+    check_row_weights(settings.channels, pattern, method)
     steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
-    walk = Walk(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
-    walk.watcher, walk.rules, walk.respect_zeros = watcher or Silent(), settings.rules(), settings.respect_zeros
+    walk = BlockPruner(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
+    walk.progress, walk.rules, walk.respect_zeros = progress or NoProgress(), settings.rules(), settings.respect_zeros
     walk.channels = settings.channels
     if settings.activation_memory is not None:
         walk.activation_bytes = int(settings.activation_memory * 2**30)
     return walk
 
 
-def check_calibrated(walk: Walk, calibrated: bool) -> None:
+def check_calibrated(walk: BlockPruner, calibrated: bool) -> None:
     """Refuse a walk that reads inputs where there is nothing to make them of.
 
     Raises:
@@ -63,33 +63,33 @@ def check_calibrated(walk: Walk, calibrated: bool) -> None:
         raise ConfigError(f"Method {walk.method.name} with these settings needs calibration text or token ids.")
 
 
-def windows_of(
-    loaded: Loaded,
-    source: Mix | Tensor | None,
+def make_calibration_windows(
+    loaded: LoadedModel,
+    source: CalibrationMix | Tensor | None,
     samples: int,
     seqlen: int,
     seed: int,
-    walk: Walk,
+    walk: BlockPruner,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Windows | None:
     """Calibration windows that were given as token ids (windows, tokens), or are drawn; None of nothing.
 
     Raises:
-        ConfigError, UnsupportedModel: see `Loaded.token_ids` and `Loaded.calibration`.
+        ConfigError, UnsupportedModel: see `LoadedModel.token_ids` and `LoadedModel.calibration`.
     """
     if source is None:
         return None
     if isinstance(source, Tensor):
         return loaded.token_ids(source)
-    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.watcher, tell)
+    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.progress, tell)
 
 
-def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = None) -> RunReport:
+def run(loaded: LoadedModel, walk: BlockPruner, windows: Windows | None, seed: int | None = None) -> RunReport:
     """Prune a loaded model in place and report on it.
 
     Raises:
         ConfigError: when the pattern does not fit, windows are missing, or their ids are not the model's.
-        UnsupportedModel, SolveFailed: see `Walk.run`.
+        UnsupportedModel, SolveFailed: see `BlockPruner.run`.
     """
     check_calibrated(walk, windows is not None)
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def run(loaded: Loaded, walk: Walk, windows: Windows | None, seed: int | None = 
     )
 
 
-def _notes(model: nn.Module, walk: Walk) -> list[str]:
+def _notes(model: nn.Module, walk: BlockPruner) -> list[str]:
     notes = []
     if is_composite(model):
         notes.append(f"of {type(model).__name__} the text decoder was pruned, on text alone; all else is as it was.")
@@ -138,14 +138,14 @@ def _notes(model: nn.Module, walk: Walk) -> list[str]:
 
 
 def write(
-    loaded: Loaded,
+    loaded: LoadedModel,
     report: RunReport,
     out: Path,
-    settings: PruneSettings | None = None,
+    settings: PruneConfig | None = None,
     replaceable: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     journal: Journal | None = None,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write model, tokenizer, report, page, card and settings to `out`, which appears whole or not at all.
 
@@ -155,15 +155,15 @@ def write(
         journal: holds the pruned blocks of a model that is not in memory.
         group: processes that each write some of its files; the first one does all else.
     """
-    start, group = time.perf_counter(), group or Group()
-    if not group.leads:
-        place = Path(group.first(str))
+    start, group = time.perf_counter(), group or ProcessGroup()
+    if not group.is_main:
+        place = Path(group.broadcast_from_main(str))
         if loaded.store is not None and journal is not None:
             write_files(loaded.store, loaded.blocks(), journal, place, group.rank, group.size)
-        group.wait()
+        group.barrier()
         return
     with new_directory(out, replaceable) as folder:
-        group.first(lambda: str(folder.absolute()))
+        group.broadcast_from_main(lambda: str(folder.absolute()))
         if loaded.store is None:
             check_result(loaded.model, str(out))
             save_model(loaded.model, loaded.tokenizer, folder)
@@ -171,7 +171,7 @@ def write(
             assert journal is not None
             write_files(loaded.store, loaded.blocks(), journal, folder, group.rank, group.size)
             save_beside(loaded.store, loaded.tokenizer, folder)
-        group.wait()
+        group.barrier()
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, tell, out)

@@ -1,6 +1,6 @@
 """What a budget reads of every site before anything is pruned: its error curve, its outliers, its influence.
 
-`influences` measures how far the model's answers move when a site is pruned alone, per unit of its error: mean KL to
+`sensitivities` measures how far the model's answers move when a site is pruned alone, per unit of its error: mean KL to
 the dense model's answers on a few calibration windows, no gradients.
 """
 
@@ -14,17 +14,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import batch_tokens, capture
+from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, divergences
-from alps.core.progress import Watcher
+from alps.core.progress import Progress
 from alps.core.statistics import Needs
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
 from alps.solvers.error_curve import ErrorCurve, error_curve, inverse_diagonal, removal_costs
 from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, keep_largest
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 
 # Entries of |W_ij| ||X_j|| above so many times the mean of their site are outliers (OWL, arXiv 2310.05175).
 _OUTLIER = 5.0
@@ -32,7 +32,7 @@ _DAMPING = 0.01
 
 
 @dataclass(frozen=True)
-class SiteReading:
+class SiteProfile:
     """What is known of a site before anything is pruned.
 
     Attributes:
@@ -53,14 +53,14 @@ class SiteReading:
     cut_error: float
 
 
-def site_readings(
-    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device, watcher: Watcher
-) -> Iterator[SiteReading]:
+def profile_sites(
+    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device, progress: Progress
+) -> Iterator[SiteProfile]:
     """Readings of all sites, from the dense model on `windows` (windows, tokens); cuts are to `pattern`.
 
     The watcher is told of every block.
     """
-    inputs = capture(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
+    inputs = capture_block_inputs(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
     for block in blocks:
         with on_device(block, device):
             for shared in observe(block, inputs, Needs.GRAM, device).shared:
@@ -69,8 +69,8 @@ def site_readings(
                 for site in shared.sites:
                     weight = site.read().float()
                     scores = weight.abs() * norms
-                    cut = masked(weight, keep_largest(scores, pattern))
-                    yield SiteReading(
+                    cut = apply_mask(weight, keep_largest(scores, pattern))
+                    yield SiteProfile(
                         site=site,
                         block=block.index,
                         zeros=int((weight == 0).sum()),
@@ -80,24 +80,24 @@ def site_readings(
                         cut_error=relative_error(cut, weight, stats),
                     )
             inputs.advance(block.index, block.module, device)
-        watcher.step(f"block {block.index} read")
+        progress.step(f"block {block.index} read")
 
 
-def influences(
+def sensitivities(
     model: nn.Module,
     blocks: list[Block],
     windows: Tensor,
-    readings: Sequence[SiteReading],
+    readings: Sequence[SiteProfile],
     pattern: Pattern,
     device: torch.device,
-    watcher: Watcher,
+    progress: Progress,
 ) -> list[float]:
     """KL per unit of relative error of every site, from cutting it alone by Wanda's score.
 
     The experts of one parameter are cut together, and share the KL per unit of their summed error: a probe of a few
     tokens would leave many of them alone without a token. The watcher is told of every block.
     """
-    together: dict[str, list[SiteReading]] = {}
+    together: dict[str, list[SiteProfile]] = {}
     for reading in readings:
         together.setdefault(reading.site.parameter_name, []).append(reading)
     names = [[name for name, group in together.items() if group[0].block == block.index] for block in blocks]
@@ -105,7 +105,7 @@ def influences(
     found = {}
 
     def told(block: Block) -> None:
-        watcher.step(f"block {block.index} probed")
+        progress.step(f"block {block.index} probed")
 
     for mine, values in zip(names, divergences(model, blocks, windows, device, changes, told), strict=True):
         for name, value in zip(mine, values, strict=True):
@@ -115,13 +115,13 @@ def influences(
 
 
 @contextmanager
-def _cut(group: Sequence[SiteReading], pattern: Pattern) -> Iterator[None]:
+def _cut(group: Sequence[SiteProfile], pattern: Pattern) -> Iterator[None]:
     """Cut the sites of one parameter by Wanda's score for the time of the body."""
     parameter = group[0].site.parameter
     dense = parameter.detach().clone()
     for reading in group:
         weight = reading.site.read().float()
-        reading.site.write(masked(weight, keep_largest(weight.abs() * reading.norms, pattern)))
+        reading.site.write(apply_mask(weight, keep_largest(weight.abs() * reading.norms, pattern)))
     try:
         yield
     finally:

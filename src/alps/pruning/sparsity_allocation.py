@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.errors import ConfigError, check_known
-from alps.core.progress import Silent, Watcher
+from alps.core.progress import NoProgress, Progress
 from alps.models.blocks import Block
-from alps.pruning.sensitivity import SiteReading, influences, site_readings
+from alps.pruning.sensitivity import SiteProfile, profile_sites, sensitivities
 from alps.solvers.error_curve import POINTS, ErrorCurve
 from alps.solvers.patterns import Pattern, Unstructured
 from alps.solvers.topk import capped
@@ -122,7 +122,7 @@ def plan(
     pattern: Pattern,
     device: torch.device = _CPU,
     respect_zeros: bool = False,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Pattern]:
     """Patterns of all sites under a budget.
 
@@ -147,16 +147,16 @@ def plan(
         raise ConfigError(f"Budget '{name}' has nothing to spread: every layer has its own pattern; use uniform.")
     sparsity = pattern.sparsity
     windows = windows[: max(PLAN_TOKENS // windows.shape[1], 1)]
-    watcher = watcher or Silent()
-    watcher.start(f"budget {name}", len(blocks) * (2 if name == "loss" else 1))
+    progress = progress or NoProgress()
+    progress.start(f"budget {name}", len(blocks) * (2 if name == "loss" else 1))
     try:
-        readings = list(site_readings(model, blocks, windows, pattern, device, watcher))
+        readings = list(profile_sites(model, blocks, windows, pattern, device, progress))
         weights = [1.0] * len(readings)
         if name == "loss":
             probe = windows[:PROBE_WINDOWS, :PROBE_TOKENS]
-            weights = influences(model, blocks, probe, readings, pattern, device, watcher)
+            weights = sensitivities(model, blocks, probe, readings, pattern, device, progress)
     finally:
-        watcher.finish()
+        progress.finish()
     if name == "owl":
         counts = _owl_counts(readings, sparsity)
     else:
@@ -168,7 +168,7 @@ def plan(
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
 
 
-def _owl_counts(readings: Sequence[SiteReading], sparsity: float) -> list[int]:
+def _owl_counts(readings: Sequence[SiteProfile], sparsity: float) -> list[int]:
     """Zeros by OWL: densities of the blocks spread over twice `_OWL_RANGE` around the mean, by outliers."""
     sizes = torch.tensor([r.curve.entries for r in readings], dtype=torch.float64)
     # Blocks without a site to prune are left out.

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from alps.calibration.block_inputs import BlockInputs, capture
-from alps.calibration.dense_reference import DenseStream
-from alps.calibration.forward_cache import Settled
+from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import observations
 from alps.core.device import exact_float32
-from alps.core.half_precision import fast_halves
-from alps.data.calibration import Loaded
+from alps.core.half_precision import half_matmul_in_float32
+from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block, on_device
-from alps.pruning.layer_solver import Phases
-from alps.pruning.pipeline import Walk
+from alps.pruning.layer_solver import PhaseTimer
+from alps.pruning.pipeline import BlockPruner
 
 _TOKENS = 512
 _SECONDS = 20.0
@@ -53,7 +53,7 @@ def cost(shape: tuple[int, int]) -> float:
     return float(shape[0] * shape[1] ** 2 + shape[1] ** 3)
 
 
-def measure(loaded: Loaded, walk: Walk, blocks: list[Block], seqlen: int) -> Measured:
+def measure(loaded: LoadedModel, walk: BlockPruner, blocks: list[Block], seqlen: int) -> Measured:
     """Run and solve one of the blocks; nothing is changed.
 
     Raises:
@@ -62,17 +62,21 @@ def measure(loaded: Loaded, walk: Walk, blocks: list[Block], seqlen: int) -> Mea
     vocabulary, tokens = loaded.model.get_input_embeddings().num_embeddings, min(seqlen, _TOKENS)  # type: ignore[operator]
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     model = loaded.model.eval()
-    inputs, found, pruned = capture(model, blocks, ids, 1), Measured(), [block for block in blocks if block.sites]
+    inputs, found, pruned = (
+        capture_block_inputs(model, blocks, ids, 1),
+        Measured(),
+        [block for block in blocks if block.sites],
+    )
     block = pruned[len(pruned) // 2]
-    with exact_float32(), fast_halves(walk.device, model), on_device(block, walk.device):
+    with exact_float32(), half_matmul_in_float32(walk.device, model), on_device(block, walk.device):
         # Solves write into a copy.
         copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
         _timed_forward(inputs, copy, walk)
         found.forward = _timed_forward(inputs, copy, walk) / tokens
-        dense = DenseStream(block, inputs.beside()) if walks_dense else None
+        dense = DenseReference(block, inputs.beside()) if walks_dense else None
         rest = inputs
         if walk.order == "sequential":
-            rest = settled = Settled(copy, inputs, walk.device, walk.matching is None)
+            rest = settled = CachedForward(copy, inputs, walk.device, walk.matching is None)
             # Learning from one window is little in a run, and would be much here.
             settled.expect([])
         start = time.perf_counter()
@@ -82,12 +86,12 @@ def measure(loaded: Loaded, walk: Walk, blocks: list[Block], seqlen: int) -> Mea
         shared = [one for observation in seen for one in observation.shared]
         found.inputs = [one.sites[0].shape[1] for one in shared]
         found.advance = found.forward
-        if isinstance(rest, Settled):
+        if isinstance(rest, CachedForward):
             found.settled = [max(part.last.shape) for part in rest.parts or () if part.received or part.given]
             if walk.matching is None:
                 rest.expect([])
                 found.advance = _timed_forward(rest, copy, walk) / tokens
-        solver = walk.solver(blocks, Phases(walk.device), [])
+        solver = walk.solver(blocks, PhaseTimer(walk.device), [])
         spent = time.perf_counter()
         for one in sorted(shared, key=lambda one: cost(one.sites[0].shape)):
             start = time.perf_counter()
@@ -99,7 +103,7 @@ def measure(loaded: Loaded, walk: Walk, blocks: list[Block], seqlen: int) -> Mea
     return found
 
 
-def _timed_forward(inputs: BlockInputs, block: Block, walk: Walk) -> float:
+def _timed_forward(inputs: BlockInputs, block: Block, walk: BlockPruner) -> float:
     start = time.perf_counter()
     with torch.no_grad():
         inputs.run(block.index, block.module, 0, walk.device)

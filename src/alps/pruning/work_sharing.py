@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from alps.calibration.moe_statistics import SharedInput
-from alps.core.distributed import Group
+from alps.calibration.moe_statistics import LayerInput
+from alps.core.distributed import ProcessGroup
 from alps.models.blocks import Block
-from alps.pruning.layer_solver import SiteSolver
+from alps.pruning.layer_solver import LayerSolver
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
@@ -33,7 +33,7 @@ _ROWS = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class SolveCost:
     """What it takes to solve all sites of one input, in operations.
 
     Attributes:
@@ -52,14 +52,14 @@ class Job:
         return self.fixed + self.rows
 
 
-def job_of(method: Method, shapes: Sequence[tuple[int, int]], size: int, divisible: bool = True) -> Job:
+def solve_cost(method: Method, shapes: Sequence[tuple[int, int]], size: int, divisible: bool = True) -> SolveCost:
     """The job of some sites (out, in) of one input, for `size` processes."""
     inputs = shapes[0][1]
     outputs = sum(rows for rows, _ in shapes)
     inverses, iterations = (_INVERSES, _ITERATIONS) if isinstance(method, Alps) else (1.0, 1.0)
     enough = min(rows for rows, _ in shapes) >= _ROWS * size
     whole = not (isinstance(method, Alps) and divisible and enough)
-    return Job(inverses * inputs**3, 2 * iterations * outputs * inputs**2, not whole)
+    return SolveCost(inverses * inputs**3, 2 * iterations * outputs * inputs**2, not whole)
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:
@@ -74,7 +74,7 @@ def assign(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def shared_out(jobs: Sequence[Job], size: int) -> list[int | None]:
+def shared_out(jobs: Sequence[SolveCost], size: int) -> list[int | None]:
     """Who solves each input: a process, or None for all of them, each some rows."""
     owners: list[int | None] = list(assign([job.cost for job in jobs], size))
     while True:
@@ -93,7 +93,7 @@ def shared_out(jobs: Sequence[Job], size: int) -> list[int | None]:
         owners = tried
 
 
-def loads_of(jobs: Sequence[Job], owners: Sequence[int | None], size: int) -> list[float]:
+def loads_of(jobs: Sequence[SolveCost], owners: Sequence[int | None], size: int) -> list[float]:
     """Operations of every process."""
     every = sum(job.fixed + job.rows / size for job, owner in zip(jobs, owners, strict=True) if owner is None)
     loads = [every] * size
@@ -103,7 +103,7 @@ def loads_of(jobs: Sequence[Job], owners: Sequence[int | None], size: int) -> li
     return loads
 
 
-def solve_sites(solver: SiteSolver, group: Group, block: Block, shared: Sequence[SharedInput]) -> None:
+def solve_sites(solver: LayerSolver, group: ProcessGroup, block: Block, shared: Sequence[LayerInput]) -> None:
     """Prune the sites of some inputs; afterwards every process has all their weights and records.
 
     Args:
@@ -114,45 +114,46 @@ def solve_sites(solver: SiteSolver, group: Group, block: Block, shared: Sequence
         RankLost: when another process failed.
     """
     jobs = [
-        job_of(solver.method, [site.shape for site in one.sites], group.size, _divisible(solver, one)) for one in shared
+        solve_cost(solver.method, [site.shape for site in one.sites], group.size, _divisible(solver, one))
+        for one in shared
     ]
     owners = shared_out(jobs, group.size) if group.size > 1 else [0] * len(shared)
     with solver.phases.timed("exchange"):
         for one, owner in zip(shared, owners, strict=True):
-            group.place = f"block {block.index}, inputs of {one.name}"
-            group.sums(one.sums, owner)
+            group.current_stage = f"block {block.index}, inputs of {one.name}"
+            group.reduce_statistics(one.sums, owner)
     begun = len(solver.records)
     for one, owner in sorted(zip(shared, owners, strict=True), key=lambda pair: pair[1] is not None):
         if owner is None or owner == group.rank:
-            group.place = f"block {block.index}, {one.name}"
+            group.current_stage = f"block {block.index}, {one.name}"
             solver.shared_input(block, one, group if owner is None else None)
     if group.size > 1:
         with solver.phases.timed("exchange"):
-            group.place = f"block {block.index}, the answers"
+            group.current_stage = f"block {block.index}, the answers"
             for one, owner in zip(shared, owners, strict=True):
                 if owner is not None:
                     _spread(one, group, owner)
             _collect(solver, group, shared, begun)
 
 
-def _divisible(solver: SiteSolver, shared: SharedInput) -> bool:
+def _divisible(solver: LayerSolver, shared: LayerInput) -> bool:
     patterns = [solver.patterns.get(site.name, solver.pattern) for site in shared.sites]
     return not solver.respect_zeros and not any(pattern.keeps_all for pattern in patterns)
 
 
-def _spread(shared: SharedInput, group: Group, owner: int) -> None:
+def _spread(shared: LayerInput, group: ProcessGroup, owner: int) -> None:
     """Every process gets the weights that one of them has solved, as they are stored."""
     flat = torch.cat([site.read().reshape(-1) for site in shared.sites])
-    group.send(flat, owner)
+    group.broadcast(flat, owner)
     if group.rank != owner:
         for site, part in zip(shared.sites, torch.split(flat, [site.entries for site in shared.sites]), strict=True):
             site.read().copy_(part.view(site.shape))
 
 
-def _collect(solver: SiteSolver, group: Group, shared: Sequence[SharedInput], begun: int) -> None:
+def _collect(solver: LayerSolver, group: ProcessGroup, shared: Sequence[LayerInput], begun: int) -> None:
     """Every process gets the records of all, in the order of the sites."""
     mine = solver.records[begun:]
-    found: dict[str, LayerRecord] = {record.name: record for one in group.gathered(mine) for record in one}
+    found: dict[str, LayerRecord] = {record.name: record for one in group.all_gather_object(mine) for record in one}
     known = {record.name for record in mine}
     del solver.records[begun:]
     for site in (site for one in shared for site in one.sites):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from alps.checkpoints.atomic_io import write_text
-from alps.core.errors import CheckpointError, shortened
+from alps.core.errors import CheckpointError, truncate
 from alps.reporting.evaluation_records import ComparisonRecord, EvaluationRecord, TaskRecord
 from alps.reporting.records import CalibrationRecord, Record
 from alps.reporting.run_report import LayerRecord, RunReport
@@ -175,7 +175,7 @@ def read_results(path: Path) -> list[Result]:
             found.append(Result.model_validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
-            where = shortened(".".join(map(str, first["loc"])))
+            where = truncate(".".join(map(str, first["loc"])))
             raise CheckpointError(
                 f"'{path}', line {number}: not a result of this program ({where + ': ' if where else ''}"
                 f"{first['msg'].lower()}): remove the line or the file."

@@ -12,9 +12,9 @@ from alps.reporting.svg import (
     MUTED,
     SERIES,
     WIDTH,
-    Group,
     Key,
     Picture,
+    ProcessGroup,
     Section,
     box_keys,
     canvas,
@@ -34,11 +34,11 @@ def perplexity(runs: Runs) -> Section | None:
     texts = [record.text for record in (runs.dense or runs.pruned[0]).evaluations]
     lines = runs.ratios if len(runs.ratios) > 1 else []
     rows = [*(runs.ratios if not lines else []), *runs.groups]
-    keys, groups = line_keys(runs.methods), list[Group]()
+    keys, groups = line_keys(runs.methods), list[ProcessGroup]()
     for label, patterns, draw in (("", lines, _lines), ("N:M patterns" if lines else "", rows, _points)):
         pictures = [draw(runs, patterns, i, text) for i, text in enumerate(texts)] if patterns else []
         if pictures:
-            groups.append(Group(label, pictures, [] if groups else keys))
+            groups.append(ProcessGroup(label, pictures, [] if groups else keys))
     ends = "; bars go from the smallest to the largest of the seeds" if len(runs.seeds) > 1 else ""
     text = f"Lower is better; logarithmic scale{ends}. The dashed line is the dense model."
     return Section("perplexity", "Perplexity", text, groups) if groups else None
@@ -123,7 +123,7 @@ def cost(runs: Runs) -> Section | None:
     (time, keys), memory = _time(runs, pattern), _memory(runs, pattern)
     pictures = [picture for picture in (time, memory) if picture is not None]
     text = f"Means over seeds, at {pattern}." if len(runs.seeds) > 1 else f"At {pattern}."
-    return Section("cost", "Time and memory", text, [Group("", pictures, keys)]) if pictures else None
+    return Section("cost", "Time and memory", text, [ProcessGroup("", pictures, keys)]) if pictures else None
 
 
 def phases(seconds: dict[str, float]) -> dict[str, float]:

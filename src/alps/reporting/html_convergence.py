@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from alps.reporting.compare_results import Check, Result, SiteResult
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Group, Picture, Section, canvas, line_keys, log_axis, look, number, svg
+from alps.reporting.svg import Picture, ProcessGroup, Section, canvas, line_keys, log_axis, look, number, svg
 
 Figure = Callable[[Check], float | None]
 # What is drawn over the iterations, with its name in a sentence and as a heading.
@@ -22,7 +22,7 @@ _FIGURES: tuple[tuple[str, str, Figure], ...] = (
 
 def traces(runs: Runs) -> Section | None:
     """One run a pattern, the first that has checks; by site, against the iteration."""
-    groups = list[Group]()
+    groups = list[ProcessGroup]()
     for pattern in runs.patterns:
         found = [result for result in runs.first(pattern) if any(site.trace for site in result.sites)]
         plain = next((result for result in found if result.method == "alps"), None)
@@ -37,7 +37,7 @@ def traces(runs: Runs) -> Section | None:
     return Section("traces", "Convergence of the splitting", text, groups) if groups else None
 
 
-def _group(name: str, result: Result, folded: bool) -> Group:
+def _group(name: str, result: Result, folded: bool) -> ProcessGroup:
     sites = [site for site in result.sites if site.trace]
     pictures = [
         _picture(f"{name}-{short}", title, sites, figure)
@@ -46,7 +46,7 @@ def _group(name: str, result: Result, folded: bool) -> Group:
     ]
     seed = "" if result.seed is None else f", seed {result.seed}"
     keys = line_keys([_named(site) for site in sites], markers=False)
-    return Group(f"{result.method} at {result.pattern}{seed}", pictures, keys, folded=folded)
+    return ProcessGroup(f"{result.method} at {result.pattern}{seed}", pictures, keys, folded=folded)
 
 
 def _named(site: SiteResult) -> str:

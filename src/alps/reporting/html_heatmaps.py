@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from alps.reporting.compare_results import Result, SiteResult
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Group, Picture, Section, canvas, log_ticks, number, svg, tick
+from alps.reporting.svg import Picture, ProcessGroup, Section, canvas, log_ticks, number, svg, tick
 
 Figure = Callable[[SiteResult], float | None]
 # Budgets move sparsities by more than this; exact counts of a uniform one by far less.
@@ -22,7 +22,7 @@ _LONGEST_KIND = 16
 
 def errors(runs: Runs) -> Section | None:
     """Relative reconstruction errors, a map a method, on one logarithmic scale a pattern."""
-    groups = list[Group]()
+    groups = list[ProcessGroup]()
     for pattern in runs.patterns:
         maps = [(r.method, r, _error) for r in runs.first(pattern) if any(_error(site) for site in r.sites)]
         if maps and not any(result.method.startswith("magnitude") for _, result, _ in maps):
@@ -42,7 +42,7 @@ def errors(runs: Runs) -> Section | None:
 
 def sparsities(runs: Runs) -> Section | None:
     """Shares of zeros of the runs whose budget is not uniform."""
-    groups = list[Group]()
+    groups = list[ProcessGroup]()
     for pattern in runs.patterns:
         maps = []
         for result in runs.first(pattern):
@@ -75,12 +75,12 @@ def _sparsity(site: SiteResult) -> float:
 
 def _group(
     name: str, pattern: str, maps: Sequence[tuple[str, Result, Figure]], norm: Normalize, colours: str, folded: bool
-) -> Group:
+) -> ProcessGroup:
     pictures = [
         _map(f"{name}-{i}", f"{title}, {pattern}", result.sites, figure, norm, colours)
         for i, (title, result, figure) in enumerate(maps)
     ]
-    return Group(f"At {pattern}", pictures, scale=_scale(f"{name}-scale", norm, colours), folded=folded)
+    return ProcessGroup(f"At {pattern}", pictures, scale=_scale(f"{name}-scale", norm, colours), folded=folded)
 
 
 def _grid(sites: Sequence[SiteResult], figure: Figure) -> tuple[list[str], list[int], NDArray[np.float64]]:

@@ -32,7 +32,7 @@ class CalibrationRecord(Record):
     parts: list[CalibrationPart] = []
 
 
-class MatchRecord(Record):
+class ReconstructionRecord(Record):
     """Block matching of one block.
 
     Attributes:
@@ -48,7 +48,7 @@ class MatchRecord(Record):
     best_step: int
 
 
-class MatchRun(Record):
+class ReconstructionRun(Record):
     """One block matching of a pruned checkpoint, as a step of its own; its blocks are in `RunReport.matches`.
 
     Attributes:
@@ -77,7 +77,7 @@ class MatchRun(Record):
     versions: dict[str, str]
 
 
-class RecoveryCheck(Record):
+class DistillationCheck(Record):
     """Divergence on the held-back windows after so many steps (None: not finite), and on the last training batch."""
 
     step: int
@@ -85,7 +85,7 @@ class RecoveryCheck(Record):
     training_kl: float | None
 
 
-class RecoveryReport(Record):
+class DistillationReport(Record):
     """One recovery by distillation: not a part of the one-shot run, and never to be compared with one.
 
     Attributes:
@@ -117,7 +117,7 @@ class RecoveryReport(Record):
     zeros: int
     kl_before: float
     kl_after: float
-    checks: list[RecoveryCheck]
+    checks: list[DistillationCheck]
     calibration: CalibrationRecord
     held_back_windows: int
     dtype: str

@@ -12,7 +12,13 @@ from pydantic import Field, ValidationError
 
 from alps.core.errors import CheckpointError
 from alps.reporting.evaluation_records import EvaluationRecord
-from alps.reporting.records import CalibrationRecord, MatchRecord, MatchRun, Record, RecoveryReport
+from alps.reporting.records import (
+    CalibrationRecord,
+    DistillationReport,
+    ReconstructionRecord,
+    ReconstructionRun,
+    Record,
+)
 from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
@@ -111,8 +117,8 @@ class RunReport(Record):
     device: str
     calibration: CalibrationRecord | None
     sites: list[LayerRecord] = Field(default_factory=list)
-    matches: list[MatchRecord] = Field(default_factory=list)
-    match_runs: list[MatchRun] = Field(default_factory=list)
+    matches: list[ReconstructionRecord] = Field(default_factory=list)
+    match_runs: list[ReconstructionRun] = Field(default_factory=list)
     dense: list[DenseRecord] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_host_bytes: int = 0
@@ -120,7 +126,7 @@ class RunReport(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
-    recovery: list[RecoveryReport] = Field(default_factory=list)
+    recovery: list[DistillationReport] = Field(default_factory=list)
 
     @property
     def entries(self) -> int:

@@ -79,7 +79,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """Pictures that share a legend; shown at once, or folded under `label`."""
 
     label: str
@@ -96,7 +96,7 @@ class Section:
     name: str
     title: str
     text: str
-    groups: list[Group]
+    groups: list[ProcessGroup]
 
 
 @contextmanager

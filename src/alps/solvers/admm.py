@@ -27,7 +27,7 @@ from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.patterns import Pattern
 from alps.solvers.row_parallel import select
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PlainSteps:
 
     def restart(self) -> None:
         self.mask = select(self._dense.abs(), self._pattern)
-        self._D, self._V = masked(self._dense, self.mask), torch.zeros_like(self._dense)
+        self._D, self._V = apply_mask(self._dense, self.mask), torch.zeros_like(self._dense)
         self._W, self._inverse, self._rho = self._dense, None, 0.0
 
     def step(self, rho: float) -> None:
@@ -190,7 +190,7 @@ def project(W: Tensor, V: Tensor, rho: float, pattern: Pattern) -> tuple[Tensor,
     """
     Z = torch.add(W, V, alpha=1 / rho)
     mask = select(Z.abs(), pattern)
-    D = masked(Z, mask)
+    D = apply_mask(Z, mask)
     return D, Z.sub_(D).mul_(rho), mask
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.patterns import Pattern, Unstructured, Within
-from alps.solvers.row_parallel import Part, select
-from alps.solvers.topk import Whole, nearly_top
+from alps.solvers.patterns import MaskedPattern, Pattern, Unstructured
+from alps.solvers.row_parallel import RowShard, select
+from alps.solvers.topk import Whole, approx_topk_mask
 
 # By how much of the number of kept entries a projection may be off before the last one: a fifteenth of the change
 # at which the schedule takes a support to be settled.
@@ -112,13 +112,13 @@ class StreamingSteps:
 
     def _project(self, Z: Tensor, slack: float = _SLACK) -> None:
         sizes = torch.abs(Z, out=self._scratch)
-        part = self._pattern if isinstance(self._pattern, Part) else None
+        part = self._pattern if isinstance(self._pattern, RowShard) else None
         entries = Z.numel() if part is None else part.entries
         kept = entries - self._pattern.pruned_count(entries)
-        if isinstance(self._pattern, Within):
+        if isinstance(self._pattern, MaskedPattern):
             sizes.masked_fill_(~self._pattern.allowed, -float("inf"))
         if slack and isinstance(self._pattern.base, Unstructured) and 0 < kept < entries:
             flat = sizes.view(-1)
-            nearly_top(Whole(flat) if part is None else part.scores(flat), kept, slack, self._M.view(-1))
+            approx_topk_mask(Whole(flat) if part is None else part.scores(flat), kept, slack, self._M.view(-1))
         else:
             self._M.copy_(select(sizes, self._pattern))

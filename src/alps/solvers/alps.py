@@ -25,10 +25,10 @@ from alps.solvers.admm_fused import StreamingSteps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
-from alps.solvers.pcg import RefitResult, descend
+from alps.solvers.pcg import RefitResult, pcg_iterations
 from alps.solvers.reductions import inner
-from alps.solvers.row_parallel import Part, Rows, agreed, select
-from alps.solvers.topk import masked
+from alps.solvers.row_parallel import Rows, RowShard, agreed, select
+from alps.solvers.topk import apply_mask
 
 # From this many weights on, a site's time is in its products.
 _LARGE = 2**16
@@ -89,16 +89,16 @@ class Alps(Method):
         assert not pattern.keeps_all
         dense = weight.detach().to(torch.float32)
         wrong = torch.stack([(~torch.isfinite(dense)).any(), dense.any()]).to("cpu", torch.int64)
-        infinite, nonzero = rows.total(wrong).tolist()
+        infinite, nonzero = rows.all_reduce_sum(wrong).tolist()
         if infinite:
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
-        part = Part.of(dense, pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
+        part = RowShard.of(dense, pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
         if not nonzero:
             mask = select(dense.abs(), part)
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
         solution = self._split(dense, state, part, entries, rows)
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
-        if int(rows.total((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
+        if int(rows.all_reduce_sum((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")
         return solution
 
@@ -114,7 +114,7 @@ class Alps(Method):
         """Splitting and refit of a weight, or of some rows of one that has `entries`."""
 
         def total(count: int) -> int:
-            return count if rows is None else int(rows.total(torch.tensor(count, device=weight.device)))
+            return count if rows is None else int(rows.all_reduce_sum(torch.tensor(count, device=weight.device)))
 
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
         W = weight / state.scale
@@ -145,7 +145,7 @@ class Alps(Method):
         W = weight / state.scale
         C = W @ state.matrix
         reference = state.undamped(inner(C, W), W) or 1.0
-        right = masked(C, split.mask).norm(dim=1)
+        right = apply_mask(C, split.mask).norm(dim=1)
         delta = W.sub_(split.D)
         R = torch.mm(delta, state.matrix, out=C)
         energy = inner(R, delta)
@@ -154,7 +154,7 @@ class Alps(Method):
         del W, C, delta
         least = self.refit_gain * agreed(0.0, energy, rows, R.device)[1]
         limits = (self.refit_steps, self.refit_tolerance, least)
-        refined = descend(state.matrix, R, split.mask, split.D, right, *limits, rows)
+        refined = pcg_iterations(state.matrix, R, split.mask, split.D, right, *limits, rows)
         delta = torch.div(weight, state.scale, out=R).sub_(refined.weight)
         info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference
         info.refit_steps, info.refit_residual = refined.steps, refined.residual

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats, Needs
-from alps.solvers.patterns import Pattern, Within
+from alps.solvers.patterns import MaskedPattern, Pattern
 
 
 class Status(StrEnum):
@@ -141,7 +141,7 @@ class Method(ABC):
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
         if pattern.keeps_all:
             return Solution(dense.clone(), torch.ones_like(dense, dtype=torch.bool), SolveInfo(Status.UNCHANGED))
-        if isinstance(pattern, Within) and pattern.settled and not bool((dense != 0)[~pattern.allowed].any()):
+        if isinstance(pattern, MaskedPattern) and pattern.settled and not bool((dense != 0)[~pattern.allowed].any()):
             # Nothing is to be chosen, and the weight is its own best approximation.
             info = SolveInfo(Status.UNCHANGED)
             return Solution(torch.where(pattern.allowed, dense, 0.0), pattern.allowed.clone(), info)

@@ -28,7 +28,7 @@ from alps.solvers.hessian import damped
 
 # Chosen on held-back text at 16 k tokens, where a hundredth of it predicts the text no better, and copied tokens worse:
 # docs/experiments.md, "What a target costs".
-QUIET_TOKENS = 16_384
+PRIOR_TOKENS = 16_384
 _LEAST = 0.01
 
 
@@ -38,10 +38,10 @@ def target_damping(tokens: float) -> float:
     It is what 16,384 more tokens would add that are white, of the mean energy, and the same in both models. Directions
     in which the inputs hardly vary then stay as they are in the dense weight, unless many tokens speak for a change.
     """
-    return max(QUIET_TOKENS / max(tokens, 1), _LEAST)
+    return max(PRIOR_TOKENS / max(tokens, 1), _LEAST)
 
 
-def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
+def target_shift(stats: InputStats, share: float, fraction: float) -> Tensor:
     """t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all sites of one input.
 
     Args:
@@ -61,8 +61,8 @@ def correction(stats: InputStats, share: float, fraction: float) -> Tensor:
     return share * torch.cholesky_solve(stats.drift.double().T, factor).T.float()
 
 
-def retarget(weight: Tensor, shift: Tensor) -> Tensor:
-    """W* for a dense weight (out, in) and the `correction` (in, in) of its inputs."""
+def shifted_weight(weight: Tensor, shift: Tensor) -> Tensor:
+    """W* for a dense weight (out, in) and the `target_shift` (in, in) of its inputs."""
     return torch.addmm(weight, weight, shift)
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from alps.core.errors import ConfigError
-from alps.solvers.topk import capped, top_in_groups, top_in_rows
-from alps.solvers.topk import top_mask as top_mask
+from alps.solvers.topk import capped, topk_in_groups, topk_in_rows
+from alps.solvers.topk import topk_mask as topk_mask
 
 Scope = Literal["matrix", "row"]
 
 
 class _Anywhere:
-    """What holds of patterns that may keep any entry of a matrix; `Within` has the same where some must stay zero."""
+    """Defaults for patterns that may keep any entry of a matrix; `MaskedPattern` overrides them."""
 
     @property
     def base(self) -> Self:
@@ -119,7 +119,7 @@ class SemiStructured(_Anywhere):
 
 
 @dataclass(frozen=True, eq=False)
-class Within:
+class MaskedPattern:
     """A pattern on one matrix of which some entries are zero already, stay so, and count as pruned.
 
     Where no more entries may stay than the pattern keeps, in the matrix or in a group, all of them stay.
@@ -167,9 +167,9 @@ class Within:
         """Whether there are zeros enough, so that all that may stay does."""
         return self.kept == int(self.allowed.sum())
 
-    def part(self, rows: slice, columns: slice) -> Within:
+    def part(self, rows: slice, columns: slice) -> MaskedPattern:
         """The pattern on some rows and some columns of the matrix."""
-        return Within(self.base, self.allowed[rows, columns])
+        return MaskedPattern(self.base, self.allowed[rows, columns])
 
     def limited(self, scores: Tensor) -> Tensor:
         """The scores, -inf where an entry must not stay."""
@@ -180,13 +180,13 @@ class Within:
         return self.allowed & ~mask
 
 
-Pattern = Unstructured | SemiStructured | Within
+Pattern = Unstructured | SemiStructured | MaskedPattern
 
 
-def within(pattern: Unstructured | SemiStructured, weight: Tensor) -> Pattern:
+def restrict_to_nonzeros(pattern: Unstructured | SemiStructured, weight: Tensor) -> Pattern:
     """A pattern under which the zeros of a weight (out, in) stay zero; the pattern itself where it has none."""
     allowed = weight != 0
-    return pattern if bool(allowed.all()) else Within(pattern, allowed)
+    return pattern if bool(allowed.all()) else MaskedPattern(pattern, allowed)
 
 
 def parse_pattern(text: str) -> Unstructured | SemiStructured:
@@ -220,19 +220,19 @@ def keep_largest(scores: Tensor, pattern: Pattern, scope: Scope = "matrix") -> T
     assert scores.ndim == 2
     scores = pattern.limited(scores)
     if isinstance(base := pattern.base, SemiStructured):
-        mask = top_in_groups(scores, base.keep, base.group)
-        return mask.logical_and_(pattern.allowed) if isinstance(pattern, Within) else mask
+        mask = topk_in_groups(scores, base.keep, base.group)
+        return mask.logical_and_(pattern.allowed) if isinstance(pattern, MaskedPattern) else mask
     if scope == "row":
-        return top_in_rows(scores, _row_counts(scores, pattern))
+        return topk_in_rows(scores, _row_counts(scores, pattern))
     kept = scores.numel() - pattern.pruned_count(scores.numel())
-    return top_mask(scores.reshape(-1), kept).reshape(scores.shape)
+    return topk_mask(scores.reshape(-1), kept).reshape(scores.shape)
 
 
 def _row_counts(scores: Tensor, pattern: Pattern) -> Tensor:
     rows, columns = scores.shape
     pruned = pattern.base.pruned_count(scores.numel())
     kept = columns - (torch.arange(rows + 1, device=scores.device) * pruned // rows).diff()
-    return capped(kept, pattern.allowed.sum(dim=1)) if isinstance(pattern, Within) else kept
+    return capped(kept, pattern.allowed.sum(dim=1)) if isinstance(pattern, MaskedPattern) else kept
 
 
 # Patterns looked for in a directory that has no report of its own.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alps.solvers.reductions import row_inner
 from alps.solvers.row_parallel import Rows, agreed
-from alps.solvers.topk import masked
+from alps.solvers.topk import apply_mask
 
 
 @dataclass
@@ -52,12 +52,12 @@ def refit(H: Tensor, C: Tensor, M: Tensor, start: Tensor, max_steps: int, tolera
         max_steps: at most so many products with H, after the first.
         tolerance: stop once every row's masked residual is below this fraction of its masked right-hand side.
     """
-    X = masked(start, M)
-    right = masked(C, M).norm(dim=1)
-    return descend(H, torch.addmm(C, X, H, alpha=-1), M, X, right, max_steps, tolerance)
+    X = apply_mask(start, M)
+    right = apply_mask(C, M).norm(dim=1)
+    return pcg_iterations(H, torch.addmm(C, X, H, alpha=-1), M, X, right, max_steps, tolerance)
 
 
-def descend(
+def pcg_iterations(
     H: Tensor,
     R: Tensor,
     M: Tensor,

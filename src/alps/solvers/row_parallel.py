@@ -29,12 +29,12 @@ class Rows(Protocol):
     rank: int
     size: int
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over all processes, the same on every one of them; may overwrite `values`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part(Unstructured):
+class RowShard(Unstructured):
     """A fraction of a matrix of which this process holds some rows.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part(Unstructured):
     rows: Rows | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor, sparsity: float, entries: int, rows: Rows) -> Part:
+    def of(cls, matrix: Tensor, sparsity: float, entries: int, rows: Rows) -> RowShard:
         """These rows, shape (rows, in), of a matrix with so many `entries`."""
         return cls(sparsity, entries, _before(matrix.numel(), rows, matrix.device), rows)
 
@@ -60,7 +60,7 @@ class Part(Unstructured):
         """
         assert self.rows is not None
         kept = self.entries - self.pruned_count(self.entries)
-        return top_of_all(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
+        return distributed_topk_mask(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
 
     def scores(self, values: Tensor) -> Scores:
         """Those of these rows, a vector, as a part of all."""
@@ -83,13 +83,13 @@ class _Shared:
         mine = self.values[first * stride - self.before :: stride]
         sample = self.values.new_zeros(-(-self.entries // stride))
         sample[first : first + len(mine)] = mine
-        return self.rows.total(sample)
+        return self.rows.all_reduce_sum(sample)
 
     def total(self, count: int) -> int:
-        return int(self.rows.total(torch.tensor(count, device=self.values.device)))
+        return int(self.rows.all_reduce_sum(torch.tensor(count, device=self.values.device)))
 
     def top(self, kept: int) -> Tensor:
-        return top_of_all(self.values, kept, self.rows)
+        return distributed_topk_mask(self.values, kept, self.rows)
 
 
 def agreed(worst: float, gain: float, rows: Rows | None, device: torch.device) -> tuple[float, float]:
@@ -98,16 +98,16 @@ def agreed(worst: float, gain: float, rows: Rows | None, device: torch.device) -
         return worst, gain
     every = torch.zeros(2, rows.size, dtype=torch.float64, device=device)
     every[:, rows.rank] = torch.tensor([worst, gain], dtype=torch.float64)
-    found = rows.total(every)
+    found = rows.all_reduce_sum(every)
     return float(found[0].max()), float(found[1].sum())
 
 
 def select(scores: Tensor, pattern: Pattern) -> Tensor:
     """`pattern.keep_largest` on a whole matrix, or on these rows of one that is shared; scores are not negative."""
-    return pattern.select(scores) if isinstance(pattern, Part) else keep_largest(scores, pattern)
+    return pattern.select(scores) if isinstance(pattern, RowShard) else keep_largest(scores, pattern)
 
 
-def top_of_all(scores: Tensor, kept: int, rows: Rows) -> Tensor:
+def distributed_topk_mask(scores: Tensor, kept: int, rows: Rows) -> Tensor:
     """Mask of those of this process's scores that are among the `kept` largest of all processes.
 
     Args:
@@ -121,14 +121,14 @@ def top_of_all(scores: Tensor, kept: int, rows: Rows) -> Tensor:
     keys = scores.contiguous().view(torch.int32)
     upper = keys >> _HALF
     # Sums stay where the scores are: between GPUs they go by the links between GPUs.
-    histogram = rows.total(torch.bincount(upper, minlength=2**_HALF // 2))
+    histogram = rows.all_reduce_sum(torch.bincount(upper, minlength=2**_HALF // 2))
     if int(histogram[_INFINITE + 1 :].sum()):
         raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
     if kept <= 0 or kept >= int(histogram.sum()):
         return torch.full_like(scores, kept > 0, dtype=torch.bool)
     bin_, missing = _bin_of(histogram, kept)
     lower = keys[upper == bin_] & (2**_HALF - 1)
-    last, missing = _bin_of(rows.total(torch.bincount(lower, minlength=2**_HALF)), missing)
+    last, missing = _bin_of(rows.all_reduce_sum(torch.bincount(lower, minlength=2**_HALF)), missing)
     cut = (bin_ << _HALF) | last
     mask = keys > cut
     ties = (keys == cut).nonzero().squeeze(1)
@@ -147,4 +147,4 @@ def _before(count: int, rows: Rows, device: torch.device) -> int:
     """The counts of the processes before this one."""
     counts = torch.zeros(rows.size, dtype=torch.int64, device=device)
     counts[rows.rank] = count
-    return int(rows.total(counts)[: rows.rank].sum())
+    return int(rows.all_reduce_sum(counts)[: rows.rank].sum())

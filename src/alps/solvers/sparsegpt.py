@@ -18,8 +18,8 @@ from alps.core.errors import ConfigError
 from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.hessian import inverse_factor
-from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, Within, keep_largest
-from alps.solvers.topk import capped, top_mask
+from alps.solvers.patterns import MaskedPattern, Pattern, SemiStructured, Unstructured, keep_largest
+from alps.solvers.topk import capped, topk_mask
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _kept_counts(W: Tensor, blocks: list[tuple[int, int]], pattern: Pattern) -> 
     rows, columns = W.shape
     total = pattern.base.pruned_count(rows * columns)
     kept = [rows * (stop - start) - total * stop // columns + total * start // columns for start, stop in blocks]
-    if isinstance(pattern, Within):
+    if isinstance(pattern, MaskedPattern):
         room = torch.stack([pattern.allowed[:, start:stop].sum() for start, stop in blocks])
         return [int(count) for count in capped(torch.tensor(kept), room.cpu())]
     return kept
@@ -107,7 +107,7 @@ def _sweep_block(W: Tensor, U: Tensor, keep: Tensor, kept: int, pattern: Pattern
     diagonal = U.diagonal()
     if isinstance(base, Unstructured):
         scores = pattern.limited(W.square() / diagonal.square())
-        keep.copy_(top_mask(scores.reshape(-1), kept).reshape(scores.shape))
+        keep.copy_(topk_mask(scores.reshape(-1), kept).reshape(scores.shape))
     for j in range(W.shape[1]):
         if isinstance(base, SemiStructured) and j % base.group == 0:
             group = slice(j, j + base.group)

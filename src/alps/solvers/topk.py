@@ -30,7 +30,7 @@ def chunk_of(values: Tensor) -> int:
     return _CPU_CHUNK if values.device.type == "cpu" else _GPU_CHUNK
 
 
-def masked(values: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
     """`values` where `mask`, zero elsewhere; -0.0 where a negative value was.
 
     On a CPU `torch.where` on a boolean mask is some ten times slower than this product.
@@ -38,7 +38,7 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
     return mask.view(torch.uint8).to(values.dtype).mul_(values)
 
 
-def top_mask(scores: Tensor, kept: int) -> Tensor:
+def topk_mask(scores: Tensor, kept: int) -> Tensor:
     """Mask of exactly the `kept` largest of a vector of scores; among equals the first ones win.
 
     Raises:
@@ -60,7 +60,7 @@ def top_mask(scores: Tensor, kept: int) -> Tensor:
     return mask
 
 
-def top_in_rows(scores: Tensor, kept: Tensor) -> Tensor:
+def topk_in_rows(scores: Tensor, kept: Tensor) -> Tensor:
     """Mask of the largest entries of every row of scores (rows, columns), `kept` (rows,) of each; first ones win."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     inside = torch.arange(scores.shape[1], device=scores.device) < kept[:, None]
@@ -90,7 +90,7 @@ def capped(counts: Tensor, room: Tensor) -> Tensor:
     return raised
 
 
-def top_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
+def topk_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """Mask of the `keep` largest of every `group` consecutive scores of a row; among equals the first ones win."""
     assert scores.shape[1] % group == 0
     groups = scores.reshape(-1, group)
@@ -138,10 +138,10 @@ class Whole:
         return count
 
     def top(self, kept: int) -> Tensor:
-        return top_mask(self.values, kept)
+        return topk_mask(self.values, kept)
 
 
-def nearly_top(scores: Scores, kept: int, slack: float, out: Tensor) -> Tensor:
+def approx_topk_mask(scores: Scores, kept: int, slack: float, out: Tensor) -> Tensor:
     """Ones at the largest scores, zeros elsewhere: `kept` of them to within the fraction `slack`, by one cut.
 
     What an iteration needs whose answer is not final. A sample gives the first cut, and a secant search on the number
