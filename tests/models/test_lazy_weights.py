@@ -18,7 +18,7 @@ from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
 from alps.models.meta_model import open_lazy_model
-from alps.models.save import save_model, save_streamed
+from alps.models.save import save_beside, save_model, write_files
 from alps.pruning.pipeline import BlockPruner
 from alps.pruning.resume import ResumableRun
 from alps.pruning.run import run
@@ -47,7 +47,8 @@ def _prune_streamed(directory: Path, out: Path, walk: BlockPruner, dtype: str = 
     with open_journal(out, {}) as journal:
         walk.resumable = ResumableRun(journal)
         run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
-        save_streamed(loaded.store, loaded.blocks(), journal, None, out)
+        write_files(loaded.store, loaded.blocks(), journal, out)
+        save_beside(loaded.store, None, out)
     return loaded
 
 

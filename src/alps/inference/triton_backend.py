@@ -22,8 +22,6 @@ BLOCKS: dict[str, dict[str, int]] = {
     "multiply_few": {"ROWS": 32, "OCTETS": 32, "TOKENS": 16, **_SHARED},
     "unpack": {"ROWS": 16, "OCTETS": 32, **_SHARED},
 }
-# Columns between two entries of the table: a word of the mask and its neighbour.
-SEGMENT = 2 * WORD
 
 
 class GpuMatrix:

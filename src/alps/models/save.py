@@ -35,22 +35,6 @@ def _copy_processor(model: nn.Module, place: str, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def save_streamed(
-    store: LazyWeights,
-    blocks: Sequence[Block],
-    journal: Journal,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-) -> None:
-    """The same for a model that is not in memory: the files of its checkpoint anew, with the blocks of a journal.
-
-    Raises:
-        CheckpointError: when a file cannot be read or written.
-    """
-    write_files(store, blocks, journal, folder)
-    save_beside(store, tokenizer, folder)
-
-
 def write_files(
     store: LazyWeights, blocks: Sequence[Block], journal: Journal, folder: Path, first: int = 0, step: int = 1
 ) -> None:
