@@ -27,31 +27,32 @@ from alps.models.blocks import find_blocks
 from helpers.decoders import DENSE, MOE, decoder
 from helpers.vision import VISION, vision_model
 
-_HEAD = """# Architectures
+_HEAD = """# Supported architectures
 
-Every row is a tiny random model, built from its configuration in transformers {version}, walked and pruned. *Parity* is
-the largest difference between its own logits and those of walking its blocks one by one, over the largest logit; 1e-5
-is asked for. Then ALPS prunes it to 60 %, and the zeros of every linear map, of every expert, are counted: exact in
-all of them. Other models of the same kinds work alike: blocks and linear maps are discovered, not scripted. That each
-streams block by block to the same bits is a test of its own ([long runs](long-runs.md)).
+Blocks and linear layers are discovered, not scripted, so other models of these kinds work as well. Every row is a tiny
+random model, built from its configuration, run block by block and pruned (with transformers {version}). *Parity* is the
+largest difference between the model's own logits and those of running its blocks one by one, divided by the largest
+logit; it has to be below 1e-5. Then ALPS prunes the model to 60 %, and the zeros of every layer and every expert are
+counted: all are exact. A separate test shows that each model gives the same bits when it is read block by block
+([long runs](long-runs.md)).
 
-*Dense*: parameters with two dimensions or more that are left alone, and why; embeddings and output heads are
-everywhere, and not repeated. Seconds are those of pruning, on one thread.
+*Dense* lists parameters with two dimensions or more that are not pruned, and why. Embeddings and output heads are never
+pruned and are not listed. Seconds are those of pruning, on one thread.
 
 | architecture | class | pruned in each block | dense besides embeddings | parity | s |
 |---|---|---|---|---:|---:|
 """
 _FOOT = """
-Of **vision-language models** the text decoder is pruned, on calibration text alone; vision tower and projector keep
-their bits, and are listed as outside the decoder blocks. The text decoder is the one that the model itself names
-(`get_decoder`), so that a vision tower with more layers is not taken for it. They are loaded with
-AutoModelForImageTextToText where there is no causal language model of the kind, or where the checkpoint says that it
-is more than one; the files of the image processor are copied along. What pruning does to answers about images is not
-measured. Idefics 3 and SmolVLM stream block by block; checkpoints of the other three name their tensors otherwise
-than transformers does, and are loaded whole. A text decoder with layers of two classes (cross-attention between
-others, as in Mllama) is refused.
+**Vision-language models.** The text decoder is pruned, on calibration text alone. Vision tower and projector are
+unchanged, bit for bit, and are listed as outside the decoder blocks. The text decoder is the one that the model itself
+names (`get_decoder`), so a vision tower with more layers is not mistaken for it. Models are loaded with
+AutoModelForImageTextToText if there is no causal language model of the kind, or if the checkpoint says that it holds
+more than a causal one; the files of the image processor are copied. What pruning does to answers about images has not
+been measured. Idefics 3 and SmolVLM are read block by block. Checkpoints of the other three use other tensor names than
+transformers and are loaded whole. A text decoder with layers of two classes (cross-attention layers in between, as in
+Mllama) is refused.
 
-Encoder-decoders are refused, also as the text part of another model, and so are quantized checkpoints.
+**Refused**: encoder-decoders, also as the text part of another model, and quantized checkpoints.
 
 ```sh
 python tests/helpers/architectures.py > docs/models.md

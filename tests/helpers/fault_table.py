@@ -269,22 +269,24 @@ def _model_file(scene: Scene, name: str, text: str) -> None:
     (scene.model / name).write_text(text)
 
 
-_HEAD = """# What can go wrong
+_HEAD = """# Errors and faults
 
-Every fault ends in one sentence and exit code 2: what is wrong, where, and what to do. Nothing is lost and nothing is
-left behind: inputs are as they were, `OUT` does not exist, and no temporary file lies beside it. Code that comes with a
-model is never run: neither its Python files (`trust_remote_code`) nor what a pickle holds besides tensors. A model with
-Python files of its own is loaded where transformers has its architecture, by the class of transformers.
+Every user error is one sentence on stderr and exit code 2: what is wrong, where, and what to do. Nothing is lost and
+nothing is left behind: inputs are unchanged, `OUT` does not exist, and there is no temporary file beside it.
 
-Before the first block is touched, every tensor of the model is read once and searched for NaN and infinity, also for
-what becomes infinite in the dtype asked for; reading costs seconds per 10 GB, besides the disk. Every finished block is
-searched again before it is kept, and so is what `alps match` and `alps recover` write.
+Code that comes with a model is never run: neither its Python files (`trust_remote_code`) nor what a pickle holds
+besides tensors. A model with Python files of its own is loaded by the class of transformers, if transformers has its
+architecture.
+
+Before the first block is touched, every tensor of the model is read once and searched for NaN and infinity, and for
+values that become infinite in the requested dtype. This takes seconds per 10 GB, besides reading the disk. Every
+finished block is searched again before it is kept, and so is what `alps reconstruct` and `alps distill` write.
 
 ## Bad inputs
 
 Each row is run by a test.
 
-| fault | what happened | lost |
+| fault | message | lost |
 |---|---|---|
 """
 _FOOT = """
@@ -294,23 +296,24 @@ python tests/helpers/fault_table.py MODEL > docs/reliability.md
 
 ## Interruptions
 
-Kills, signals and full disks: see [long runs](long-runs.md).
+Kills, signals and full disks: see [interrupted runs](long-runs.md#interruptions-tested).
 
 ## Numerics
 
-Every method is run on sums that are singular, of condition 1e12, with one input or one activation 1e4 times as large as
-the rest, without any input, and on bfloat16 weights with outlier channels. All answers are finite, and their errors are
-at or below magnitude pruning's on the same sums, with exceptions that are in the method and not in its numerics:
+Every method is run on statistics that are singular, of condition 1e12, with one input or one activation 1e4 times as
+large as the others, without any input, and on bfloat16 weights with outlier channels. All results are finite, and their
+errors are at or below those of magnitude pruning on the same statistics. The exceptions are properties of the methods,
+not of their numerics:
 
-- `dsnot-sparsegpt` takes SparseGPT's mask, which foresees that the weights that stay make up for those that go, and
-  leaves them as they were: 1.05 times magnitude's error where every input has a double, 1.07 to 1.52 times at condition
+- `dsnot-sparsegpt` takes SparseGPT's mask, which assumes that kept weights compensate the removed ones, but leaves the
+  kept weights unchanged: 1.05 times magnitude's error if every input has a duplicate, 1.07 to 1.52 times at condition
   1e12. With `--refit` it is below.
-- Wanda and DSnoT compare inside each output. On inputs without any structure (white noise, a single input) that can
+- Wanda and DSnoT compare within each output. On inputs without any structure (white noise, a single input) that can
   cost more than it gains, up to 1.2 times on noise.
 
-Sums in float32 can be indefinite by rounding. Where the damping of 1 % does not make up for it, ALPS, SparseGPT,
-`dsnot-sparsegpt` and `--refit` raise it tenfold, at most three times, and the site's notes in `report.json` say so. A
-dense target (`--target`) does not: it refuses such sums and names the site.
+Statistics in float32 can be indefinite by rounding. If the damping of 1 % does not make up for it, ALPS, SparseGPT,
+`dsnot-sparsegpt` and `--refit` raise it tenfold, at most three times, and the layer's notes in `report.json` say so. A
+dense target (`--dense-target`) does not: it refuses such statistics and names the layer.
 """
 
 

@@ -5,7 +5,7 @@ legend  W    dense weight                                               (out, in
         s    cost of removing one weight, the others then corrected     (out, in)
 Optimal brain surgery (Hassibi, Stork 1992): s_ij = W_ij^2 / [H^{-1}]_jj. The sum of the smallest scores is what
 pruning costs as long as removals do not interact; on real sites it is within a fifth of ALPS's error from 50 to 85 %
-(docs/budgets.md).
+(docs/allocation.md).
 """
 
 from __future__ import annotations

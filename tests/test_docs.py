@@ -1,0 +1,57 @@
+"""The pages of docs name files, pages and headings that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Paths in pages are relative to one of these.
+FOLDERS = (ROOT, ROOT / "src" / "alps", ROOT / "docs")
+
+
+def heading_anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def missing_paths(text: str) -> list[str]:
+    """List the source files that a page names with their folder, and that do not exist."""
+    paths = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|c|h|yaml|md|sh))`", text)
+    return [path for path in paths if not any((folder / path).is_file() for folder in FOLDERS)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^):]*\.md)?(?:#([^)]+))?\)", page.read_text())
+    for target, anchor in links:
+        linked = page.parent / target if target else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in heading_anchors(linked), (target, anchor)
+    assert links or page.name != "README.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    assert missing_paths(page.read_text()) == []
+
+
+def test_missing_files_are_found() -> None:
+    text = "`solvers/admm.py`, `tests/test_docs.py`, `solvers/gone.py`, `plain.py`"
+    assert missing_paths(text) == ["solvers/gone.py"]
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    sources = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"docs/([\w-]+\.md)", path.read_text())}
+    assert {name for name in named if not (ROOT / "docs" / name).is_file()} == set()
+    assert {"allocation.md", "experts.md"} <= named
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
