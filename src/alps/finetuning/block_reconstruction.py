@@ -31,7 +31,7 @@ from alps.finetuning.masked_adamw import MaskedAdamW, trainable_parameters
 from alps.models.blocks import Block
 from alps.reporting.records import ReconstructionRecord
 
-# What the presets are measured with: docs/experiments.md, "A share of the dense stream".
+# What the presets are measured with: docs/experiments.md, "A share of the dense hidden states".
 DEFAULT_RECONSTRUCT_TARGET = 1.0
 
 

@@ -27,7 +27,7 @@ from alps.core.statistics import InputStats
 from alps.solvers.hessian import damped
 
 # Chosen on held-back text at 16 k tokens, where a hundredth of it predicts the text no better, and copied tokens worse:
-# docs/experiments.md, "What a target costs".
+# docs/experiments.md, "What a dense target costs".
 PRIOR_TOKENS = 16_384
 _LEAST = 0.01
 
