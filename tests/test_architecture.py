@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 _SOURCE = Path(__file__).parent.parent / "src"
+_PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 _LONGEST = 500
 _STDLIB = sys.stdlib_module_names
 
@@ -134,6 +136,20 @@ def _module(path: Path) -> str:
 def test_the_packages_are_those_of_the_plan() -> None:
     entries = {path.name for path in (_SOURCE / "alps").iterdir() if path.name != "__pycache__"}
     assert entries - {"__init__.py", "__main__.py", "py.typed"} == set(_FLOORS)
+
+
+def test_the_page_on_architecture_names_every_package_and_existing_files() -> None:
+    page = _PAGE.read_text()
+    diagram = page.split("```mermaid")[1].split("```")[0]
+    assert re.findall(r"^ +(\w+)\[", diagram, re.MULTILINE) == list(reversed(_FLOORS))
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == list(_FLOORS)
+    assert {name: set(allowed.split(", ")) for name, allowed in rows if allowed != "any"} == _REACHABLE
+    journey = page.split("## The journey of a weight")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d+\. ", journey, re.MULTILINE)
+    files = re.findall(r"`(\w+/[\w/]+\.py)`", journey)
+    assert len(steps) == len(files) == len(set(files)) <= 15
+    assert [name for name in files if not (_SOURCE / "alps" / name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", _files(), ids=_module)
