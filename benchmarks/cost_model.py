@@ -76,8 +76,11 @@ class Changes:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: windows of `seqlen` tokens, weights of `itemsize` bytes, inverses of `inverse_itemsize`, of which
-    `inverse_bytes` are kept: what the program takes of an H100's 80 GiB."""
+    """One run: its windows, and the sizes in bytes that its memory and its messages depend on.
+
+    Windows have `seqlen` tokens, weights `itemsize` bytes and inverses `inverse_itemsize`. At most `inverse_bytes` of
+    inverses are kept, which is the program's limit on an H100 of 80 GiB.
+    """
 
     model: Model
     windows: int

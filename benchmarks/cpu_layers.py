@@ -109,7 +109,7 @@ def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespac
 
 
 def _csr(weight: Tensor, x: Tensor, sparsity: float, add: Callable[..., None]) -> None:
-    """torch's sparse rows, and scipy's where it is installed (on one thread, whatever torch has); both in float32."""
+    """Torch's sparse rows, and scipy's where it is installed (on one thread, whatever torch has); both in float32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the support is in beta
         rows = weight.to_sparse_csr()

@@ -1,7 +1,7 @@
-"""Packed models beside a dense one in 4 bits by llama.cpp: bytes, tokens per second, perplexity on the same windows.
+r"""Packed models beside a dense one in 4 bits by llama.cpp: bytes, tokens per second, perplexity on the same windows.
 
     pip install llama-cpp-python
-    python benchmarks/four_bit.py --dense smollm2-135m --packed packed-70 --gguf SmolLM2-135M-Instruct.Q4_1.gguf \\
+    python benchmarks/four_bit.py --dense smollm2-135m --packed packed-70 --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --text wikitext2:test.txt --windows 12 --seqlen 1024
 
 All generate from the same prompt of token ids, the most likely token each time, and take turns; rates are medians. For

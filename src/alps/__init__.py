@@ -38,8 +38,8 @@ __all__ = [
     "prune",
 ]
 
-# Where each name lives. It is imported when it is asked for: `alps --help` does without torch and transformers.
-_HOMES = {
+# The module of each name, imported on first access: `alps --help` needs neither torch nor transformers.
+_LAZY_EXPORTS = {
     "METHODS": "alps.solvers",
     "Alps": "alps.solvers",
     "AlpsError": "alps.core.errors",
@@ -60,9 +60,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'alps' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -180,7 +180,7 @@ def test_a_text_or_model_that_changed_under_its_name_is_refused(tmp_path: Path, 
 
 
 def test_a_kill_costs_one_run(tmp_path: Path, stories: Path, english_file: Path) -> None:
-    """kill -9 at random moments, a new start each time: the same lines in the end as without."""
+    """Kill -9 at random moments, a new start each time: the same lines in the end as without."""
     asked = settings(stories, english_file, methods=["magnitude", "wanda", "sparsegpt"], sparsity=[0.5, 0.6, 0.7])
     config, out = tmp_path / "c.yaml", tmp_path / "killed"
     config.write_text(asked.to_yaml())

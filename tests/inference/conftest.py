@@ -35,7 +35,7 @@ def multiplier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """torch's number of threads, back afterwards."""
+    """Torch's number of threads, back afterwards."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

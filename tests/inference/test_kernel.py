@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_the_threads(kernel_file: Path, dtype: torch.dt
 
 
 def test_products_of_torch_are_not_disturbed(kernel_file: Path) -> None:
-    """torch's own products may leave registers configured for the next one, which the kernel configures otherwise."""
+    """Torch's own products may leave registers configured for the next one, which the kernel configures otherwise."""
     weight, x = sparse(64, 96, 0.5, torch.bfloat16, 3), torch.randn(33, 96).bfloat16()
     left, right = torch.randn(128, 256).bfloat16(), torch.randn(256, 192).bfloat16()
     wanted = left @ right

@@ -61,7 +61,7 @@ def test_which_layers_suit(weight: Tensor, wanted: bool) -> None:
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch compresses on the CPU, too, but for its check, and warns of its prototype."""
+    """Torch compresses on the CPU, too, but for its check, and warns of its prototype."""
     monkeypatch.setattr(SparseSemiStructuredTensor, "_PROTOTYPE_WARNING_SHOWN", True)
     monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_validate_device_dim_dtype_shape", lambda _: None)

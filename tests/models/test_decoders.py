@@ -1,5 +1,7 @@
-"""Every architecture of the table: its blocks walked one by one are the model, all its linear maps are pruned, those of
-every expert among them."""
+"""Tests of every architecture of the table.
+
+The blocks run one by one give the model's outputs, and all linear maps are pruned, those of every expert included.
+"""
 
 from __future__ import annotations
 

@@ -145,8 +145,11 @@ def test_the_copies_meet_as_theorem_1_says(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("seed", [9, 10, 11])
 def test_white_inputs_come_near_magnitude(seed: int, pattern: Pattern) -> None:
-    """There the largest weights are the optimum. The splitting misses it by up to 2.3 % as measured, since
-    early on its multiplier lifts one pruned weight after another; it does not restart."""
+    """Compare with magnitude, which is optimal on white inputs.
+
+    The splitting misses the optimum by up to 2.3 % as measured: in early iterations its multiplier lifts one pruned
+    weight after another, and it does not restart.
+    """
     weight = normal(seed, OUT, IN)
     method = Alps()
     solution = method.solve(weight, method.prepare(InputStats.of(8 * torch.eye(IN))), pattern)
