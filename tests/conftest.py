@@ -20,6 +20,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -161,6 +162,18 @@ def english_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 def stories() -> Path:
     """The directory of a real trained LLaMA of 260,032 parameters; skips where the file is not at hand."""
     return _shared("models/stories260K/hf")
+
+
+@pytest.fixture(scope="session")
+def short_stories(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the first two of the five blocks of `stories`, for runs whose time is that of their blocks."""
+    folder = tmp_path_factory.mktemp("models") / "short-stories"
+    model = LlamaForCausalLM.from_pretrained(stories)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -105,19 +105,24 @@ def run_script(path: Path, *arguments: object, **settings: Any) -> subprocess.Co
     return run(path, *arguments, work=_script, **settings)
 
 
-def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
-    """The same in so many processes that find each other as those of torchrun do; one is alone."""
+def start_group(size: int, *arguments: object, **settings: Any) -> list[Started]:
+    """Begin `alps ARGUMENTS` in several processes that meet as those of torchrun do; a single one is alone."""
     if size == 1:
-        return [run(*arguments, **settings)]
+        return [start(*arguments, **settings)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "started"}
-    started = []
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "started"}
+    processes = []
     for rank in range(size):
-        known = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        started.append(start(*arguments, environment=known, **settings))
-    return [one.ended() for one in started]
+        environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        processes.append(start(*arguments, environment=environment, **settings))
+    return processes
+
+
+def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Run `alps ARGUMENTS` in several processes, to their end; see `start_group`."""
+    return [process.ended() for process in start_group(size, *arguments, **settings)]
 
 
 def _script() -> None:

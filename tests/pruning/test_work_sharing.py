@@ -1,270 +1,239 @@
-"""The cost model of several processes: by hand on tiny runs, against counted flops, and what it must conserve."""
+"""Layers shared out among processes: who solves what, and runs in several processes against those in one.
+
+Processes are forked from a server that has imported everything. One test starts torchrun itself, as users do.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
-from argparse import Namespace
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import scaling
-import scaling_rates
-import scaling_runs
-from alps.core.statistics import InputSums, Needs
-from alps.solvers.hessian import invert_
-from alps.solvers.objective import relative_errors
-from cost_model import Counts, Model, Run
-from machines import Card, Measured, gram_flops
-from scaling_plan import MODELS, VARIANTS, memory, plan_table
-from simulator import Clocks, assignment, simulate
-
-SMOLLM2 = Model(576, 1536, 9, 3, 30, 49152, tied=True)
+from alps.pruning.work_sharing import assign, loads_of, shared_out, solve_cost
+from alps.reporting.run_report import RunReport
+from alps.solvers import get_method
+from helpers import torchrun_worker
+from helpers.cli_process import run_group, start_group
 
 
-@dataclass
-class Flat:
-    """A machine on which every piece of work takes a stated time, whatever its size."""
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=12), st.integers(1, 5))
+def test_no_process_has_more_than_four_thirds_of_the_least_possible_load(costs: list[float], size: int) -> None:
+    owners = assign(costs, size)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+    least = max(sum(costs) / size, max(costs))
+    if len(costs) > size:
+        ordered = sorted(costs, reverse=True)
+        least = max(least, ordered[size - 1] + ordered[size])
+    assert max(loads) <= least * 4 / 3 + 1e-9
 
-    inverses: float = 0.0
-    messages: float = 0.0
-    run: Run | None = None
 
-    def start(self) -> float:
-        return 10.0
+def test_an_input_is_split_where_others_would_wait() -> None:
+    method = get_method("alps")
+    lone = [solve_cost(method, [(4096, 1024), (4096, 1024)], 2)]
+    assert shared_out(lone, 2) == [None]
+    fixed, rows = lone[0].fixed, lone[0].rows
+    assert loads_of(lone, [None], 2) == [fixed + rows / 2] * 2
+    even = [solve_cost(method, [(1024, 1024)], 2) for _ in range(4)]
+    assert sorted(shared_out(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
+    # Few rows and other methods are not split.
+    assert not solve_cost(method, [(30, 1024)], 2).divisible
+    assert not solve_cost(get_method("sparsegpt"), [(4096, 1024)], 2).divisible
 
-    def forward(self, windows: int, observing: bool) -> float:
-        return windows * (1.0 if observing else 2.0)
 
-    def gram(self, n: int, tokens: int) -> float:
-        return tokens * 0.25
+@pytest.fixture
+def options(english_file: Path) -> list[object]:
+    """Options of a quick run: 7 windows make uneven shares, and ADMM stops early, for every step is a message."""
+    config = english_file.parent / "options.yaml"
+    config.write_text("options: {admm: {max_iterations: 12}}\n")
+    sizes = ["--samples", 7, "--seqlen", 64]
+    return ["--config", config, "--sparsity", 0.7, "--calibration", english_file, *sizes]
 
-    def prepare(self, n: int) -> float:
-        return 10 * self.inverses
 
-    def inverse(self, n: int) -> float:
-        return self.inverses
+def _prune(size: int, model: Path, out: Path, options: list[object]) -> RunReport:
+    ended = run_group(size, "prune", model, out, *options)
+    assert [process.returncode for process in ended] == [0] * size, ended
+    assert sum(process.stdout.count("Written to") for process in ended) == 1
+    report = RunReport.read(out)
+    assert report is not None
+    return report
 
-    def iteration(self, shape: tuple[int, int], part: float) -> float:
-        return shape[0] * shape[1] ** 2 * 1e-9 * part
 
-    def step(self, shape: tuple[int, int], part: float) -> float:
-        return 0.0
-
-    def trace(self, shape: tuple[int, int], part: float) -> float:
-        return 0.0
-
-    def errors(self, shape: tuple[int, int]) -> float:
-        return 0.5
-
-    def reduce(self, nbytes: float, everywhere: bool) -> float:
-        return self.messages * (2 if everywhere else 1)
-
-    def send(self, nbytes: float) -> float:
-        return self.messages
-
-    def select(self) -> float:
-        return 0.0
-
-    def fetch(self) -> float:
-        return 3.0
-
-    def keep(self) -> float:
-        return 4.0
+def _weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"),
-    [
-        (MODELS["LLaMA-3-8B"], 8_030_261_248),
-        (MODELS["LLaMA-3-70B"], 70_553_706_496),
-        (MODELS["LLaMA-3.1-405B"], 405_853_388_800),
-        (SMOLLM2, 134_515_008),
-    ],
+    "more", [(), ("--sparsity", 0.8, "--preset", "best", "--channels", "block")], ids=["block", "best"]
 )
-def test_shapes_hold_as_many_parameters_as_published(model: Model, parameters: int) -> None:
-    assert model.parameters == parameters
+def test_any_number_of_processes_gives_the_same_bits(
+    more: tuple[object, ...], short_stories: Path, options: list[object], tmp_path: Path
+) -> None:
+    """Seven windows in one to three shares; in the sequential order of `best` every input is split by rows."""
+    reports = [_prune(size, short_stories, tmp_path / str(size), [*options, *more]) for size in (1, 2, 3)]
+    assert len({_weights(tmp_path / str(size)) for size in (1, 2, 3)}) == 1
+    layers = [[(s.name, s.zeros, s.tokens, s.error) for s in report.sites] for report in reports]
+    assert layers[0] == layers[1] == layers[2] and len(layers[0]) == 14
+    assert not (tmp_path / "2.partial").exists()
 
 
-def test_one_process_by_hand() -> None:
-    """Two blocks, five windows of four tokens; seven sites of a block, all solved by the only process."""
-    run = Run(Model(100, 200, 10, 5, 2, 64), 5, 4, counts=Counts(10, 3))
-    clocks = simulate(run, Flat(inverses=0.1))
-    # Four inputs, each with the Gram of 20 tokens; a second pass after the first block alone.
-    passes = [3 + 5 + 4 * 20 * 0.25, 3 + 5 + 4 * 20 * 0.25]
-    prepared, inverses, errors = 4 * 1.0, 4 * 3 * 0.1, 7 * 0.5
-    entries = 100 * 100 + 2 * 50 * 100 + 100 * 100 + 2 * 200 * 100 + 100 * 200 * 2
-    iterations = 10 * entries * 100 * 1e-9
-    solved = prepared + inverses + iterations + errors
-    assert clocks.now == [pytest.approx(10 + sum(passes) + 2 * solved + 2 * 5 + 2 * 4)]
-    assert clocks.waited == {} and clocks.nbytes == {}
+def test_two_hosts_write_the_bits_of_one_process(short_stories: Path, options: list[object], tmp_path: Path) -> None:
+    """As far as one machine can stand for two: a torchrun each, which meet by an address and a port."""
+    _prune(1, short_stories, tmp_path / "one", options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    arguments = ["-m", "alps", "prune", short_stories, tmp_path / "two", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", *hosts, "--local-addr", "127.0.0.1", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    launchers = [subprocess.Popen(command, start_new_session=True, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    try:
+        outputs = [launcher.communicate(timeout=200) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert sum(stdout.count("Written to") for stdout, _ in outputs) == 1
+    assert _weights(tmp_path / "one") == _weights(tmp_path / "two")
 
 
-def test_two_processes_by_hand() -> None:
-    """SmolLM2's shapes: down against all others. The one with less to do waits; the kept block is waited for."""
-    run = Run(replace(SMOLLM2, blocks=1), 5, 4, 2, Counts(10, 0), itemsize=4)
-    assert assignment(run) == [1, 1, 1, 0]
-    clocks = simulate(run, Flat(messages=0.01))
-    d, w = 576, 1536
-    solves = [10 * d * w**2 * 1e-9 + 0.5, 10 * (2 * d * d + 2 * 192 * d + 2 * w * d) * d * 1e-9 + 6 * 0.5]
-    # Three windows against two; four sums; the longer solve; four sets of weights; one writes.
-    expected = 10 + 3 + 3 + 4 * 12 * 0.25 + 4 * 0.01 + max(solves) + 4 * 0.01 + 4
-    assert clocks.now == [pytest.approx(expected)] * 2
-    waits = [max(solves) - solves[0], (3 - 2) + 4 * (12 - 8) * 0.25 + max(solves) - solves[1]]
-    assert clocks.waited["exchange"] == [pytest.approx(wait) for wait in waits]
-    assert clocks.waited["keep"] == [0.0, pytest.approx(4.0)]
-    sums = 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
-    assert clocks.nbytes["exchange"] == sums + 4 * run.model.weights
+def _both_sizes(*arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Output of tests/helpers/torchrun_worker.py in one process, and in two."""
+    groups = [run_group(size, *arguments, work=torchrun_worker.main) for size in (1, 2)]
+    assert all(process.returncode == 0 for group in groups for process in group), groups
+    one, two = ("".join(process.stdout for process in group) for group in groups)
+    return json.loads(one), json.loads(two)
 
 
-def test_later_sites_find_the_inverses_that_fit_into_what_is_kept() -> None:
-    """256 MiB hold all 11 of 576 inputs, 8 of 4096 in bfloat16, none of 16384, of which a GPU keeps 10."""
-    run = Run(MODELS["LLaMA-3-8B"], 128, 2048)
-    small = replace(run, inverse_bytes=2**28)
-    for n, expected in ((576, 11), (4096, 11 + 2 * 3), (16384, 3 * 11)):
-        sites = [(64, n)] * 3
-        assert small.inverses(sites) == expected and small.inverses(sites[:1]) == 11
-    assert run.inverses([(64, 16384)] * 3) == 11 + 2 * 1
+@pytest.mark.parametrize(("kind", "order"), [("qwen2_moe", "sequential"), ("gpt2", "block")])
+def test_experts_and_transposed_weights_are_those_of_one_process(kind: str, order: str) -> None:
+    """Wanda amplifies no rounding: tokens of every expert, pooled tokens, and all weights are equal."""
+    one, two = _both_sizes(kind, order, 0)
+    assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-12)
+    layers = {name: figures for name, *figures in two["sites"]}
+    assert layers.keys() == {name for name, *_ in one["sites"]}
+    assert any(site[2] for site in one["sites"]) == (kind != "gpt2")
+    for name, tokens, added, zeros, error in one["sites"]:
+        assert layers[name] == [tokens, added, zeros, pytest.approx(error, rel=1e-5)], name
 
 
-@given(st.integers(1, 40), st.sampled_from(list(MODELS.values())), st.floats(0, 2))
-@settings(max_examples=40)
-def test_no_work_is_lost_and_only_inverses_are_done_twice(size: int, model: Model, inverses: float) -> None:
-    small = replace(model, blocks=3)
-    one, several = Run(small, 40, 8), Run(small, 40, 8, size)
-    alone, shared = simulate(one, Flat(inverses)), simulate(several, Flat(inverses))
-    split = [sites for sites, owner in zip(small.inputs, assignment(several), strict=True) if owner is None]
-    again = (size - 1) * inverses * sum(several.inverses(sites) + 10 for sites in split)
-    # Every process starts, and reads every block.
-    again += (size - 1) * (10 / 3 + 3)
-    assert shared.busy == pytest.approx(alone.busy + 3 * again, rel=1e-9)
-    for rank in range(size):
-        assert shared.now[rank] == pytest.approx(sum(seconds[rank] for seconds in shared.spent.values()))
-    assert max(shared.now) >= shared.busy / size * (1 - 1e-9)
+def test_blocks_are_reconstructed_by_the_gradients_of_all_windows() -> None:
+    one, two = _both_sizes("llama", "block", 3)
+    assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    for alone, shared in zip(one["matches"], two["matches"], strict=True):
+        assert (shared["steps"], shared["best_step"]) == (alone["steps"], alone["best_step"])
+        assert shared["after"] == pytest.approx(alone["after"], rel=1e-3)
+    assert any(match["after"] < 0.9 * match["before"] for match in one["matches"])
 
 
-def test_clocks_wait_for_the_last() -> None:
-    clocks = Clocks(2)
-    clocks.work(0, "solve", 3.0)
-    clocks.work(1, "solve", 1.0)
-    clocks.together("exchange", 0.5, 7.0)
-    assert clocks.now == [3.5, 3.5] and clocks.waited == {"exchange": [0.0, 2.0]}
-    assert clocks.spent == {"solve": [3.0, 1.0], "exchange": [0.5, 2.5]}
-    assert clocks.busy == 5.0 and clocks.nbytes == {"exchange": 7.0}
+def _forked(arguments: tuple[object, ...]) -> tuple[list[int], Callable[[], tuple[int, str]]]:
+    """Processes that no launcher watches: pids, and how the first one ends."""
+    processes = start_group(2, *arguments)
+
+    def end() -> tuple[int, str]:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        return processes[0].returncode or 0, errors[0]
+
+    return [process.pid for process in processes], end
 
 
-def _wall(run: Run, **other: float) -> float:
-    return max(simulate(run, Card(run, **other)).now)  # type: ignore[arg-type]
+def _launched(arguments: tuple[object, ...]) -> tuple[list[int], Callable[[], tuple[int, str]]]:
+    """Processes of torchrun: pids, and how torchrun ends."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "alps"]
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    while len(children.read_text().split()) < 2:
+        assert running.poll() is None
+        time.sleep(0.02)
+
+    def end() -> tuple[int, str]:
+        _, errors = running.communicate(timeout=60)
+        return running.returncode, errors
+
+    return [int(pid) for pid in children.read_text().split()], end
 
 
-@pytest.mark.parametrize("size", [8, 128])
-def test_slower_parts_make_no_run_faster_and_every_change_helps(size: int) -> None:
-    run = Run(replace(MODELS["LLaMA-3.1-405B"], blocks=4), 128, 2048, size)
-    wall = _wall(run)
-    for name in ("bfloat16", "float32", "memory", "read", "write", "inside" if size <= 8 else "between"):
-        assert _wall(run, **{name: getattr(Card, name) / 2}) > wall, name
-    for name in ("message", "wait", "leaf", "begin"):
-        assert _wall(run, **{name: 2 * getattr(Card, name)}) > wall, name
-    walls = [_wall(replace(run, changes=changes)) for changes in VARIANTS.values()]
-    assert walls[0] == wall and walls == sorted(walls, reverse=True)
+@pytest.mark.parametrize("begin", [_forked, pytest.param(_launched, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_all_and_the_run_resumes_with_three(
+    begin: Callable[[tuple[object, ...]], tuple[list[int], Callable[[], tuple[int, str]]]],
+    short_stories: Path,
+    options: list[object],
+    tmp_path: Path,
+) -> None:
+    """The whole preset: sequential order, dense target, reconstruction, an allocation; rows in every process."""
+    out, model = tmp_path / "out", tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(short_stories).save_pretrained(model, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(short_stories).save_pretrained(model)
+    shards = sorted(path.name for path in model.glob("*.safetensors"))
+    assert len(shards) > 3
+    arguments = ("prune", model, out, *options, "--preset", "best")
+    pids, end = begin(arguments)
+    journal = tmp_path / "out.partial"
+    deadline = time.monotonic() + 200
+    while not (journal / "block-00000.json").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pids[-1], signal.SIGKILL)
+    code, errors = end()
+    assert code != 0 and not out.exists() and journal.exists()
+    assert "Rank 1 of 2 died or hangs" in errors and "1 finished blocks are kept in" in errors
+    resumed = run_group(3, *arguments)
+    assert [process.returncode for process in resumed] == [0, 0, 0], resumed
+    assert "Going on after" in resumed[0].stderr and not journal.exists()
+    report = RunReport.read(out)
+    assert report is not None
+    assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.matches) == 2
+    assert report.mean_error is not None and report.mean_error < 0.1
+    # Each process has written some of the files.
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    for name in shards:
+        assert load_file(out / name).keys() == load_file(model / name).keys()
 
 
-def _flops(work: Callable[[], object]) -> int:
-    def in_place(_: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **rest: object) -> int:
-        return 2 * a[0] * a[1] * b[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-        work()
-    return int(counter.get_total_flops())
-
-
-def test_flops_are_those_of_the_program() -> None:
-    n, m, tokens = 1280, 96, 64
-    rows, weight = torch.randn(tokens, n), torch.randn(m, n)
-    sums = InputSums.zeros(n, Needs.GRAM)
-    assert _flops(lambda: sums.update(rows)) == tokens * gram_flops(n)
-    stats = sums.rounded()
-    # Three energies over the triangle, whose diagonal blocks are whole.
-    assert _flops(lambda: relative_errors([weight, weight], weight, stats)) == 3 * m * n * (n + 256)
-    definite = torch.eye(n)
-    # Products of halves; what LAPACK does with the smallest ones is not counted.
-    assert 0.85 < _flops(lambda: invert_(definite)) / (4 / 3 * n**3) < 1
+def test_an_error_in_one_process_ends_all_with_its_sentence(
+    short_stories: Path, options: list[object], tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for path in short_stories.iterdir():
+        if path.name != "model.safetensors":
+            (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(short_stories / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    ended = run_group(2, "prune", broken, tmp_path / "out", *options)
+    sentences = [line for process in ended for line in process.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(sentences) == 2 and all("model.layers.1.mlp.up_proj.weight" in line for line in sentences)
+    assert sum(line.startswith("Error: Rank ") for line in sentences) == 1
+    assert all(process.returncode == 2 for process in ended)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_memory_is_added_up_and_shrinks_with_the_processes() -> None:
-    run = Run(MODELS["LLaMA-3.1-405B"], 128, 2048)
-    one = memory(run)
-    d, w = 16384, 53248
-    assert one["statistics"] == 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
-    assert one["activations"] == 128 * 2048 * d * 2 and one["block"] == 2 * run.model.weights
-    assert one["solver"] == 4 * (8 * d * w + 3 * w * w)
-    split = memory(replace(run, size=128))
-    assert split["solver"] == 4 * (7 * 128 * w + 2 * d * w + 3 * w * w)
-    assert split["activations"] == one["activations"] / 128
-    # The largest site alone takes more than half of a GPU, however many there are.
-    assert Card.capacity / 2 < sum(split.values()) < Card.capacity < sum(one.values())
-
-
-def test_efficiency_is_of_the_first_line() -> None:
-    lines = plan_table(Run(MODELS["LLaMA-3-8B"], 16, 2048), [1, 2, 32]).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    # 16 windows are not split over 32 processes.
-    assert [row[0] for row in cells[2:]] == ["1", "2"] and cells[2][2] == "1.00"
-    assert float(cells[3][2]) == pytest.approx(float(cells[2][1]) / (2 * float(cells[3][1])), abs=0.02)
-
-
-def test_plan_prints_every_size(tmp_path: Path) -> None:
-    script = Path(scaling.__file__)
-    command = [sys.executable, str(script), "plan", "--models", "LLaMA-3-8B", "--sizes", "1,4", "--goal", "8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    first = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    # Times, memory, and times with every change; the goal is planned for, too.
-    assert [first.count(size) for size in ("1", "4", "8")] == [3, 3, 3] and set(VARIANTS) <= set(first)
-
-
-def test_pieces_are_measured_and_a_run_predicted_from_them(stories: Path, english_file: Path) -> None:
-    options = Namespace(model=str(stories), calibration=str(english_file), samples=4, seqlen=64, seed=0)
-    options.dtype, options.sparsity = "float32", 0.7
-    found = scaling_rates._pieces(options, 1)
-    assert all(seconds > 0 for seconds in found["seconds"].values())
-    assert found["counts"]["iterations"] >= found["counts"]["inverses"] > 1
-    found = {**found, "alone": found["seconds"], "beside": found["seconds"]}
-    found |= {"model": "it", "seqlen": 64, "dtype": "float32", "sparsity": 0.7}
-    found["fixed"] = {"1": {"start": 5.0, "keep": 0.1}}
-    machine = Measured(found, 4, 1)
-    assert machine.run.model.blocks == 5
-    wall = max(simulate(machine.run, machine).now)
-    assert 5.1 < wall < 15
-    other = {"model": "it", "seqlen": 32, "dtype": "float32", "sparsity": 0.7}
-    with pytest.raises(SystemExit, match="calibrate anew"):
-        scaling.deviations(found, other)
-
-
-def test_memory_of_both_processes_is_looked_at(stories: Path, tmp_path: Path) -> None:
-    options = Namespace(model=str(stories), sparsity=0.6, dtype="float32", folder=str(tmp_path))
-    ran = scaling_runs.prune(options, 2, ["--method", "magnitude", "--no-errors"])
-    assert abs(ran["sparsity"] - 0.6) < 1e-3 and ran["wall"] > ran["seconds"]["total"]
-    assert len(ran["resident_bytes"]) == 2 and list(tmp_path.iterdir()) == []
-    # Pages that both have are counted once.
-    assert max(ran["resident_bytes"]) < ran["together_bytes"] < sum(ran["resident_bytes"])
-
-
-def test_runs_are_tabled_by_their_medians() -> None:
-    def ran(wall: float) -> dict[str, object]:
-        return {"wall": wall, "seconds": {"solve": wall / 2}, "resident_bytes": [2**20], "together_bytes": 2**21}
-
-    runs = {"plain": [ran(10), ran(12), ran(11)], "group of 2": [ran(5), ran(8), ran(5)]}
-    lines = scaling_runs.table(json.loads(json.dumps({"runs": runs}))).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    heads = cells[0]
-    plain, two = (dict(zip(heads, row, strict=True)) for row in cells[2:])
-    assert (plain["wall s"], plain["solve s"], plain["speed-up"]) == ("11.0", "5.5", "1.00")
-    assert (two["wall s"], two["least-most"], two["speed-up"], two["MiB all"]) == ("5.0", "5.0-8.0", "2.00", "2")
+def test_perplexity_is_the_same_and_other_commands_refuse(
+    short_stories: Path, english_file: Path, tmp_path: Path
+) -> None:
+    options = ("--text", english_file, "--seqlen", 64, "--windows", 25)
+    measure = ("eval", short_stories, "--reference", short_stories, *options)
+    one, two = (json.loads("".join(p.stdout for p in run_group(size, *measure))) for size in (1, 2))
+    assert two[0].pop("loss") == pytest.approx(one[0].pop("loss"), abs=1e-12)
+    assert two[0]["windows"] == 25 and two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-12)
+    for refused in run_group(2, "pack", short_stories, tmp_path / "packed"):
+        assert refused.returncode == 2 and "alps pack runs in one process" in refused.stderr
