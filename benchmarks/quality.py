@@ -27,7 +27,7 @@ from alps.evaluation.api import evaluate
 from alps.evaluation.compare_config import method_settings
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.run import build_block_pruner, run, write
-from alps.reporting.evaluation_records import ComparisonRecord
+from alps.reporting.records import ComparisonRecord
 
 Run = dict[str, Any]
 

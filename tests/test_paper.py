@@ -15,7 +15,7 @@ from alps.core.statistics import InputStats
 from alps.core.yaml_io import read_yaml
 from alps.evaluation.compare_config import load_compare_config
 from alps.reporting.compare_results import Result
-from alps.reporting.evaluation_records import Estimate, EvaluationRecord, TaskRecord
+from alps.reporting.records import Estimate, EvaluationRecord, TaskRecord
 from alps.solvers import Alps, get_method
 from alps.solvers.hessian import damping_of
 from alps.solvers.objective import relative_error

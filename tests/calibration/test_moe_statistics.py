@@ -22,8 +22,7 @@ from alps.core.errors import UnsupportedModel
 from alps.core.progress import NoProgress
 from alps.core.statistics import InputStats, Needs
 from alps.data.calibration import LoadedModel
-from alps.finetuning.distill_checkpoint import load_distill_config
-from alps.finetuning.distillation import distill
+from alps.finetuning.distillation import distill, load_distill_config
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
 from alps.pruning.sparsity_allocation import plan

@@ -25,8 +25,8 @@ from alps.pruning import run as running
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_directory
 from alps.reporting.compare_results import RESULTS_NAME, Result, read_results
-from alps.reporting.evaluation_records import ComparisonRecord
 from alps.reporting.markdown_tables import TABLE_NAME
+from alps.reporting.records import ComparisonRecord
 from alps.solvers.sparsegpt import SparseGPT
 from helpers.cli_process import run, start
 

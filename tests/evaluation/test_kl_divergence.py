@@ -15,7 +15,7 @@ import alps
 from alps.core.errors import ConfigError
 from alps.data.calibration import LoadedModel, load
 from alps.evaluation.kl_divergence import token_divergences
-from alps.reporting.evaluation_records import ComparisonRecord, EvaluationRecord
+from alps.reporting.records import ComparisonRecord, EvaluationRecord
 
 
 def _other(model: Any, scale: float = 0.05) -> Any:

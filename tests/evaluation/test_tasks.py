@@ -23,7 +23,7 @@ from alps.core.errors import ConfigError
 from alps.data.calibration import load
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.tasks import _record, find_tasks, local_task
-from alps.reporting.evaluation_records import TaskRecord
+from alps.reporting.records import TaskRecord
 from helpers.cli_process import run_group
 from helpers.fake_task_items import Row, made_up
 

@@ -20,8 +20,7 @@ from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import load_text
 from alps.evaluation.inspect import inspect
 from alps.finetuning import training_loop as distillation
-from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
-from alps.finetuning.distillation import DistillConfig, distill
+from alps.finetuning.distillation import DistillConfig, distill, distill_directory, load_distill_config
 from alps.finetuning.training_loop import rate_share
 from alps.models.blocks import find_blocks
 from alps.reporting.model_card import model_card

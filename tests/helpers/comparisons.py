@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from alps.reporting.compare_results import DENSE, Check, Continuation, Result, SiteResult
-from alps.reporting.evaluation_records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
-from alps.reporting.records import CalibrationPart, CalibrationRecord
+from alps.reporting.records import (
+    CalibrationPart,
+    CalibrationRecord,
+    ComparisonRecord,
+    Estimate,
+    EvaluationRecord,
+    TaskRecord,
+)
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ENTRIES = 100_000

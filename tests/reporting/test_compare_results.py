@@ -12,8 +12,8 @@ import pytest
 import alps
 from alps.core.errors import CheckpointError
 from alps.reporting.compare_results import Result, read_results, spread, write_results
-from alps.reporting.evaluation_records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.markdown_tables import summary
+from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 
 
 def result(method: str, pattern: str = "0.5", seed: int | None = 0, perplexity: float = 10.0, **more: Any) -> Result:

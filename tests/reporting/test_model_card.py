@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from alps.reporting.evaluation_records import EvaluationRecord
 from alps.reporting.model_card import model_card
+from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import LayerRecord, RunReport
 
 

@@ -14,14 +14,14 @@ from alps.cli.main import run
 from alps.core.progress import NoProgress
 from alps.evaluation.compare import compare
 from alps.evaluation.compare_config import CompareConfig
-from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
+from alps.finetuning.distillation import distill_directory, load_distill_config
 from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config, reconstruct_directory
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_directory
 from alps.reporting import publish as published
 from alps.reporting.compare_results import RESULTS_NAME, write_results
-from alps.reporting.evaluation_records import EvaluationRecord
 from alps.reporting.publish import PAGE_NAME, publish, rebuild_page, run_results
+from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import RunReport
 from helpers.comparisons import comparison
 

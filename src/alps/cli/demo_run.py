@@ -20,7 +20,7 @@ from alps.models.demo_model import NAME, packaged_model
 from alps.pruning.config import PruneConfig
 from alps.pruning.pipeline import BlockPruner
 from alps.pruning.run import run, write
-from alps.reporting.evaluation_records import EvaluationRecord
+from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import RunReport
 
 SPARSITY = 0.7

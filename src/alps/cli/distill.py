@@ -31,7 +31,7 @@ def distill(
     ] = None,
 ) -> None:
     """Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot."""
-    from alps.finetuning.distill_checkpoint import distill_directory, load_distill_config
+    from alps.finetuning.distillation import distill_directory, load_distill_config
 
     given: dict[str, Any] = {
         "minutes": minutes,

@@ -17,7 +17,7 @@ from alps.core.errors import ConfigError
 from alps.data.calibration import load
 from alps.evaluation.api import evaluate
 from alps.evaluation.tasks import find_tasks, score_tasks
-from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
+from alps.reporting.records import EvaluationRecord, TaskRecord
 
 
 def evaluate_command(

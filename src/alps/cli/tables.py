@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from alps.checkpoints.manifest import Manifest
-from alps.reporting.evaluation_records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.publish import PAGE_NAME
+from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.run_report import INSIDE_SOLVE, RunReport, all_patterns, kept_sentence
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from alps.data.calibration import LoadedModel, load
 from alps.evaluation.kl_divergence import divergence
 from alps.evaluation.perplexity import perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
-from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
+from alps.reporting.records import EvaluationRecord, TaskRecord
 
 
 def evaluate(

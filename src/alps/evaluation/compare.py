@@ -34,9 +34,9 @@ from alps.pruning.config import PruneConfig
 from alps.pruning.run import build_block_pruner, run
 from alps.pruning.sparsity_allocation import check_fit
 from alps.reporting.compare_results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
-from alps.reporting.evaluation_records import EvaluationRecord, TaskRecord
 from alps.reporting.markdown_tables import TABLE_NAME, summary
 from alps.reporting.publish import publish
+from alps.reporting.records import EvaluationRecord, TaskRecord
 
 _BATCH_SIZE = 8
 

@@ -20,7 +20,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
-from alps.reporting.evaluation_records import ComparisonRecord
+from alps.reporting.records import ComparisonRecord
 
 
 def divergence(

@@ -17,7 +17,7 @@ from alps.core.distributed import ProcessGroup
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
-from alps.reporting.evaluation_records import EvaluationRecord
+from alps.reporting.records import EvaluationRecord
 
 # Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
 _BATCH_TOKENS = 2048

@@ -29,7 +29,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.data.calibration import LoadedModel
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.task_schemas import Document
-from alps.reporting.evaluation_records import Estimate, TaskRecord
+from alps.reporting.records import Estimate, TaskRecord
 
 # For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
 _RESAMPLES = 1000

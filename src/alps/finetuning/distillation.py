@@ -7,8 +7,10 @@ as they are. A few windows are held back: their KL is taken at intervals, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,14 +20,22 @@ from alps.core.device import out_of_memory_as_error, peak_device_bytes, peak_hos
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import Progress
-from alps.data.calibration import LoadedModel
+from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import Text, load_text
-from alps.finetuning.checkpoint_pair import check_pair, count_zeros
+from alps.finetuning.checkpoint_pair import (
+    check_pair,
+    check_request,
+    count_zeros,
+    describe,
+    read_settings,
+    write_changed,
+)
 from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
 from alps.finetuning.training_loop import Distillation, Schedule
 from alps.models.blocks import find_blocks
 from alps.models.sites import routing_parameters
 from alps.reporting.records import DistillationReport, calibration_record
+from alps.reporting.run_report import RunReport
 
 _MOST_HELD_BACK = 8
 
@@ -73,6 +83,37 @@ class DistillConfig(BaseModel):
     def held_back(self) -> int:
         """Windows that are not trained on."""
         return min(max(self.samples // 8, 1), _MOST_HELD_BACK)
+
+
+def load_distill_config(given: dict[str, Any]) -> DistillConfig:
+    """Settings from the values that are not None.
+
+    Raises:
+        ConfigError: for a value of the wrong kind or range, or an unknown name.
+    """
+    return read_settings(DistillConfig, given)
+
+
+def distill_directory(
+    dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress, tell: Callable[[str], None]
+) -> RunReport:
+    """Check everything that can be checked, then load both models, recover the pruned one and write it to `out`.
+
+    Returns:
+        The report of the pruned directory with the recovery added, as written.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: one sentence each; nothing is written then.
+    """
+    settings.schedule()
+    earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
+    text = load_text(settings.calibration, "calibration")
+    teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
+    record = distill(teacher, student, settings, progress, text)
+    report = earlier or describe(student, dense, record.device)
+    report.recovery.append(record)
+    write_changed(student, report, out, tell)
+    return report
 
 
 def distill(

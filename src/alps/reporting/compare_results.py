@@ -13,8 +13,7 @@ from pydantic import Field, ValidationError
 
 from alps.checkpoints.atomic_io import write_text
 from alps.core.errors import CheckpointError, truncate
-from alps.reporting.evaluation_records import ComparisonRecord, EvaluationRecord, TaskRecord
-from alps.reporting.records import CalibrationRecord, Record
+from alps.reporting.records import CalibrationRecord, ComparisonRecord, EvaluationRecord, Record, TaskRecord
 from alps.reporting.run_report import LayerRecord, RunReport
 
 RESULTS_NAME = "results.jsonl"

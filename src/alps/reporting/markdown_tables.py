@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alps.reporting.compare_results import DENSE, Result, spread
-from alps.reporting.evaluation_records import ComparisonRecord, Estimate
+from alps.reporting.records import ComparisonRecord, Estimate
 
 TABLE_NAME = "table.md"
 Figure = Callable[[Result], float | None]

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from alps.core.errors import CheckpointError
-from alps.reporting.evaluation_records import EvaluationRecord
 from alps.reporting.records import (
     CalibrationRecord,
     DistillationReport,
+    EvaluationRecord,
     ReconstructionRecord,
     ReconstructionRun,
     Record,
