@@ -21,8 +21,9 @@ from torch import Tensor
 
 from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
-from alps.core.device import exact_float32, provenance
+from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
+from alps.core.provenance import provenance
 from alps.core.statistics import Needs
 from alps.data.calibration import LoadedModel, open_model
 from alps.models.blocks import on_device

@@ -56,7 +56,7 @@ from transformers.utils import logging as transformers_logging
 
 import alps
 from alps.cli.main import app
-from alps.core.device import provenance
+from alps.core.provenance import provenance
 
 # --- The table -------------------------------------------------------------------------------------------------------
 # A case is a list of command lines, run in a folder of its own. The first word says how:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alps.checkpoints.bitmask_codec import pack
 from alps.core.errors import check_known
+from alps.core.formatting import dtype_name
 from alps.inference import packed_linear as linear
 from alps.inference.build_kernel import FOLDER, LIBRARY_NAME
 from alps.inference.cpu_backend import Kernel
@@ -90,7 +91,7 @@ def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespac
             copy = weight.clone()
             return lambda: F.linear(own, copy)
 
-        add(f"dense {str(dtype).removeprefix('torch.')}", weight.nbytes, dense)
+        add(f"dense {dtype_name(dtype)}", weight.nbytes, dense)
     for sparsity in map(float, options.sparsities.split(",")):
         weight = sparse(rows, columns, sparsity)
         packed = pack(weight)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from alps.core.device import exact_float32, provenance
+from alps.core.device import exact_float32
+from alps.core.provenance import provenance
 from alps.solvers.hessian import invert_
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import alps
-from alps.core.device import provenance
+from alps.core.provenance import provenance
 from alps.data.windows import Windows
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.models.demo_model import resolve_model_path

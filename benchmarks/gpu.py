@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alps.core.device import exact_float32, provenance
+from alps.core.device import exact_float32
+from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, InputSums
 from alps.models.blocks import find_blocks
 from alps.pruning.pipeline import BlockPruner

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alps
-from alps.core.device import provenance
+from alps.core.formatting import dtype_name
 from alps.core.half_precision import Float32MatmulMode, multiplies_by_float32
+from alps.core.provenance import provenance
 from layers import ended_in_words, markdown
 
 
@@ -58,7 +59,7 @@ def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
         medians = {name: 1e3 * statistics.median(found) for name, found in taken.items()}
         for part in ("forward", "backward"):
             own, wide = (medians[f"{part} {way}"] for way in ("torch's own", "by float32"))
-            name = f"{heads} x {seqlen}, {str(dtype).removeprefix('torch.')}, {part}"
+            name = f"{heads} x {seqlen}, {dtype_name(dtype)}, {part}"
             rows.append([name, f"{own:.2f}", f"{wide:.2f}", f"{own / wide:.2f}"])
     return rows
 

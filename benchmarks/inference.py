@@ -33,8 +33,10 @@ import alps
 import cpu_layers
 import gpu_layers
 from alps.checkpoints.pack import pack_directory
-from alps.core.device import peak_host_bytes, pick_device, provenance
+from alps.core.device import pick_device
 from alps.core.errors import ConfigError
+from alps.core.memory import peak_host_bytes
+from alps.core.provenance import provenance
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
 from layers import ended_in_words, markdown

@@ -12,8 +12,8 @@ from torch import Tensor
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import LayerInput
-from alps.core.device import provenance
 from alps.core.errors import AlpsError
+from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, Needs
 from alps.data.calibration import load
 from alps.data.text_sources import load_text

@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from alps.core.device import pick_device, reset_peak_memory
+from alps.core.device import pick_device
+from alps.core.memory import reset_peak_memory
 from alps.core.progress import ConsoleProgress
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import load_calibration

@@ -24,8 +24,9 @@ from torch import Tensor
 from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import discover, observe
 from alps.calibration.moe_statistics import LayerInput
-from alps.core.device import exact_float32, provenance
+from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup, process_group
+from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.data.calibration import LoadedModel, open_model
 from alps.data.mixture import load_calibration

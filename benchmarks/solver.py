@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.core.device import exact_float32, provenance
+from alps.core.device import exact_float32
+from alps.core.provenance import provenance
 from alps.core.statistics import InputStats
 from alps.solvers import Alps, Method, get_method
 from alps.solvers.objective import relative_error

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alps.core.device import provenance
+from alps.core.provenance import provenance
 from alps.data.calibration import LoadedModel, load
 from alps.evaluation.api import evaluate_tasks
 

@@ -14,7 +14,7 @@ import torch
 import copying
 import gpu_layers
 import quality
-from alps.core.device import peak_host_bytes
+from alps.core.memory import peak_host_bytes
 from alps.data.calibration import load
 from alps.data.mixture import load_calibration
 from alps.inference.cpu_backend import find_kernel

@@ -47,7 +47,7 @@ def test_products_are_those_of_float64_rounded_once(
     dtype: torch.dtype, mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tiles much smaller than the matrices, none of whose sides they divide.
-    monkeypatch.setattr(halves, "_ENTRIES", 300 * 32)
+    monkeypatch.setattr(halves, "_CHUNK_ENTRIES", 300 * 32)
     for name, product, exact in _products(dtype):
         with mode(), Float32MatmulMode():
             found = product()
@@ -65,7 +65,7 @@ def test_it_is_used_whether_or_not_gradients_are_asked_for(monkeypatch: pytest.M
         asked.append((*left.shape, right.shape[1]))
         return (left.float() @ right.float()).to(left.dtype)
 
-    monkeypatch.setitem(halves._WIDE, torch.ops.aten.mm.default, counted)
+    monkeypatch.setitem(halves._UPCAST, torch.ops.aten.mm.default, counted)
     layer = nn.Linear(96, 64, bias=False).bfloat16()
     x = _numbers(128, 96, dtype=torch.bfloat16).requires_grad_()
     with Float32MatmulMode():
@@ -121,7 +121,7 @@ def test_attention_and_its_gradients_go_by_float32(
     real = halves._attention
 
     def counted(func: Any, *more: Any) -> tuple[Tensor, ...]:
-        asked.append((func is halves._ATTENDS, more[0][0].dtype))
+        asked.append((func is halves._ATTENTION_FORWARD, more[0][0].dtype))
         return real(func, *more)
 
     monkeypatch.setattr(halves, "_attention", counted)
@@ -136,15 +136,15 @@ def test_attention_and_its_gradients_go_by_float32(
 
 
 def test_a_torch_without_these_internals_is_left_its_own_way() -> None:
-    assert halves._internal("_scaled_dot_product_of_tomorrow") is None
+    assert halves._private_op("_scaled_dot_product_of_tomorrow") is None
 
 
 def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Tensor) -> Tensor:
         raise AssertionError
 
-    for name in list(halves._WIDE):
-        monkeypatch.setitem(halves._WIDE, name, never)
+    for name in list(halves._UPCAST):
+        monkeypatch.setitem(halves._UPCAST, name, never)
     half, full = torch.bfloat16, torch.float32
     for rows, terms, columns, dtype in ((1, 512, 512, half), (100, 512, 512, full), (100, 0, 50, half)):
         factors = _numbers(rows, terms, dtype=dtype), _numbers(columns, terms, dtype=dtype)
@@ -164,7 +164,7 @@ def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) 
         assert not multiplies_by_float32(torch.float32, cpu)
         seen: list[bool] = []
         monkeypatch.setitem(
-            halves._WIDE,
+            halves._UPCAST,
             torch.ops.aten.mm.default,
             lambda a, b, seen=seen: (seen.append(True), a.new_empty(len(a), b.shape[1]))[1],
         )

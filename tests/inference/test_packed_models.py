@@ -131,7 +131,7 @@ _PEAK = """
 import json, sys
 import torch
 import alps
-from alps.core.device import reset_peak_memory, peak_host_bytes
+from alps.core.memory import peak_host_bytes, reset_peak_memory
 from pathlib import Path
 import transformers.models.llama.modeling_llama
 import accelerate

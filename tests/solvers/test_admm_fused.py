@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.core import matmul_precision as precision
+from alps.core import half_precision as precision
 from alps.core.statistics import InputStats
 from alps.solvers import Alps, alps
 from alps.solvers.admm import PlainSteps

@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all."""
+"""Directories and files that appear whole or not at all, and directories locked by one process."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from alps.core.errors import CheckpointError
 
 
 def check_target(out: Path, replaceable: str | None = None) -> None:
-    """Make sure that a directory can be put at `out`, before hours of work; leaves nothing behind.
+    """Check before hours of work that a directory can be created at `out`; nothing is left behind.
 
     Args:
-        out: must not exist, or be an empty directory, or hold a file called `replaceable`.
+        out: a path that does not exist, an empty directory, or one that holds a file called `replaceable`.
+        replaceable: name of that file; None to refuse every directory that is not empty.
 
     Raises:
-        CheckpointError: when it is a file, is not empty, or cannot be created.
+        CheckpointError: when `out` is a file, is not empty, or cannot be created.
     """
     try:
         if out.is_symlink():
@@ -30,7 +33,7 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
         if out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).is_file()):
             raise CheckpointError(f"Output directory '{out}' is not empty: give a new name or empty it first.")
         ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-        # Named as what `remove_partial` removes: a kill may fall in between.
+        # If a kill leaves the probe behind, `remove_partial` finds it by this name.
         probe = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=ancestor))
         try:
             (probe / out.name).mkdir()
@@ -44,11 +47,11 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
 
 @contextmanager
 def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
-    """Fill a temporary neighbour of `out`, then rename it into place; on any error it is removed.
+    """Yield a temporary directory beside `out`, which is renamed to `out` on success and removed on any error.
 
     Args:
-        out: see `check_target`.
-        replaceable: a directory that holds a file of this name is replaced.
+        out: directory to create; see `check_target`.
+        replaceable: a directory at `out` that holds a file of this name is replaced.
 
     Raises:
         CheckpointError: when the files cannot be written (a full disk, say).
@@ -60,7 +63,7 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=out.parent))
         yield partial
-        # Temporary folders, and the files of some libraries, are private: what is published follows the umask.
+        # mkdtemp and some libraries create private files: set the permissions that the umask would give.
         mask = umask()
         partial.chmod(0o777 & ~mask)
         for file in partial.rglob("*"):
@@ -79,13 +82,55 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what killed processes left of `out` half-written; no other process may be writing it."""
-    for left in out.absolute().parent.glob(f".{glob.escape(out.name[:100])}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove the temporary directories that killed processes left beside `out`; no other process may be writing it."""
+    for leftover in out.absolute().parent.glob(f".{glob.escape(out.name[:100])}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def locked_directory(out: Path, marker: str) -> Iterator[None]:
+    """Context in which no other process can lock the same directory.
+
+    The directory is created. Without a file called `marker` at the end it is removed with the parents that were created
+    for it, unless it holds other files. Partial files of killed processes are removed at the start.
+
+    Args:
+        out: a path that does not exist, an empty directory, or one that holds a file called `marker`.
+        marker: name of the file that identifies the kind of directory.
+
+    Raises:
+        CheckpointError: when the directory holds something else, is in use, or cannot be written.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"Output '{out}' is a file: give the name of a directory.")
+        if out.is_dir() and any(p.name[0] != "." for p in out.iterdir()) and not (out / marker).exists():
+            raise CheckpointError(f"Output directory '{out}' holds something else: give a new name or empty it first.")
+        new_parents = [folder for folder in out.absolute().parents if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CheckpointError(
+            f"Another process is at work in '{out}': wait for it, or give another directory."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"Output directory '{out}' cannot be used: {error.strerror or error}.") from None
+    try:
+        for partial in out.glob(".*.partial-*"):
+            partial.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+        if not (out / marker).exists():
+            (out / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in (out, *new_parents):
+                    folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a text file that appears whole or not at all.
 
     Raises:
         CheckpointError: when it cannot be written.
@@ -105,20 +150,8 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"'{path}' cannot be written: {error.strerror or error}.") from None
 
 
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` in the place of the directory `out`, which comes back when that fails."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.old-", dir=out.parent))
-    out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a directory, on the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,7 +160,19 @@ def sync(path: Path) -> None:
 
 
 def umask() -> int:
-    """What the user takes away from the permissions of new files."""
+    """Return the permission bits that the user denies to new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _swap(new: Path, out: Path) -> None:
+    """Replace the directory `out` by `new`; on failure the old one is restored."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.old-", dir=out.parent))
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)

@@ -20,8 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alps.checkpoints.atomic_io import sync, write_text
-from alps.checkpoints.locked import locked_directory
+from alps.checkpoints.atomic_io import locked_directory, sync, write_text
 from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite, stored_tensors, write_tensors
 from alps.checkpoints.weight_files import weight_file
 from alps.core.errors import CheckpointError

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from alps.cli.console import consoles
 from alps.cli.tables import evaluation_table, inspection_tables, task_table
-from alps.core.device import out_of_memory_as_error, pick_device
+from alps.core.device import pick_device
 from alps.core.distributed import process_group
 from alps.core.errors import ConfigError
+from alps.core.memory import out_of_memory_as_error
 from alps.data.calibration import load
 from alps.evaluation.api import evaluate
 from alps.evaluation.tasks import find_tasks, score_tasks

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alps.checkpoints.manifest import Manifest
+from alps.core.formatting import format_peak_memory
 from alps.reporting.publish import PAGE_NAME
 from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.run_report import INSIDE_SOLVE, RunReport, all_patterns, kept_sentence
@@ -48,9 +49,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
         for phase, seconds in sorted(report.seconds.items(), key=lambda one: one[0] != "load")
         if phase not in (*INSIDE_SOLVE, "total")
     )
-    memory = f"{report.peak_host_bytes / 2**30:.2f} GiB"
-    if report.peak_device_bytes:
-        memory += f", {report.peak_device_bytes / 2**30:.2f} GiB on {report.device}"
+    memory = format_peak_memory(report.peak_host_bytes, report.peak_device_bytes, report.device)
     lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
     lines.append(f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.")
     return Text("\n".join(lines))
@@ -74,9 +73,7 @@ def _warnings(report: RunReport) -> list[str]:
 def recovery_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what the last recovery did, and where it is."""
     last = report.recovery[-1]
-    memory = f"{last.peak_host_bytes / 2**30:.2f} GiB"
-    if last.peak_device_bytes:
-        memory += f", {last.peak_device_bytes / 2**30:.2f} GiB on {last.device}"
+    memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     lines = [
         f"Recovered by distillation, not one-shot: {last.steps} steps, {last.tokens:,} tokens, lr {last.lr:g}, "
         f"{last.seconds:.0f} s ({last.stopped}).",
@@ -92,9 +89,7 @@ def match_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what the last block matching did, and where it is."""
     last = report.match_runs[-1]
     rows = report.matches[-last.blocks :]
-    memory = f"{last.peak_host_bytes / 2**30:.2f} GiB"
-    if last.peak_device_bytes:
-        memory += f", {last.peak_device_bytes / 2**30:.2f} GiB on {last.device}"
+    memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     before, after = (sum(values) / len(rows) for values in ([r.before for r in rows], [r.after for r in rows]))
     lines = [
         f"Matched to the dense model block by block: {sum(row.after < row.before for row in rows)} of {len(rows)} "

@@ -1,7 +1,8 @@
-"""Half precision on CPUs without instructions for it: products are computed in float32 and rounded once.
+"""Half precision: hardware support for it, and products in float32 on CPUs without.
 
-That is also what such instructions do: exact products of two halves, sums in float32, one rounding at the end. torch's
-own way takes up to eight times float32's time there (docs/performance.md).
+Such a CPU converts both factors to float32, multiplies, and rounds the product once. Instructions for half precision do
+the same: exact products of two halves, sums in float32, one rounding at the end. torch's own kernels take up to eight
+times as long there as float32 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,21 +15,48 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alps.core.matmul_precision import has_fast_bfloat16, has_fast_float16
-
 _ops = torch.ops.aten
+# Entries of each factor that are converted to float32 at once.
+_CHUNK_ENTRIES = 2**22
+# Below about this many rows, columns or terms, converting the factors costs more than the product.
+_MIN_SIDE = 20.0
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Check for bfloat16 matmul instructions of at least twice the rate of float32.
+
+    On CPUs these are AVX-512 BF16 and AMX. The answer depends on the instruction set only, never on timings, so that
+    equal machines compute equal bits.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # Private functions of torch; a version without them counts as a CPU without the instructions.
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and bool(check()) for check in checks)
+
+
+def has_fast_float16(device: torch.device) -> bool:
+    """Check for float16 matmul kernels; on CPUs those of oneDNN, which need AVX-512 FP16 or AMX."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    check = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return check is not None and bool(check())
+
+
 _FAST = {torch.bfloat16: has_fast_bfloat16, torch.float16: has_fast_float16}
-# Entries that are held in float32 at once of each factor.
-_ENTRIES = 2**22
-# With the fewest rows, columns or terms below about this, converting the factors costs more than the product.
-_FEWEST = 20.0
 
 
 @contextmanager
 def half_matmul_in_float32(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """For the time of the body, multiply matrices of the models' dtypes in the fastest way that rounds as it should.
+    """Context in which half-precision products on a CPU without instructions for them are computed in float32.
 
-    Does nothing on a GPU, for float32 and float64, and where the CPU has instructions of its own.
+    Does nothing on a GPU, for models in float32 or float64, and on CPUs with such instructions.
+
+    Args:
+        device: that the models run on.
+        models: their parameters' dtypes decide.
     """
     dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
     slow = any(multiplies_by_float32(dtype, device) for dtype in dtypes)
@@ -37,32 +65,36 @@ def half_matmul_in_float32(device: torch.device, *models: nn.Module) -> Iterator
 
 
 def multiplies_by_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of matrices of that dtype are faster by float32 on that device."""
+    """Check if matrix products of a dtype are faster in float32 on a device."""
     fast = _FAST.get(dtype)
     return device.type == "cpu" and fast is not None and not fast(device)
 
 
 class Float32MatmulMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Products of bfloat16 or float16 matrices on the CPU go by float32, forward and backward; so does attention."""
+    """Dispatch mode that computes bfloat16 and float16 matmuls and attention on the CPU in float32.
+
+    Forward and backward are both covered.
+    """
 
     def __init__(self) -> None:
+        """Create a mode; it is active as a context manager."""
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of every operation."""
+        """Run one operation of torch, in float32 when that is faster."""
         if func in _COMPOSED and _is_half(args[0]):
-            # Without gradients torch asks for these whole, and would not ask again for their parts.
+            # Without gradients torch dispatches these whole, and not the products inside them.
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         if func in _ATTENTION and _is_half(args[0]) and args[0].dtype in _ATTENTION[func]:
             return _attention(func, args, kwargs or {})
-        wide = _WIDE.get(func)
-        if wide is not None and _is_half(args[0]):
+        upcast = _UPCAST.get(func)
+        if upcast is not None and _is_half(args[0]):
             left, right = args[-2:]
-            if _pays(left.shape[-2], left.shape[-1], right.shape[-1]):
-                return wide(*args, **(kwargs or {}))
+            if _is_worth_upcasting(left.shape[-2], left.shape[-1], right.shape[-1]):
+                return upcast(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -70,9 +102,8 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16) and tensor.device.type == "cpu"
 
 
-def _pays(rows: int, terms: int, columns: int) -> bool:
-    fewest = min(rows, terms, columns)
-    return fewest > 0 and 1 / rows + 1 / terms + 1 / columns < 1 / _FEWEST
+def _is_worth_upcasting(rows: int, terms: int, columns: int) -> bool:
+    return min(rows, terms, columns) > 0 and 1 / rows + 1 / terms + 1 / columns < 1 / _MIN_SIDE
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
@@ -82,17 +113,18 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
 def _addmm(bias: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     out = left.new_empty(left.shape[0], right.shape[1])
     bias = None if bias is None else bias.expand_as(out)
-    step = max(_ENTRIES // left.shape[1], 1)
+    step = max(_CHUNK_ENTRIES // left.shape[1], 1)
     for top in range(0, len(out), step):
         rows = slice(top, top + step)
-        factor = left[rows].float()
+        left_rows = left[rows].float()
         for first in range(0, out.shape[1], step):
             columns = slice(first, first + step)
-            other = right[:, columns].float()
+            right_columns = right[:, columns].float()
             if bias is None:
-                out[rows, columns] = factor @ other
+                out[rows, columns] = left_rows @ right_columns
             else:
-                out[rows, columns] = torch.addmm(bias[rows, columns].float(), factor, other, beta=beta, alpha=alpha)
+                added = bias[rows, columns].float()
+                out[rows, columns] = torch.addmm(added, left_rows, right_columns, beta=beta, alpha=alpha)
     return out
 
 
@@ -103,26 +135,26 @@ def _bmm(left: Tensor, right: Tensor) -> Tensor:
 def _baddbmm(bias: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     out = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
     bias = None if bias is None else bias.expand_as(out)
-    for place in range(len(out)):
-        part = None if bias is None else bias[place]
-        out[place] = _addmm(part, left[place], right[place], beta=beta, alpha=alpha)
+    for index in range(len(out)):
+        added = None if bias is None else bias[index]
+        out[index] = _addmm(added, left[index], right[index], beta=beta, alpha=alpha)
     return out
 
 
 def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Fused attention or its gradients: every factor in float32, and what has the dtype of the queries rounded."""
-    found = func(*map(_full, args), **{name: _full(value) for name, value in kwargs.items()})
-    if func is _ATTENDS:
-        # The logarithms of its sums stay in float32, as torch has them.
-        return found[0].to(args[0].dtype), found[1]
-    return tuple(one.to(args[0].dtype) for one in found)
+    """Compute fused attention or its gradients in float32, and round the results to the dtype of the queries."""
+    results = func(*map(_to_float32, args), **{name: _to_float32(value) for name, value in kwargs.items()})
+    if func is _ATTENTION_FORWARD:
+        # torch keeps the logarithms of the softmax sums in float32.
+        return results[0].to(args[0].dtype), results[1]
+    return tuple(result.to(args[0].dtype) for result in results)
 
 
-def _full(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if torch.is_tensor(value) and value.dtype in _FAST else value
 
 
-_WIDE: dict[Any, Callable[..., Tensor]] = {
+_UPCAST: dict[Any, Callable[..., Tensor]] = {
     _ops.mm.default: _mm,
     _ops.addmm.default: _addmm,
     _ops.bmm.default: _bmm,
@@ -130,16 +162,17 @@ _WIDE: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def _internal(name: str) -> Any:
-    """An operation that is torch's own affair; None in a release without it, which then goes its own way."""
-    found = getattr(_ops, name, None)
-    return None if found is None else found.default
+def _private_op(name: str) -> Any:
+    """Look up a private ATen operation; None in a torch without it, whose own kernel is then used."""
+    operation = getattr(_ops, name, None)
+    return None if operation is None else operation.default
 
 
-_ATTENDS = _internal("_scaled_dot_product_flash_attention_for_cpu")
-# torch's forward takes float32's time in bfloat16, up to twice that in float16; backward both take several times it.
+_ATTENTION_FORWARD = _private_op("_scaled_dot_product_flash_attention_for_cpu")
+# torch's forward takes as long as float32 in bfloat16, up to twice as long in float16; its backward several times as
+# long in both.
 _ATTENTION = {
-    _ATTENDS: (torch.float16,),
-    _internal("_scaled_dot_product_flash_attention_for_cpu_backward"): (torch.bfloat16, torch.float16),
+    _ATTENTION_FORWARD: (torch.float16,),
+    _private_op("_scaled_dot_product_flash_attention_for_cpu_backward"): (torch.bfloat16, torch.float16),
 }
 _COMPOSED = {_ops.linear.default, _ops.matmul.default}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from alps.core.device import derived_seed
 from alps.core.errors import ConfigError
+from alps.core.seeds import derive_seed
 from alps.data.text_sources import SELF, Text, load_text
 from alps.data.windows import Windows
 
@@ -63,7 +63,7 @@ class CalibrationMix:
 
     def seeds(self, seed: int) -> list[int]:
         """A seed for every part; a single source takes `seed` itself."""
-        return [seed] if len(self.parts) == 1 else [derived_seed(seed, f"part {i}") for i in range(len(self.parts))]
+        return [seed] if len(self.parts) == 1 else [derive_seed(seed, f"part {i}") for i in range(len(self.parts))]
 
 
 def load_calibration(spec: str, samples: int) -> CalibrationMix:
@@ -107,7 +107,7 @@ def combine(mix: CalibrationMix, drawn: Sequence[Windows], seed: int) -> Windows
     if len(drawn) == 1:
         return drawn[0]
     ids = torch.cat([windows.ids for windows in drawn])
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(derived_seed(seed, "order")))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(derive_seed(seed, "order")))
     parts = tuple((windows.source, len(windows.ids)) for windows in drawn)
     return Windows(ids[order], mix.name, sum(windows.available for windows in drawn), parts)
 

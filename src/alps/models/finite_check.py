@@ -1,4 +1,4 @@
-"""NaN and infinity are refused by name, before hours of work on a model that holds them, and before it is written."""
+"""Checks for NaN and infinite values in the tensors of a model, before hours of work and before it is written."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.errors import CheckpointError
+from alps.core.formatting import dtype_name
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether no entry is NaN or infinite, nor becomes so in `dtype`; reads the tensor once and needs no room."""
+    """Check that no entry is NaN or infinite, now or after a cast; allocates no memory of the tensor's size.
+
+    Args:
+        tensor: of any dtype and shape.
+        dtype: to cast to; None for the tensor's own.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # Both ends of a tensor with a NaN are NaN.
-    ends = torch.stack(torch.aminmax(tensor.detach()))
-    return bool(torch.isfinite(ends.to(dtype or tensor.dtype)).all())
+    # A NaN anywhere makes both extremes NaN.
+    extremes = torch.stack(torch.aminmax(tensor.detach()))
+    return bool(torch.isfinite(extremes.to(dtype or tensor.dtype)).all())
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]], place: str, dtype: torch.dtype | None = None) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str, dtype: torch.dtype | None = None) -> None:
     """Refuse tensors with NaN or infinite entries.
 
     Args:
-        tensors: by name, read one after the other.
-        place: where they come from.
-        dtype: what they will be cast to; None for nothing.
+        tensors: names and tensors, read one after the other.
+        source: checkpoint or file that they come from, for the message.
+        dtype: that they will be cast to; None for no cast.
 
     Raises:
         CheckpointError: naming the first such tensor.
@@ -33,20 +39,28 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], place: str, dtype: torch
     for name, tensor in tensors:
         if is_finite(tensor, dtype):
             continue
-        if is_finite(tensor):
-            word = str(dtype).removeprefix("torch.")
-            raise CheckpointError(f"Tensor {name} of '{place}' overflows {word}: use --dtype bfloat16 or float32.")
-        raise CheckpointError(f"Tensor {name} of '{place}' holds NaN or infinite values: fetch or mend the checkpoint.")
+        if dtype is not None and is_finite(tensor):
+            raise CheckpointError(
+                f"Tensor {name} of '{source}' overflows {dtype_name(dtype)}: use --dtype bfloat16 or float32."
+            )
+        raise CheckpointError(
+            f"Tensor {name} of '{source}' holds NaN or infinite values: fetch the checkpoint again, or repair it."
+        )
 
 
-def check_result(module: nn.Module, place: str) -> None:
-    """Make sure before anything is written that all parameters of a result are finite.
+def check_result(module: nn.Module, destination: str) -> None:
+    """Check that all parameters of a result are finite, before it is written.
+
+    Args:
+        module: the result; parameters on the meta device are skipped.
+        destination: where it will be written, for the message.
 
     Raises:
-        CheckpointError: naming the first that is not.
+        CheckpointError: naming the first parameter that is not finite.
     """
     for name, parameter in module.named_parameters():
         if parameter.device.type != "meta" and not is_finite(parameter):
             raise CheckpointError(
-                f"Tensor {name} for '{place}' has become NaN or infinite and is not written: run with --dtype float32."
+                f"Tensor {name} for '{destination}' has become NaN or infinite and is not written: "
+                "run with --dtype float32."
             )

@@ -12,6 +12,7 @@ from collections import Counter
 from torch import Tensor
 
 from alps.calibration.dense_reference import select_within_budget
+from alps.core.formatting import format_duration, format_size
 from alps.core.statistics import InputSums
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block
@@ -175,24 +176,13 @@ def forecast_summary(found: Forecast) -> str:
         "Left dense: " + (", ".join(f"{name} ({why})" for name, why in found.dense[:_DENSE_LINES]) or "nothing") + ".",
         "Weights: "
         + ("read from their files block by block." if found.streamed else "the whole model is held in memory."),
-        f"Memory: about {_size(peak(found.memory, found.streamed))} besides the program itself ("
-        + ", ".join(f"{name} {_size(size)}" for name, size in found.memory.items() if size)
+        f"Memory: about {format_size(peak(found.memory, found.streamed))} besides the program itself ("
+        + ", ".join(f"{name} {format_size(size)}" for name, size in found.memory.items() if size)
         + ").",
     ]
     if found.seconds:
-        phases = ", ".join(f"{phase} {_span(seconds)}" for phase, seconds in found.seconds.items())
-        lines.append(
-            f"Time: about {_span(sum(found.seconds.values()))} ({phases}), from {found.measured:.0f} s of measurement."
-        )
+        phases = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in found.seconds.items())
+        total = format_duration(sum(found.seconds.values()))
+        lines.append(f"Time: about {total} ({phases}), from {found.measured:.0f} s of measurement.")
     lines.append("Nothing was pruned or written.")
     return "\n".join(lines)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alps.calibration.input_statistics import Observation
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import SolveFailed
 from alps.core.progress import Progress
 from alps.core.statistics import InputStats
+from alps.core.timing import PhaseTimer
 from alps.models.blocks import Block
 from alps.models.sites import Site
 from alps.reporting.run_report import LayerRecord, solve_record
@@ -26,38 +25,6 @@ from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import MaskedPattern, Pattern, keep_largest, restrict_to_nonzeros
 from alps.solvers.row_parallel import Rows
 from alps.solvers.topk import apply_mask
-
-
-@dataclass
-class PhaseTimer:
-    """Wall time by phase, on a device."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the time of the body to a phase."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.add(phase, time.perf_counter() - start)
-
-    def add(self, phase: str, seconds: float) -> None:
-        """Count a time that was taken elsewhere."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-    def observed(self, steps: Iterator[Observation]) -> Iterator[Observation]:
-        """Observations as they come; their forwards and their Grams are counted apart."""
-        while True:
-            with self.timed("forward"):
-                seen = next(steps, None)
-            if seen is None:
-                return
-            self.add("forward", -seen.seconds)
-            self.add("gram", seen.seconds)
-            yield seen
 
 
 @dataclass
@@ -97,10 +64,10 @@ class LayerSolver:
         """
         shown = block.index in self.shown and not shared.sites[0].expert
         shift, method = None, self.method.traced() if shown else self.method
-        with self.phases.timed("prepare"):
+        with self.phases.measure("prepare"):
             stats = shared.sums.released()
             _check(stats, block, shared)
-        with self.phases.timed("prepare"), _naming(shared.sites):
+        with self.phases.measure("prepare"), _naming(shared.sites):
             state = method.prepare(stats)
             if stats.drift is not None:
                 shift = target_shift(stats, self.target, target_damping(stats.tokens))
@@ -111,7 +78,7 @@ class LayerSolver:
             pattern = self.patterns.get(site.name, self.pattern)
             if self.respect_zeros:
                 pattern = restrict_to_nonzeros(pattern.base, site.read())
-            with self.phases.timed("solve"), _naming([site]):
+            with self.phases.measure("solve"), _naming([site]):
                 solution = self._solved(method, site, aim, state, pattern, rows)
             stored = self._store(site, solution)
             # Of what several processes solve together each keeps the record of some sites.
@@ -166,7 +133,7 @@ class LayerSolver:
             self.phases.add(phase, seconds)
         error = magnitude_error = None
         if self.measure_errors:
-            with self.phases.timed("errors"):
+            with self.phases.measure("errors"):
                 by_size = apply_mask(aim, keep_largest(aim.abs(), pattern))
                 error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
         solution.info.notes = [*solution.info.notes, *shared.notes]

@@ -22,15 +22,17 @@ from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import Order, observations
 from alps.calibration.lm_head import Head
 from alps.calibration.moe_statistics import LayerInput
-from alps.core.device import exact_float32, out_of_memory_as_error
+from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup
 from alps.core.half_precision import half_matmul_in_float32
+from alps.core.memory import out_of_memory_as_error
 from alps.core.progress import NoProgress, Progress
 from alps.core.statistics import InputSums, Needs
+from alps.core.timing import PhaseTimer
 from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
 from alps.models.blocks import Block, on_device
 from alps.pruning.layer_rules import Rules
-from alps.pruning.layer_solver import LayerSolver, PhaseTimer
+from alps.pruning.layer_solver import LayerSolver
 from alps.pruning.resume import ResumableRun
 from alps.pruning.row_weights import Channels, check_row_weights, compute_row_weights
 from alps.pruning.sparsity_allocation import check_budget, check_fit, plan
@@ -152,7 +154,7 @@ class BlockPruner:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
         free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
-        with self._phases.timed("budget"):
+        with self._phases.measure("budget"):
             asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.progress)
             found: Mapping[str, Pattern] = self.group.broadcast_from_main(lambda: plan(model, free, windows, *asked))
         if self.resumable is not None and self.group.is_main:
@@ -173,7 +175,7 @@ class BlockPruner:
                 self._keep(block)
 
     def _with_inputs(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> None:
-        with self._phases.timed("capture"):
+        with self._phases.measure("capture"):
             tokens, tuned = windows.shape[1], self.matching
             sizes = [] if tuned is None else self.group.shard_batch_sizes(len(windows), tuned.tokens // tokens)
             windows = self.group.shard(windows)
@@ -196,26 +198,26 @@ class BlockPruner:
                     if self.resumable is not None:
                         self.resumable.begin(self.seconds)
                     if self.channels != "equal":
-                        with self._phases.timed("channels"):
+                        with self._phases.measure("channels"):
                             solver.channels = compute_row_weights(block, inputs, self.device, self.group)
                     if self.order == "sequential":
                         rest = CachedForward(block, inputs, self.device, advances)
                     steps = observations(block, rest, self.needs, self.device, self.order, dense, self._peers)
-                    for seen in self._phases.observed(steps):
+                    for seen in self._phases.measure_observations(steps):
                         solve_sites(solver, self.group, block, seen.shared)
                 if dense is not None and (self.matching is not None or ending is None):
-                    with self._phases.timed("forward"):
+                    with self._phases.measure("forward"):
                         dense.advance(self.device)
                 if not restored:
                     if self.matching is not None:
                         assert dense is not None
                         rest = inputs  # what was settled is tuned now
-                        with self._phases.timed("match"):
+                        with self._phases.measure("match"):
                             how = (self.matching, self.device, 0, ending, self._peers, dense.block)
                             self.matches.append(reconstruct_block(block, inputs, dense.inputs.hidden, *how))
                     self._keep(block)
                 if ending is None:
-                    with self._phases.timed("forward"):
+                    with self._phases.measure("forward"):
                         rest.advance(block.index, block.module, self.device)
 
     def solver(self, blocks: list[Block], phases: PhaseTimer, records: list[LayerRecord]) -> LayerSolver:
@@ -248,6 +250,6 @@ class BlockPruner:
 
     def _keep(self, block: Block) -> None:
         if self.resumable is not None:
-            with self._phases.timed("keep"):
+            with self._phases.measure("keep"):
                 sites = [record for record in self.records if record.block == block.index]
                 self.resumable.keep(block, sites, self.matches[-1] if self.matching else None, self.seconds)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from alps.checkpoints.atomic_io import new_directory
 from alps.checkpoints.journal import Journal
-from alps.core.device import peak_device_bytes, peak_host_bytes, provenance
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
+from alps.core.formatting import dtype_name
+from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.progress import NoProgress, Progress
+from alps.core.provenance import provenance
 from alps.data.calibration import LoadedModel
 from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows
@@ -111,7 +113,7 @@ def run(loaded: LoadedModel, walk: BlockPruner, windows: Windows | None, seed: i
         method=walk.method.name,
         pattern=str(walk.pattern),
         overrides={rule: str(pattern) for rule, pattern in walk.rules.overrides.items()},
-        dtype=str(blocks[0].sites[0].dtype).removeprefix("torch."),
+        dtype=dtype_name(blocks[0].sites[0].dtype),
         device=str(walk.device),
         calibration=None if windows is None else calibration_record(windows, seed),
         sites=walk.records,

@@ -17,9 +17,9 @@ from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import observations
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
+from alps.core.timing import PhaseTimer
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block, on_device
-from alps.pruning.layer_solver import PhaseTimer
 from alps.pruning.pipeline import BlockPruner
 
 _TOKENS = 512

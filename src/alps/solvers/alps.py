@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alps.core.errors import SolveFailed
-from alps.core.matmul_precision import has_fast_bfloat16
+from alps.core.half_precision import has_fast_bfloat16
 from alps.core.statistics import InputStats, Needs
 from alps.solvers import admm
 from alps.solvers.admm import AdmmResult, Steps
