@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.core.device import exact_float32
 from alps.core.errors import AlpsError, ConfigError
 from alps.core.yaml_io import read_yaml
@@ -76,8 +76,8 @@ def whole_models(options: argparse.Namespace) -> str:
     evaluation = {"texts": options.text, "eval_seqlen": options.eval_seqlen, "windows": options.windows}
     evaluation |= {"tasks": options.task, "task_data": options.task_data, "limit": options.limit}
     asked = load_compare_config(Path(options.recipe), {**_shared(options), **evaluation, "seeds": options.seeds})
-    _, progress, tell = consoles()
-    return beside_the_paper(compare(asked, Path(options.out), progress, tell))
+    with console_output() as (_, progress):
+        return beside_the_paper(compare(asked, Path(options.out), progress))
 
 
 def _shared(options: argparse.Namespace) -> dict[str, object]:

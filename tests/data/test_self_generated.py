@@ -23,6 +23,7 @@ from alps.data.self_generated import first_token, forbidden_tokens, generated_wi
 from alps.data.text_sources import load_text
 from alps.data.windows import Windows, calibration_windows
 from helpers.command_line import run_alps
+from helpers.log_messages import log_messages
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +44,24 @@ def refuse(**_: Any) -> Any:
 
 
 def windows(
-    loaded: LoadedModel, samples: int = 3, seqlen: int = 12, seed: int = 0, said: list[str] | None = None
+    loaded: LoadedModel, samples: int = 3, seqlen: int = 12, seed: int = 0, messages: list[str] | None = None
 ) -> Tensor:
-    tell = (lambda _: None) if said is None else said.append
-    return generated_windows(loaded.model, loaded.tokenizer, samples, seqlen, seed, tell=tell).ids
+    with log_messages() as logged:
+        ids = generated_windows(loaded.model, loaded.tokenizer, samples, seqlen, seed).ids
+    if messages is not None:
+        messages += logged
+    return ids
 
 
 def test_the_second_time_the_model_is_not_called(
     tiny: LoadedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    first = windows(tiny, said=said)
-    assert len(said) == 1 and said[0].startswith("Sampling 3 windows of 12 tokens from the dense model")
+    messages: list[str] = []
+    first = windows(tiny, messages=messages)
+    assert len(messages) == 1 and messages[0].startswith("Sampling 3 windows of 12 tokens from the dense model")
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
     monkeypatch.setattr(tiny.model, "forward", refuse)
-    assert torch.equal(windows(tiny, said=said), first) and len(said) == 1
+    assert torch.equal(windows(tiny, messages=messages), first) and len(messages) == 1
     with pytest.raises(AssertionError, match="the model was called"):
         windows(tiny, seed=1)
 
@@ -121,8 +125,8 @@ def test_a_damaged_file_is_made_again(
     sound = path.read_bytes()
     damage(path)
     assert path.read_bytes() != sound
-    said: list[str] = []
-    assert torch.equal(windows(tiny, said=said), first) and len(said) == 1
+    messages: list[str] = []
+    assert torch.equal(windows(tiny, messages=messages), first) and len(messages) == 1
     assert path.read_bytes() == sound and list(cache.iterdir()) == [path]
 
 
@@ -137,10 +141,10 @@ def test_a_file_appears_whole_or_not_at_all(
 
     expected = sample_windows(tiny.model, 0, 3, 12, 0, forbidden=forbidden_tokens(tiny.tokenizer, 64, 0))
     monkeypatch.setattr(generated, "save_file", half)
-    said: list[str] = []
+    messages: list[str] = []
     if isinstance(failure, OSError):
-        assert torch.equal(windows(tiny, said=said), expected)
-        assert said[1] == f"The sampled windows cannot be kept in '{cache}': No space left on device."
+        assert torch.equal(windows(tiny, messages=messages), expected)
+        assert messages[1] == f"The sampled windows cannot be kept in '{cache}': No space left on device."
     else:
         with pytest.raises(KeyboardInterrupt):
             windows(tiny)
@@ -149,9 +153,9 @@ def test_a_file_appears_whole_or_not_at_all(
 
 def test_a_cache_that_cannot_be_made_costs_a_line_and_no_windows(tiny: LoadedModel, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    said: list[str] = []
-    assert windows(tiny, said=said).shape == (3, 12)
-    assert len(said) == 2 and said[1].startswith(f"The sampled windows cannot be kept in '{cache}': ")
+    messages: list[str] = []
+    assert windows(tiny, messages=messages).shape == (3, 12)
+    assert len(messages) == 2 and messages[1].startswith(f"The sampled windows cannot be kept in '{cache}': ")
 
 
 class _Words:

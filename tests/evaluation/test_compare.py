@@ -29,6 +29,7 @@ from alps.reporting.markdown_tables import TABLE_NAME
 from alps.reporting.records import ComparisonRecord
 from alps.solvers.sparsegpt import SparseGPT
 from helpers.cli_process import run, start
+from helpers.log_messages import log_messages
 
 
 def settings(stories: Path, text: Path, **more: Any) -> CompareConfig:
@@ -39,8 +40,8 @@ def settings(stories: Path, text: Path, **more: Any) -> CompareConfig:
 
 
 def go(asked: CompareConfig, out: Path) -> tuple[list[Result], list[str]]:
-    told: list[str] = []
-    return compare(asked, out, NoProgress(), told.append), told
+    with log_messages() as messages:
+        return compare(asked, out, NoProgress()), messages
 
 
 def figures(result: Result) -> dict[str, Any]:
@@ -50,16 +51,14 @@ def figures(result: Result) -> dict[str, Any]:
 
 def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, stories: Path, english_file: Path) -> None:
     asked = settings(stories, english_file, pattern=["2:4"], seeds=2, prompts=["Once upon a time"])
-    results, told = go(asked, tmp_path / "all")
+    results, messages = go(asked, tmp_path / "all")
     names = ["wanda", "alps+order=sequential+target=0.4"]
     keys = [(m, p, s) for s in (0, 1) for p in ("0.5", "2:4") for m in names]
     assert [result.key for result in results] == [("dense", "", None), *keys]
-    assert next(line for line in told if line.startswith("Run")).startswith("Run 1 of 8: wanda 0.5, seed 0 ")
+    assert next(line for line in messages if line.startswith("Run")).startswith("Run 1 of 8: wanda 0.5, seed 0 ")
     dense = load(str(stories))
     for number, result in enumerate(results[1:]):
-        single = prune_directory(
-            PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress(), lambda _: None
-        )
+        single = prune_directory(PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress())
         assert [(s.name, s.error, s.magnitude_error, s.zeros) for s in single.sites] == [
             (s.name, s.error, s.magnitude_error, s.zeros) for s in result.sites
         ]
@@ -109,7 +108,7 @@ def test_the_dense_model_answers_once_and_figures_are_those_of_single_runs(
     assert first.evaluations[0].loss == evaluate(dense, [str(english_file)], 64, 40)[0].loss
     for number, result in enumerate(results):
         chosen = PruneConfig.model_validate(result.settings)
-        prune_directory(chosen, tmp_path / f"one{number}", NoProgress(), lambda _: None)
+        prune_directory(chosen, tmp_path / f"one{number}", NoProgress())
         loaded = load(str(tmp_path / f"one{number}"))
         (found,) = evaluate(loaded, [str(english_file)], 64, 40, "cpu", None, dense)
         (mine,) = result.evaluations
@@ -130,8 +129,8 @@ def test_what_is_done_is_not_done_again_and_a_comparison_may_grow(
         return real(*arguments, **more)
 
     monkeypatch.setattr("alps.evaluation.compare.run", counted)
-    more, told = go(settings(stories, english_file, methods=["wanda", "magnitude"], sparsity=[0.5, 0.6]), out)
-    assert sorted(ran) == ["magnitude", "magnitude", "wanda"] and not any("dense" in line for line in told)
+    more, messages = go(settings(stories, english_file, methods=["wanda", "magnitude"], sparsity=[0.5, 0.6]), out)
+    assert sorted(ran) == ["magnitude", "magnitude", "wanda"] and not any("dense" in line for line in messages)
     assert more[:2] == first and len(more) == 5
     table = (out / TABLE_NAME).read_text()
     loss = {result.key: result.evaluations[0].perplexity for result in more}
@@ -216,15 +215,16 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(SparseGPT, "prepare", broken)
-        told: list[str] = []
-        with pytest.raises(SolveFailed, match=r"1 of 3 runs failed, first sparsegpt 0\.5, seed 0: Site .*singular"):
+        with (
+            log_messages() as messages,
+            pytest.raises(SolveFailed, match=r"1 of 3 runs failed, first sparsegpt 0\.5, seed 0: Site .*singular"),
+        ):
             compare(
                 settings(stories, english_file, methods=["wanda", "sparsegpt", "magnitude"]),
                 tmp_path / "all",
                 NoProgress(),
-                told.append,
             )
-    assert any(line.startswith("Failed, the others go on: sparsegpt") for line in told)
+    assert any(line.startswith("Failed, the others go on: sparsegpt") for line in messages)
     kept = read_results(tmp_path / "all" / RESULTS_NAME)
     assert [result.method for result in kept] == ["dense", "wanda", "magnitude"]
 

@@ -310,9 +310,7 @@ def test_the_report_extends_that_of_the_pruned_directory(
     first, second, third = (tmp_path / name for name in ("pruned", "recovered", "again"))
     earlier = alps.prune(stories, "2:4", "wanda", calibration=english_file, samples=4, seqlen=32, out=first)
     for source, target in ((first, second), (second, third)):
-        distill_directory(
-            str(stories), str(source), target, settings(steps=3, samples=16), NoProgress(), lambda _: None
-        )
+        distill_directory(str(stories), str(source), target, settings(steps=3, samples=16), NoProgress())
     report = RunReport.read(third)
     assert report is not None and len(report.recovery) == 2
     assert report.model_copy(update={"recovery": []}) == earlier
@@ -339,7 +337,6 @@ def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
         tmp_path / "out",
         settings(steps=2, samples=16),
         NoProgress(),
-        lambda _: None,
     )
     assert RunReport.read(tmp_path / "out") == report
     assert (report.method, report.pattern, report.mean_error) == ("unknown", claimed, None)

@@ -227,7 +227,7 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
     given = {"rate": 3e-3, "samples": 8, "seqlen": 32, "calibration": str(english_file)}
     for folder, target, seed in ((first, second, 0), (second, third, 7)):
         settings = load_reconstruct_config({**given, "seed": seed})
-        reconstruct_directory(str(stories), str(folder), target, settings, NoProgress(), lambda _: None)
+        reconstruct_directory(str(stories), str(folder), target, settings, NoProgress())
     report = RunReport.read(third)
     assert report is not None
     assert report.model_copy(update={"matches": [], "match_runs": []}) == earlier
@@ -251,7 +251,7 @@ def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
     (tmp_path / "pruned" / "report.json").unlink()
     settings = load_reconstruct_config({"samples": 8, "seqlen": 32, "calibration": str(english_file)})
     pair = (str(stories), str(tmp_path / "pruned"), tmp_path / "out")
-    report = reconstruct_directory(*pair, settings, NoProgress(), lambda _: None)
+    report = reconstruct_directory(*pair, settings, NoProgress())
     assert RunReport.read(tmp_path / "out") == report
     assert (report.method, report.pattern, report.calibration) == ("unknown", "2:4", None)
     assert report.zeros == report.match_runs[0].zeros == 226_560 // 2 and len(report.matches) == 5

@@ -109,7 +109,7 @@ def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
 
 def _prune(options: argparse.Namespace, name: str) -> None:
     settings = load_prune_config(options.settings, {"model": str(options.model)})
-    prune_directory(settings, options.folder / name, NoProgress(), lambda _: None)
+    prune_directory(settings, options.folder / name, NoProgress())
 
 
 def _wait(child: int) -> int:

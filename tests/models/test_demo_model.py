@@ -65,7 +65,7 @@ def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatc
     target = cache / f"{packaged.NAME}-bf16-{packaged._SHA256[:12]}"
     target.mkdir(parents=True)
     (target / "config.json").write_text("{}")
-    monkeypatch.setattr(packaged, "_gguf", lambda tell: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(packaged, "_gguf", lambda: pytest.fail("the cache was not used"))
     assert packaged.packaged_model() == target
 
 

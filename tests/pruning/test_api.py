@@ -104,10 +104,10 @@ def test_settings_are_saved_and_reproduce_the_run(checkpoint: Path, english_file
     settings = PruneConfig(
         model=str(checkpoint), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, refit=True
     )
-    first = prune_directory(settings, tmp_path / "a", NoProgress(), lambda _: None)
+    first = prune_directory(settings, tmp_path / "a", NoProgress())
     saved = load_prune_config(tmp_path / "a" / "alps.yaml", {})
     assert saved == settings
-    second = prune_directory(saved, tmp_path / "b", NoProgress(), lambda _: None)
+    second = prune_directory(saved, tmp_path / "b", NoProgress())
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(_bits(tensor), _bits(two[name])) for name, tensor in one.items())
     assert [r.model_dump(exclude={"solve"}) for r in first.sites] == [
@@ -220,7 +220,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
             alps.prune(checkpoint, 0.5, out=out)
         elif given == "settings":
             settings = PruneConfig(model=str(checkpoint), sparsity=0.5)
-            prune_directory(settings, out, NoProgress(), lambda _: None)
+            prune_directory(settings, out, NoProgress())
         else:
             alps.prune(model, 0.5, calibration=ids, out=out)
     assert _tree(tmp_path) == before
@@ -312,7 +312,7 @@ def test_no_nan_reaches_the_journal(
         model=str(checkpoint), sparsity=0.6, method="wanda", calibration=str(english_file), samples=4, seqlen=32
     )
     with pytest.raises(CheckpointError, match=r"Tensor .*weight for '.*out\.partial' has become NaN"):
-        prune_directory(settings, tmp_path / "out", NoProgress(), lambda _: None)
+        prune_directory(settings, tmp_path / "out", NoProgress())
     assert _tree(tmp_path) == []
 
 

@@ -138,7 +138,7 @@ def test_a_directory_tells_of_its_rules_and_is_inspected_by_them(
          "calibration": str(english_file), "samples": 4, "seqlen": 32},
     )  # fmt: skip
     assert settings.keep_dense == ["lm_head", "*.o_proj"]
-    report = prune_directory(settings, out, NoProgress(), lambda _: None)
+    report = prune_directory(settings, out, NoProgress())
     assert load_prune_config(out / "alps.yaml", {}) == settings and RunReport.read(out) == report
     before, after = load(str(stories)).model, load(str(out)).model
     kept = [name for name, _ in before.named_parameters() if "o_proj" in name]
@@ -237,7 +237,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         "keep_dense: ['*.o_proj']\noverrides:\n  '*.mlp': 2:4\n  '*.v_proj': 1:4\n  model.layers.1.*: 0.25\n"
     )
     settings, out = load_prune_config(tmp_path / "run.yaml", {}), tmp_path / "out"
-    report = prune_directory(settings, out, NoProgress(), lambda _: None)
+    report = prune_directory(settings, out, NoProgress())
     assert load_prune_config(out / "alps.yaml", {}) == settings
     expected = {"gate_proj": "2:4", "up_proj": "2:4", "down_proj": "2:4", "v_proj": "1:4"}
     for record in report.sites:
@@ -294,7 +294,7 @@ def test_a_forecast_knows_the_rules(stories: Path, english_file: Path, tmp_path:
         model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32,
         keep_dense=["model.layers.[02].*", "*.o_proj"], overrides={"*.down_proj": "2:4"},
     )  # fmt: skip
-    found = estimate_run(settings, tmp_path / "out", lambda _: None)
+    found = estimate_run(settings, tmp_path / "out")
     assert (found.blocks, found.sites) == (5, 3 * 6) and {kind.name for kind in found.kinds} >= {"down_proj"}
     assert dict(found.dense)["model.layers.4.self_attn.o_proj.weight"] == "kept dense by the rule '*.o_proj'"
 
@@ -306,7 +306,7 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
         model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="loss",
         method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, respect_zeros=True,
     )  # fmt: skip
-    whole = prune_directory(settings, tmp_path / "whole", NoProgress(), lambda _: None)
+    whole = prune_directory(settings, tmp_path / "whole", NoProgress())
     keep = ResumableRun.keep
 
     def stop(self: ResumableRun, block: Block, *rest: Any) -> None:
@@ -316,9 +316,9 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
 
     monkeypatch.setattr(ResumableRun, "keep", stop)
     with pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
-        prune_directory(settings, tmp_path / "parts", NoProgress(), lambda _: None)
+        prune_directory(settings, tmp_path / "parts", NoProgress())
     monkeypatch.setattr(ResumableRun, "keep", keep)
-    parts = prune_directory(settings, tmp_path / "parts", NoProgress(), lambda _: None, resume=True)
+    parts = prune_directory(settings, tmp_path / "parts", NoProgress(), resume=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
     assert [(r.name, r.zeros, r.pattern) for r in parts.sites] == [(r.name, r.zeros, r.pattern) for r in whole.sites]

@@ -32,6 +32,7 @@ from alps.reporting.run_report import RunReport
 from alps.solvers import Method
 from alps.solvers.wanda import Wanda
 from helpers import cli_process as started
+from helpers.log_messages import log_messages
 
 
 class _Plain(Method):
@@ -66,9 +67,9 @@ def settings(stories: Path, english_file: Path) -> dict[str, Any]:
 
 
 def _prune(settings: dict[str, Any], out: Path, **changed: Any) -> RunReport:
-    resume, tell = changed.pop("resume", False), changed.pop("tell", lambda _: None)
+    resume = changed.pop("resume", False)
     chosen = PruneConfig.model_validate({**settings, **changed})
-    return prune_directory(chosen, out, NoProgress(), tell, resume)
+    return prune_directory(chosen, out, NoProgress(), resume)
 
 
 def _weights(folder: Path) -> bytes:
@@ -127,10 +128,10 @@ def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
         with pytest.raises(KeyboardInterrupt, match=r"^$"):  # nothing is kept where nothing was planned
             _prune(settings, tmp_path / "uniform", method="magnitude", match=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
-    said = list[str]()
     monkeypatch.setattr("alps.pruning.pipeline.plan", Mock(side_effect=AssertionError("planned again")))
-    _prune(settings, tmp_path / "out", **chosen, tell=said.append)
-    assert f"Going on after the plan of the budget, kept in '{journal_place(tmp_path / 'out')}'." in said
+    with log_messages() as messages:
+        _prune(settings, tmp_path / "out", **chosen)
+    assert f"Going on after the plan of the budget, kept in '{journal_place(tmp_path / 'out')}'." in messages
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 

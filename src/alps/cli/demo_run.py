@@ -6,8 +6,8 @@ for two CPU cores; real use wants the text of the model's domain, and more of it
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from alps.pruning.pipeline import BlockPruner
 from alps.pruning.run import run, write
 from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import RunReport
+
+_LOG = logging.getLogger("alps")
 
 SPARSITY = 0.7
 TEXT = "python-docs"
@@ -42,9 +44,7 @@ class DemoRow:
     seconds: float
 
 
-def demo(
-    out: Path, quick: bool, device: str, progress: Progress, tell: Callable[[str], None]
-) -> tuple[list[DemoRow], RunReport]:
+def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[DemoRow], RunReport]:
     """Prune the packaged model to 70 % and write ALPS's result to `out`.
 
     Args:
@@ -52,22 +52,21 @@ def demo(
         quick: ALPS alone, without the methods it is compared with.
         device: as for `alps prune`.
         watcher: told after every site and batch.
-        tell: is given one line before each stage.
 
     Returns:
         The rows of the table, dense first and ALPS last, and ALPS's report.
     """
     check_target(out, replaceable=MARKER)
-    packaged_model(tell)
+    packaged_model()
     limit, seqlen = EVALUATION
     start = time.perf_counter()
-    tell(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
+    _LOG.info(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
     dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, progress)[0]
     rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
     text = load_text(TEXT, "calibration")
     for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
         start = time.perf_counter()
-        tell(f"Pruning to {SPARSITY:.0%} with {method} ...")
+        _LOG.info(f"Pruning to {SPARSITY:.0%} with {method} ...")
         settings = PruneConfig(
             model=NAME,
             sparsity=SPARSITY,
@@ -88,5 +87,5 @@ def demo(
             pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),
         ]
         rows.append(DemoRow(method, pruned, report, seconds))
-    write(loaded, report, out, settings, MARKER, tell)
+    write(loaded, report, out, settings, MARKER)
     return rows, report

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.cli.tables import match_summary, recovery_summary
 
 
@@ -45,9 +45,9 @@ def distill(
         "device": device,
         "dtype": dtype,
     }
-    console, progress, tell = consoles()
-    report = distill_directory(dense, pruned, out, load_distill_config(given), progress, tell)
-    console.print(recovery_summary(report, out), soft_wrap=True)
+    with console_output() as (console, progress):
+        report = distill_directory(dense, pruned, out, load_distill_config(given), progress)
+        console.print(recovery_summary(report, out), soft_wrap=True)
 
 
 def match_command(
@@ -92,6 +92,6 @@ def match_command(
         "dtype": dtype,
         "offload": offload,
     }
-    console, progress, tell = consoles()
-    report = reconstruct_directory(dense, pruned, out, load_reconstruct_config(given), progress, tell)
-    console.print(match_summary(report, out), soft_wrap=True)
+    with console_output() as (console, progress):
+        report = reconstruct_directory(dense, pruned, out, load_reconstruct_config(given), progress)
+        console.print(match_summary(report, out), soft_wrap=True)

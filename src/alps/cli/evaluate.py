@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.cli.tables import evaluation_table, inspection_tables, task_table
 from alps.core.device import pick_device
 from alps.core.distributed import process_group
@@ -58,11 +58,10 @@ def evaluate_command(
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
-    with process_group() as group:
-        _, progress, tell = consoles(quiet=not group.is_main)
-        loaded = load(directory, dtype, tell, packed=True)
+    with process_group() as group, console_output(quiet=not group.is_main) as (_, progress):
+        loaded = load(directory, dtype, packed=True)
         if text:
-            dense = None if reference is None else load(reference, dtype, tell)
+            dense = None if reference is None else load(reference, dtype)
             with out_of_memory_as_error("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
                 found = evaluate(loaded, text, seqlen, windows, device, progress, dense, group)
             rows += found

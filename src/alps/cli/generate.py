@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
+
+_LOG = logging.getLogger("alps")
 
 
 def generate_command(
@@ -26,14 +29,14 @@ def generate_command(
     from alps.models.demo_model import resolve_model_path
     from alps.models.load import load_tokenizer
 
-    _, _, tell = consoles()
-    place = resolve_model_path(path, tell)
-    model, tokenizer = load(place, device, dtype), load_tokenizer(place)
+    with console_output():
+        place = resolve_model_path(path)
+        model, tokenizer = load(place, device, dtype), load_tokenizer(place)
 
-    def emit(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        def emit(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
-    written = write(model, tokenizer, prompt, tokens, temperature, seed, chat, emit)
-    emit("\n")
-    tell(summary(model, written))
+        written = write(model, tokenizer, prompt, tokens, temperature, seed, chat, emit)
+        emit("\n")
+        _LOG.info(summary(model, written))

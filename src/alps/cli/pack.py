@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.cli.tables import pack_summary, unpack_summary
 
 
@@ -21,8 +21,8 @@ def pack_command(
     """Store the checkpoint in DIR without its zeros; `alps unpack` gives it back, to the bit."""
     from alps.checkpoints.pack import pack_directory
 
-    console, _, _ = consoles()
-    console.print(pack_summary(pack_directory(directory, out, compress), out), soft_wrap=True)
+    with console_output() as (console, _):
+        console.print(pack_summary(pack_directory(directory, out, compress), out), soft_wrap=True)
 
 
 def unpack_command(
@@ -32,5 +32,5 @@ def unpack_command(
     """Write the ordinary, dense checkpoint that was packed, with every hash checked."""
     from alps.checkpoints.unpack import unpack_directory
 
-    console, _, _ = consoles()
-    console.print(unpack_summary(unpack_directory(packed, out), out), soft_wrap=True)
+    with console_output() as (console, _):
+        console.print(unpack_summary(unpack_directory(packed, out), out), soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.cli.tables import prune_summary
 from alps.core.distributed import process_group, require_single_process
 from alps.pruning.config import load_prune_config
@@ -125,13 +125,10 @@ def prune(
     }
     if dry_run:
         require_single_process("prune --dry-run")
-    with process_group() as group:
-        console, progress, tell = consoles(quiet=not group.is_main)
+    with process_group() as group, console_output(quiet=not group.is_main) as (console, progress):
         settings = load_prune_config(config, given)
         if dry_run:
-            console.print(
-                forecast_summary(estimate_run(settings, out, tell)), soft_wrap=True, highlight=False, markup=False
-            )
+            console.print(forecast_summary(estimate_run(settings, out)), soft_wrap=True, highlight=False, markup=False)
             return
-        report = prune_directory(settings, out, progress, tell, resume, group)
+        report = prune_directory(settings, out, progress, resume, group)
         console.print(prune_summary(report, out), soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alps.cli.console import consoles
+from alps.cli.console import console_output
 from alps.reporting.publish import rebuild_page
 
 
@@ -17,5 +17,5 @@ def report_command(
     ],
 ) -> None:
     """Draw DIR/report.html anew from its JSON: tables and figures in one file, for any browser, without a network."""
-    console, _, _ = consoles()
-    console.print(f"Written to {rebuild_page(directory)}.", markup=False, highlight=False, soft_wrap=True)
+    with console_output() as (console, _):
+        console.print(f"Written to {rebuild_page(directory)}.", markup=False, highlight=False, soft_wrap=True)

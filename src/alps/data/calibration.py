@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from alps.models.fingerprint import model_sha256
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
 from alps.models.meta_model import open_lazy_model
+
+_LOG = logging.getLogger("alps")
 
 
 @dataclass
@@ -61,7 +63,6 @@ class LoadedModel:
         seed: int,
         device: torch.device | None = None,
         progress: Progress | None = None,
-        tell: Callable[[str], None] = lambda _: None,
     ) -> Windows:
         """Seeded calibration windows from a text, from the model itself, or from a mix of such sources.
 
@@ -70,7 +71,6 @@ class LoadedModel:
             samples, seqlen, seed: windows, tokens in each, and how they are drawn.
             device: where the model samples; None for where it is.
             watcher: told of the sampling.
-            tell: is given one line before a sampling.
 
         Raises:
             ConfigError: for text without a tokenizer, a text that is too short, windows longer than the model takes,
@@ -93,7 +93,7 @@ class LoadedModel:
             if (text := mix.parts[i].text) is not None:
                 drawn[i] = calibration_windows(text, self.tokenizer, *sizes)
             else:
-                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, progress, tell)
+                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, progress)
         return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
     def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
@@ -156,15 +156,12 @@ class LoadedModel:
             )
 
 
-def load(
-    name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None, packed: bool = False
-) -> LoadedModel:
+def load(name: str, dtype: str = "auto", packed: bool = False) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: directory, GGUF file, hub name, or the packaged name `smollm2-135m`.
         dtype: `auto` keeps the checkpoint's.
-        tell: is given one line before each slow step.
         packed: whether a directory that `alps pack` wrote will do: its layers stay packed, so that it can be measured
             and not changed.
 
@@ -174,27 +171,27 @@ def load(
     kept = parse_dtype(dtype)
     if packed and is_packed(name):
         return LoadedModel(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
-    place = resolve_model_path(name, tell)
+    place = resolve_model_path(name)
     return LoadedModel(name, load_model(place, kept), load_tokenizer(place))
 
 
-def open_model(name: str, dtype: str = "auto", tell: Callable[[str], None] = lambda _: None) -> LoadedModel:
+def open_model(name: str, dtype: str = "auto") -> LoadedModel:
     """Open a model without reading its weights, where its checkpoint allows it; else load it.
 
     Args:
-        name, dtype, tell: as for `load`.
+        name, dtype: as for `load`.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
-    place = resolve_model_path(name, tell)
+    place = resolve_model_path(name)
     check_model_path(place)
     found = open_lazy_model(place, parse_dtype(dtype))
     if isinstance(found, LazyWeights):
         return LoadedModel(name, found.model, load_tokenizer(place), found)
     try:
-        loaded = load(name, dtype, tell)
+        loaded = load(name, dtype)
     except MemoryError:
         raise ConfigError(f"Model '{name}' does not fit into memory, and has to be loaded whole: {found}.") from None
-    tell(f"'{name}' is in memory whole: {found}.")
+    _LOG.warning(f"'{name}' is in memory whole: {found}.")
     return loaded

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,8 @@ from alps.data.windows import Windows, document_separator
 from alps.models.auto_class import text_config
 from alps.models.fingerprint import model_sha256
 
+_LOG = logging.getLogger("alps")
+
 # Raised with every change of the sampling that gives other tokens.
 _VERSION = 1
 
@@ -38,7 +40,6 @@ def generated_windows(
     seed: int,
     device: torch.device | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], None] = lambda _: None,
 ) -> Windows:
     """Windows sampled from a model, or those of an earlier call with the same model and arguments.
 
@@ -49,7 +50,6 @@ def generated_windows(
         samples, seqlen, seed: windows, tokens in each, and their random streams.
         device: where to sample; None for where the model is.
         watcher: told after every token of a batch.
-        tell: is given one line before a sampling, which may take long.
 
     Raises:
         ConfigError: when there is nothing to begin a text with, or the model cannot be sampled.
@@ -79,7 +79,7 @@ def generated_windows(
     path = cache_folder() / "generated" / f"{name[:32]}.safetensors"
     ids = _read(path, samples, seqlen)
     if ids is None:
-        tell(f"Sampling {samples} windows of {seqlen} tokens from the dense model, once: this may take a while ...")
+        _LOG.info(f"Sampling {samples} windows of {seqlen} tokens from the dense model, once; this may take long ...")
         ids = sample_windows(
             model,
             first,
@@ -94,7 +94,7 @@ def generated_windows(
         try:
             _write(path, Windows(ids, SELF, samples))
         except OSError as error:
-            tell(f"The sampled windows cannot be kept in '{path.parent}': {error.strerror or error}.")
+            _LOG.warning(f"The sampled windows cannot be kept in '{path.parent}': {error.strerror or error}.")
     return Windows(ids, SELF, samples)
 
 

@@ -7,7 +7,7 @@ line of results.jsonl at once, so that a kill costs one run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,10 +40,12 @@ from alps.reporting.markdown_tables import TABLE_NAME, summary
 from alps.reporting.publish import publish
 from alps.reporting.records import EvaluationRecord, TaskRecord
 
+_LOG = logging.getLogger("alps")
+
 _BATCH_SIZE = 8
 
 
-def compare(settings: CompareConfig, out: Path, progress: Progress, tell: Callable[[str], None]) -> list[Result]:
+def compare(settings: CompareConfig, out: Path, progress: Progress) -> list[Result]:
     """Do what is missing of a comparison in `out`, and return all of its results, the dense model's first.
 
     Args:
@@ -51,7 +53,6 @@ def compare(settings: CompareConfig, out: Path, progress: Progress, tell: Callab
         out: directory; results.jsonl, a table, the settings and in the end a page of figures appear in it. One that
             holds the same comparison is gone on with.
         watcher: told of the steps of every run.
-        tell: is given one line before each run.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: nothing was run.
@@ -68,7 +69,7 @@ def compare(settings: CompareConfig, out: Path, progress: Progress, tell: Callab
     with locked_directory(out, COMPARISON_NAME):
         settings.check_continues(out)
         done = read_results(out / RESULTS_NAME)
-        bench = _Bench(settings, load(settings.model, settings.dtype, tell), tasks, sources, progress)
+        bench = _Bench(settings, load(settings.model, settings.dtype), tasks, sources, progress)
         blocks = find_blocks(bench.dense.model)
         for one in combinations:
             ruled = one.settings.rules().applied(bench.dense.model, blocks)
@@ -76,34 +77,32 @@ def compare(settings: CompareConfig, out: Path, progress: Progress, tell: Callab
         bench.check_calibrations(read)
         bench.check_same(done, out)
         write_text(out / COMPARISON_NAME, settings.to_yaml())
-        return _run_missing(bench, combinations, done, out, tell)
+        return _run_missing(bench, combinations, done, out)
 
 
-def _run_missing(
-    bench: _Bench, combinations: list[Combination], done: list[Result], out: Path, tell: Callable[[str], None]
-) -> list[Result]:
+def _run_missing(bench: _Bench, combinations: list[Combination], done: list[Result], out: Path) -> list[Result]:
     failed: list[str] = []
     if not any(result.method == DENSE for result in done):
-        tell(f"Measuring the dense model {bench.settings.model} ...")
+        _LOG.info(f"Measuring the dense model {bench.settings.model} ...")
         done = _keep(out, [bench.dense_result(), *done])
     known = {result.key for result in done}
     missing = [one for one in combinations if one.key not in known]
     spent: list[float] = []
     for number, one in enumerate(missing, 1):
         left = f", about {format_duration(sum(spent) / len(spent) * (len(missing) - number + 1))} left" if spent else ""
-        tell(f"Run {number} of {len(missing)}: {one.title}{left} ...")
+        _LOG.info(f"Run {number} of {len(missing)}: {one.title}{left} ...")
         start = datetime.now(UTC)
         try:
             done = _keep(out, [*done, bench.result(one)])
         except SolveFailed as error:
             failed.append(f"{one.title}: {error}")
-            tell(f"Failed, the others go on: {failed[-1]}")
+            _LOG.warning(f"Failed, the others go on: {failed[-1]}")
         except KeyboardInterrupt as stop:
             raise type(stop)(
                 f"Interrupted: {number - 1} runs are kept in '{out}', and the same command goes on with the rest."
             ) from None
         spent.append((datetime.now(UTC) - start).total_seconds())
-    publish(out, done, tell)
+    publish(out, done)
     if failed:
         raise SolveFailed(f"{len(failed)} of {len(missing)} runs failed, first {failed[0]}")
     return done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,17 +127,16 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
     return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
 
 
-def write_changed(pruned: LoadedModel, report: RunReport, out: Path, tell: Callable[[str], None]) -> None:
+def write_changed(pruned: LoadedModel, report: RunReport, out: Path) -> None:
     """Write a changed model to `out`, which appears whole or not at all.
 
-    The times of the one-shot run stay its own: saving is not added to them. `tell` is given a line where the page of
-    figures is left out.
+    The times of the one-shot run stay its own: saving is not added to them.
     """
     check_result(pruned.model, str(out))
     with new_directory(out) as folder:
         save_model(pruned.model, pruned.tokenizer, folder)
         (folder / REPORT_NAME).write_text(report.to_json())
-        page = publish_run(folder, report, tell, out)
+        page = publish_run(folder, report, out)
         (folder / "README.md").write_text(model_card(report, page))
 
 

