@@ -35,7 +35,15 @@ def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
     assert INSTALLS[1] in (ROOT / ".ci" / "run").read_text()
 
 
-def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path, english: str) -> None:
+def shrink(text: str, model: Path) -> str:
+    """Put a small model and little calibration text into a command or a snippet; nothing else changes."""
+    text = text.replace("smollm2-135m", str(model))
+    return re.sub(
+        r"\b(samples|seqlen)([ =])\d+", lambda size: f"{size[1]}{size[2]}{8 if size[1] == 'samples' else 64}", text
+    )
+
+
+def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories: Path, english: str) -> None:
     (tmp_path / "my-text.txt").write_text(english[:20_000])
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # One thread everywhere: bits depend on their number.
@@ -44,7 +52,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     named = ["prune", "inspect", "eval", "prune", "compare", "report", "recover", "match", "pack", "unpack", "generate"]
     assert [line.split()[1] for line in lines] == named
     for i, line in enumerate(lines):
-        shell = line.replace("smollm2-135m", str(stories))
+        shell = shrink(line, short_stories)
         if i == 0:
             done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         else:
@@ -58,8 +66,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, stories: Path,
     snippets = blocks("python")
     assert len(snippets) == 3
     for snippet in snippets:
-        script = snippet.replace("smollm2-135m", str(stories))
-        done = started.run(script, work=_execute, cwd=tmp_path)
+        done = started.run(shrink(snippet, short_stories), work=_execute, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "50.00% zeros" in done.stdout
 
