@@ -13,6 +13,8 @@ import torch
 
 import copying
 import gpu_layers
+import inference
+import model as whole_model
 import quality
 from alps.core.memory import peak_host_bytes
 from alps.data.calibration import load
@@ -41,7 +43,12 @@ def run(folder: Path, script: str, *options: str) -> list[list[str]]:
     done = started.run_script(ROOT / "benchmarks" / script, *options, cwd=folder, environment=environment)
     assert done.returncode == 0, done.stderr
     assert sorted(folder.iterdir()) == before
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return cells(done.stdout)
+
+
+def cells(printed: str) -> list[list[str]]:
+    """The cells of every line of the tables in a text."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -109,13 +116,15 @@ def test_solver_prints_every_method(tmp_path: Path, stories: Path, english_file:
     assert 0 < errors[0] < errors[1] < 1
 
 
-def test_model_prints_every_method(tmp_path: Path, stories: Path, english_file: Path) -> None:
-    rows = run(
-        tmp_path,
-        "model.py",
-        *("--model", str(stories), "--calibration", str(english_file), "--methods", "alps,wanda"),
-        *SMALL,
-    )
+def test_model_prints_every_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], short_stories: Path, english_file: Path
+) -> None:
+    files = ["--model", str(short_stories), "--calibration", str(english_file)]
+    monkeypatch.setattr("sys.argv", ["model.py", *files, "--methods", "alps,wanda", *SMALL])
+    # Its runs are processes of their own.
+    monkeypatch.setattr("subprocess.run", started.run_command)
+    whole_model.main()
+    rows = cells(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["method", "---", "alps", "wanda"]
     assert rows[0][1:4] == ["wall s", "of alps", "of wanda"] and float(rows[2][2]) == 1.0
     errors = [float(row[rows[0].index("mean error")]) for row in rows[2:]]
@@ -342,7 +351,12 @@ def test_paper_tells_mistakes_in_one_line(tmp_path: Path, options: list[str], co
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inference_prints_layers_and_models(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_inference_prints_layers_and_models(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sizes = "--shapes 96x160 --cycle-mib 1 --rounds 2 --sparsities 0.5,0.9 --threads 1 --tokens 1,20"
     rows = run(tmp_path, "inference.py", "layer", *sizes.split())[2:]
     for tokens in ("1", "20"):
@@ -362,9 +376,15 @@ def test_inference_prints_layers_and_models(tmp_path: Path, tmp_path_factory: py
     built = str(tmp_path_factory.mktemp("models") / "built")
     shape = "--vocabulary 64 --hidden 64 --intermediate 96 --layers 2 --heads 4 --kv-heads 2 --sparsities 0.7"
     assert run(tmp_path, "inference.py", "build", built, *shape.split()) == []
-    folders = ("--dense", f"{built}/dense", "--packed", f"{built}/packed-70")
+    folders = ["--dense", f"{built}/dense", "--packed", f"{built}/packed-70"]
     sizes = "--threads 1 --rounds 2 --tokens 8 --prompt 4"
-    rows = run(tmp_path, "inference.py", "model", *folders, *sizes.split())
+    # Memory is measured in processes of their own.
+    monkeypatch.setattr("subprocess.run", started.run_command)
+    monkeypatch.setattr("sys.argv", ["inference.py", "model", *folders, *sizes.split()])
+    threads = torch.get_num_threads()
+    inference.main()
+    torch.set_num_threads(threads)
+    rows = cells(capsys.readouterr().out)
     assert [row[0] for row in rows[2:]] == [f"{built}/dense", f"{built}/packed-70"]
     assert all(float(row[2]) > 0 and float(row[7]) >= float(row[6]) > 0.1 for row in rows[2:])
 

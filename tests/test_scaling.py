@@ -23,6 +23,7 @@ from alps.core.statistics import InputSums, Needs
 from alps.solvers.hessian import invert_
 from alps.solvers.objective import relative_errors
 from cost_model import Counts, Model, Run
+from helpers import cli_process
 from machines import Card, Measured, gram_flops
 from scaling_plan import MODELS, VARIANTS, memory, plan_table
 from simulator import Clocks, assignment, simulate
@@ -222,39 +223,65 @@ def test_efficiency_is_of_the_first_line() -> None:
 
 
 def test_plan_prints_every_size(tmp_path: Path) -> None:
-    script = Path(scaling.__file__)
-    command = [sys.executable, str(script), "plan", "--models", "LLaMA-3-8B", "--sizes", "1,4", "--goal", "8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    options = ("plan", "--models", "LLaMA-3-8B", "--sizes", "1,4", "--goal", "8")
+    done = cli_process.run_script(Path(scaling.__file__), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     first = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
     # Times, memory, and times with every change; the goal is planned for, too.
     assert [first.count(size) for size in ("1", "4", "8")] == [3, 3, 3] and set(VARIANTS) <= set(first)
 
 
-def test_pieces_are_measured_and_a_run_predicted_from_them(stories: Path, english_file: Path) -> None:
-    options = Namespace(model=str(stories), calibration=str(english_file), samples=4, seqlen=64, seed=0)
+def test_pieces_are_measured_and_a_run_predicted_from_them(
+    short_stories: Path, english_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Namespace(model=str(short_stories), calibration=str(english_file), samples=4, seqlen=64, seed=0)
     options.dtype, options.sparsity = "float32", 0.7
-    found = scaling_rates._pieces(options, 1)
-    assert all(seconds > 0 for seconds in found["seconds"].values())
-    assert found["counts"]["iterations"] >= found["counts"]["inverses"] > 1
-    found = {**found, "alone": found["seconds"], "beside": found["seconds"]}
-    found |= {"model": "it", "seqlen": 64, "dtype": "float32", "sparsity": 0.7}
-    found["fixed"] = {"1": {"start": 5.0, "keep": 0.1}}
-    machine = Measured(found, 4, 1)
-    assert machine.run.model.blocks == 5
+    monkeypatch.setattr("subprocess.run", cli_process.run_command)
+    pieces = scaling_rates._pieces(options, 1)
+    monkeypatch.undo()
+    assert all(seconds > 0 for seconds in pieces["seconds"].values())
+    assert pieces["counts"]["iterations"] >= pieces["counts"]["inverses"] > 1
+    record = {**pieces, "alone": pieces["seconds"], "beside": pieces["seconds"]}
+    record |= {"model": "it", "seqlen": 64, "dtype": "float32", "sparsity": 0.7}
+    record["fixed"] = {"1": {"start": 5.0, "keep": 0.1}}
+    machine = Measured(record, 4, 1)
+    assert machine.run.model.blocks == 2
     wall = max(simulate(machine.run, machine).now)
     assert 5.1 < wall < 15
     other = {"model": "it", "seqlen": 32, "dtype": "float32", "sparsity": 0.7}
     with pytest.raises(SystemExit, match="calibrate anew"):
-        scaling.deviations(found, other)
+        scaling.deviations(record, other)
 
 
-def test_memory_of_both_processes_is_looked_at(stories: Path, tmp_path: Path) -> None:
+_CHILDREN = """
+import mmap, os, time
+shared = mmap.mmap(-1, 2**25)
+shared.write(b"1" * 2**25)
+for _ in range(2):
+    if os.fork() == 0:
+        own = b"1" * 2**24
+        shared[:]
+        time.sleep(0.5)
+        os._exit(0)
+os.wait(), os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_pages_that_processes_share_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_runs, "_LOOK", 0.05)
+    resident, together = scaling_runs._watch(subprocess.Popen([sys.executable, "-c", _CHILDREN]), launched=True)
+    assert len(resident) == 2 and min(resident) > 2**25 + 2**24
+    assert max(resident) < together < sum(resident) - 2**24
+
+
+@pytest.mark.slow
+def test_memory_of_both_processes_of_a_run_is_measured(stories: Path, tmp_path: Path) -> None:
     options = Namespace(model=str(stories), sparsity=0.6, dtype="float32", folder=str(tmp_path))
-    ran = scaling_runs.prune(options, 2, ["--method", "magnitude", "--no-errors"])
-    assert abs(ran["sparsity"] - 0.6) < 1e-3 and ran["wall"] > ran["seconds"]["total"]
-    assert len(ran["resident_bytes"]) == 2 and list(tmp_path.iterdir()) == []
-    # Pages that both have are counted once.
-    assert max(ran["resident_bytes"]) < ran["together_bytes"] < sum(ran["resident_bytes"])
+    measured = scaling_runs.prune(options, 2, ["--method", "magnitude", "--no-errors"])
+    assert abs(measured["sparsity"] - 0.6) < 1e-3 and measured["wall"] > measured["seconds"]["total"]
+    assert len(measured["resident_bytes"]) == 2 and list(tmp_path.iterdir()) == []
+    assert max(measured["resident_bytes"]) < measured["together_bytes"] < sum(measured["resident_bytes"])
 
 
 def test_runs_are_tabled_by_their_medians() -> None:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _COMMANDS = sorted({f"alps.cli.{module}" for module, _, _ in COMMANDS.values()})
 _SERVER.set_forkserver_preload([*_COMMANDS, "alps.reporting.html_report", "transformers.models.llama.modeling_llama"])
 _STREAMS = ("stdout", "stderr")
+_subprocess_run: Any = subprocess.run
 
 
 class Started:
@@ -123,6 +124,17 @@ def start_group(size: int, *arguments: object, **settings: Any) -> list[Started]
 def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
     """Run `alps ARGUMENTS` in several processes, to their end; see `start_group`."""
     return [process.ended() for process in start_group(size, *arguments, **settings)]
+
+
+def run_command(command: Sequence[object], **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Stand in for `subprocess.run`: fork what would start this interpreter again, and run all else as it does."""
+    program, *arguments = map(str, command)
+    if program != sys.executable:
+        done: subprocess.CompletedProcess[str] = _subprocess_run(command, **settings)
+        return done
+    if arguments[:2] == ["-m", "alps"]:
+        return run(*arguments[2:])
+    return run_script(Path(arguments[0]), *arguments[1:])
 
 
 def _script() -> None:
