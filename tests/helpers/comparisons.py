@@ -74,7 +74,11 @@ def comparison(
                         method=method,
                         pattern=pattern,
                         seed=seed,
-                        settings={"method": method, "seed": seed, "budget": "loss" if method == "best" else "uniform"},
+                        settings={
+                            "method": method,
+                            "seed": seed,
+                            "budget": "sensitivity" if method == "best" else "uniform",
+                        },
                         calibration=_calibration(seed),
                         sparsity=share,
                         mean_error=0.01 * worse,

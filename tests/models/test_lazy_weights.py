@@ -92,7 +92,7 @@ _SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "order": "sequential",
         "target": 0.4,
         "matching": ReconstructionParameters(epochs=1, tokens=24),
-        "budget": "loss",
+        "budget": "sensitivity",
     },
 }
 

@@ -41,7 +41,7 @@ def test_the_blocks_are_those_of_the_text_decoder_and_walk_like_the_model(kind: 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"order": "sequential", "target": 0.4, "match": 1, "budget": "loss"}], ids=str
+    "settings", [{}, {"order": "sequential", "target": 0.4, "match": 1, "budget": "sensitivity"}], ids=str
 )
 @pytest.mark.parametrize("kind", VISION)
 def test_the_text_decoder_is_pruned_exactly_and_all_else_keeps_its_bits(

@@ -68,7 +68,9 @@ def test_counts_and_sizes_are_exact(
 
 def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     blocks = find_blocks(tiny_model("llama"))
-    walk = BlockPruner(get_method("alps"), _HALF, _CPU, matching=ReconstructionParameters(epochs=2), budget="loss")
+    walk = BlockPruner(
+        get_method("alps"), _HALF, _CPU, matching=ReconstructionParameters(epochs=2), budget="sensitivity"
+    )
     measured = Measured(forward=1.0, observe=3.0, advance=0.75, gram=0.5, solve=10.0, cost=5.0)
     found = _seconds(walk, blocks, 1000, measured)
     cost = sum(m * n * n + n**3 for block in blocks for m, n in (site.shape for site in block.sites))

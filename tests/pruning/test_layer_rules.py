@@ -64,7 +64,7 @@ def test_a_rule_names_what_it_matches_and_all_inside(rule: str, name: str, expec
     "settings",
     [
         {"method": "alps"},
-        {"method": "alps", "order": "sequential", "target": 0.4, "match": 2, "budget": "loss"},
+        {"method": "alps", "order": "sequential", "target": 0.4, "match": 2, "budget": "sensitivity"},
         {"method": "wanda", "budget": "owl"},
         {"method": "magnitude", "measure_errors": False},
     ],
@@ -269,7 +269,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         ({"overrides": {"*.q_proj": 1.5}}, r"Override '\*\.q_proj': Sparsity 1\.5 is outside"),
         ({"overrides": {"*.q_proj": "two"}}, r"Override '\*\.q_proj': Pattern 'two' is not understood"),
         ({"overrides": {"*.down_proj": "4:8"}}, r"Pattern 4:8 does not divide .* model\.layers\.0\.mlp\.down_proj"),
-        ({"overrides": {"*": 0.5}, "budget": "loss"}, "Budget 'loss' has nothing to spread"),
+        ({"overrides": {"*": 0.5}, "budget": "sensitivity"}, "Budget 'sensitivity' has nothing to spread"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -303,7 +303,7 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
     stories: Path, english_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = PruneConfig(
-        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="loss",
+        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="sensitivity",
         method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, respect_zeros=True,
     )  # fmt: skip
     whole = prune_directory(settings, tmp_path / "whole", NoProgress())

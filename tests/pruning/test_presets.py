@@ -19,7 +19,6 @@ from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config
 from alps.pruning.config import load_prune_config
 from alps.pruning.presets import PRESETS
-from alps.pruning.row_weights import check_row_weights
 from alps.solvers.dense_target import parse_target
 
 
@@ -66,7 +65,7 @@ def test_the_paper_is_what_one_gets_unasked() -> None:
 
 def test_presets_are_what_the_documentation_says() -> None:
     text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
-    told = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \| ([\w.]+) \| ([^|]+) \| (\w+)[^|]*\| (\w+)[^|]*\|$", text, re.M)
+    told = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \| ([\w.]+) \| ([^|]+) \| (\w+)[^|]*\| ([\w-]+)[^|]*\|$", text, re.M)
     assert [row[0] for row in told] == list(PRESETS)
     for name, order, target, matching, budget, channels in told:
         settings = load_prune_config(None, {"model": "m", "sparsity": 0.5, "preset": name})
@@ -79,11 +78,11 @@ def test_presets_are_what_the_documentation_says() -> None:
 @pytest.mark.parametrize(
     ("asked", "budget", "channels"),
     [
-        ({"sparsity": 0.7}, "loss", "block"),
-        ({"sparsity": 0.7, "method": "sparsegpt", "refit": True}, "loss", "block"),
-        ({"sparsity": 0.7, "method": "wanda"}, "loss", "equal"),
-        ({"sparsity": 0.7, "method": "dsnot-sparsegpt", "refit": True}, "loss", "equal"),
-        ({"sparsity": 0.7, "channels": "equal"}, "loss", "equal"),
+        ({"sparsity": 0.7}, "sensitivity", "block-output"),
+        ({"sparsity": 0.7, "method": "sparsegpt", "refit": True}, "sensitivity", "block-output"),
+        ({"sparsity": 0.7, "method": "wanda"}, "sensitivity", "equal"),
+        ({"sparsity": 0.7, "method": "dsnot-sparsegpt", "refit": True}, "sensitivity", "equal"),
+        ({"sparsity": 0.7, "channels": "equal"}, "sensitivity", "equal"),
         ({"pattern": "2:4"}, "uniform", "equal"),
     ],
     ids=str,
@@ -91,14 +90,14 @@ def test_presets_are_what_the_documentation_says() -> None:
 def test_a_preset_leaves_out_what_would_have_nothing_to_move(asked: dict[str, Any], budget: str, channels: str) -> None:
     settings = load_prune_config(None, {"model": "m", "preset": "best", **asked})
     assert (settings.budget, settings.channels) == (budget, channels)
-    check_row_weights(settings.channels, settings.build_pattern(), settings.build_method())
+    settings.resolve()
 
 
 def test_what_is_asked_for_outright_is_refused_all_the_same() -> None:
-    asked = {"model": "m", "sparsity": 0.7, "method": "wanda", "preset": "best", "channels": "block"}
+    asked = {"model": "m", "sparsity": 0.7, "method": "wanda", "preset": "best", "channels": "block-output"}
     settings = load_prune_config(None, asked)
-    with pytest.raises(ConfigError, match="wanda prunes every row alike: use equal"):
-        check_row_weights(settings.channels, settings.build_pattern(), settings.build_method())
+    with pytest.raises(ConfigError, match="wanda prunes every row to the same sparsity: use equal"):
+        settings.resolve()
 
 
 def test_a_saved_preset_reads_back_as_it_was(tmp_path: Path) -> None:
@@ -184,8 +183,8 @@ def test_the_best_preset_from_end_to_end(stories: Path, english_file: Path, tmp_
         (("--sparsity", "0.6", "--match", "-1"), "Setting 'match'"),
         (("--sparsity", "0.6", "--match", "1", "--match-target", "near"), "Match target 'near' is wrong"),
         (("--sparsity", "0.6", "--match-target", "0.4"), "Match target '0.4' aims at nothing"),
-        (("--sparsity", "0.6", "--budget", "lots"), "Budget 'lots' is unknown"),
-        (("--pattern", "2:4", "--budget", "loss"), "moves zeros between sites"),
+        (("--sparsity", "0.6", "--budget", "lots"), "Allocation 'lots' is unknown"),
+        (("--pattern", "2:4", "--budget", "sensitivity"), "moves zeros between layers"),
     ],
     ids=str,
 )

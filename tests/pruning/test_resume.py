@@ -84,7 +84,7 @@ def _stop_after(blocks: int, error: BaseException, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("blocks", "changed"),
-    [(1, {}), (3, {"method": "alps", "budget": "loss"}), (4, {"method": "magnitude", "match": 0})],
+    [(1, {}), (3, {"method": "alps", "budget": "sensitivity"}), (4, {"method": "magnitude", "match": 0})],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     blocks: int, changed: dict[str, Any], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = {"method": "magnitude", "budget": "loss", "match": 0}
+    chosen = {"method": "magnitude", "budget": "sensitivity", "match": 0}
     _prune(settings, tmp_path / "whole", **chosen)
     with monkeypatch.context() as patch:
         _stop_after(0, KeyboardInterrupt(), patch)
@@ -192,10 +192,10 @@ def test_another_versions_constants_are_refused(
     with monkeypatch.context() as patch:
         _stop_after(2, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
-            _prune(settings, tmp_path / "out", channels="block")
+            _prune(settings, tmp_path / "out", channels="block-output")
     monkeypatch.setattr(constant, other)
     with pytest.raises(CheckpointError, match=words):
-        _prune(settings, tmp_path / "out", channels="block")
+        _prune(settings, tmp_path / "out", channels="block-output")
 
 
 def test_another_configuration_is_refused(

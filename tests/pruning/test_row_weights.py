@@ -169,11 +169,11 @@ def test_a_walk_loses_less_where_it_counts(method: str, tiny_model: Callable[...
         site.module.register_forward_pre_hook(lambda _m, a, n=site.name: received.update({n: a[0].flatten(0, -2)}))
     inputs.run(0, block.module, 0, _CPU)
     lost = []
-    for channels in ("equal", "block"):
+    for channels in ("equal", "block-output"):
         model = tiny_model("llama")
         report = alps.prune(model, 0.6, method, calibration=ids, channels=channels)
         assert all(site.zeros == round(0.6 * site.entries) for site in report.sites)
-        assert ("channels" in report.seconds) == (channels == "block")
+        assert ("channels" in report.seconds) == (channels == "block-output")
         sites = zip(find_blocks(model)[0].sites, block.sites, strict=True)
         # The first input of the block is the same in both models.
         with torch.no_grad():
@@ -188,23 +188,30 @@ def test_a_walk_loses_less_where_it_counts(method: str, tiny_model: Callable[...
 
 @pytest.mark.parametrize(
     ("pattern", "method", "words"),
-    [("2:4", "alps", "2:4 forbids"), (0.6, "wanda", "wanda prunes every row alike"), (0.6, "dsnot", "dsnot prunes")],
+    [
+        ("2:4", "alps", "2:4 does not allow"),
+        (0.6, "wanda", "wanda prunes every row to the same"),
+        (0.6, "dsnot", "dsnot prunes"),
+    ],
 )
 def test_what_moves_no_zero_is_refused(
     pattern: str | float, method: str, words: str, tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        alps.prune(tiny_model("llama"), pattern, method, calibration=ids, channels="block")
+        alps.prune(tiny_model("llama"), pattern, method, calibration=ids, channels="block-output")
 
 
 def test_magnitude_needs_windows_then(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="needs calibration text or token ids"):
-        alps.prune(tiny_model("llama"), 0.6, "magnitude", measure_errors=False, channels="block")
+        alps.prune(tiny_model("llama"), 0.6, "magnitude", measure_errors=False, channels="block-output")
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [({"channels": "blok"}, "Channels 'blok' is unknown: .* Did you mean 'block'"), ({"order": "sequentiel"}, "Order")],
+    [
+        ({"channels": "blok-output"}, "Row weights 'blok-output' is unknown: .* Did you mean 'block-output'"),
+        ({"order": "sequentiel"}, "Order"),
+    ],
 )
 def test_python_refuses_what_is_no_choice(
     setting: dict[str, Any], words: str, tiny_model: Callable[..., Any], ids: Tensor
@@ -217,7 +224,7 @@ def test_a_report_says_which_channels_count_alike(tiny_model: Callable[..., Any]
     model = tiny_model("llama")
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
-    report = alps.prune(model, 0.6, "sparsegpt", calibration=ids, channels="block")
+    report = alps.prune(model, 0.6, "sparsegpt", calibration=ids, channels="block-output")
     alike = [site.name for site in report.sites if "count alike" in str(site.solve.get("notes"))]
     assert alike == ["model.layers.0.mlp.up_proj"]
 

@@ -100,7 +100,8 @@ def test_the_tables_are_those_of_the_results(results: list[Result], text: str) -
     assert set(titles) < set(tables)
     assert tables["The dense model"][:2] == [["Perplexity on wikitext2", "24.5"], ["Perplexity on c4.jsonl", "31.5"]]
     assert tables["Settings in which the methods differ"] == [
-        ["", "method", "budget"], ["wanda", "wanda", "uniform"], ["alps", "alps", "uniform"], ["best", "best", "loss"],
+        ["", "method", "budget"], ["wanda", "wanda", "uniform"], ["alps", "alps", "uniform"],
+        ["best", "best", "sensitivity"],
     ]  # fmt: skip
 
 

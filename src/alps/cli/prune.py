@@ -14,7 +14,7 @@ from alps.pruning.config import load_prune_config
 from alps.pruning.dry_run import forecast_summary
 from alps.pruning.job import estimate_run, prune_directory
 from alps.pruning.presets import PRESETS
-from alps.pruning.sparsity_allocation import BUDGETS
+from alps.pruning.sparsity_allocation import ALLOCATIONS
 from alps.solvers import METHODS
 
 
@@ -47,10 +47,14 @@ def prune(
         str | None,
         typer.Option(help="What --match aims at: pruned, dense, or a share in between.  [by preset]"),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help=f"Where the zeros go: {', '.join(BUDGETS)}.  [by preset]")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help=f"Where the zeros go: {', '.join(ALLOCATIONS)}.  [by preset]")
+    ] = None,
     channels: Annotated[
         str | None,
-        typer.Option(help="What the rows of a layer count: equal, or block: by the block's output.  [by preset]"),
+        typer.Option(
+            help="What the rows of a layer count: equal, or block-output: by the block's output.  [by preset]"
+        ),
     ] = None,
     keep_dense: Annotated[
         str | None, typer.Option(help="Names of what stays dense, with *: 'model.layers.0.*,*.down_proj'.")

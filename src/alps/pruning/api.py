@@ -19,13 +19,13 @@ from alps.data.calibration import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.models.finite_check import check_finite
 from alps.pruning.config import make_reconstruction, split_names
+from alps.pruning.context import RunContext
 from alps.pruning.job import PruneJob, prune_job
 from alps.pruning.layer_rules import Rules, parse_overrides
-from alps.pruning.pipeline import BlockPruner
 from alps.pruning.presets import PAPER, apply_preset
-from alps.pruning.row_weights import Channels, check_row_weights
-from alps.pruning.run import make_calibration_windows, run, write
-from alps.pruning.sparsity_allocation import check_budget
+from alps.pruning.recipe import PruneRecipe
+from alps.pruning.row_weights import RowWeights
+from alps.pruning.run import block_pruner, make_calibration_windows, run, write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method, get_method
 from alps.solvers.dense_target import parse_target
@@ -56,7 +56,7 @@ def prune(
     keep_dense: str | Sequence[str] = (),
     overrides: Mapping[str, Pattern | str | float] | None = None,
     respect_zeros: bool = False,
-    channels: Channels | None = None,
+    channels: RowWeights | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """Prune a causal language model.
@@ -92,19 +92,25 @@ def prune(
     said |= {"channels": channels, "preset": preset}
     given = {name: value for name, value in said.items() if value is not None}
     steps = apply_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
-    share = parse_target(steps["target"])
     check_known("Order", steps["order"], get_args(Order))
-    check_budget(steps["budget"], wanted)
-    check_row_weights(steps["channels"], wanted, chosen)
+    recipe = PruneRecipe(
+        method=chosen,
+        pattern=wanted,
+        rules=Rules(split_names(keep_dense), parse_overrides(overrides or {})),
+        keep_zeros=respect_zeros,
+        true_sequential=steps["order"] == "sequential",
+        dense_target=parse_target(steps["target"]),
+        allocation=steps["budget"],
+        row_weights=steps["channels"],
+        reconstruction=make_reconstruction(steps["match"], steps["match_target"]),
+        measure_error=measure_errors,
+    )
     if out is not None:
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    matching = make_reconstruction(steps["match"], steps["match_target"])
-    walk = BlockPruner(chosen, wanted, _place(model, device), offload, measure_errors, steps["order"], share, matching)
-    walk.budget, walk.progress, walk.respect_zeros = steps["budget"], progress or NoProgress(), respect_zeros
-    walk.channels = steps["channels"]
-    walk.rules = Rules(split_names(keep_dense), parse_overrides(overrides or {}))
+    context = RunContext(device=_place(model, device), progress=progress or NoProgress(), offload=offload)
+    walk = block_pruner(recipe, context)
     source = calibration if calibration is None or torch.is_tensor(calibration) else str(calibration)
     if not isinstance(model, nn.Module):
         assert out is not None

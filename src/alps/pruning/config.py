@@ -19,6 +19,7 @@ from alps.core.yaml_io import format_validation_error, read_yaml
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
 from alps.pruning.layer_rules import Rules, parse_overrides
 from alps.pruning.presets import PAPER, apply_preset
+from alps.pruning.recipe import PruneRecipe
 from alps.solvers import METHODS, Method, Refitted, get_method
 from alps.solvers.dense_target import parse_target
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
@@ -47,8 +48,8 @@ class PruneConfig(BaseModel):
         target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.dense_target`.
         match: epochs of block matching, see `alps.finetuning.block_reconstruction`; 0 for none.
         match_target: what it aims at: `pruned`, `dense`, or a share of the dense stream between 0 and 1.
-        budget: where the zeros go, one of `alps.pruning.sparsity_allocation.BUDGETS`.
-        channels: what the rows of a site count: `equal`, or `block`, see `alps.pruning.row_weights`.
+        budget: where the zeros go, one of `alps.pruning.sparsity_allocation.ALLOCATIONS`.
+        channels: what the rows of a site count: `equal`, or `block-output`, see `alps.pruning.row_weights`.
         keep_dense: names with wildcards of what stays dense, see `alps.pruning.layer_rules`; one text with commas, too.
         overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
             several that name a layer the last one holds.
@@ -76,7 +77,7 @@ class PruneConfig(BaseModel):
     match: int = Field(default=0, ge=0)
     match_target: str | float = DEFAULT_RECONSTRUCT_TARGET
     budget: str = "uniform"
-    channels: Literal["equal", "block"] = "equal"
+    channels: Literal["equal", "block-output"] = "equal"
     keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
     overrides: dict[str, float | str] = {}
     respect_zeros: bool = False
@@ -134,6 +135,26 @@ class PruneConfig(BaseModel):
             ConfigError: for an override that is no pattern.
         """
         return Rules(tuple(self.keep_dense), parse_overrides(self.overrides))
+
+    def resolve(self) -> PruneRecipe:
+        """Method, pattern and options as objects.
+
+        Raises:
+            ConfigError: for settings that do not exist or contradict each other.
+        """
+        pattern = self.build_pattern()
+        return PruneRecipe(
+            method=self.build_method(),
+            pattern=pattern,
+            rules=self.rules(),
+            keep_zeros=self.respect_zeros,
+            true_sequential=self.order == "sequential",
+            dense_target=self.target_share(),
+            allocation=self.budget,
+            row_weights=self.channels,
+            reconstruction=self.matching(),
+            measure_error=self.errors,
+        )
 
     def place(self) -> torch.device:
         """The device to run on.

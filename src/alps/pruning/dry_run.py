@@ -114,7 +114,7 @@ def _seconds(walk: BlockPruner, blocks: list[Block], tokens: int, measured: Meas
         found["channels"] = measured.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
     if walk.budget != "uniform":
         found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
-    if walk.budget == "loss":
+    if walk.budget == "sensitivity":
         # Every site is cut once, and what that does is carried through the blocks behind it.
         probes = sum(len(block.sites) * (count - block.index) for block in blocks)
         found["budget"] += measured.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes

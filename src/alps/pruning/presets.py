@@ -26,8 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": 0.1,
         "match": 1,
         "match_target": 0.1,
-        "budget": "loss",
-        "channels": "block",
+        "budget": "sensitivity",
+        "channels": "block-output",
     },
 }
 

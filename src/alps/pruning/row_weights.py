@@ -18,41 +18,21 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
 from alps.core.distributed import ProcessGroup
-from alps.core.errors import ConfigError, check_known
 from alps.models.blocks import Block
 from alps.models.sites import Site
-from alps.solvers.base import Method
-from alps.solvers.patterns import Pattern, Unstructured
 
-Channels = Literal["equal", "block"]
+RowWeights = Literal["equal", "block-output"]
 # Tokens of the first windows that weights are read from: the mean of so many squares is within a few per cent.
 ROW_WEIGHT_TOKENS = 4096
 # Of the mean weight: rows that next to nothing depends on stay part of the problem.
 _LEAST = 1e-4
-
-
-def check_row_weights(channels: Channels, pattern: Pattern, method: Method) -> None:
-    """Refuse what is no choice, and weights where no zero can move from one row to another.
-
-    Raises:
-        ConfigError: see above.
-    """
-    check_known("Channels", channels, get_args(Channels))
-    if channels == "equal":
-        return
-    if not isinstance(pattern, Unstructured):
-        raise ConfigError(f"Channels '{channels}' move zeros between rows, which {pattern} forbids: use equal.")
-    if method.by_rows:
-        raise ConfigError(
-            f"Channels '{channels}' move zeros between rows, and {method.name} prunes every row alike: use equal."
-        )
 
 
 def compute_row_weights(

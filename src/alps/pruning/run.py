@@ -22,9 +22,10 @@ from alps.models.auto_class import is_composite
 from alps.models.finite_check import check_result
 from alps.models.save import save_beside, save_model, write_files
 from alps.pruning.config import SETTINGS_NAME, PruneConfig
+from alps.pruning.context import RunContext
 from alps.pruning.pipeline import BlockPruner
-from alps.pruning.row_weights import check_row_weights
-from alps.pruning.sparsity_allocation import check_budget, check_fit
+from alps.pruning.recipe import PruneRecipe
+from alps.pruning.sparsity_allocation import check_fit
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
 from alps.reporting.records import calibration_record
@@ -42,16 +43,38 @@ def build_block_pruner(settings: PruneConfig, progress: Progress | None = None) 
     Raises:
         ConfigError: for settings that contradict each other or do not exist, or a device that is not here.
     """
-    pattern, method = settings.build_pattern(), settings.build_method()
-    check_budget(settings.budget, pattern)
-    check_row_weights(settings.channels, pattern, method)
-    steps = (settings.order, settings.target_share(), settings.matching(), settings.budget)
-    walk = BlockPruner(method, pattern, settings.place(), settings.offload, settings.errors, *steps)
-    walk.progress, walk.rules, walk.respect_zeros = progress or NoProgress(), settings.rules(), settings.respect_zeros
-    walk.channels = settings.channels
-    if settings.activation_memory is not None:
-        walk.activation_bytes = int(settings.activation_memory * 2**30)
-    return walk
+    limit = settings.activation_memory
+    return block_pruner(
+        settings.resolve(),
+        RunContext(
+            device=settings.place(),
+            progress=progress or NoProgress(),
+            offload=settings.offload,
+            activation_bytes=None if limit is None else int(limit * 2**30),
+        ),
+    )
+
+
+def block_pruner(recipe: PruneRecipe, context: RunContext) -> BlockPruner:
+    """Make the walk of a recipe, on no model yet."""
+    return BlockPruner(
+        method=recipe.method,
+        pattern=recipe.pattern,
+        device=context.device,
+        offload=context.offload,
+        measure_errors=recipe.measure_error,
+        order="sequential" if recipe.true_sequential else "block",
+        target=recipe.dense_target,
+        matching=recipe.reconstruction,
+        budget=recipe.allocation,
+        progress=context.progress,
+        activation_bytes=context.activation_bytes,
+        spill_folder=context.spill_folder,
+        respect_zeros=recipe.keep_zeros,
+        channels=recipe.row_weights,
+        rules=recipe.rules,
+        group=context.group,
+    )
 
 
 def check_calibrated(walk: BlockPruner, calibrated: bool) -> None:

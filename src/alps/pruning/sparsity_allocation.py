@@ -7,9 +7,9 @@ legend  p    sparsity asked for over all sites                          scalar
         c_s  weight of that error                                       scalar
 Every budget but OWL's minimises sum_s c_s E_s(p_s) under sum_s n_s p_s = p sum_s n_s with a floor and a cap on every
 p_s: at the optimum all sites inside the limits lose equally much by one more zero. `error` weighs all sites alike;
-`loss` weighs a site by how far the model's answers move when it is pruned alone, per unit of its error: mean KL to the
-dense model's answers on a few calibration windows, no gradients. OWL (Yin et al., arXiv 2310.05175): a block's sparsity
-falls with its share of outliers, entries of |W_ij| ||X_j|| above 5 times the mean of their site.
+`sensitivity` weighs a site by how far the model's answers move when it is pruned alone, per unit of its error: mean KL
+to the dense model's answers on a few calibration windows, no gradients. OWL (Yin et al., arXiv 2310.05175): a block's
+sparsity falls with its share of outliers, entries of |W_ij| ||X_j|| above 5 times the mean of their site.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from alps.core.errors import ConfigError, check_known
+from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
 from alps.models.blocks import Block
 from alps.pruning.sensitivity import SiteProfile, profile_sites, sensitivities
@@ -27,7 +27,7 @@ from alps.solvers.error_curve import POINTS, ErrorCurve
 from alps.solvers.patterns import Pattern, Unstructured
 from alps.solvers.topk import capped
 
-BUDGETS = ("uniform", "owl", "error", "loss")
+ALLOCATIONS = ("uniform", "owl", "error", "sensitivity")
 _OWL_RANGE = 0.08
 # Sparsities stay within this distance of the one asked for.
 _REACH = 0.15
@@ -103,17 +103,6 @@ def check_fit(blocks: list[Block], pattern: Pattern, patterns: Mapping[str, Patt
         )
 
 
-def check_budget(name: str, pattern: Pattern) -> None:
-    """Refuse a budget that does not exist, or that the pattern leaves no room for.
-
-    Raises:
-        ConfigError: see above.
-    """
-    check_known("Budget", name, BUDGETS)
-    if name != "uniform" and not isinstance(pattern, Unstructured):
-        raise ConfigError(f"Budget '{name}' moves zeros between sites, which {pattern} forbids: use --budget uniform.")
-
-
 def plan(
     model: nn.Module,
     blocks: list[Block],
@@ -130,7 +119,7 @@ def plan(
         model: dense, in evaluation mode.
         blocks: its decoder blocks, with those sites that the zeros are spread over.
         windows: calibration token ids (windows, tokens).
-        name: one of `BUDGETS`.
+        name: one of `ALLOCATIONS`.
         pattern: over all sites; unstructured unless the budget is uniform.
         device: where a block is run; it is brought there and back.
         respect_zeros: no site gets fewer zeros than it has; what that adds is taken from the others.
@@ -139,7 +128,6 @@ def plan(
     Raises:
         ConfigError: for an unknown budget, or one that is not uniform with an N:M pattern.
     """
-    check_budget(name, pattern)
     if name == "uniform" or pattern.keeps_all:
         return {}
     assert isinstance(pattern, Unstructured)
@@ -148,11 +136,11 @@ def plan(
     sparsity = pattern.sparsity
     windows = windows[: max(PLAN_TOKENS // windows.shape[1], 1)]
     progress = progress or NoProgress()
-    progress.start(f"budget {name}", len(blocks) * (2 if name == "loss" else 1))
+    progress.start(f"budget {name}", len(blocks) * (2 if name == "sensitivity" else 1))
     try:
         readings = list(profile_sites(model, blocks, windows, pattern, device, progress))
         weights = [1.0] * len(readings)
-        if name == "loss":
+        if name == "sensitivity":
             probe = windows[:PROBE_WINDOWS, :PROBE_TOKENS]
             weights = sensitivities(model, blocks, probe, readings, pattern, device, progress)
     finally:

@@ -1,0 +1,32 @@
+"""The environment of a pruning run: device, process group, progress, memory limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from alps.core.distributed import ProcessGroup
+from alps.core.progress import NoProgress, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Where and with what a run is carried out. Nothing in it changes the pruned weights.
+
+    Attributes:
+        device: where blocks run and layers are solved; every block is brought there and back.
+        group: ranks of the run, which share windows and layers.
+        progress: receives one step for every layer.
+        offload: keep the activations between blocks in host memory.
+        activation_bytes: limit of the activations in memory, in bytes; the others go to files. None for no limit.
+        spill_folder: folder of those files; None for the system's folder of temporary files.
+    """
+
+    device: torch.device
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    progress: Progress = field(default_factory=NoProgress)
+    offload: bool = False
+    activation_bytes: int | None = None
+    spill_folder: Path | None = None
