@@ -272,7 +272,7 @@ def _model_file(scene: Scene, name: str, text: str) -> None:
 _HEAD = """# Errors and faults
 
 Every user error is one sentence on stderr and exit code 2: what is wrong, where, and what to do. Nothing is lost and
-nothing is left behind: inputs are unchanged, `OUT` does not exist, and there is no temporary file beside it.
+nothing is left behind: inputs are unchanged, `OUT` does not exist, and there is no temporary file next to it.
 
 Code that comes with a model is never run: neither its Python files (`trust_remote_code`) nor what a pickle holds
 besides tensors. A model with Python files of its own is loaded by the class of transformers, if transformers has its
