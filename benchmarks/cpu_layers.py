@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alps.checkpoints.bitmask_codec import pack
-from alps.core.errors import check_known
-from alps.core.formatting import dtype_name
+from alps.core.errors import check_choice
+from alps.core.text_format import dtype_name
 from alps.inference import packed_linear as linear
 from alps.inference.build_kernel import FOLDER, LIBRARY_NAME
 from alps.inference.cpu_backend import Kernel
@@ -61,7 +61,7 @@ class Contestant:
 def use_path(path: str) -> Kernel:
     """Let packed layers multiply by that instruction set from here on."""
     file = FOLDER / LIBRARY_NAME
-    check_known("Instruction set", path, Kernel(file).paths)
+    check_choice("Instruction set", path, Kernel(file).paths)
     kernel = Kernel(file, path)
     vars(linear)["find_kernel"] = lambda: kernel
     return kernel

@@ -74,8 +74,8 @@ def row(W: Tensor, x: Tensor, chosen: Tensor, share: float, options: argparse.Na
                 continue
             sums = InputSums.of(mine[:tokens])
             if enough * width > tokens:
-                sums = sums + pool.averaged(enough * width - tokens)
-            answer = method.solve(W, method.prepare(sums.rounded()), Unstructured(options.sparsity)).weight
+                sums = sums + pool.rescaled(enough * width - tokens)
+            answer = method.solve(W, method.prepare(sums.to_stats()), Unstructured(options.sparsity)).weight
             errors.append(relative_error(answer, W, InputStats.of(mine[tokens:])))
         cells.append(f"{sum(errors) / len(errors):.4f}" if errors else "")
     return cells

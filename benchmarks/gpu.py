@@ -81,7 +81,7 @@ def problem(out_size: int, in_size: int, tokens: int, device: torch.device) -> t
     sums = InputSums.of((normal(1, factors) @ mixing + normal(1, in_size)) * sizes)
     for _ in range(0, tokens, 4096):
         sums.update((normal(4096, factors) @ mixing + 0.5 * normal(4096, in_size)) * sizes)
-    return normal(out_size, in_size) / in_size**0.5, sums.released()
+    return normal(out_size, in_size) / in_size**0.5, sums.into_stats()
 
 
 def site_row(

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alps
-from alps.core.formatting import dtype_name
 from alps.core.half_precision import Float32MatmulMode, multiplies_by_float32
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name
 from layers import ended_in_words, markdown
 
 

@@ -47,7 +47,7 @@ def layer_problems(options: argparse.Namespace, names: Sequence[str]) -> dict[st
     """By name: a site's dense weight (out, in) in float32, and the statistics of its inputs in the dense model."""
     found: dict[str, Problem] = {}
     for shared in captured(options, lambda block: any(site.name in names for site in block.sites)):
-        stats = shared.sums.released()
+        stats = shared.sums.into_stats()
         for site in shared.sites:
             if site.name in names:
                 found[site.name] = site.read().float().clone(), stats

@@ -45,7 +45,7 @@ def passes(loaded: LoadedModel, ids: Tensor, count: int, order: Order, resumed: 
             weights = {site.name: site.read().clone() for site in block.sites}
             start = time.perf_counter()
             rest = CachedForward(block, inputs, _CPU) if resumed else inputs
-            needs = Needs.DRIFT if target else Needs.GRAM
+            needs = Needs.INPUT_SHIFT if target else Needs.GRAM
             for seen in observations(block, rest, needs, _CPU, order, dense):
                 seconds += time.perf_counter() - start - seen.seconds
                 for site in (site for shared in seen.shared for site in shared.sites):

@@ -62,7 +62,7 @@ def main() -> None:
     tokens, wanted = 0, set(map(int, options.blocks.split(",")))
     with exact_float32():
         for shared in captured(options, lambda block: block.index in wanted):
-            stats = shared.sums.released()
+            stats = shared.sums.into_stats()
             tokens = stats.tokens
             kinds = [site.kind for site in shared.sites]
             weights = [site.read().float().clone() for site in shared.sites]

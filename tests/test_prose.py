@@ -14,10 +14,10 @@ import pytest
 
 _PACKAGE = Path(__file__).parent.parent / "src" / "alps"
 
-# Packages that are not rewritten yet; each has a line in pyproject's per-file-ignores, too. To be emptied.
+# Packages and files that are not rewritten yet; each has a line in pyproject's per-file-ignores, too. To be emptied.
 _NOT_YET = frozenset(
     {
-        "core",
+        "core/distributed.py",
         "solvers",
         "checkpoints",
         "models",
@@ -113,7 +113,7 @@ def violations(source: str) -> list[str]:
 @functools.cache
 def _files() -> list[Path]:
     files = sorted(_PACKAGE.rglob("*.py"))
-    return [path for path in files if path.relative_to(_PACKAGE).parts[0] not in _NOT_YET]
+    return [path for path in files if _NOT_YET.isdisjoint({_name(path), _name(path).partition("/")[0]})]
 
 
 def _name(path: Path) -> str:

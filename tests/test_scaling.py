@@ -192,7 +192,7 @@ def test_flops_are_those_of_the_program() -> None:
     rows, weight = torch.randn(tokens, n), torch.randn(m, n)
     sums = InputSums.zeros(n, Needs.GRAM)
     assert _flops(lambda: sums.update(rows)) == tokens * gram_flops(n)
-    stats = sums.rounded()
+    stats = sums.to_stats()
     # Three energies over the triangle, whose diagonal blocks are whole.
     assert _flops(lambda: relative_errors([weight, weight], weight, stats)) == 3 * m * n * (n + 256)
     definite = torch.eye(n)

@@ -112,13 +112,13 @@ def test_the_drift_is_that_of_the_real_inputs(
     )
     for mine, theirs in zip(one, two, strict=True):
         groups = discover(mine, inputs, _CPU) if grouped else []
-        seen = observe(mine, inputs, Needs.DRIFT, _CPU, groups, DenseReference(theirs, dense_inputs))
+        seen = observe(mine, inputs, Needs.INPUT_SHIFT, _CPU, groups, DenseReference(theirs, dense_inputs))
         assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in mine.sites)
         for shared in seen.shared:
-            assert shared.stats.drift is not None and shared.stats.tokens == ids.numel()
+            assert shared.stats.input_shift is not None and shared.stats.tokens == ids.numel()
             X, X_d = (found[shared.sites[0].name].double() for found in (real, real_dense))
             expected = (X_d - X).T @ X
-            torch.testing.assert_close(shared.stats.drift.double(), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(shared.stats.input_shift.double(), expected, rtol=1e-3, atol=1e-3)
         inputs.advance(mine.index, mine.module, _CPU)
         dense_inputs.advance(theirs.index, theirs.module, _CPU)
 

@@ -38,7 +38,7 @@ def _change(site: Site) -> None:
 def _pass(block: Block, inputs: BlockInputs, dense: DenseReference) -> list[InputStats]:
     """Prunes a block in sequential order, and steps on; what was observed."""
     seen = []
-    for observed in observations(block, inputs, Needs.DRIFT, _CPU, "sequential", dense):
+    for observed in observations(block, inputs, Needs.INPUT_SHIFT, _CPU, "sequential", dense):
         for shared in observed.shared:
             seen.append(shared.stats)
             for site in shared.sites:
@@ -79,8 +79,10 @@ def test_sums_and_states_are_those_of_passes_from_the_start(kind: str, ids: Tens
     for mine, theirs in zip(sums, plain_sums, strict=True):
         assert mine.tokens == theirs.tokens and mine.upper is not None and theirs.upper is not None
         assert torch.equal(mine.upper, theirs.upper)
-        assert (mine.drift is None) == (theirs.drift is None)
-        assert mine.drift is None or theirs.drift is None or torch.equal(mine.drift, theirs.drift)
+        assert (mine.input_shift is None) == (theirs.input_shift is None)
+        assert (
+            mine.input_shift is None or theirs.input_shift is None or torch.equal(mine.input_shift, theirs.input_shift)
+        )
     # BLOOM's and MPT's parts end with the sum that goes round them, XGLM's attention returns its weights, too;
     # blocks with experts are run from the start.
     assert all(parts) != (kind in {"bloom", "mpt", "xglm", *MOE}), parts

@@ -19,7 +19,7 @@ def test_ranks_that_do_not_own_statistics_release_them(monkeypatch: pytest.Monke
         sums = InputSums.of(torch.ones(3, 2))
         ProcessGroup(rank, 2).reduce_statistics(sums, owner)
         assert (sums.panels is not None) == held and sums.tokens == 6
-        assert not held or sums.rounded().gram().tolist() == [[6, 6], [6, 6]]
+        assert not held or sums.to_stats().gram().tolist() == [[6, 6], [6, 6]]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))

@@ -57,10 +57,10 @@ def test_gram_is_a_fresh_copy() -> None:
 def test_parts_add_up(width: int) -> None:
     inputs = integers(2, 24, width)
     whole = InputStats.of(inputs)
-    added = (InputSums.of(inputs[:7]) + InputSums.of(inputs[7:])).rounded()
+    added = (InputSums.of(inputs[:7]) + InputSums.of(inputs[7:])).to_stats()
     updated = InputSums.of(inputs[:20])
     updated.update(inputs[20:])
-    for other in (added, updated.rounded(), InputStats.of(inputs.reshape(2, 3, 4, width))):
+    for other in (added, updated.to_stats(), InputStats.of(inputs.reshape(2, 3, 4, width))):
         assert other.tokens == whole.tokens == 24
         assert torch.equal(other.total, whole.total)
         assert torch.equal(other.square, whole.square)
@@ -69,10 +69,10 @@ def test_parts_add_up(width: int) -> None:
 
 def test_adding_leaves_the_parts_alone() -> None:
     left, right = InputSums.of(integers(3, 4, 6)), InputSums.of(integers(4, 5, 6))
-    before = left.rounded().gram()
+    before = left.to_stats().gram()
     together = left + right
     together.update(integers(5, 3, 6))
-    assert left.tokens == 4 and torch.equal(left.rounded().gram(), before)
+    assert left.tokens == 4 and torch.equal(left.to_stats().gram(), before)
     assert together.tokens == 12
 
 
@@ -111,11 +111,11 @@ def test_only_what_is_needed_is_held() -> None:
     with pytest.raises(AssertionError, match="not collected"):
         light.gram()
     sums = InputSums.of(inputs, Needs.MOMENTS)
-    assert (sums + sums).rounded().upper is None
+    assert (sums + sums).to_stats().upper is None
 
 
 def test_empty_sums_are_finite() -> None:
-    stats = InputSums.zeros(3, Needs.GRAM).rounded()
+    stats = InputSums.zeros(3, Needs.GRAM).to_stats()
     assert stats.tokens == 0 and stats.is_finite()
     assert stats.mean().tolist() == stats.variance().tolist() == stats.norms().tolist() == [0.0] * 3
 
@@ -178,14 +178,14 @@ def test_energy_needs_a_gram() -> None:
 def test_average_tokens_are_those_of_the_mean_and_scale_with_the_inputs() -> None:
     inputs = integers(3, 8, 5)
     sums = InputSums.of(inputs)
-    stats, six, doubled = sums.rounded(), sums.averaged(6).rounded(), InputSums.of(2 * inputs).averaged(6).rounded()
+    stats, six, doubled = sums.to_stats(), sums.rescaled(6).to_stats(), InputSums.of(2 * inputs).rescaled(6).to_stats()
     assert six.tokens == doubled.tokens == 6
     assert torch.equal(six.total, inputs.sum(dim=0) * 0.75) and torch.equal(six.mean(), stats.mean())
     assert torch.equal(six.gram(), inputs.T @ inputs * 0.75) and torch.equal(doubled.gram(), 4 * six.gram())
     assert torch.equal(six.square, six.gram().diagonal())
-    both = (sums + sums.averaged(6)).rounded()
+    both = (sums + sums.rescaled(6)).to_stats()
     assert both.tokens == 14 and torch.equal(both.gram(), inputs.T @ inputs * 1.75)
-    assert float(InputSums.zeros(5, Needs.GRAM).averaged(6).square.abs().sum()) == 0
+    assert float(InputSums.zeros(5, Needs.GRAM).rescaled(6).square.abs().sum()) == 0
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 2**32))
@@ -197,28 +197,32 @@ def test_windows_add_up_to_the_same_bits_in_any_order_and_in_any_batches(sizes: 
     dense = windows + 0.1 * torch.randn(windows.shape, generator=generator)
 
     def added(order: list[int], batches: list[int]) -> InputStats:
-        sums, left = InputSums.zeros(40, Needs.DRIFT), iter(order)
+        sums, left = InputSums.zeros(40, Needs.INPUT_SHIFT), iter(order)
         for batch in ([next(left) for _ in range(size)] for size in batches):
-            part = InputSums.zeros(40, Needs.DRIFT)
+            part = InputSums.zeros(40, Needs.INPUT_SHIFT)
             part.update(windows[batch], dense[batch])
             sums = part + sums
-        return sums.rounded()
+        return sums.to_stats()
 
     one = added(list(range(len(windows))), [len(windows)])
     other = added(torch.randperm(len(windows), generator=generator).tolist(), sizes)
     assert one.tokens == other.tokens == 12 * len(windows)
     assert torch.equal(one.gram(), other.gram()) and torch.equal(one.total, other.total)
-    assert one.drift is not None and other.drift is not None
-    assert torch.equal(one.square, other.square) and torch.equal(one.drift, other.drift)
+    assert one.input_shift is not None and other.input_shift is not None
+    assert torch.equal(one.square, other.square) and torch.equal(one.input_shift, other.input_shift)
 
 
 def test_sums_are_let_go_of_when_they_are_released() -> None:
     inputs = normal(4, 20, 300)
-    sums = InputSums.zeros(300, Needs.DRIFT)
+    sums = InputSums.zeros(300, Needs.INPUT_SHIFT)
     sums.update(inputs, 2 * inputs)
-    kept, held = sums.rounded(), sum(part.nbytes for part in sums.parts())
-    assert held == InputSums.nbytes(300, Needs.DRIFT) + sums.total.nbytes + sums.square.nbytes
-    released = sums.released()
+    kept, held = sums.to_stats(), sum(part.nbytes for part in sums.tensors())
+    assert held == InputSums.nbytes(300, Needs.INPUT_SHIFT) + sums.total.nbytes + sums.square.nbytes
+    released = sums.into_stats()
     assert torch.equal(released.gram(), kept.gram())
-    assert released.drift is not None and kept.drift is not None and torch.equal(released.drift, kept.drift)
-    assert sum(part.nbytes for part in sums.parts()) == sums.total.nbytes + sums.square.nbytes
+    assert (
+        released.input_shift is not None
+        and kept.input_shift is not None
+        and torch.equal(released.input_shift, kept.input_shift)
+    )
+    assert sum(part.nbytes for part in sums.tensors()) == sums.total.nbytes + sums.square.nbytes

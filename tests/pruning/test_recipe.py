@@ -53,7 +53,7 @@ def test_plain_options_suit_every_pattern() -> None:
         ({"measure_error": False, "allocation": "owl"}, Needs.NOTHING, True, False),
         ({"measure_error": False, "row_weights": "block-output"}, Needs.NOTHING, True, False),
         ({"measure_error": False, "reconstruction": ReconstructionParameters()}, Needs.NOTHING, True, True),
-        ({"measure_error": False, "dense_target": 0.1}, Needs.DRIFT, True, True),
+        ({"measure_error": False, "dense_target": 0.1}, Needs.INPUT_SHIFT, True, True),
     ],
     ids=str,
 )

@@ -22,14 +22,14 @@ def _inputs(tokens: int = 200, size: int = 12, drift: float = 0.3) -> tuple[Tens
 
 
 def _sums(X: Tensor, X_d: Tensor, parts: int = 1) -> InputSums:
-    sums = InputSums.zeros(X.shape[1], Needs.DRIFT)
+    sums = InputSums.zeros(X.shape[1], Needs.INPUT_SHIFT)
     for one, two in zip(X.chunk(parts), X_d.chunk(parts), strict=True):
         sums.update(one, two)
     return sums
 
 
 def _stats(X: Tensor, X_d: Tensor) -> InputStats:
-    return _sums(X, X_d).rounded()
+    return _sums(X, X_d).to_stats()
 
 
 def _objective(W_hat: Tensor, W: Tensor, X: Tensor, X_d: Tensor, share: float, damping: float) -> Tensor:
@@ -41,12 +41,12 @@ def test_the_drift_is_the_sum_over_tokens_and_adds_up() -> None:
     X, X_d, _ = _inputs()
     expected = (X_d - X).double().T @ X.double()
     whole, parts = _sums(X, X_d), _sums(X[:90], X_d[:90]) + _sums(X[90:], X_d[90:], parts=3)
-    for stats in (whole.rounded(), parts.rounded()):
-        assert stats.drift is not None
-        torch.testing.assert_close(stats.drift.double(), expected, rtol=1e-5, atol=1e-3)
-    assert whole.rounded().is_finite()
+    for stats in (whole.to_stats(), parts.to_stats()):
+        assert stats.input_shift is not None
+        torch.testing.assert_close(stats.input_shift.double(), expected, rtol=1e-5, atol=1e-3)
+    assert whole.to_stats().is_finite()
     whole.update(X, torch.full_like(X, torch.nan))
-    assert not whole.rounded().is_finite()
+    assert not whole.to_stats().is_finite()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -111,7 +111,7 @@ def test_an_indefinite_gram_is_refused() -> None:
 def test_few_tokens_move_the_target_less_than_many() -> None:
     assert [target_damping(tokens) for tokens in (0, 1024, 16_384, 131_072, 10**8)] == [16_384, 16, 1, 0.125, 0.01]
     X, X_d, W = _inputs(tokens=512)
-    few, many = _stats(X, X_d), _sums(X.repeat(64, 1), X_d.repeat(64, 1)).rounded()
+    few, many = _stats(X, X_d), _sums(X.repeat(64, 1), X_d.repeat(64, 1)).to_stats()
     near, far = (
         float((shifted_weight(W, target_shift(stats, 1.0, target_damping(stats.tokens))) - W).norm())
         for stats in (few, many)

@@ -106,9 +106,9 @@ def test_the_scale_of_the_sums_does_not_matter(name: str, problem: str) -> None:
     weight, inputs = problem_of(problem)
     once = InputSums.of(inputs)
     twice = once + once
-    four_times = (twice + twice).rounded()
+    four_times = (twice + twice).to_stats()
     for pattern in select_within_budget(problem):
-        one, four = solve(name, weight, once.rounded(), pattern), solve(name, weight, four_times, pattern)
+        one, four = solve(name, weight, once.to_stats(), pattern), solve(name, weight, four_times, pattern)
         assert torch.equal(one.mask, four.mask)
         assert torch.equal(bits(one.weight), bits(four.weight))
 
@@ -121,7 +121,7 @@ def test_twice_the_tokens_change_nothing(name: str, problem: str) -> None:
     weight, inputs = problem_of(problem)
     once = InputSums.of(inputs)
     for pattern in select_within_budget(problem):
-        one, two = (solve(name, weight, sums.rounded(), pattern) for sums in (once, once + once))
+        one, two = (solve(name, weight, sums.to_stats(), pattern) for sums in (once, once + once))
         assert torch.equal(one.mask, two.mask)
         assert output_distance(one.weight, two.weight, inputs) < 1e-3
 

@@ -150,7 +150,7 @@ class _Collector:
         start = self._now()
         name = shared.sites[0].name
         count = self._received.get(name, 0)
-        dense = None if shared.sums.drift is None else self._by_window(self._twin(name, count, x))
+        dense = None if shared.sums.input_shift is None else self._by_window(self._twin(name, count, x))
         shared.sums.update(self._by_window(x), dense)
         self.seconds += self._now() - start
         self._received[name] = count + 1
@@ -196,7 +196,7 @@ def observe(
         device: where the forward runs and the sums live.
         groups: the sites to watch, as `discover` grouped them: each group shares one input and is called once in a
             batch. Without it all sites are watched, and who shares what is found out.
-        dense: the dense model's side of the same batches, needed for `Needs.DRIFT`.
+        dense: the dense model's side of the same batches, needed for `Needs.INPUT_SHIFT`.
         peers: processes that observe other windows: the answer then has the same inputs in the same order on all of
             them, each with the sums of its own windows.
 
@@ -211,7 +211,7 @@ def observe(
             leaders = [shared.sites[0] for shared in collector.shared]
             # In a mixture of experts a site may receive its first tokens in a late batch.
             strangers = [site for site in wanted if not collector.knows(site)]
-            if needs >= Needs.DRIFT:
+            if needs >= Needs.INPUT_SHIFT:
                 assert dense is not None, "the drift is measured against a dense stream"
                 names = {site.name for site in leaders + strangers if site.expert is None}
                 collector.dense = dense.received(names, batch, device, once=collector.may_stop) if names else {}

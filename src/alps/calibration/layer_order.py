@@ -39,12 +39,12 @@ def observations(
         order: `block` gives one answer; `sequential` one for every input, in the order of the forward (the inputs of
             all experts at once, first maps before second ones), and a last one for sites that the first batch did not
             reach.
-        dense: the dense model's side, needed for `Needs.DRIFT`.
+        dense: the dense model's side, needed for `Needs.INPUT_SHIFT`.
         peers: processes that observe other windows, see `observe`.
     """
     if not block.sites:
         return
-    wants_dense = dense is not None and needs >= Needs.DRIFT
+    wants_dense = dense is not None and needs >= Needs.INPUT_SHIFT
     if order == "block":
         if dense is not None and wants_dense:
             dense.record(_comparable(block.sites), device)

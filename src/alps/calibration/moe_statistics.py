@@ -58,7 +58,7 @@ class LayerInput:
     @property
     def stats(self) -> InputStats:
         """A fresh copy of the sums as solvers read them."""
-        return self.sums.rounded()
+        return self.sums.to_stats()
 
     @property
     def name(self) -> str:
@@ -130,7 +130,7 @@ def _inputs_of(name: str, shared: Sequence[LayerInput]) -> int:
 
 
 def _filled(one: LayerInput, pool: InputSums, missing: int, of: int, counted: bool) -> LayerInput:
-    added = pool.averaged(missing, of)
+    added = pool.rescaled(missing, of)
     return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), added=missing)
 
 

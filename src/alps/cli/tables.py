@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alps.checkpoints.manifest import Manifest
-from alps.core.formatting import format_peak_memory
+from alps.core.text_format import format_peak_memory
 from alps.reporting.publish import PAGE_NAME
 from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.run_report import INSIDE_SOLVE, RunReport, all_patterns, kept_sentence

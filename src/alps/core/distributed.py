@@ -126,14 +126,14 @@ class ProcessGroup:
             return
         tokens = torch.tensor([mine.tokens], dtype=torch.int64)
         with self._together():
-            for part in (tokens, *mine.parts()):
+            for part in (tokens, *mine.tensors()):
                 if owner is None:
                     dist.all_reduce(part)
                 else:
                     dist.reduce(part, dst=owner)
         mine.tokens = int(tokens)
         if owner not in (None, self.rank):
-            mine.clear()
+            mine.free()
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Give every process the values that `tensor` has on `source`, in place."""

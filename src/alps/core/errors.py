@@ -1,6 +1,6 @@
-"""What a user can get wrong, or a model can be: one sentence each, with what, where and the remedy.
+"""Errors that a user can correct, each with a message of one sentence: what is wrong, where, and what to do.
 
-The command line turns every `AlpsError` into one line on stderr and exit code 2.
+The command line prints every `AlpsError` as one line on stderr and exits with code 2.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 
 
 class AlpsError(Exception):
-    """Base of all errors that are the user's to mend; the message is complete without a traceback."""
+    """Base of all errors that a user can correct; the message is complete without a traceback."""
 
 
 class ConfigError(AlpsError):
-    """A setting, path or text that cannot be used as given."""
+    """A setting, path or text that cannot be used."""
 
 
 class UnsupportedModel(AlpsError):
-    """A model whose blocks or sites cannot be found or pruned."""
+    """A model whose blocks or layers cannot be found or pruned."""
 
 
 class SolveFailed(AlpsError):
-    """A layer problem without a usable answer; names the site and the remedy."""
+    """A layer problem without a usable solution; the message names the layer and the remedy."""
 
 
 class CheckpointError(AlpsError):
@@ -30,17 +30,17 @@ class CheckpointError(AlpsError):
 
 
 class RankLost(AlpsError):
-    """Another process of the run has ended or does not answer; says which, where, and what it said last."""
+    """Another process of the run has ended or hangs; the message names its rank, the stage, and its error if known."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line of at most 160 characters without a full stop."""
+    """Return the first line of an error's message, at most 160 characters, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
 
 
-def truncate(word: object) -> str:
-    """A name or value that a user gave, in at most 200 characters."""
-    text = str(word)
+def truncate(value: object) -> str:
+    """Return a name or value that a user gave as text of at most 200 characters."""
+    text = str(value)
     return text if len(text) <= 200 else f"{text[:190]}..."
 
 
@@ -50,16 +50,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def check_known(what: str, word: object, choices: Iterable[str]) -> None:
-    """Refuse a word that is none of `choices`.
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of `choices`.
 
     Args:
-        what: it is, as a sentence begins: `Budget`.
+        name: name of the setting, capitalised, with which the message begins.
+        value: to check.
+        choices: the valid values.
 
     Raises:
-        ConfigError: naming the choices, and the nearest of them.
+        ConfigError: listing the choices, and the nearest of them.
     """
-    known = list(choices)
-    if word not in known:
-        near = did_you_mean(str(word), known)
-        raise ConfigError(f"{what} '{truncate(word)}' is unknown: choose one of {', '.join(known)}.{near}")
+    valid = list(choices)
+    if value not in valid:
+        hint = did_you_mean(str(value), valid)
+        raise ConfigError(f"{name} '{truncate(value)}' is unknown: choose one of {', '.join(valid)}.{hint}")

@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence between two models' next-token distributions, a few rows of logits at a time."""
+"""Kullback-Leibler divergence between the next-token distributions of two models, computed in chunks of logits."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in float32 at once: 16 MB of each kind.
+# Logits that are converted to float32 at once: 16 MB of each model.
 _CHUNK = 2**22
 
 
 def kl_divergence(logits: Tensor, target: Tensor, count: int) -> Tensor:
-    """Sum over rows of KL(softmax(target) || softmax(logits)), in nats, divided by `count`.
+    """Return the sum over rows of KL(softmax(target) || softmax(logits)) in nats, divided by `count`.
 
-    Differentiable in `logits` only. Both are read in pieces: float32 copies of all rows never exist at once, and the
-    gradient, (softmax(logits) - softmax(target)) / count, is written in the dtype of the logits while they are read.
+    Differentiable in `logits` only. Logits are read in chunks, so that no float32 copy of all rows exists. The
+    gradient, (softmax(logits) - softmax(target)) / count, is computed in the same pass, in the dtype of the logits.
 
     Args:
-        logits: of the model that learns, (rows, vocabulary), any float dtype, finite.
-        target: of the model that teaches, the same shape; no gradient reaches it.
-        count: what to divide by: the rows of all parts of a batch that is fed in parts.
+        logits: of the student, shape (rows, vocabulary), any float dtype, finite.
+        target: logits of the teacher, same shape; it gets no gradient.
+        count: divisor; the rows of the whole batch when a batch is passed in several calls.
 
     Returns:
         Scalar; float64 for float64 logits, else float32.
@@ -31,6 +31,8 @@ def kl_divergence(logits: Tensor, target: Tensor, count: int) -> Tensor:
 
 
 class _ChunkedKL(torch.autograd.Function):
+    """Divergence of all rows, with its gradient computed in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, count: int) -> Tensor:
         exact = torch.promote_types(logits.dtype, torch.float32)
@@ -39,12 +41,12 @@ class _ChunkedKL(torch.autograd.Function):
         size = max(_CHUNK // logits.shape[1], 1)
         for start in range(0, len(logits), size):
             part = slice(start, start + size)
-            own = logits[part].to(exact).log_softmax(dim=1)
-            wanted = target[part].to(exact).log_softmax(dim=1)
-            probabilities = wanted.exp()
-            total += wanted.sub_(own).mul_(probabilities).sum(dtype=torch.float64)
+            student = logits[part].to(exact).log_softmax(dim=1)
+            teacher = target[part].to(exact).log_softmax(dim=1)
+            probabilities = teacher.exp()
+            total += teacher.sub_(student).mul_(probabilities).sum(dtype=torch.float64)
             if gradient is not None:
-                gradient[part] = own.exp_().sub_(probabilities).div_(count)
+                gradient[part] = student.exp_().sub_(probabilities).div_(count)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return (total / count).to(exact)

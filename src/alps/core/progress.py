@@ -1,4 +1,4 @@
-"""How a run tells where it is: a live bar on a terminal, plain lines elsewhere, nothing for callers of the API."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere, nothing for callers of the API."""
 
 from __future__ import annotations
 
@@ -11,41 +11,47 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress(Protocol):
-    """What the walk and the evaluation report to."""
+    """Receiver of the progress of a job with a known number of steps."""
 
     def start(self, title: str, total: int) -> None:
-        """A job of `total` steps begins."""
+        """Begin a job of `total` steps."""
 
     def step(self, detail: str) -> None:
-        """One step is done; `detail` says what it was."""
+        """Count one finished step; `detail` describes it."""
 
     def finish(self) -> None:
-        """The job is over, however it ended."""
+        """End the job, whether it succeeded or not."""
 
 
 class NoProgress:
-    """Reports to nobody."""
+    """Progress that is shown nowhere."""
 
     def start(self, title: str, total: int) -> None:
-        pass
+        """Do nothing."""
 
     def step(self, detail: str) -> None:
-        pass
+        """Do nothing."""
 
     def finish(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class ConsoleProgress:
-    """A bar with the remaining time on a terminal, at most a line every few seconds elsewhere."""
+    """Progress as a bar with the remaining time on a terminal, elsewhere as a line every few seconds.
+
+    Args:
+        console: to print on.
+        every_seconds: least time between two lines.
+    """
 
     def __init__(self, console: Console, every_seconds: float = 5.0) -> None:
-        self._console, self._every = console, every_seconds
+        self._console, self._every_seconds = console, every_seconds
         self._bar: RichProgress | None = None
         self._title, self._total, self._done = "", 0, 0
         self._started = self._printed = 0.0
 
     def start(self, title: str, total: int) -> None:
+        """Show the bar, or start the clock."""
         self._title, self._total, self._done = title, total, 0
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
@@ -61,12 +67,13 @@ class ConsoleProgress:
             self._bar.add_task(title, total=total, detail="")
 
     def step(self, detail: str) -> None:
+        """Advance the bar, or print a line when it is time."""
         self._done += 1
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], advance=1, detail=detail)
             return
         now = time.monotonic()
-        if now - self._printed >= self._every or self._done == self._total:
+        if now - self._printed >= self._every_seconds or self._done == self._total:
             self._printed = now
             left = (now - self._started) / self._done * (self._total - self._done)
             self._console.print(
@@ -76,6 +83,7 @@ class ConsoleProgress:
             )
 
     def finish(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,7 @@
-"""Sums over the calibration tokens of one layer input: all that `models` and `solvers` share."""
+"""Input statistics: sums over the calibration tokens that a layer receives, from which the solvers work.
+
+X is the matrix of those inputs, tokens as rows, shape (tokens, in); X_d is the same in the dense model.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +12,80 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-# Width of the column panels in which the Gram's upper triangle is summed: 58 % of the full product at
-# 1536 inputs, and still wide enough for a matrix product to run at full rate.
+# Height of the row panels in which the Gram's upper triangle is summed. At 1536 inputs they take 58 % of the work of
+# the full product, and are still high enough for matmul to run at full rate.
 _PANEL = 256
 
 
 class Needs(IntEnum):
-    """What a method has to know of a site's inputs; each level includes the ones below it."""
+    """Input statistics that a method reads; each level includes those below it."""
 
     NOTHING = 0
     MOMENTS = 1
     GRAM = 2
-    DRIFT = 3
+    INPUT_SHIFT = 3
 
 
 @dataclass
 class InputSums:
-    """What is collected of the inputs X of one or more sites, window by window; `rounded` gives what solvers read.
+    """Running sums of input statistics in float64; `to_stats` rounds them for the solvers.
 
-    The products of one window are float32's, and windows are added up in float64. There a sum of float32 numbers of
-    like size is exact: it is the same in whatever order, and by however many processes, the windows are added.
+    Products within one window are float32, and windows are added in float64. A float64 sum of float32 numbers of
+    similar size is exact, so that the result depends neither on the order of the windows nor on the number of
+    processes.
 
     Attributes:
         tokens: number of rows of X summed so far.
-        total, square: sums of the rows, and of the squared rows, shape (in,), float64.
-        panels: the upper triangle of the Gram X^T X, float64, in panels of 256 of its rows from their diagonal block
-            on; None where it was not asked for.
-        drift: (X_d - X)^T X, shape (in, in), float64, with the dense model's inputs X_d of the same tokens; None where
-            it was not asked for. The difference is summed, since it is what pruning has done so far: X_d^T X itself
-            would lose it in the rounding of X^T X.
+        total: sum of the rows, shape (in,), float64.
+        square: sum of the squared rows, shape (in,), float64.
+        panels: upper triangle of the Gram X^T X, float64, cut into panels of 256 rows; each panel begins with its
+            diagonal block. None when it is not collected.
+        input_shift: (X_d - X)^T X, shape (in, in), float64. None when it is not collected. The difference is summed
+            directly, because in X_d^T X - X^T X it would drown in rounding.
     """
 
     tokens: int
     total: Tensor
     square: Tensor
     panels: list[Tensor] | None
-    drift: Tensor | None = None
+    input_shift: Tensor | None = None
 
     @classmethod
     def zeros(cls, size: int, needs: Needs, device: torch.device | str = "cpu") -> InputSums:
-        """Empty sums for inputs of `size` features, with the Gram and the drift only where `needs` asks for them."""
+        """Create empty sums.
+
+        Args:
+            size: number of input features.
+            needs: decides if the Gram and the input shift are collected.
+            device: of all sums.
+        """
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         starts = range(0, size, _PANEL)
         panels = [empty(min(_PANEL, size - start), size - start) for start in starts] if needs >= Needs.GRAM else None
-        return cls(0, empty(size), empty(size), panels, empty(size, size) if needs >= Needs.DRIFT else None)
+        return cls(0, empty(size), empty(size), panels, empty(size, size) if needs >= Needs.INPUT_SHIFT else None)
 
     @classmethod
     def of(cls, inputs: Tensor, needs: Needs = Needs.GRAM) -> InputSums:
-        """The sums over some windows, shape (..., tokens, in)."""
+        """Sum over windows of inputs, shape (..., tokens, in)."""
         sums = cls.zeros(inputs.shape[-1], needs, inputs.device)
         sums.update(inputs)
         return sums
 
     def update(self, inputs: Tensor, dense: Tensor | None = None) -> None:
-        """Add the tokens of some windows, shape (..., tokens, in), any float dtype.
+        """Add the tokens of some windows.
 
         Args:
-            inputs: X, what the site receives.
-            dense: X_d, what it receives in the dense model, of the same shape; asked for with the drift only.
+            inputs: X, shape (..., tokens, in), any float dtype.
+            dense: X_d, same shape; required when the input shift is collected.
         """
-        assert self.drift is None or (dense is not None and dense.shape == inputs.shape)
+        assert self.input_shift is None or (dense is not None and dense.shape == inputs.shape)
         windows = _windows(inputs)
-        others = [None] * len(windows) if dense is None or self.drift is None else _windows(dense)
-        for window, other in zip(windows, others, strict=True):
-            self._add(window.to(torch.float32), None if other is None else other.to(torch.float32))
+        dense_windows = [None] * len(windows) if dense is None or self.input_shift is None else _windows(dense)
+        for window, dense_window in zip(windows, dense_windows, strict=True):
+            self._add(window.to(torch.float32), None if dense_window is None else dense_window.to(torch.float32))
 
     def _add(self, rows: Tensor, dense: Tensor | None) -> None:
         self.tokens += len(rows)
@@ -83,137 +93,144 @@ class InputSums:
         self.square += rows.square().sum(dim=0)
         for start, panel in zip(range(0, rows.shape[1], _PANEL), self.panels or (), strict=False):
             panel += rows[:, start : start + _PANEL].T @ rows[:, start:]
-        if self.drift is not None and dense is not None:
-            self.drift += (dense - rows).T @ rows
+        if self.input_shift is not None and dense is not None:
+            self.input_shift += (dense - rows).T @ rows
 
-    def parts(self) -> Iterator[Tensor]:
-        """All sums, the same number of them wherever the same was asked for."""
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all sums in a fixed order; sums created with the same size and needs yield equal shapes."""
         yield from (self.total, self.square, *(self.panels or ()))
-        if self.drift is not None:
-            yield self.drift
+        if self.input_shift is not None:
+            yield self.input_shift
 
     def __add__(self, other: InputSums) -> InputSums:
-        """The sums over both sets of tokens; both must hold the same sums."""
+        """Return the sums over both sets of tokens; both must have been created with the same size and needs."""
         added = self._scaled(1.0, self.tokens + other.tokens)
-        for part, its in zip(added.parts(), other.parts(), strict=True):
-            part += its
+        for tensor, addend in zip(added.tensors(), other.tensors(), strict=True):
+            tensor += addend
         return added
 
-    def averaged(self, tokens: int, of: int | None = None) -> InputSums:
-        """The sums of so many tokens that are each like the average of these; none of an empty set.
+    def rescaled(self, tokens: int, of: int | None = None) -> InputSums:
+        """Return the sums of `tokens` tokens that are all like the average one; zeros when there are none.
 
         Args:
-            tokens: how many.
-            of: tokens of which these are a part of the sums; None where they are all.
+            tokens: how many tokens the result stands for.
+            of: number of tokens behind these sums, when it differs from `self.tokens`.
         """
         count = self.tokens if of is None else of
         return self._scaled(tokens / count if count else 0.0, tokens)
 
-    def _scaled(self, share: float, tokens: int) -> InputSums:
-        panels = None if self.panels is None else [panel * share for panel in self.panels]
-        drift = None if self.drift is None else self.drift * share
-        return InputSums(tokens, self.total * share, self.square * share, panels, drift)
+    def _scaled(self, factor: float, tokens: int) -> InputSums:
+        panels = None if self.panels is None else [panel * factor for panel in self.panels]
+        input_shift = None if self.input_shift is None else self.input_shift * factor
+        return InputSums(tokens, self.total * factor, self.square * factor, panels, input_shift)
 
-    def rounded(self) -> InputStats:
-        """The same in float32, as solvers read it; these sums stay."""
+    def to_stats(self) -> InputStats:
+        """Round to float32 for the solvers; these sums stay valid."""
         panels = None if self.panels is None else list(self.panels)
-        return replace(self, panels=panels).released()
+        return replace(self, panels=panels).into_stats()
 
-    def released(self) -> InputStats:
-        """The same; what is large of these sums is let go piece by piece, so that both are never held at once."""
-        upper = drift = None
+    def into_stats(self) -> InputStats:
+        """Round to float32 for the solvers and free these sums, which must not be used afterwards.
+
+        Each float64 panel is freed as soon as it is rounded, so that sums and statistics are never both in memory.
+        """
+        upper = input_shift = None
         if self.panels is not None:
             upper = self.total.new_zeros(len(self.total), len(self.total), dtype=torch.float32)
             for start in range(0, len(upper), _PANEL):
                 upper[start : start + _PANEL, start:] = self.panels.pop(0)
-        if self.drift is not None:
-            drift = self.drift.float()
-        self.clear()
-        return InputStats(self.tokens, self.total.float(), self.square.float(), upper, drift)
+        if self.input_shift is not None:
+            input_shift = self.input_shift.float()
+        self.free()
+        return InputStats(self.tokens, self.total.float(), self.square.float(), upper, input_shift)
 
-    def clear(self) -> None:
-        """Let go of what is large: nobody is to read these sums any more."""
-        self.panels = self.drift = None
+    def free(self) -> None:
+        """Free the Gram and the input shift; the object must not be used afterwards."""
+        self.panels = self.input_shift = None
 
     @staticmethod
     def nbytes(size: int, needs: Needs) -> int:
-        """Bytes that the large ones of these sums take."""
+        """Return the bytes of the Gram and the input shift of `size` input features."""
         triangle = sum(min(_PANEL, size - start) * (size - start) for start in range(0, size, _PANEL))
-        return 8 * (triangle * (needs >= Needs.GRAM) + size * size * (needs >= Needs.DRIFT))
+        return 8 * (triangle * (needs >= Needs.GRAM) + size * size * (needs >= Needs.INPUT_SHIFT))
 
 
 @dataclass
 class InputStats:
-    """Sums over tokens of the inputs X of one or more sites, float32.
+    """Input statistics of one or more layers in float32, as the solvers read them.
 
     Attributes:
         tokens: number of rows of X.
         total: sum of the rows, shape (in,).
         square: sum of the squared rows, shape (in,); the diagonal of the Gram.
-        upper: the Gram X^T X, shape (in, in), of which only the upper triangle is valid; None where it
-            was not asked for. Read it through `gram()`.
-        drift: as in `InputSums`.
+        upper: Gram X^T X, shape (in, in), of which only the upper triangle is valid; read it through `gram()`. None
+            when it was not collected.
+        input_shift: (X_d - X)^T X, shape (in, in). None when it was not collected.
     """
 
     tokens: int
     total: Tensor
     square: Tensor
     upper: Tensor | None
-    drift: Tensor | None = None
+    input_shift: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: Tensor, needs: Needs = Needs.GRAM) -> InputStats:
-        """The sums over some inputs, shape (..., tokens, in)."""
-        return InputSums.of(inputs, needs).released()
+        """Compute the statistics of inputs, shape (..., tokens, in)."""
+        return InputSums.of(inputs, needs).into_stats()
 
     def gram(self) -> Tensor:
-        """A fresh symmetric copy of X^T X, shape (in, in), float32."""
+        """Return a new symmetric matrix X^T X, shape (in, in), float32."""
         assert self.upper is not None, "the Gram was not collected"
         gram = self.upper.clone()
         for start in range(0, len(gram), _PANEL):
             stop = start + _PANEL
-            gram[start:stop, start:stop] = _mirrored(gram[start:stop, start:stop])
+            gram[start:stop, start:stop] = _mirror(gram[start:stop, start:stop])
             gram[stop:, start:stop] = gram[start:stop, stop:].T
         return gram
 
     def energy(self, delta: Tensor) -> float:
-        """||X delta^T||_F^2 = tr(delta G delta^T) for delta (out, in) in float32; never negative.
+        """Return ||X delta^T||_F^2 = tr(delta G delta^T), never negative.
 
-        Products in float32, over the upper triangle alone; their sum in float64.
+        Reads the upper triangle of G only. Products are float32, their sum is float64.
+
+        Args:
+            delta: difference of two weights, shape (out, in), float32.
         """
         assert self.upper is not None, "the Gram was not collected"
         total = 0.0
         for start in range(0, len(self.upper), _PANEL):
             stop = start + _PANEL
-            mine, rest = delta[:, start:stop], delta[:, stop:]
-            # What lies right of the diagonal block stands for its mirror image below it as well.
-            product = mine @ _mirrored(self.upper[start:stop, start:stop])
-            product.addmm_(rest, self.upper[start:stop, stop:].T, alpha=2)
-            total += float(product.mul_(mine).sum(dtype=torch.float64))
+            left, right = delta[:, start:stop], delta[:, stop:]
+            product = left @ _mirror(self.upper[start:stop, start:stop])
+            # Entries right of the diagonal block count twice: for themselves and for their mirror image below it.
+            product.addmm_(right, self.upper[start:stop, stop:].T, alpha=2)
+            total += float(product.mul_(left).sum(dtype=torch.float64))
         return max(total, 0.0)
 
     def norms(self) -> Tensor:
-        """Euclidean norm of every input feature over the tokens, shape (in,)."""
+        """Return the Euclidean norm of every input feature over the tokens, shape (in,)."""
         return self.square.sqrt()
 
     def mean(self) -> Tensor:
-        """Mean of every input feature, shape (in,)."""
+        """Return the mean of every input feature, shape (in,)."""
         return self.total / max(self.tokens, 1)
 
     def variance(self) -> Tensor:
-        """Pooled variance of every input feature over all tokens, shape (in,); never negative."""
+        """Return the variance of every input feature over all tokens, shape (in,), never negative."""
         return (self.square / max(self.tokens, 1) - self.mean().square()).clamp_min(0)
 
     def is_finite(self) -> bool:
-        """Whether no sum has met or become a NaN or an infinity."""
-        sums = [self.total, self.square, self.upper, self.drift]
+        """Check that no sum holds a NaN or an infinity."""
+        sums = [self.total, self.square, self.upper, self.input_shift]
         return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
 
 
-def _mirrored(upper: Tensor) -> Tensor:
+def _mirror(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix with this upper triangle."""
     return upper.triu() + upper.triu(1).T
 
 
 def _windows(inputs: Tensor) -> Tensor:
-    """The same values, shape (windows, tokens, in)."""
+    """Reshape inputs (..., tokens, in) to (windows, tokens, in), without gradients."""
     return inputs.detach()[None] if inputs.ndim == 2 else inputs.detach().flatten(0, -3)

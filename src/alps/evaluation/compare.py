@@ -15,10 +15,10 @@ from pathlib import Path
 from alps.checkpoints.atomic_io import locked_directory, write_text
 from alps.core.device import pick_device
 from alps.core.errors import CheckpointError, SolveFailed
-from alps.core.formatting import dtype_name, format_duration
 from alps.core.memory import reset_peak_memory
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name, format_duration
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows

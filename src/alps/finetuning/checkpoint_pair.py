@@ -12,9 +12,9 @@ from torch import nn
 from alps.checkpoints.atomic_io import check_target, new_directory
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError
-from alps.core.formatting import dtype_name
 from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.demo_model import NAME as PACKAGED

@@ -18,11 +18,11 @@ from torch import nn
 
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError
-from alps.core.formatting import dtype_name
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import Text, load_text
 from alps.finetuning.checkpoint_pair import (

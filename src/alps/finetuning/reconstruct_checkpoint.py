@@ -18,11 +18,11 @@ from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.lm_head import Head
 from alps.core.device import exact_float32, pick_device
 from alps.core.errors import ConfigError
-from alps.core.formatting import dtype_name
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.finetuning.block_reconstruction import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 
 from alps.core.errors import ConfigError
-from alps.core.formatting import format_gib
 from alps.core.memory import peak_host_bytes
+from alps.core.text_format import format_gib
 from alps.inference.convert import packed_modules
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.packed_linear import PackedLinear

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.errors import CheckpointError
-from alps.core.formatting import dtype_name
+from alps.core.text_format import dtype_name
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from alps.calibration.layer_order import Order
 from alps.checkpoints.atomic_io import check_target
 from alps.core.device import pick_device
-from alps.core.errors import ConfigError, check_known
+from alps.core.errors import ConfigError, check_choice
 from alps.core.progress import NoProgress, Progress
 from alps.data.calibration import LoadedModel
 from alps.data.mixture import load_calibration
@@ -92,7 +92,7 @@ def prune(
     said |= {"channels": channels, "preset": preset}
     given = {name: value for name, value in said.items() if value is not None}
     steps = apply_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
-    check_known("Order", steps["order"], get_args(Order))
+    check_choice("Order", steps["order"], get_args(Order))
     recipe = PruneRecipe(
         method=chosen,
         pattern=wanted,

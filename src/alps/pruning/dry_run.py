@@ -12,8 +12,8 @@ from collections import Counter
 from torch import Tensor
 
 from alps.calibration.dense_reference import select_within_budget
-from alps.core.formatting import format_duration, format_size
 from alps.core.statistics import InputSums
+from alps.core.text_format import format_duration, format_size
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block
 from alps.pruning.pipeline import BlockPruner

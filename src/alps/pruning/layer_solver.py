@@ -12,9 +12,9 @@ from torch import Tensor
 
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import SolveFailed
+from alps.core.phase_timer import PhaseTimer
 from alps.core.progress import Progress
 from alps.core.statistics import InputStats
-from alps.core.timing import PhaseTimer
 from alps.models.blocks import Block
 from alps.models.sites import Site
 from alps.reporting.run_report import LayerRecord, solve_record
@@ -65,11 +65,11 @@ class LayerSolver:
         shown = block.index in self.shown and not shared.sites[0].expert
         shift, method = None, self.method.traced() if shown else self.method
         with self.phases.measure("prepare"):
-            stats = shared.sums.released()
+            stats = shared.sums.into_stats()
             _check(stats, block, shared)
         with self.phases.measure("prepare"), _naming(shared.sites):
             state = method.prepare(stats)
-            if stats.drift is not None:
+            if stats.input_shift is not None:
                 shift = target_shift(stats, self.target, target_damping(stats.tokens))
         for index, site in enumerate(shared.sites):
             aim = site.read().to(torch.float32).clone()

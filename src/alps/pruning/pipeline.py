@@ -26,9 +26,9 @@ from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error
+from alps.core.phase_timer import PhaseTimer
 from alps.core.progress import NoProgress, Progress
 from alps.core.statistics import InputSums, Needs
-from alps.core.timing import PhaseTimer
 from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
 from alps.models.blocks import Block, on_device
 from alps.pruning.layer_rules import Rules
@@ -102,7 +102,7 @@ class BlockPruner:
     def needs(self) -> Needs:
         """What is collected of every input."""
         if self.target:
-            return Needs.DRIFT
+            return Needs.INPUT_SHIFT
         return Needs.GRAM if self.measure_errors else self.method.needs
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alps.core.errors import check_known
+from alps.core.errors import check_choice
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET
 
 PAPER = "paper"
@@ -44,7 +44,7 @@ def apply_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool)
         ConfigError: for a preset that is no name of `PRESETS`.
     """
     name = given.get("preset", PAPER)
-    check_known("Preset", name, PRESETS)
+    check_choice("Preset", name, PRESETS)
     steps = dict(PRESETS[name])
     if semi_structured:
         steps["budget"] = "uniform"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from alps.core.errors import ConfigError, check_known
+from alps.core.errors import ConfigError, check_choice
 from alps.core.statistics import Needs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.pruning.layer_rules import Rules
@@ -52,8 +52,8 @@ class PruneRecipe:
             ConfigError: for an unknown allocation or row weight, or one for which the pattern or the method leaves no
                 room.
         """
-        check_known("Allocation", self.allocation, ALLOCATIONS)
-        check_known("Row weights", self.row_weights, get_args(RowWeights))
+        check_choice("Allocation", self.allocation, ALLOCATIONS)
+        check_choice("Row weights", self.row_weights, get_args(RowWeights))
         unstructured = isinstance(self.pattern, Unstructured)
         if self.allocation != "uniform" and not unstructured:
             raise ConfigError(
@@ -75,7 +75,7 @@ class PruneRecipe:
     def needs(self) -> Needs:
         """Input statistics that have to be collected for every layer."""
         if self.dense_target:
-            return Needs.DRIFT
+            return Needs.INPUT_SHIFT
         return Needs.GRAM if self.measure_error else self.method.needs
 
     @property

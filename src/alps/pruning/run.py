@@ -11,10 +11,10 @@ from alps.checkpoints.atomic_io import new_directory
 from alps.checkpoints.journal import Journal
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.formatting import dtype_name
 from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.progress import NoProgress, Progress
 from alps.core.provenance import provenance
+from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel
 from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows

@@ -64,7 +64,7 @@ def profile_sites(
     for block in blocks:
         with on_device(block, device):
             for shared in observe(block, inputs, Needs.GRAM, device).shared:
-                stats = shared.sums.released()
+                stats = shared.sums.into_stats()
                 diagonal, norms = inverse_diagonal(stats, _DAMPING), stats.norms()
                 for site in shared.sites:
                     weight = site.read().float()

@@ -17,7 +17,7 @@ from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import observations
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
-from alps.core.timing import PhaseTimer
+from alps.core.phase_timer import PhaseTimer
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block, on_device
 from alps.pruning.pipeline import BlockPruner

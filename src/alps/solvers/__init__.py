@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from alps.core.errors import ConfigError, check_known
+from alps.core.errors import ConfigError, check_choice
 from alps.solvers.admm import EFFORTS
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
@@ -36,9 +36,9 @@ def get_method(name: str, refit: bool = False, effort: str = "normal") -> Method
     Raises:
         ConfigError: for a name or an effort that does not exist, or what the method does not know.
     """
-    check_known("Method", name, METHODS)
+    check_choice("Method", name, METHODS)
     method = METHODS[name]()
-    check_known("Effort", effort, EFFORTS)
+    check_choice("Effort", effort, EFFORTS)
     if effort != "normal":
         if not isinstance(method, Alps):
             raise ConfigError(

@@ -52,13 +52,13 @@ def target_shift(stats: InputStats, share: float, fraction: float) -> Tensor:
     Raises:
         SolveFailed: when the Hessian is not positive definite.
     """
-    assert stats.drift is not None, "the drift was not collected"
+    assert stats.input_shift is not None, "the input shift was not collected"
     hessian, _ = damped(stats, fraction)
     # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
     factor, failed = torch.linalg.cholesky_ex(hessian.double())
     if int(failed):
         raise SolveFailed("the Hessian is not positive definite: raise the damping, or use --target pruned")
-    return share * torch.cholesky_solve(stats.drift.double().T, factor).T.float()
+    return share * torch.cholesky_solve(stats.input_shift.double().T, factor).T.float()
 
 
 def shifted_weight(weight: Tensor, shift: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alps.core.formatting import dtype_name, format_duration, format_gib, format_peak_memory, format_size
+from alps.core.text_format import dtype_name, format_duration, format_gib, format_peak_memory, format_size
 
 
 def test_dtypes_have_no_module() -> None:

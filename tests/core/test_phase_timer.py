@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from alps.core.timing import PhaseTimer
+from alps.core.phase_timer import PhaseTimer
 
 
 @dataclass
