@@ -81,7 +81,7 @@ def table(runs: dict[str, Runs]) -> str:
         cells = [f"{walls[method]:.1f}", *(f"{walls[method] / walls[other]:.2f}" for other in runs)]
         for phase in _PHASES:
             cells.append(f"{statistics.median(r['seconds'].get(phase, 0.0) for r in found.reports):.1f}")
-        errors = [site["error"] for site in found.reports[0]["sites"]]
+        errors = [site["error"] for site in found.reports[0]["layers"]]
         cells.append(f"{statistics.mean(errors):.4f}")
         cells.append(f"{max(r['peak_host_bytes'] for r in found.reports) / 2**30:.2f}")
         rows.append([method, *cells])

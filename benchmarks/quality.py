@@ -80,13 +80,13 @@ def _pruned(
     cpu_seconds = time.process_time() - start
     if options.save:
         write(loaded, report, Path(options.save) / f"{method}-{pattern}-{seed}".replace(":", "of"))
-    worse = [s.name for s in report.sites if (s.error or 0) > (s.magnitude_error or 0)]
+    worse = [s.name for s in report.layers if (s.error or 0) > (s.magnitude_error or 0)]
     return {
         "sparsity": report.sparsity,
         "mean_error": report.mean_error,
         "mean_magnitude_error": report.mean_magnitude_error,
         "sites_above_magnitude": len(worse),
-        "sites": len(report.sites),
+        "layers": len(report.layers),
         "seconds": report.seconds,
         "cpu_seconds": cpu_seconds,
         "peak_host_bytes": report.peak_host_bytes,

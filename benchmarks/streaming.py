@@ -46,7 +46,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     print(
         f"| {size / 1e9:.2f} | {options.limit:.2f} | {size / 1e9 / options.limit:.1f} | {peaks[0] / 1e9:.2f} | "
-        f"{peaks[1] / 1e9:.2f} | {len(report['sites'])} | {report['summary']['sparsity']:.4f} | {seconds:.0f} |"
+        f"{peaks[1] / 1e9:.2f} | {len(report['layers'])} | {report['summary']['sparsity']:.4f} | {seconds:.0f} |"
     )
     assert written == size
     print(f"\n{options.method}, {options.samples} x {options.seqlen} tokens; {report['versions']}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from alps.core.yaml_io import read_yaml
-from alps.reporting.compare_results import DENSE, Result, spread
+from alps.reporting.compare_results import DENSE, Result, mean_std
 from alps.reporting.markdown_tables import summary
 from layers import markdown
 from paper.recipe import Strict
@@ -83,7 +83,7 @@ def _means(results: Sequence[Result]) -> dict[str, dict[str, float]]:
         for task in result.tasks:
             if "acc" in task.metrics:
                 row.setdefault(task.task, []).append(100 * task.metrics["acc"].value)
-    return {method: {name: spread(values).mean for name, values in row.items()} for method, row in found.items()}
+    return {method: {name: mean_std(values).mean for name, values in row.items()} for method, row in found.items()}
 
 
 def _ratio(one: float | None, other: float | None) -> str:

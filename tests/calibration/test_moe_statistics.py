@@ -122,7 +122,7 @@ def test_the_sums_are_those_of_the_tokens_routed_there_filled_up_by_the_rule(
         assert one.tokens == len(x) and len(pool) == many.numel()
         assert one.stats.tokens == max(len(x), MIN_TOKENS_PER_INPUT * site.shape[1])
         _assert_sums(one.stats, _sums(x, pool))
-        starving += one.added > 0
+        starving += one.pooled_tokens > 0
         sites.pop(site.name)
     assert not sites and starving > 0
 
@@ -171,11 +171,13 @@ def test_an_expert_without_a_token_gets_the_pool_alone(many: Tensor) -> None:
     assert [one.sites[0].name for one in empty] == [f"{prefix}.gate_up_proj.3", f"{prefix}.down_proj.3"]
     for one in empty:
         pool = everything[one.sites[0].name]
-        assert one.stats.tokens == one.added == MIN_TOKENS_PER_INPUT * pool.shape[1]
+        assert one.stats.tokens == one.pooled_tokens == MIN_TOKENS_PER_INPUT * pool.shape[1]
         _assert_sums(one.stats, _sums(pool[:0], pool))
     report = alps.prune(model, 0.6, calibration=many, order="sequential")
-    records = {site.name: site for site in report.sites}
-    assert records[f"{prefix}.down_proj.3"].tokens == 0 and all(s.zeros == round(0.6 * s.entries) for s in report.sites)
+    records = {site.name: site for site in report.layers}
+    assert records[f"{prefix}.down_proj.3"].tokens == 0 and all(
+        s.zeros == round(0.6 * s.entries) for s in report.layers
+    )
 
 
 def _mixtral_inputs(model: Any, ids: Tensor, layer: int) -> dict[str, Tensor]:
@@ -212,7 +214,7 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
     pruned, prefix = decoder("mixtral"), decoder("mixtral")
     report = alps.prune(pruned, 0.6, method, calibration=many, target=target)
     solver: Method = get_method(method)
-    records = {site.name: site for site in report.sites}
+    records = {site.name: site for site in report.layers}
     answers = {site.name: site.read() for block in find_blocks(pruned) for site in block.sites}
     for block in find_blocks(prefix):
         inputs = _mixtral_inputs(prefix, many, block.index)
@@ -237,7 +239,7 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
 def test_sequential_order_prunes_second_maps_on_what_pruned_first_ones_make(many: Tensor) -> None:
     pruned, prefix = decoder("mixtral"), decoder("mixtral")
     report = alps.prune(pruned, 0.6, "magnitude", calibration=many, order="sequential")
-    mine = [site for site in report.sites if site.block == 0 and site.expert is not None]
+    mine = [site for site in report.layers if site.block == 0 and site.expert is not None]
     assert [site.kind for site in mine] == ["experts.gate_up_proj"] * 4 + ["experts.down_proj"] * 4
     answers, dense = _slices(pruned), _slices(prefix)
     before = _mixtral_inputs(prefix, many, 0)
@@ -266,11 +268,11 @@ def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
     many[0] = 7
     first = {one.sites[0].name for one in _seen(decoder("qwen3_moe"), many[:1], needs=Needs.MOMENTS) if not one.tokens}
     report = alps.prune(model, 0.5, "wanda", calibration=many, order=order)
-    records = {site.name: site for site in report.sites}
-    assert first and all(records[name].tokens for name in first) and len(report.sites) == 48
+    records = {site.name: site for site in report.layers}
+    assert first and all(records[name].tokens for name in first) and len(report.layers) == 48
     for block in range(4):
         for part in ("gate_up_proj", "down_proj"):
-            tokens = [s.tokens or 0 for s in report.sites if s.block == block and s.kind == f"experts.{part}"]
+            tokens = [s.tokens or 0 for s in report.layers if s.block == block and s.kind == f"experts.{part}"]
             assert len(tokens) == 4 and sum(tokens) == 2 * many.numel()
 
 
@@ -278,7 +280,7 @@ def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
 def test_magnitude_needs_no_tokens(kind: str) -> None:
     model, dense = decoder(kind), _slices(decoder(kind))
     report = alps.prune(model, 0.5, "magnitude", measure_errors=False)
-    assert all(site.tokens is None and site.added == 0 for site in report.sites)
+    assert all(site.tokens is None and site.pooled_tokens == 0 for site in report.layers)
     for name, site in _slices(model).items():
         before = dense[name].read()
         cut = before.abs().flatten().sort().values[site.entries // 2 - 1]
@@ -302,7 +304,7 @@ def test_matching_tunes_experts_and_leaves_zeros_and_routers_alone(kind: str, ma
     before, plain, matched = decoder(kind), decoder(kind), decoder(kind)
     alps.prune(plain, 0.5, **settings)
     report = alps.prune(matched, 0.5, match=1, **settings)
-    assert any(row.after < row.before for row in report.matches)
+    assert any(row.after < row.before for row in report.reconstructions)
     first = find_blocks(plain)[0].name
     tuned = 0
     for name, parameter in matched.named_parameters():
@@ -349,7 +351,7 @@ def test_half_precision_experts_get_exact_zeros(kind: str, dtype: torch.dtype, m
         assert site.dtype == dtype and int((site.read() == 0).sum()) == round(0.6 * site.entries), name
         assert bool(site.read().isfinite().all()) and not torch.equal(site.read(), dense[name].read())
     assert report.mean_error is not None and 0 < report.mean_error < 0.2
-    assert any(site.added for site in report.sites)
+    assert any(site.pooled_tokens for site in report.layers)
 
 
 class _Experts(nn.Module):
@@ -403,7 +405,7 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
     (warning,) = [line for line in lines if line.startswith("WARNING")]
     starving = {
         (s.block, s.expert)
-        for s in report.sites
+        for s in report.layers
         if s.tokens is not None and s.tokens < MIN_TOKENS_PER_INPUT * s.shape[1]
     }
     starving = {pair for pair in starving if pair[1] is not None}
@@ -413,12 +415,12 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
     )
     assert "0 for 32 inputs (model.layers.1.mlp.experts.gate_up_proj.3)" in warning
     assert any(line.startswith("Note: the experts were pruned with --target pruned") for line in lines)
-    noted = {site.name for site in report.sites if any("were routed here" in note for note in site.solve["notes"])}
-    assert noted == {site.name for site in report.sites if site.added}
+    noted = {site.name for site in report.layers if any("were routed here" in note for note in site.solve["notes"])}
+    assert noted == {site.name for site in report.layers if site.pooled_tokens}
 
     augment_undersampled = alps.prune(decoder("gpt_oss"), 0.6, "wanda", calibration=many.repeat(20, 1))
     assert (
-        not any(site.added for site in augment_undersampled.sites)
+        not any(site.pooled_tokens for site in augment_undersampled.layers)
         and "WARNING" not in prune_summary(augment_undersampled, tmp_path).plain
     )
 

@@ -44,8 +44,8 @@ def test_demo_compares_the_methods_and_leaves_a_checkpoint(tmp_path: Path) -> No
 
     report = json.loads((tmp_path / "alps-demo" / "report.json").read_text())
     assert report["summary"]["sparsity"] == pytest.approx(0.7, abs=1e-5)
-    assert len(report["sites"]) == 210
-    assert all(site["error"] < site["magnitude_error"] for site in report["sites"])
+    assert len(report["layers"]) == 210
+    assert all(site["error"] < site["magnitude_error"] for site in report["layers"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "alps-demo")
     weight = model.model.layers[7].mlp.down_proj.weight
     assert weight.dtype is torch.bfloat16

@@ -119,8 +119,8 @@ def test_yaml_settings_are_read_overridden_and_saved(
     report = json.loads((out / "report.json").read_text())
     assert report["pattern"] == "60%"
     assert report["calibration"]["windows"] == 4
-    assert {site["solve"]["refit_steps"] for site in report["sites"]} == {3}
-    assert report["sites"][0]["solve"]["trace"][0]["rho"] == 0.2
+    assert {site["solve"]["refit_steps"] for site in report["layers"]} == {3}
+    assert report["layers"][0]["solve"]["trace"][0]["rho"] == 0.2
     again = text.parent / "again"
     assert run_alps(monkeypatch, "prune", stories, again, "--config", out / "alps.yaml") == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
@@ -292,7 +292,7 @@ def test_recover_keeps_the_zeros_that_inspect_counts(
     for folder in (pruned, out):
         assert run_alps(monkeypatch, "inspect", folder, "--json") == 0
         found = json.loads(capsys.readouterr().out)
-        zeros.append([(site["name"], site["zeros"]) for site in found["sites"]])
+        zeros.append([(site["name"], site["zeros"]) for site in found["layers"]])
     assert zeros[0] == zeros[1] and sum(count for _, count in zeros[0]) == 158_600
 
 

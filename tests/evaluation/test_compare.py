@@ -59,8 +59,8 @@ def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, stories: Pa
     dense = load(str(stories))
     for number, result in enumerate(results[1:]):
         single = prune_directory(PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress())
-        assert [(s.name, s.error, s.magnitude_error, s.zeros) for s in single.sites] == [
-            (s.name, s.error, s.magnitude_error, s.zeros) for s in result.sites
+        assert [(s.name, s.error, s.magnitude_error, s.zeros) for s in single.layers] == [
+            (s.name, s.error, s.magnitude_error, s.zeros) for s in result.layers
         ]
         assert (single.calibration, single.mean_error) == (result.calibration, result.mean_error)
         loaded = load(str(tmp_path / f"one{number}"))

@@ -188,7 +188,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         "compare": Target(_COMPARE, _file("c.yaml", _comparison)),
         "results": Target(f"{_RESULT}\n{_RESULT}\n", _file("results.jsonl", read_results)),
         "report": Target(
-            '{"summary": {}, "model": "m", "sites": []}', _file("report.json", lambda p: RunReport.read(p.parent))
+            '{"summary": {}, "model": "m", "layers": []}', _file("report.json", lambda p: RunReport.read(p.parent))
         ),
     }
 

@@ -235,7 +235,7 @@ def test_a_walk_aims_at_the_share_it_is_told(tiny_model: Callable[..., Any]) -> 
         model = tiny_model("llama")
         options: dict[str, Any] = {"match": 1, "match_target": share, "measure_errors": False}
         report = alps.prune(model, 0.6, "magnitude", calibration=ids, **options)
-        before.append([match.before for match in report.matches])
+        before.append([match.before for match in report.reconstructions])
     first, second, _ = zip(*before, strict=True)
     # Both sides of the first block receive the same: all shares are one there.
     assert first[0] == first[1] == first[2]

@@ -312,13 +312,13 @@ def test_the_report_extends_that_of_the_pruned_directory(
     for source, target in ((first, second), (second, third)):
         distill_directory(str(stories), str(source), target, settings(steps=3, samples=16), NoProgress())
     report = RunReport.read(third)
-    assert report is not None and len(report.recovery) == 2
-    assert report.model_copy(update={"recovery": []}) == earlier
-    assert report.recovery[0].kl_after == pytest.approx(report.recovery[1].kl_before, rel=1e-6)
-    assert report.recovery[1].kl_after < report.recovery[1].kl_before
+    assert report is not None and len(report.distillations) == 2
+    assert report.model_copy(update={"distillations": []}) == earlier
+    assert report.distillations[0].kl_after == pytest.approx(report.distillations[1].kl_before, rel=1e-6)
+    assert report.distillations[1].kl_after < report.distillations[1].kl_before
     card = (third / "README.md").read_text()
     assert card == model_card(report, page=True) and "Recovered by distillation, not one-shot." in card
-    assert f"| {report.recovery[1].kl_before:.4f} | {report.recovery[1].kl_after:.4f} |" in card
+    assert f"| {report.distillations[1].kl_before:.4f} | {report.distillations[1].kl_after:.4f} |" in card
     assert "one-shot" not in (first / "README.md").read_text()
     assert [check.violations for check in inspect(str(third)).checks] == [0]
     one, other = (load_file(folder / "model.safetensors") for folder in (first, third))
@@ -340,5 +340,9 @@ def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
     )
     assert RunReport.read(tmp_path / "out") == report
     assert (report.method, report.pattern, report.mean_error) == ("unknown", claimed, None)
-    assert report.zeros == report.recovery[0].zeros == sum(site.zeros for site in inspect(str(tmp_path / "out")).sites)
+    assert (
+        report.zeros
+        == report.distillations[0].zeros
+        == sum(site.zeros for site in inspect(str(tmp_path / "out")).layers)
+    )
     assert [row.name for row in report.dense] == ["model.embed_tokens.weight"]

@@ -230,15 +230,17 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
         reconstruct_directory(str(stories), str(folder), target, settings, NoProgress())
     report = RunReport.read(third)
     assert report is not None
-    assert report.model_copy(update={"matches": [], "match_runs": []}) == earlier
-    assert [record.block for record in report.matches] == [*range(5), *range(5)]
-    assert [run.calibration.seed for run in report.match_runs] == [0, 7]
-    assert [run.calibration.parts[0].windows for run in report.match_runs] == [8, 8]
+    assert report.model_copy(update={"reconstructions": [], "reconstruction_runs": []}) == earlier
+    assert [record.block for record in report.reconstructions] == [*range(5), *range(5)]
+    assert [run.calibration.seed for run in report.reconstruction_runs] == [0, 7]
+    assert [run.calibration.parts[0].windows for run in report.reconstruction_runs] == [8, 8]
     assert report.calibration is not None and report.calibration.windows == 4
     card = (third / "README.md").read_text()
     assert card == model_card(report, page=True) and "**Blocks matched.**" in card
     assert "pruning left everything else unchanged" in card
-    for run, rows in zip(report.match_runs, (report.matches[:5], report.matches[5:]), strict=True):
+    for run, rows in zip(
+        report.reconstruction_runs, (report.reconstructions[:5], report.reconstructions[5:]), strict=True
+    ):
         before, after = (sum(values) / 5 for values in ([r.before for r in rows], [r.after for r in rows]))
         assert f"sha256 {run.calibration.sha256[:12]} | {before:.4f} | {after:.4f} |" in card
     assert "matched" not in (first / "README.md").read_text()
@@ -254,7 +256,7 @@ def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
     report = reconstruct_directory(*pair, settings, NoProgress())
     assert RunReport.read(tmp_path / "out") == report
     assert (report.method, report.pattern, report.calibration) == ("unknown", "2:4", None)
-    assert report.zeros == report.match_runs[0].zeros == 226_560 // 2 and len(report.matches) == 5
+    assert report.zeros == report.reconstruction_runs[0].zeros == 226_560 // 2 and len(report.reconstructions) == 5
 
 
 def test_the_command_end_to_end(
@@ -271,14 +273,14 @@ def test_the_command_end_to_end(
     assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err
     report = json.loads((out / "report.json").read_text())
-    assert [ReconstructionRecord.model_validate(row).steps for row in report["matches"]] == [2] * 5
-    run = ReconstructionRun.model_validate(report["match_runs"][0])
+    assert [ReconstructionRecord.model_validate(row).steps for row in report["reconstructions"]] == [2] * 5
+    run = ReconstructionRun.model_validate(report["reconstruction_runs"][0])
     assert (run.epochs, run.target, run.rate) == (2, 0.0, 0.003)
     assert (run.calibration.windows, run.calibration.seqlen) == (40, 32)
     found = []
     for folder in (pruned, out):
         assert run_alps(monkeypatch, "inspect", folder, "--json") == 0
-        found.append([(site["name"], site["zeros"]) for site in json.loads(capsys.readouterr().out)["sites"]])
+        found.append([(site["name"], site["zeros"]) for site in json.loads(capsys.readouterr().out)["layers"]])
     assert found[0] == found[1]
 
 

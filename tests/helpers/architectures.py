@@ -105,9 +105,9 @@ def examine(kind: str) -> Row:
     start = time.perf_counter()
     report = alps.prune(model, 0.6, calibration=ids)
     seconds = time.perf_counter() - start
-    assert all(site.zeros == round(0.6 * site.entries) for site in report.sites)
-    names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.sites if site.expert is None)
-    experts = Counter(site.kind for site in report.sites if site.expert is not None)
+    assert all(site.zeros == round(0.6 * site.entries) for site in report.layers)
+    names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.layers if site.expert is None)
+    experts = Counter(site.kind for site in report.layers if site.expert is not None)
     parts = [f"`{name}`{_often(count, len(blocks))}" for name, count in names.items()]
     parts += [f"`{name}` of every expert" for name in experts]
     reasons = Counter(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from alps.reporting.compare_results import DENSE, Check, Continuation, Result, SiteResult
+from alps.reporting.compare_results import DENSE, Continuation, LayerResult, Result, SupportCheck
 from alps.reporting.records import (
     CalibrationPart,
     CalibrationRecord,
@@ -83,7 +83,7 @@ def comparison(
                         sparsity=share,
                         mean_error=0.01 * worse,
                         mean_magnitude_error=0.04 * worse,
-                        sites=_sites(method, share, blocks, worse, draw),
+                        layers=_sites(method, share, blocks, worse, draw),
                         evaluations=[_compared(record, worse) for record in records],
                         tasks=_tasks(tasks, 0.7 - share / 5),
                         continuations=[c.model_copy(update={"text": f"{c.text} {method}"}) for c in said],
@@ -123,14 +123,14 @@ def _tasks(names: Sequence[str], value: float) -> list[TaskRecord]:
     ]
 
 
-def _sites(method: str, share: float, blocks: int, worse: float, draw: random.Random) -> list[SiteResult]:
+def _sites(method: str, share: float, blocks: int, worse: float, draw: random.Random) -> list[LayerResult]:
     sites = []
     for block in range(blocks):
         for kind in KINDS:
             zeros = share if method != "best" else min(share + draw.uniform(-0.1, 0.1), 0.99)
             error = 0.01 * worse * draw.lognormvariate(0, 0.8) * (1 + block / blocks)
             sites.append(
-                SiteResult(
+                LayerResult(
                     name=f"model.layers.{block}.{'mlp' if len(kind) > 6 else 'self_attn'}.{kind}",
                     block=block,
                     kind=kind,
@@ -147,7 +147,7 @@ def _sites(method: str, share: float, blocks: int, worse: float, draw: random.Ra
     return sites
 
 
-def _trace(restarts: bool, error: float) -> list[Check]:
+def _trace(restarts: bool, error: float) -> list[SupportCheck]:
     """Checks every three iterations; the penalty grows, and with `restarts` begins anew once."""
     checks = []
     rho, change, gap = 0.1, 9000, 0.5
@@ -156,7 +156,7 @@ def _trace(restarts: bool, error: float) -> list[Check]:
             rho, change, gap = 0.02, 9000, 0.6
         last = number == 30
         checks.append(
-            Check(
+            SupportCheck(
                 iteration=3 * number, rho=rho, support_change=0 if last else change, gap=gap,
                 error=error * (1 + 0.5 * gap),
             )

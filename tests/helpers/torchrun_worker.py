@@ -41,9 +41,9 @@ def main() -> None:
         weights = [float(parameter.double().abs().sum()) for parameter in loaded.model.parameters()]
         same = len(set(map(tuple, group.all_gather_object(weights)))) == 1
         if group.is_main:
-            sites = [(s.name, s.tokens, s.added, s.zeros, s.error) for s in report.sites]
-            matches = [match.model_dump() for match in report.matches]
-            print(json.dumps({"sites": sites, "same": same, "weights": weights, "matches": matches}))
+            layers = [(s.name, s.tokens, s.pooled_tokens, s.zeros, s.error) for s in report.layers]
+            reconstructions = [record.model_dump() for record in report.reconstructions]
+            print(json.dumps({"layers": layers, "same": same, "weights": weights, "reconstructions": reconstructions}))
 
 
 if __name__ == "__main__":

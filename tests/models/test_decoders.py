@@ -63,7 +63,7 @@ def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids:
     report = alps.prune(model, 0.6, calibration=ids)
     maps = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     inside = tuple(f"{block.name}." for block in find_blocks(model))
-    pruned = {site.name for site in report.sites}
+    pruned = {site.name for site in report.layers}
     told = {row.name: row.reason for row in report.dense}
     counted = 0
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids:
             assert torch.equal(parameter, before[name]), name
             if name.startswith(inside) and parameter.ndim > 1:
                 assert told[name] == "router of a mixture of experts" or (owner not in maps and "bias" in name), name
-    assert counted == len(report.sites)
+    assert counted == len(report.layers)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert bool(torch.isfinite(logits).all())
@@ -94,8 +94,8 @@ def test_the_best_preset_runs_on_mixtures_of_experts(kind: str, ids: Tensor) -> 
     model = decoder(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     report = alps.prune(model, 0.6, calibration=ids, order="sequential", target=0.4, match=1, budget="sensitivity")
-    assert report.zeros == sum(round(0.6 * site.entries) for site in report.sites)
-    zeros = {site.name: site.zeros for site in report.sites}
+    assert report.zeros == sum(round(0.6 * site.entries) for site in report.layers)
+    zeros = {site.name: site.zeros for site in report.layers}
     sites = [site for block in find_blocks(model) for site in block.sites]
     assert {site.name: int((site.read() == 0).sum()) for site in sites} == zeros
     routers = [name for name in before if "router" in name or ".gate." in name]
@@ -113,11 +113,13 @@ def test_mixtures_of_experts_come_back_from_a_directory_to_the_bit(kind: str, id
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
     findings = inspect(str(out))
-    assert {site.name: site.zeros for site in findings.sites} == {site.name: site.zeros for site in report.sites}
+    assert {site.name: site.zeros for site in findings.layers} == {site.name: site.zeros for site in report.layers}
     assert [(check.pattern, check.violations) for check in findings.checks] == [("2:4", 0)]
     assert not any(row.reason == "no zeros in it" for row in findings.dense)
     read = RunReport.read(out)
-    assert read is not None and [(s.tokens, s.added) for s in read.sites] == [(s.tokens, s.added) for s in report.sites]
+    assert read is not None and [(s.tokens, s.pooled_tokens) for s in read.layers] == [
+        (s.tokens, s.pooled_tokens) for s in report.layers
+    ]
 
 
 @pytest.mark.parametrize("kind", MOE)

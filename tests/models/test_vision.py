@@ -49,10 +49,10 @@ def test_the_text_decoder_is_pruned_exactly_and_all_else_keeps_its_bits(
 ) -> None:
     model, dense, inside = vision_model(kind), vision_model(kind), f"{VISION[kind][1]}."
     report = alps.prune(model, 0.6, calibration=ids.clamp_max(59), **settings)
-    assert report.zeros == sum(round(0.6 * record.entries) for record in report.sites) and len(report.sites) == 3 * 7
-    assert all(record.name.startswith(inside) for record in report.sites)
+    assert report.zeros == sum(round(0.6 * record.entries) for record in report.layers) and len(report.layers) == 3 * 7
+    assert all(record.name.startswith(inside) for record in report.layers)
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
-    for record in report.sites:
+    for record in report.layers:
         assert int((sites[record.name].read() == 0).sum()) == record.zeros
         assert settings or record.zeros == round(0.6 * record.entries)
     outside = [name for name, _ in dense.named_parameters() if not name.startswith(inside)]
@@ -85,7 +85,7 @@ def test_a_directory_goes_through_the_command_line(
     assert before.keys() == after.keys()
     report = RunReport.read(out)
     assert report is not None and report.architecture == type(model).__name__
-    pruned = {f"{record.name}.weight" for record in report.sites}
+    pruned = {f"{record.name}.weight" for record in report.layers}
     for name, parameter in after.items():
         if name in pruned:
             assert bool(((parameter != 0).reshape(-1, 4).sum(dim=1) == 2).all())

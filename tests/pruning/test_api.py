@@ -61,17 +61,17 @@ def test_a_pruned_directory_is_the_model_pruned_in_memory(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert again.dtype is (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     assert _same(again, loaded.model) and not _same(again, load(str(stories), dtype).model)
-    assert [r.error for r in report.sites] == [r.error for r in in_memory.sites]
+    assert [r.error for r in report.layers] == [r.error for r in in_memory.layers]
 
     assert set(_tree(tmp_path / "out")) >= _FILES and _tree(tmp_path) == sorted(
         ["out", *(f"out/{name}" for name in _tree(tmp_path / "out"))]
     )
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    for record in report.sites:
+    for record in report.layers:
         weight = stored[f"{record.name}.weight"]
         expected = weight.numel() // 2 if pattern == "2:4" else round(0.6 * weight.numel())
         assert int((_bits(weight) == 0).sum()) == int((weight == 0).sum()) == expected == record.zeros
-    assert report.zeros == sum(record.zeros for record in report.sites)
+    assert report.zeros == sum(record.zeros for record in report.layers)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("once upon a time").input_ids == loaded.tokenizer("once upon a time").input_ids
 
@@ -110,8 +110,8 @@ def test_settings_are_saved_and_reproduce_the_run(checkpoint: Path, english_file
     second = prune_directory(saved, tmp_path / "b", NoProgress())
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(_bits(tensor), _bits(two[name])) for name, tensor in one.items())
-    assert [r.model_dump(exclude={"solve"}) for r in first.sites] == [
-        r.model_dump(exclude={"solve"}) for r in second.sites
+    assert [r.model_dump(exclude={"solve"}) for r in first.layers] == [
+        r.model_dump(exclude={"solve"}) for r in second.layers
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_site_without_inputs_stays_dense_and_is_listed(tiny_model: Callable[..
     listed = {row.name: row.reason for row in report.dense if "spare" in row.name}
     reason = "not a linear map that received calibration inputs"
     assert listed == {f"model.layers.{i}.spare.weight": reason for i in range(3)}
-    assert torch.equal(model.model.layers[1].spare.weight, spare) and len(report.sites) == 21
+    assert torch.equal(model.model.layers[1].spare.weight, spare) and len(report.layers) == 21
 
 
 @pytest.mark.parametrize(

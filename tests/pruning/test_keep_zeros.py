@@ -48,7 +48,7 @@ def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name
     method = get_method(base, refit=extra == "refit")
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, pattern, method, respect_zeros=True, **settings)
-    records = {record.name: record for record in report.sites}
+    records = {record.name: record for record in report.layers}
     for site, weight in _sites(loaded.model).items():
         zeros = weight == 0
         assert not bool((before[site] & ~zeros).any()), f"{site}: a zero came back"
@@ -57,7 +57,7 @@ def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name
         else:
             kept = [(~one).reshape(-1, 4).sum(dim=1) for one in (zeros, before[site])]
             assert torch.equal(kept[0], kept[1].clamp_max(1))
-        assert records[site].found_zeros == int(before[site].sum()) == round(0.5 * weight.numel())
+        assert records[site].zeros_before == int(before[site].sum()) == round(0.5 * weight.numel())
     found = sum(int(zeros.sum()) for zeros in before.values())
     assert report.notes == [f"{found:,} weights of the pruned layers were zero before, stay zero and are counted."]
 
@@ -68,7 +68,7 @@ def test_without_it_zeros_may_come_back(half: Path, text: Path) -> None:
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, 0.7, "alps", **settings)
     assert any(bool((before[site] & (weight != 0)).any()) for site, weight in _sites(loaded.model).items())
-    assert all(record.found_zeros is None for record in report.sites) and report.notes == []
+    assert all(record.zeros_before is None for record in report.layers) and report.notes == []
 
 
 @pytest.mark.parametrize("settings", [{"order": "sequential", "target": 0.4, "match": 1}, {"target": "dense"}], ids=str)
@@ -85,12 +85,12 @@ def test_zeros_stay_with_targets_matching_and_budgets(
     report = alps.prune(loaded.model, 0.7, "alps", respect_zeros=True, budget=budget, **shared, **settings)
     for site, weight in _sites(loaded.model).items():
         assert not bool((before[site] & (weight != 0)).any()), site
-    zeros = {record.name: record.zeros for record in report.sites}
-    (full,) = (record for record in report.sites if record.name == "model.layers.2.mlp.up_proj")
-    assert full.zeros == full.found_zeros == int(before[full.name].sum()) > 0.9 * full.entries
-    wanted = sum(round(0.7 * record.entries) for record in report.sites)
+    zeros = {record.name: record.zeros for record in report.layers}
+    (full,) = (record for record in report.layers if record.name == "model.layers.2.mlp.up_proj")
+    assert full.zeros == full.zeros_before == int(before[full.name].sum()) > 0.9 * full.entries
+    wanted = sum(round(0.7 * record.entries) for record in report.layers)
     if budget == "uniform":
-        assert all(zeros[r.name] == round(0.7 * r.entries) for r in report.sites if r is not full)
+        assert all(zeros[r.name] == round(0.7 * r.entries) for r in report.layers if r is not full)
     else:
         assert report.zeros == wanted
 
@@ -100,7 +100,7 @@ def test_a_model_with_zeros_enough_is_left_as_it_is(half: Path, text: Path) -> N
     dense = copy.deepcopy(loaded.model)
     shared: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
     report = alps.prune(loaded.model, 0.4, "alps", respect_zeros=True, **shared)
-    assert {record.solve["status"] for record in report.sites} == {"unchanged"} and report.sparsity == 0.5
+    assert {record.solve["status"] for record in report.layers} == {"unchanged"} and report.sparsity == 0.5
     for name, parameter in dense.named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), parameter), name
 
@@ -110,7 +110,7 @@ def test_a_dense_model_is_pruned_as_without_it(tiny_model: Callable[..., Any], i
     alps.prune(models[0], 0.6, "wanda", calibration=ids)
     report = alps.prune(models[1], 0.6, "wanda", calibration=ids, respect_zeros=True)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
-    assert {record.found_zeros for record in report.sites} == {0}
+    assert {record.zeros_before for record in report.layers} == {0}
 
 
 def test_the_command_line_respects_zeros_and_rules(half: Path, text: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_kept_parts_keep_their_bits_and_are_not_counted(
     report = alps.prune(model, 0.6, calibration=ids, keep_dense=[_KEPT, "*.v_proj"], **settings)
     sites = [site for block in find_blocks(model) for site in block.sites]
     kept = {site.name for site in sites if site.name.startswith("model.layers.0.") or site.kind == "v_proj"}
-    assert len(kept) == 9 and {record.name for record in report.sites} == {site.name for site in sites} - kept
+    assert len(kept) == 9 and {record.name for record in report.layers} == {site.name for site in sites} - kept
     # All of block 0 is named, its norms too, which block matching would tune.
     for name, _ in dense.named_parameters():
         if name.startswith("model.layers.0.") or name.removesuffix(".weight") in kept:
@@ -85,8 +85,8 @@ def test_kept_parts_keep_their_bits_and_are_not_counted(
     if "match" in settings:
         assert not _unchanged(model, dense, "model.layers.1.input_layernorm.weight")
     assert all(record.zeros == int((site.read() == 0).sum())
-               for record in report.sites for site in sites if site.name == record.name)  # fmt: skip
-    assert report.zeros == sum(round(0.6 * record.entries) for record in report.sites)
+               for record in report.layers for site in sites if site.name == record.name)  # fmt: skip
+    assert report.zeros == sum(round(0.6 * record.entries) for record in report.layers)
     assert report.entries == sum(site.entries for site in sites if site.name not in kept)
 
     rows = {row.name: row for row in report.dense}
@@ -117,9 +117,9 @@ def test_single_experts_can_be_kept(kind: str) -> None:
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     before = {site.name: site for block in find_blocks(dense) for site in block.sites}
     kept = [name for name in sites if name.endswith("down_proj.2") or ".gate_up_proj." in name]
-    assert kept and not {record.name for record in report.sites} & set(kept)
+    assert kept and not {record.name for record in report.layers} & set(kept)
     assert all(torch.equal(sites[name].read(), before[name].read()) for name in kept)
-    for record in report.sites:
+    for record in report.layers:
         assert int((sites[record.name].read() == 0).sum()) == record.zeros == round(0.6 * record.entries)
     rows = {row.name: row for row in report.kept}
     slices = [name for name in rows if name.endswith("experts.down_proj.2")]
@@ -214,16 +214,16 @@ def test_the_last_override_that_names_a_site_holds(
     rules = {"*.down_proj": 0.6, "model.layers.0.*": 0.4, "model.layers.0.mlp.up_proj": 0.9, "*.k_proj": 0}
     report = alps.prune(model, 0.7, method, calibration=ids, overrides=rules, budget=budget)
     zeros = {site.name: int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites}
-    ruled = [r for r in report.sites if any(matches(rule, r.name) for rule in rules)]
-    free = [r for r in report.sites if r not in ruled]
+    ruled = [r for r in report.layers if any(matches(rule, r.name) for rule in rules)]
+    free = [r for r in report.layers if r not in ruled]
     assert len(ruled) == 7 + 2 * 2 and len(free) == 10
-    for record in ruled if budget != "uniform" else report.sites:
+    for record in ruled if budget != "uniform" else report.layers:
         assert zeros[record.name] == record.zeros == _expected(record.name, record.entries, rules, 0.7)
     # A budget spreads its total over the others.
     assert sum(record.zeros for record in free) == sum(round(0.7 * record.entries) for record in free)
     moved = any(record.zeros != round(0.7 * record.entries) for record in free)
     assert moved == (budget != "uniform")
-    patterns = {record.name: record.pattern for record in report.sites}
+    patterns = {record.name: record.pattern for record in report.layers}
     assert patterns["model.layers.0.mlp.down_proj"] == "40%" and patterns["model.layers.1.mlp.down_proj"] == "60%"
     assert patterns["model.layers.0.mlp.up_proj"] == "90%" and patterns["model.layers.0.self_attn.k_proj"] == "0%"
     assert report.pattern == "70%" and list(report.overrides) == list(rules)
@@ -240,15 +240,15 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
     report = prune_directory(settings, out, NoProgress())
     assert load_prune_config(out / "alps.yaml", {}) == settings
     expected = {"gate_proj": "2:4", "up_proj": "2:4", "down_proj": "2:4", "v_proj": "1:4"}
-    for record in report.sites:
+    for record in report.layers:
         assert record.pattern == ("25%" if record.block == 1 else expected.get(record.kind, "60%")), record.name
-    assert not any("o_proj" in record.name for record in report.sites)
+    assert not any("o_proj" in record.name for record in report.layers)
     words = "60% but 2:4 for *.mlp, 1:4 for *.v_proj, 25% for model.layers.1.*"
     assert words in model_card(report) and f"wanda {words}: " in str(prune_summary(report, out))
     checks = {check.pattern: check for check in inspect(str(out)).checks}
     assert {name: check.violations for name, check in checks.items()} == {"2:4": 0, "1:4": 0}
     for name, check in checks.items():
-        assert check.groups == sum(record.entries for record in report.sites if record.pattern == name) // 4
+        assert check.groups == sum(record.entries for record in report.layers if record.pattern == name) // 4
     # The same from Python, with patterns as objects.
     loaded = load(str(stories))
     overrides: dict[str, Any] = {"*.mlp": alps.SemiStructured(2, 4), "*.v_proj": "1:4", "model.layers.1.*": 0.25}
@@ -256,7 +256,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         loaded.model, 0.6, "wanda", calibration=english_file, tokenizer=loaded.tokenizer, samples=4, seqlen=32,
         keep_dense="*.o_proj", overrides=overrides,
     )  # fmt: skip
-    assert [(r.name, r.zeros, r.error) for r in again.sites] == [(r.name, r.zeros, r.error) for r in report.sites]
+    assert [(r.name, r.zeros, r.error) for r in again.layers] == [(r.name, r.zeros, r.error) for r in report.layers]
 
 
 @pytest.mark.parametrize(
@@ -321,5 +321,5 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
     parts = prune_directory(settings, tmp_path / "parts", NoProgress(), resume=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
-    assert [(r.name, r.zeros, r.pattern) for r in parts.sites] == [(r.name, r.zeros, r.pattern) for r in whole.sites]
+    assert [(r.name, r.zeros, r.pattern) for r in parts.layers] == [(r.name, r.zeros, r.pattern) for r in whole.layers]
     assert parts.dense == whole.dense

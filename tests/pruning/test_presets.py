@@ -116,7 +116,7 @@ def test_a_preset_in_python_is_that_of_the_command(
     assert done.exit_code == 0, done.output
     settings: dict[str, Any] = {"calibration": english_file, "samples": 6, "seqlen": 32, "out": tmp_path / "python"}
     report = alps.prune(stories, pattern, preset="best", match=2, match_target=0.7, **settings)
-    assert report.matches and all(match.after <= match.before for match in report.matches)
+    assert report.reconstructions and all(match.after <= match.before for match in report.reconstructions)
     for name, tensor in load_file(tmp_path / "command" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "python" / "model.safetensors")[name]), name
 
@@ -160,17 +160,17 @@ def test_the_best_preset_from_end_to_end(stories: Path, english_file: Path, tmp_
     assert (
         best["summary"]["zeros"]
         == plain["summary"]["zeros"]
-        == sum(round(0.6 * site["entries"]) for site in plain["sites"])
+        == sum(round(0.6 * site["entries"]) for site in plain["layers"])
     )
     stored = load_file(tmp_path / "best" / "model.safetensors")
     shares = []
-    for site in best["sites"]:
+    for site in best["layers"]:
         zeros = int((stored[f"{site['name']}.weight"] == 0).sum())
         assert zeros == site["zeros"]
         shares.append(zeros / site["entries"])
     assert max(shares) - min(shares) > 0.05
-    assert len(best["matches"]) == 5 and plain["matches"] == []
-    assert all(match["after"] <= match["before"] for match in best["matches"])
+    assert len(best["reconstructions"]) == 5 and plain["reconstructions"] == []
+    assert all(match["after"] <= match["before"] for match in best["reconstructions"])
     assert {"match", "budget"} <= set(best["seconds"]) and "match" not in plain["seconds"]
 
 

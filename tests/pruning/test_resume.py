@@ -101,10 +101,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     # A solver's record holds the time it took.
-    assert [s.model_copy(update={"solve": {}}) for s in report.sites] == [
-        s.model_copy(update={"solve": {}}) for s in whole.sites
+    assert [s.model_copy(update={"solve": {}}) for s in report.layers] == [
+        s.model_copy(update={"solve": {}}) for s in whole.layers
     ]
-    assert report.matches == whole.matches
+    assert report.reconstructions == whole.reconstructions
     assert report.seconds.keys() == whole.seconds.keys()
 
 
@@ -150,7 +150,7 @@ def test_python_goes_on_after_the_last_finished_block_too(
             alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **{**chosen, "calibration": other})
     report = alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **chosen)
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
-    assert report.matches == whole.matches and report.calibration == whole.calibration
+    assert report.reconstructions == whole.reconstructions and report.calibration == whole.calibration
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 

@@ -172,7 +172,7 @@ def test_a_walk_loses_less_where_it_counts(method: str, tiny_model: Callable[...
     for channels in ("equal", "block-output"):
         model = tiny_model("llama")
         report = alps.prune(model, 0.6, method, calibration=ids, channels=channels)
-        assert all(site.zeros == round(0.6 * site.entries) for site in report.sites)
+        assert all(site.zeros == round(0.6 * site.entries) for site in report.layers)
         assert ("channels" in report.seconds) == (channels == "block-output")
         sites = zip(find_blocks(model)[0].sites, block.sites, strict=True)
         # The first input of the block is the same in both models.
@@ -225,7 +225,7 @@ def test_a_report_says_which_channels_count_alike(tiny_model: Callable[..., Any]
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
     report = alps.prune(model, 0.6, "sparsegpt", calibration=ids, channels="block-output")
-    alike = [site.name for site in report.sites if "count alike" in str(site.solve.get("notes"))]
+    alike = [site.name for site in report.layers if "count alike" in str(site.solve.get("notes"))]
     assert alike == ["model.layers.0.mlp.up_proj"]
 
 

@@ -86,7 +86,7 @@ def test_any_number_of_processes_gives_the_same_bits(
     """Seven windows in one to three shares; in the sequential order of `best` every input is split by rows."""
     reports = [_prune(size, short_stories, tmp_path / str(size), [*options, *more]) for size in (1, 2, 3)]
     assert len({_weights(tmp_path / str(size)) for size in (1, 2, 3)}) == 1
-    layers = [[(s.name, s.zeros, s.tokens, s.error) for s in report.sites] for report in reports]
+    layers = [[(s.name, s.zeros, s.tokens, s.error) for s in report.layers] for report in reports]
     assert layers[0] == layers[1] == layers[2] and len(layers[0]) == 14
     assert not (tmp_path / "2.partial").exists()
 
@@ -127,20 +127,20 @@ def test_experts_and_transposed_weights_are_those_of_one_process(kind: str, orde
     """Wanda amplifies no rounding: tokens of every expert, pooled tokens, and all weights are equal."""
     one, two = _both_sizes(kind, order, 0)
     assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-12)
-    layers = {name: figures for name, *figures in two["sites"]}
-    assert layers.keys() == {name for name, *_ in one["sites"]}
-    assert any(site[2] for site in one["sites"]) == (kind != "gpt2")
-    for name, tokens, added, zeros, error in one["sites"]:
+    layers = {name: figures for name, *figures in two["layers"]}
+    assert layers.keys() == {name for name, *_ in one["layers"]}
+    assert any(site[2] for site in one["layers"]) == (kind != "gpt2")
+    for name, tokens, added, zeros, error in one["layers"]:
         assert layers[name] == [tokens, added, zeros, pytest.approx(error, rel=1e-5)], name
 
 
 def test_blocks_are_reconstructed_by_the_gradients_of_all_windows() -> None:
     one, two = _both_sizes("llama", "block", 3)
     assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-4)
-    for alone, shared in zip(one["matches"], two["matches"], strict=True):
+    for alone, shared in zip(one["reconstructions"], two["reconstructions"], strict=True):
         assert (shared["steps"], shared["best_step"]) == (alone["steps"], alone["best_step"])
         assert shared["after"] == pytest.approx(alone["after"], rel=1e-3)
-    assert any(match["after"] < 0.9 * match["before"] for match in one["matches"])
+    assert any(match["after"] < 0.9 * match["before"] for match in one["reconstructions"])
 
 
 def _forked(arguments: tuple[object, ...]) -> tuple[list[int], Callable[[], tuple[int, str]]]:
@@ -200,7 +200,7 @@ def test_a_killed_process_ends_all_and_the_run_resumes_with_three(
     assert "Going on after" in resumed[0].stderr and not journal.exists()
     report = RunReport.read(out)
     assert report is not None
-    assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.matches) == 2
+    assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.reconstructions) == 2
     assert report.mean_error is not None and report.mean_error < 0.1
     # Each process has written some of the files.
     assert sorted(path.name for path in out.glob("*.safetensors")) == shards

@@ -150,7 +150,7 @@ def test_a_hundred_runs_are_there_at_once(browser: Browser, tmp_path: Path) -> N
     results = comparison(
         ["magnitude", "wanda", "sparsegpt", "alps", "best"], ["0.5", "0.6", "0.7", "0.8", "2:4"], seeds=4, blocks=30
     )
-    assert len(results) == 101 and all(len(result.sites) == 210 for result in results[1:])
+    assert len(results) == 101 and all(len(result.layers) == 210 for result in results[1:])
     path.write_text(report_page(results))
     assert path.stat().st_size < 3_000_000
     milliseconds = []

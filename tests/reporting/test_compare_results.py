@@ -11,7 +11,7 @@ import pytest
 
 import alps
 from alps.core.errors import CheckpointError
-from alps.reporting.compare_results import Result, read_results, spread, write_results
+from alps.reporting.compare_results import Result, mean_std, read_results, write_results
 from alps.reporting.markdown_tables import summary
 from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 
@@ -35,15 +35,15 @@ def test_a_result_keeps_the_traces_of_the_best_the_middle_and_the_worst_site(
     stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
     report = alps.prune(str(stories), 0.7, calibration=str(english_file), samples=4, seqlen=32, out=tmp_path / "out")
-    kept = Result.of(report, "mine", seed=3)
+    kept = Result.from_report(report, "mine", seed=3)
     assert (kept.method, kept.seed, kept.pattern, kept.model_sha256) == ("mine", 3, "70%", None)
     # Of five blocks the first, the middle and the last note their errors.
-    followed = [site for site in report.sites if site.block in (0, 2, 4)]
-    assert {site.block for site in report.sites if site.solve["trace"][0]["error"] is not None} == {0, 2, 4}
+    followed = [site for site in report.layers if site.block in (0, 2, 4)]
+    assert {site.block for site in report.layers if site.solve["trace"][0]["error"] is not None} == {0, 2, 4}
     by_error = sorted(followed, key=lambda site: site.error or 0)
     wanted = {by_error[0].name, by_error[10].name, by_error[20].name}
-    assert {site.name for site in kept.sites if site.trace} == wanted and len(kept.sites) == 35
-    worst = next(site for site in kept.sites if site.name == by_error[20].name)
+    assert {site.name for site in kept.layers if site.trace} == wanted and len(kept.layers) == 35
+    worst = next(site for site in kept.layers if site.name == by_error[20].name)
     assert [point.model_dump() for point in worst.trace] == by_error[20].solve["trace"]
     assert (worst.error, worst.zeros) == (by_error[20].error, by_error[20].zeros)
     assert kept.sparsity == report.sparsity and kept.seconds == report.seconds
@@ -70,10 +70,10 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_spread() -> None:
     values = [3.0, 5.0, 10.0]
-    found = spread(values)
+    found = mean_std(values)
     assert found.mean == 6 and found.deviation == pytest.approx(statistics.stdev(values))
-    assert found.text(".1f") == "6.0 ± 3.6" and spread([2.25]).text(".1f") == "2.2"
-    assert spread([1.0, math.inf]).deviation == math.inf
+    assert found.text(".1f") == "6.0 ± 3.6" and mean_std([2.25]).text(".1f") == "2.2"
+    assert mean_std([1.0, math.inf]).deviation == math.inf
 
 
 def test_the_table_has_means_over_seeds_and_the_best_in_bold() -> None:

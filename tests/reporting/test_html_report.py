@@ -148,8 +148,8 @@ def means_of(results: list[Result], method: str, pattern: str) -> float:
 def test_maps_have_the_colour_of_every_site(results: list[Result], text: str) -> None:
     assert Runs(results).patterns[0] == "0.7"
     shown = [r for r in results if r.pattern == "0.7" and r.seed == 0]
-    errors = [site.error for r in shown for site in r.sites if site.error is not None]
-    magnitude = [site.magnitude_error for site in shown[0].sites if site.magnitude_error is not None]
+    errors = [site.error for r in shown for site in r.layers if site.error is not None]
+    magnitude = [site.magnitude_error for site in shown[0].layers if site.magnitude_error is not None]
     norm = LogNorm(min(errors + magnitude), max(errors + magnitude))
     for result in shown:
         (drawing,) = pictures(text, f"{result.method}, 0.7: mean ")
@@ -157,7 +157,7 @@ def test_maps_have_the_colour_of_every_site(results: list[Result], text: str) ->
         assert encoded is not None
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))).convert("RGB"), dtype=int)
         assert pixels.shape == (7, 4, 3)
-        for site in result.sites:
+        for site in result.layers:
             expected = np.array(colormaps["viridis"](norm(site.error or 0.0)), dtype=float)[:3] * 255
             assert np.abs(pixels[KINDS.index(site.kind), site.block] - expected).max() < 3
     assert "magnitude pruning on the inputs of wanda, 0.7" in text
@@ -165,7 +165,7 @@ def test_maps_have_the_colour_of_every_site(results: list[Result], text: str) ->
 
 def test_traces_show_the_restart_and_the_bound(results: list[Result], text: str) -> None:
     (result,) = [r for r in results if (r.method, r.pattern, r.seed) == ("alps", "0.7", 0)]
-    traced = [site for site in result.sites if site.trace]
+    traced = [site for site in result.layers if site.trace]
     drawings = pictures(text, "ρ · ‖W − D‖ / ‖W‖, which Theorem 1 bounds. " + traced[0].name)
     assert len(drawings) >= 1
     for site in traced:
@@ -216,7 +216,7 @@ def test_what_users_wrote_stays_text() -> None:
     more = {"model": f"owner/{EVIL}", "architecture": EVIL, "dtype": EVIL, "device": EVIL, "versions": {"torch": EVIL}}
     results = comparison(["alps", EVIL], ["0.5", "0.7", "2:4"], 2, 2, [EVIL], [EVIL], [EVIL], **more)
     for result in results:
-        for site in result.sites:
+        for site in result.layers:
             site.name, site.kind = f"{site.name}{EVIL}", f"{site.kind}{EVIL}"
     text = report_page(results, [EVIL])
     page = Page(text)
@@ -257,7 +257,7 @@ def test_a_panel_needs_data() -> None:
     everything = ["perplexity", "errors", "sparsity", "traces", "cost", "tables", "continuations"]
     assert sections(comparison(patterns=["0.5", "0.7"], blocks=1)) == everything
     assert sections(comparison(["wanda"], ["2:4"], 1, 1, [])) == ["perplexity", "errors", "cost", "tables"]
-    bare: dict[str, object] = {"sites": [], "seconds": {}, "peak_host_bytes": 0, "peak_device_bytes": 0}
+    bare: dict[str, object] = {"layers": [], "seconds": {}, "peak_host_bytes": 0, "peak_device_bytes": 0}
     assert sections([r.model_copy(update=bare) for r in comparison(["wanda"], ["0.5"], 1, 1, [])]) == [
         "perplexity", "tables",
     ]  # fmt: skip
@@ -268,7 +268,7 @@ def test_a_panel_needs_data() -> None:
     unmeasured = comparison(["magnitude"], ["0.5"], 1, 2, [])
     for result in unmeasured:
         result.mean_error = None
-        for site in result.sites:
+        for site in result.layers:
             site.error = site.magnitude_error = None
     assert sections(unmeasured) == ["perplexity", "cost", "tables"]
 

@@ -26,7 +26,7 @@ def report(model: str) -> RunReport:
     )
     return RunReport(
         model=model, architecture="Any", method="alps", pattern="70%", dtype="float32", device="cpu", calibration=None,
-        sites=[site], versions={"torch": "2.13.0"}, evaluations=[row],
+        layers=[site], versions={"torch": "2.13.0"}, evaluations=[row],
     )  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def test_dense_rows_of_a_report_are_the_dense_model(stories: Path, english_file:
     ]
     (dense, pruned), notes = run_results(report)
     assert (dense.method, dense.evaluations[0].perplexity, pruned.evaluations[0].perplexity) == ("dense", 20.5, 80.25)
-    assert notes == [] and len(pruned.sites) == 35 and pruned.sites[0].error == report.sites[0].error
+    assert notes == [] and len(pruned.layers) == 35 and pruned.layers[0].error == report.layers[0].error
     published.publish_run(tmp_path, report, tmp_path)
     page = (tmp_path / PAGE_NAME).read_text()
     assert "alps has perplexity 80.2 on t; the dense model has 20.5" in page

@@ -43,17 +43,17 @@ class LayerInput:
     Attributes:
         sums: over the tokens.
         sites: in the order in which they were met.
-        added: average tokens of the pool among those of `sums`; none but for a starving expert.
+        pooled_tokens: average tokens of the pool among those of `sums`; none but for a starving expert.
     """
 
     sums: InputSums
     sites: list[Site]
-    added: int = 0
+    pooled_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens that were really received."""
-        return self.sums.tokens - self.added
+        return self.sums.tokens - self.pooled_tokens
 
     @property
     def stats(self) -> InputStats:
@@ -68,10 +68,12 @@ class LayerInput:
     @property
     def notes(self) -> list[str]:
         """What a user should know of it."""
-        if not self.added:
+        if not self.pooled_tokens:
             return []
         inputs = self.sites[0].shape[1]
-        return [f"{self.tokens} tokens were routed here for {inputs} inputs: {self.added} average ones were added"]
+        return [
+            f"{self.tokens} tokens were routed here for {inputs} inputs: {self.pooled_tokens} average ones were added"
+        ]
 
 
 class Peers(Protocol):
@@ -131,7 +133,7 @@ def _inputs_of(name: str, shared: Sequence[LayerInput]) -> int:
 
 def _filled(one: LayerInput, pool: InputSums, missing: int, of: int, counted: bool) -> LayerInput:
     added = pool.rescaled(missing, of)
-    return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), added=missing)
+    return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), pooled_tokens=missing)
 
 
 def _rerouted_pools(

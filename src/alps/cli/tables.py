@@ -27,7 +27,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what was pruned, how well, at what cost, and where it is."""
     lines = [
         f"{report.method} {all_patterns(report)}: {report.zeros:,} of {report.entries:,} weights are zero "
-        f"({100 * report.sparsity:.3f} %) in {len(report.sites)} linear layers."
+        f"({100 * report.sparsity:.3f} %) in {len(report.layers)} linear layers."
     ]
     if report.mean_error is not None:
         lines.append(
@@ -41,7 +41,7 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     if skipped:
         first = f"{skipped[0].name} ({skipped[0].reason})"
         lines.append(f"Left dense: {len(skipped)} parameters besides the embeddings, first {first}.")
-    noted = [(site.name, note) for site in report.sites for note in site.solve["notes"]]
+    noted = [(site.name, note) for site in report.layers for note in site.solve["notes"]]
     if noted:
         lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
     phases = ", ".join(
@@ -58,9 +58,9 @@ def prune_summary(report: RunReport, out: Path) -> Text:
 def _warnings(report: RunReport) -> list[str]:
     """Experts that few tokens were routed to, in one line, and the notes of the run."""
     lines = [f"Note: {note}" for note in report.notes]
-    if starving := [site for site in report.sites if site.added]:
+    if starving := [site for site in report.layers if site.pooled_tokens]:
         experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in starving}
-        among = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.sites if site.expert is not None}
+        among = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.layers if site.expert is not None}
         worst = min(starving, key=lambda site: (site.tokens or 0) / site.shape[1])
         lines.append(
             f"WARNING: {len(experts)} of {len(among)} experts received too few calibration tokens, the worst "
@@ -72,7 +72,7 @@ def _warnings(report: RunReport) -> list[str]:
 
 def recovery_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what the last recovery did, and where it is."""
-    last = report.recovery[-1]
+    last = report.distillations[-1]
     memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     lines = [
         f"Recovered by distillation, not one-shot: {last.steps} steps, {last.tokens:,} tokens, lr {last.lr:g}, "
@@ -87,8 +87,8 @@ def recovery_summary(report: RunReport, out: Path) -> Text:
 
 def match_summary(report: RunReport, out: Path) -> Text:
     """A few lines on what the last block matching did, and where it is."""
-    last = report.match_runs[-1]
-    rows = report.matches[-last.blocks :]
+    last = report.reconstruction_runs[-1]
+    rows = report.reconstructions[-last.blocks :]
     memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     before, after = (sum(values) / len(rows) for values in ([r.before for r in rows], [r.after for r in rows]))
     lines = [
@@ -202,18 +202,18 @@ def unpack_summary(manifest: Manifest, out: Path) -> Text:
 
 def inspection_tables(findings: Inspection) -> list[RenderableType]:
     """Sparsity by block and kind of site, the totals, the pattern checks, and what is dense."""
-    kinds = list(dict.fromkeys(site.kind for site in findings.sites))
+    kinds = list(dict.fromkeys(site.kind for site in findings.layers))
     table = Table(title=f"Zeros in {findings.directory}, per cent", title_justify="left")
     table.add_column("block", justify="right")
     for kind in [*kinds, "all"]:
         table.add_column(kind.removesuffix("_proj"), justify="right")
-    blocks = sorted({site.block for site in findings.sites})
+    blocks = sorted({site.block for site in findings.layers})
     for block in blocks:
-        inside = [site for site in findings.sites if site.block == block]
+        inside = [site for site in findings.layers if site.block == block]
         cells = [_percent([site for site in inside if site.kind == kind]) for kind in kinds]
         table.add_row(str(block), *cells, _percent(inside))
-    columns = [_percent([site for site in findings.sites if site.kind == kind]) for kind in kinds]
-    table.add_row("all", *columns, _percent(findings.sites), style="bold")
+    columns = [_percent([site for site in findings.layers if site.kind == kind]) for kind in kinds]
+    table.add_row("all", *columns, _percent(findings.layers), style="bold")
     lines = [f"Total sparsity of the linear layers: {100 * findings.sparsity:.4f} %"]
     if findings.claimed:
         lines.append(f"Its report says {findings.claimed}.")

@@ -201,7 +201,7 @@ class _Bench:
         found: list[EvaluationRecord] = [
             divergence(*models, text, names, self.device, self.progress) for text in self.texts
         ]
-        return Result.of(
+        return Result.from_report(
             report,
             one.method,
             model_sha256=self.sha256,

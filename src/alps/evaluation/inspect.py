@@ -15,7 +15,7 @@ from alps.reporting.run_report import DenseRecord, RunReport
 from alps.solvers.patterns import USUAL_PATTERNS, SemiStructured, group_violations, parse_pattern
 
 
-class SiteZeros(BaseModel):
+class LayerZeros(BaseModel):
     """Zeros of one site."""
 
     name: str
@@ -43,14 +43,14 @@ class Inspection(BaseModel):
 
     directory: str
     claimed: str | None
-    sites: list[SiteZeros]
+    layers: list[LayerZeros]
     dense: list[DenseRecord]
     checks: list[PatternCheck]
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros among the weights of all sites."""
-        return sum(site.zeros for site in self.sites) / sum(site.entries for site in self.sites)
+        return sum(site.zeros for site in self.layers) / sum(site.entries for site in self.layers)
 
 
 def inspect(directory: str) -> Inspection:
@@ -68,7 +68,7 @@ def inspect(directory: str) -> Inspection:
     report = RunReport.read(Path(directory))
     model = load_model(directory)
     blocks = find_blocks(model)
-    patterns = {} if report is None else {site.name: site.pattern for site in report.sites}
+    patterns = {} if report is None else {site.name: site.pattern for site in report.layers}
     counts: dict[SemiStructured, list[int]] = {}
     ruled = {} if report is None else {row.name: row for row in report.kept}
     sites, unpruned = [], []
@@ -76,7 +76,7 @@ def inspect(directory: str) -> Inspection:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
-            sites.append(SiteZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
+            sites.append(LayerZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
             kept = ruled.get(site.name, ruled.get(site.parameter_name))
             if not zeros:
                 reason, rule = ("no zeros in it", None) if kept is None else (kept.reason, kept.rule)
@@ -95,7 +95,7 @@ def inspect(directory: str) -> Inspection:
     return Inspection(
         directory=directory,
         claimed=None if report is None else report.pattern,
-        sites=sites,
+        layers=sites,
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in elsewhere] + unpruned,
         checks=checks,
     )

@@ -118,7 +118,7 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
         dtype=dtype_name(sites[0][1].dtype),
         device=device,
         calibration=None,
-        sites=records,
+        layers=records,
         dense=[DenseRecord(name=row.name, shape=row.shape, reason=row.reason) for row in left],
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(pick_device(device)),

@@ -112,7 +112,7 @@ def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfi
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     record = distill(teacher, student, settings, progress, text)
     report = earlier or describe(student, dense, record.device)
-    report.recovery.append(record)
+    report.distillations.append(record)
     write_changed(student, report, out)
     return report
 

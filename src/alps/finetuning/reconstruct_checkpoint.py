@@ -108,8 +108,8 @@ def reconstruct_directory(
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     records, run = reconstruct_model(teacher, student, settings, source, progress)
     report = earlier or describe(student, dense, run.device)
-    report.matches += records
-    report.match_runs.append(run)
+    report.reconstructions += records
+    report.reconstruction_runs.append(run)
     write_changed(student, report, out)
     return report
 

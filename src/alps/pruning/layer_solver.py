@@ -150,9 +150,9 @@ class LayerSolver:
                 solve=solve_record(solution.info),
                 expert=site.expert,
                 tokens=shared.tokens if self.counted else None,
-                added=shared.added,
+                pooled_tokens=shared.pooled_tokens,
                 pattern=str(pattern),
-                found_zeros=found,
+                zeros_before=found,
             )
         )
         self.told(self.records[-1])

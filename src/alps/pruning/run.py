@@ -137,8 +137,8 @@ def run(loaded: LoadedModel, walk: BlockPruner, windows: Windows | None, seed: i
         dtype=dtype_name(blocks[0].sites[0].dtype),
         device=str(walk.device),
         calibration=None if windows is None else calibration_record(windows, seed),
-        sites=walk.records,
-        matches=walk.matches,
+        layers=walk.records,
+        reconstructions=walk.matches,
         dense=ruled.dense(model, blocks, {record.name for record in walk.records}),
         seconds={**walk.seconds, "total": time.perf_counter() - start + before},
         peak_host_bytes=peak_host_bytes(),
@@ -155,7 +155,7 @@ def _notes(model: nn.Module, walk: BlockPruner) -> list[str]:
     if walk.target and any(record.expert is not None for record in walk.records):
         notes.append(_PRUNED_TARGET)
     if walk.respect_zeros:
-        found = sum(record.found_zeros or 0 for record in walk.records)
+        found = sum(record.zeros_before or 0 for record in walk.records)
         notes.append(f"{found:,} weights of the pruned layers were zero before, stay zero and are counted.")
     return notes
 

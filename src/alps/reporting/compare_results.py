@@ -18,11 +18,11 @@ from alps.reporting.run_report import LayerRecord, RunReport
 
 RESULTS_NAME = "results.jsonl"
 DENSE = "dense"
-# Traces are long: a result keeps those of so many sites, see `Result.of`.
+# Traces are long: a result keeps those of so many sites, see `Result.from_report`.
 _TRACES = 3
 
 
-class Check(Record):
+class SupportCheck(Record):
     """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||, and the
     relative reconstruction error of D; None where it was not taken.
     """
@@ -34,7 +34,7 @@ class Check(Record):
     error: float | None = None
 
 
-class SiteResult(Record):
+class LayerResult(Record):
     """One site; `trace` is empty but for a few sites of ALPS.
 
     Attributes:
@@ -51,7 +51,7 @@ class SiteResult(Record):
     zeros: int
     error: float | None
     magnitude_error: float | None = None
-    trace: list[Check] = Field(default_factory=list)
+    trace: list[SupportCheck] = Field(default_factory=list)
 
 
 class Continuation(Record):
@@ -74,7 +74,7 @@ class Result(Record):
         settings: of the run, resolved, as in `alps.yaml`.
         calibration: windows, their source and hash; None for what reads none.
         sparsity, mean_error, mean_magnitude_error: see `alps.reporting.run_report.RunReport`.
-        sites: all of them, in the order in which they were solved.
+        layers: all of them, in the order in which they were solved.
         evaluations, tasks: perplexities with the divergence from the dense model, zero-shot scores.
         continuations: of the prompts that were asked for.
         seconds: wall time by phase; peak_host_bytes, peak_device_bytes: as in the run's report.
@@ -96,7 +96,7 @@ class Result(Record):
     sparsity: float = 0.0
     mean_error: float | None = None
     mean_magnitude_error: float | None = None
-    sites: list[SiteResult] = Field(default_factory=list)
+    layers: list[LayerResult] = Field(default_factory=list)
     evaluations: list[ComparisonRecord | EvaluationRecord] = Field(default_factory=list)
     tasks: list[TaskRecord] = Field(default_factory=list)
     continuations: list[Continuation] = Field(default_factory=list)
@@ -112,7 +112,7 @@ class Result(Record):
         return self.method, self.pattern, self.seed
 
     @classmethod
-    def of(cls, report: RunReport, method: str | None = None, **more: Any) -> Result:
+    def from_report(cls, report: RunReport, method: str | None = None, **more: Any) -> Result:
         """A run's report as a result; it keeps the traces of the best, the middle and the worst site by error.
 
         Args:
@@ -120,7 +120,7 @@ class Result(Record):
             method: name in tables; None for the report's own.
             more: fields that a report does not hold, and any that are to differ.
         """
-        kept = _chosen(report.sites)
+        kept = _chosen(report.layers)
         fields = {
             **{name: getattr(report, name) for name in ("model", "architecture", "dtype", "device", "calibration")},
             **{name: getattr(report, name) for name in ("sparsity", "mean_error", "mean_magnitude_error")},
@@ -129,7 +129,7 @@ class Result(Record):
             "method": report.method if method is None else method,
             "pattern": report.pattern,
             "seed": report.calibration.seed if report.calibration else None,
-            "sites": [_site(site, site.name in kept) for site in report.sites],
+            "layers": [_site(site, site.name in kept) for site in report.layers],
             "evaluations": report.evaluations,
         }
         return cls(**{**fields, **more})
@@ -145,8 +145,8 @@ def _chosen(sites: Sequence[LayerRecord]) -> set[str]:
     return {traced[place].name for place in places}
 
 
-def _site(site: LayerRecord, traced: bool) -> SiteResult:
-    return SiteResult(
+def _site(site: LayerRecord, traced: bool) -> LayerResult:
+    return LayerResult(
         name=site.name,
         block=site.block,
         kind=site.kind,
@@ -154,7 +154,7 @@ def _site(site: LayerRecord, traced: bool) -> SiteResult:
         zeros=site.zeros,
         error=site.error,
         magnitude_error=site.magnitude_error,
-        trace=[Check.model_validate(point) for point in site.solve["trace"]] if traced else [],
+        trace=[SupportCheck.model_validate(point) for point in site.solve["trace"]] if traced else [],
     )
 
 
@@ -187,7 +187,7 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
     write_text(path, "".join(json.dumps(r.model_dump(mode="json"), allow_nan=False) + "\n" for r in results))
 
 
-class Spread(Record):
+class MeanStd(Record):
     """Mean of a figure over seeds, its sample standard deviation (None for one seed), and how many there are."""
 
     mean: float
@@ -200,10 +200,10 @@ class Spread(Record):
         return mean if self.deviation is None else f"{mean} ± {format(self.deviation, form)}"
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_std(values: Sequence[float]) -> MeanStd:
     """Mean and sample standard deviation; infinite where a value is."""
     assert values
     deviation = None
     if len(values) > 1:
         deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.inf
-    return Spread(mean=sum(values) / len(values), deviation=deviation, count=len(values))
+    return MeanStd(mean=sum(values) / len(values), deviation=deviation, count=len(values))

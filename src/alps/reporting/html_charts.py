@@ -14,7 +14,7 @@ from alps.reporting.svg import (
     WIDTH,
     Key,
     Picture,
-    ProcessGroup,
+    PictureGroup,
     Section,
     box_keys,
     canvas,
@@ -34,18 +34,18 @@ def perplexity(runs: Runs) -> Section | None:
     texts = [record.text for record in (runs.dense or runs.pruned[0]).evaluations]
     lines = runs.ratios if len(runs.ratios) > 1 else []
     rows = [*(runs.ratios if not lines else []), *runs.groups]
-    keys, groups = line_keys(runs.methods), list[ProcessGroup]()
+    keys, groups = line_keys(runs.methods), list[PictureGroup]()
     for label, patterns, draw in (("", lines, _lines), ("N:M patterns" if lines else "", rows, _points)):
         pictures = [draw(runs, patterns, i, text) for i, text in enumerate(texts)] if patterns else []
         if pictures:
-            groups.append(ProcessGroup(label, pictures, [] if groups else keys))
+            groups.append(PictureGroup(label, pictures, [] if groups else keys))
     ends = "; bars go from the smallest to the largest of the seeds" if len(runs.seeds) > 1 else ""
     text = f"Lower is better; logarithmic scale{ends}. The dashed line is the dense model."
     return Section("perplexity", "Perplexity", text, groups) if groups else None
 
 
 def _values(runs: Runs, method: str, pattern: str, i: int) -> list[float]:
-    return [result.evaluations[i].perplexity for result in runs.every(method, pattern) if i < len(result.evaluations)]
+    return [result.evaluations[i].perplexity for result in runs.select(method, pattern) if i < len(result.evaluations)]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -123,7 +123,7 @@ def cost(runs: Runs) -> Section | None:
     (time, keys), memory = _time(runs, pattern), _memory(runs, pattern)
     pictures = [picture for picture in (time, memory) if picture is not None]
     text = f"Means over seeds, at {pattern}." if len(runs.seeds) > 1 else f"At {pattern}."
-    return Section("cost", "Time and memory", text, [ProcessGroup("", pictures, keys)]) if pictures else None
+    return Section("cost", "Time and memory", text, [PictureGroup("", pictures, keys)]) if pictures else None
 
 
 def phases(seconds: dict[str, float]) -> dict[str, float]:
@@ -139,7 +139,7 @@ def phases(seconds: dict[str, float]) -> dict[str, float]:
 def _time(runs: Runs, pattern: str) -> tuple[Picture | None, list[Key]]:
     rows: list[tuple[str, dict[str, float]]] = []
     for method in runs.methods:
-        found = [phases(result.seconds) for result in runs.every(method, pattern) if result.seconds]
+        found = [phases(result.seconds) for result in runs.select(method, pattern) if result.seconds]
         names = dict.fromkeys(name for parts in found for name in parts)
         if found:
             rows.append((method, {name: sum(p.get(name, 0.0) for p in found) / len(found) for name in names}))
@@ -160,7 +160,7 @@ def _time(runs: Runs, pattern: str) -> tuple[Picture | None, list[Key]]:
 
 
 def _memory(runs: Runs, pattern: str) -> Picture | None:
-    found = [(method, runs.every(method, pattern)) for method in runs.methods]
+    found = [(method, runs.select(method, pattern)) for method in runs.methods]
     rows = [(method, _peaks(results)) for method, results in found if results]
     if not any(host or device for _, (host, device) in rows):
         return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from alps.reporting.compare_results import Check, Result, SiteResult
+from alps.reporting.compare_results import LayerResult, Result, SupportCheck
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Picture, ProcessGroup, Section, canvas, line_keys, log_axis, look, number, svg
+from alps.reporting.svg import Picture, PictureGroup, Section, canvas, line_keys, log_axis, look, number, svg
 
-Figure = Callable[[Check], float | None]
+Figure = Callable[[SupportCheck], float | None]
 # What is drawn over the iterations, with its name in a sentence and as a heading.
 _FIGURES: tuple[tuple[str, str, Figure], ...] = (
     ("gap", "‖W − D‖ / ‖W‖: how far the two copies are apart", lambda check: check.gap),
@@ -22,9 +22,9 @@ _FIGURES: tuple[tuple[str, str, Figure], ...] = (
 
 def traces(runs: Runs) -> Section | None:
     """One run a pattern, the first that has checks; by site, against the iteration."""
-    groups = list[ProcessGroup]()
+    groups = list[PictureGroup]()
     for pattern in runs.patterns:
-        found = [result for result in runs.first(pattern) if any(site.trace for site in result.sites)]
+        found = [result for result in runs.first(pattern) if any(site.trace for site in result.layers)]
         plain = next((result for result in found if result.method == "alps"), None)
         if found:
             groups.append(_group(f"trace-{len(groups)}", plain or found[0], bool(groups)))
@@ -37,8 +37,8 @@ def traces(runs: Runs) -> Section | None:
     return Section("traces", "Convergence of the splitting", text, groups) if groups else None
 
 
-def _group(name: str, result: Result, folded: bool) -> ProcessGroup:
-    sites = [site for site in result.sites if site.trace]
+def _group(name: str, result: Result, folded: bool) -> PictureGroup:
+    sites = [site for site in result.layers if site.trace]
     pictures = [
         _picture(f"{name}-{short}", title, sites, figure)
         for short, title, figure in _FIGURES
@@ -46,14 +46,14 @@ def _group(name: str, result: Result, folded: bool) -> ProcessGroup:
     ]
     seed = "" if result.seed is None else f", seed {result.seed}"
     keys = line_keys([_named(site) for site in sites], markers=False)
-    return ProcessGroup(f"{result.method} at {result.pattern}{seed}", pictures, keys, folded=folded)
+    return PictureGroup(f"{result.method} at {result.pattern}{seed}", pictures, keys, folded=folded)
 
 
-def _named(site: SiteResult) -> str:
+def _named(site: LayerResult) -> str:
     return site.name if site.error is None else f"{site.name}, error {number(site.error)}"
 
 
-def _picture(name: str, title: str, sites: Sequence[SiteResult], figure: Figure) -> Picture:
+def _picture(name: str, title: str, sites: Sequence[LayerResult], figure: Figure) -> Picture:
     axes = canvas(200)
     counts = name.endswith("-change")
     values = [value for site in sites for check in site.trace if (value := figure(check))]

@@ -10,11 +10,11 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from numpy.typing import NDArray
 
-from alps.reporting.compare_results import Result, SiteResult
+from alps.reporting.compare_results import LayerResult, Result
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Picture, ProcessGroup, Section, canvas, log_ticks, number, svg, tick
+from alps.reporting.svg import Picture, PictureGroup, Section, canvas, log_ticks, number, svg, tick
 
-Figure = Callable[[SiteResult], float | None]
+Figure = Callable[[LayerResult], float | None]
 # Budgets move sparsities by more than this; exact counts of a uniform one by far less.
 _UNEVEN = 0.005
 _LONGEST_KIND = 16
@@ -22,14 +22,14 @@ _LONGEST_KIND = 16
 
 def errors(runs: Runs) -> Section | None:
     """Relative reconstruction errors, a map a method, on one logarithmic scale a pattern."""
-    groups = list[ProcessGroup]()
+    groups = list[PictureGroup]()
     for pattern in runs.patterns:
-        maps = [(r.method, r, _error) for r in runs.first(pattern) if any(_error(site) for site in r.sites)]
+        maps = [(r.method, r, _error) for r in runs.first(pattern) if any(_error(site) for site in r.layers)]
         if maps and not any(result.method.startswith("magnitude") for _, result, _ in maps):
             result = maps[0][1]
-            if any(_magnitude_error(site) for site in result.sites):
+            if any(_magnitude_error(site) for site in result.layers):
                 maps.append((f"magnitude pruning on the inputs of {result.method}", result, _magnitude_error))
-        values = [value for _, result, figure in maps for site in result.sites if (value := figure(site))]
+        values = [value for _, result, figure in maps for site in result.layers if (value := figure(site))]
         if values:
             norm = LogNorm(min(values), max(values) * (1 if max(values) > min(values) else 1.01))
             groups.append(_group(f"error-{len(groups)}", pattern, maps, norm, "viridis", bool(groups)))
@@ -42,14 +42,14 @@ def errors(runs: Runs) -> Section | None:
 
 def sparsities(runs: Runs) -> Section | None:
     """Shares of zeros of the runs whose budget is not uniform."""
-    groups = list[ProcessGroup]()
+    groups = list[PictureGroup]()
     for pattern in runs.patterns:
         maps = []
         for result in runs.first(pattern):
-            shares = [_sparsity(site) for site in result.sites]
+            shares = [_sparsity(site) for site in result.layers]
             if shares and max(shares) - min(shares) > _UNEVEN:
                 maps.append((result.method, result, _sparsity))
-        values = [_sparsity(site) for _, result, _ in maps for site in result.sites]
+        values = [_sparsity(site) for _, result, _ in maps for site in result.layers]
         if values:
             norm = Normalize(min(values), max(values))
             groups.append(_group(f"zeros-{len(groups)}", pattern, maps, norm, "cividis", bool(groups)))
@@ -61,29 +61,29 @@ def _which_seed(runs: Runs) -> str:
     return f" Seed {runs.seeds[0]}." if len(runs.seeds) > 1 else ""
 
 
-def _error(site: SiteResult) -> float | None:
+def _error(site: LayerResult) -> float | None:
     return site.error
 
 
-def _magnitude_error(site: SiteResult) -> float | None:
+def _magnitude_error(site: LayerResult) -> float | None:
     return site.magnitude_error
 
 
-def _sparsity(site: SiteResult) -> float:
+def _sparsity(site: LayerResult) -> float:
     return site.zeros / site.entries
 
 
 def _group(
     name: str, pattern: str, maps: Sequence[tuple[str, Result, Figure]], norm: Normalize, colours: str, folded: bool
-) -> ProcessGroup:
+) -> PictureGroup:
     pictures = [
-        _map(f"{name}-{i}", f"{title}, {pattern}", result.sites, figure, norm, colours)
+        _map(f"{name}-{i}", f"{title}, {pattern}", result.layers, figure, norm, colours)
         for i, (title, result, figure) in enumerate(maps)
     ]
-    return ProcessGroup(f"At {pattern}", pictures, scale=_scale(f"{name}-scale", norm, colours), folded=folded)
+    return PictureGroup(f"At {pattern}", pictures, scale=_scale(f"{name}-scale", norm, colours), folded=folded)
 
 
-def _grid(sites: Sequence[SiteResult], figure: Figure) -> tuple[list[str], list[int], NDArray[np.float64]]:
+def _grid(sites: Sequence[LayerResult], figure: Figure) -> tuple[list[str], list[int], NDArray[np.float64]]:
     """Kinds in the order of the sites, blocks, and means of the sites of a kind in a block; NaN where there is none."""
     kinds = list(dict.fromkeys(site.kind for site in sites))
     blocks = sorted({site.block for site in sites})
@@ -97,7 +97,7 @@ def _grid(sites: Sequence[SiteResult], figure: Figure) -> tuple[list[str], list[
     return kinds, blocks, grid
 
 
-def _map(name: str, title: str, sites: Sequence[SiteResult], figure: Figure, norm: Normalize, colours: str) -> Picture:
+def _map(name: str, title: str, sites: Sequence[LayerResult], figure: Figure, norm: Normalize, colours: str) -> Picture:
     kinds, blocks, grid = _grid(sites, figure)
     words = [kind.removesuffix("_proj")[:_LONGEST_KIND] for kind in kinds]
     axes = canvas(15.0 * len(kinds) + 40, left=14 + 6.2 * max(map(len, words)), top=4)

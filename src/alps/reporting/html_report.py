@@ -90,18 +90,18 @@ def _lead(runs: Runs) -> str:
     found = [
         (sum(r.evaluations[0].perplexity for r in every) / len(every), method)
         for method in runs.methods
-        if (every := [result for result in runs.every(method, pattern) if result.evaluations])
+        if (every := [result for result in runs.select(method, pattern) if result.evaluations])
     ]
     if not found:
         only = runs.first(pattern)[0]
         error = "" if only.mean_error is None else f", mean relative reconstruction error {number(only.mean_error)}"
         than = only.mean_magnitude_error
         return (
-            f"{100 * only.sparsity:.2f} % of the weights in {len(only.sites)} linear layers are zero{error}"
+            f"{100 * only.sparsity:.2f} % of the weights in {len(only.layers)} linear layers are zero{error}"
             f"{'' if than is None else f'; magnitude pruning on the same inputs would have left {number(than)}'}."
         )
     (best, method), *others = sorted(found)
-    text = next(r for r in runs.every(method, pattern) if r.evaluations).evaluations[0].text
+    text = next(r for r in runs.select(method, pattern) if r.evaluations).evaluations[0].text
     known = [f"next is {others[0][1]} with {number(others[0][0])}"] if others else []
     known += [f"the dense model has {number(runs.dense.evaluations[0].perplexity)}"] if runs.dense else []
     return f"At {pattern}, {method} has perplexity {number(best)} on {text}" + "; ".join(["", *known]) + "."

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alps.reporting.compare_results import DENSE, Result, spread
+from alps.reporting.compare_results import DENSE, Result, mean_std
 from alps.reporting.records import ComparisonRecord, Estimate
 
 TABLE_NAME = "table.md"
@@ -123,7 +123,7 @@ def _text(values: Sequence[float], form: str, errors: Sequence[float]) -> str:
         form = ",.0f"
     if len(values) == 1 and errors:
         return f"{values[0]:{form}} ± {errors[0]:{form}}"
-    return spread(values).text(form)
+    return mean_std(values).text(form)
 
 
 def _perplexity(i: int) -> Figure:

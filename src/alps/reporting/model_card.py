@@ -14,7 +14,9 @@ from alps.reporting.run_report import RunReport, all_patterns, kept_sentence
 def model_card(report: RunReport, page: bool = False) -> str:
     """README.md of a pruned directory, with the front matter that model hubs read; `page`: report.html is beside it."""
     local, images = looks_local(report.model), reads_images(report.architecture)
-    unchanged = "pruning left everything else" if report.recovery or report.matches else "everything else is"
+    unchanged = (
+        "pruning left everything else" if report.distillations or report.reconstructions else "everything else is"
+    )
     kept = f"{kept_sentence(report)}. " if report.kept else ""
     title = Path(report.model).name if local else report.model
     front = {
@@ -22,7 +24,7 @@ def model_card(report: RunReport, page: bool = False) -> str:
         "pipeline_tag": "image-text-to-text" if images else "text-generation",
         # A hub refuses a base model that is not on a hub, and nobody else's folders are of interest.
         **({} if local or "/" not in report.model else {"base_model": report.model}),
-        "tags": ["pruned", "sparse", report.method, *(["distilled"] if report.recovery else [])],
+        "tags": ["pruned", "sparse", report.method, *(["distilled"] if report.distillations else [])],
     }
     lines = [
         "---",
@@ -30,12 +32,12 @@ def model_card(report: RunReport, page: bool = False) -> str:
         "---",
         "",
         f"# {title}, pruned to {report.pattern}{' and more' if report.overrides else ''} with {report.method}"
-        + (", then recovered by distillation" if report.recovery else ""),
+        + (", then recovered by distillation" if report.distillations else ""),
         "",
         *_recovered(report),
         *_matched(report),
-        f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.sites)} linear "
-        f"layers are zero; {unchanged} unchanged. {kept}"
+        f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.layers)} "
+        f"linear layers are zero; {unchanged} unchanged. {kept}"
         "The files are an ordinary dense checkpoint with zeros in it: it loads with "
         f"`{'AutoModelForImageTextToText' if images else 'AutoModelForCausalLM'}.from_pretrained` and is as large and "
         "as fast as the dense one until it is packed or compressed.",
@@ -47,9 +49,9 @@ def model_card(report: RunReport, page: bool = False) -> str:
     if report.mean_error is not None:
         lines.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")
         lines.append(f"| the same for magnitude pruning on the same inputs | {report.mean_magnitude_error:.4f} |")
-    if any(site.found_zeros is not None for site in report.sites):
+    if any(site.zeros_before is not None for site in report.layers):
         lines.append(
-            f"| zeros there before, all still zero | {sum(site.found_zeros or 0 for site in report.sites):,} |"
+            f"| zeros there before, all still zero | {sum(site.zeros_before or 0 for site in report.layers):,} |"
         )
     if used := report.calibration:
         lines.append(
@@ -74,12 +76,12 @@ def model_card(report: RunReport, page: bool = False) -> str:
 
 def _recovered(report: RunReport) -> list[str]:
     """What is to be known before any other figure of a card: that these weights were trained after pruning."""
-    if not report.recovery:
+    if not report.distillations:
         return []
     rows = [
         f"| {run.steps} | {run.tokens:,} | {run.lr:g} | {run.calibration.source} | {run.kl_before:.4f} | "
         f"{run.kl_after:.4f} |"
-        for run in report.recovery
+        for run in report.distillations
     ]
     return [
         "**Recovered by distillation, not one-shot.** After pruning, the kept weights, norms and biases were trained "
@@ -95,21 +97,21 @@ def _recovered(report: RunReport) -> list[str]:
 
 def _matched(report: RunReport) -> list[str]:
     """That the kept weights were tuned block by block, and on what where that was a step of its own."""
-    if not report.matches:
+    if not report.reconstructions:
         return []
     lines = [
         "**Blocks matched.** After pruning, the kept weights, norms and biases of every block were tuned to the "
         "outputs of the dense model's block; the zeros stayed where they were. Errors further below are those before.",
         "",
     ]
-    if not report.match_runs:
+    if not report.reconstruction_runs:
         return lines
-    rows = report.matches[-sum(run.blocks for run in report.match_runs) :]
+    rows = report.reconstructions[-sum(run.blocks for run in report.reconstruction_runs) :]
     lines += [
         "| blocks | epochs | share of the dense stream | rate | matched on | mean held-back loss before | after |",
         "|---:|---:|---:|---:|---|---:|---:|",
     ]
-    for run in report.match_runs:
+    for run in report.reconstruction_runs:
         mine, rows = rows[: run.blocks], rows[run.blocks :]
         before, after = sum(row.before for row in mine) / run.blocks, sum(row.after for row in mine) / run.blocks
         used = run.calibration

@@ -84,13 +84,13 @@ def run_results(report: RunReport) -> tuple[list[Result], list[str]]:
     """A run's report as results, and what has to be said before any of their figures."""
     rows = report.evaluations
     own = [row for row in rows if not row.model.endswith(_DENSE_ROW)]
-    pruned = Result.of(report, evaluations=own)
+    pruned = Result.from_report(report, evaluations=own)
     dense = [row for row in rows if row.model.endswith(_DENSE_ROW)]
     notes = []
-    if report.match_runs:
+    if report.reconstruction_runs:
         notes.append("The blocks have been matched to the dense model's since: the errors below are those before.")
-    if report.recovery:
-        last = report.recovery[-1]
+    if report.distillations:
+        last = report.distillations[-1]
         notes.append(
             f"Recovered by distillation since, not one-shot: {last.steps} steps, KL to the dense model on held-back "
             f"windows {last.kl_before:.4f} before, {last.kl_after:.4f} after. The figures below are those of the "

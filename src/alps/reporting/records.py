@@ -49,7 +49,7 @@ class ReconstructionRecord(Record):
 
 
 class ReconstructionRun(Record):
-    """One block matching of a pruned checkpoint, as a step of its own; its blocks are in `RunReport.matches`.
+    """One block matching of a pruned checkpoint, as a step of its own; its blocks are in `RunReport.reconstructions`.
 
     Attributes:
         dense, pruned: as the user named them.

@@ -38,10 +38,10 @@ class LayerRecord(Record):
         magnitude_error: the same for magnitude pruning of this site on the same inputs.
         expert: number of the expert whose map it is, in a mixture that keeps those of all experts in one parameter.
         tokens: calibration tokens that it received; None when none were fed.
-        added: average tokens of a pool that filled up the statistics of an expert that received too few, see
+        pooled_tokens: average tokens of a pool that filled up the statistics of an expert that received too few, see
             `alps.calibration.moe_statistics`.
         pattern: what the site was pruned to; None where that was not noted.
-        found_zeros: weights that were zero before, where the run was to keep such zeros; else None.
+        zeros_before: weights that were zero before, where the run was to keep such zeros; else None.
         solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
     """
 
@@ -56,9 +56,9 @@ class LayerRecord(Record):
     solve: dict[str, Any]
     expert: int | None = None
     tokens: int | None = None
-    added: int = 0
+    pooled_tokens: int = 0
     pattern: str | None = None
-    found_zeros: int | None = None
+    zeros_before: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -94,18 +94,18 @@ class RunReport(Record):
         method, pattern: what was asked for.
         overrides: by rule, the patterns of sites that have another one, see `alps.pruning.layer_rules`.
         calibration: None for a method that reads no inputs.
-        sites, dense: what was pruned, and what was not with the reason. Sparsity, zeros, entries and errors are those
+        layers, dense: what was pruned, and what was not with the reason. Sparsity, zeros, entries and errors are those
             of the pruned sites alone.
-        matches: block matching, every block of the run itself and then of every one of `match_runs`, in order.
-        match_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
+        reconstructions: of every block: those of the run itself, then those of `reconstruction_runs`, in order.
+        reconstruction_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
         seconds: wall time by phase: load, budget, capture, forward (all passes of every block), gram, prepare, solve
             (`INSIDE_SOLVE` are parts of it), errors, match, keep (blocks for the journal), write, save, total.
         peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
         versions: packages, machine, commit.
         notes: what else is to be known of the run, in sentences.
         evaluations: perplexities measured in the same run, dense and pruned, if any.
-        recovery: distillations since, in order. Everything else is as the one-shot run left it: the zeros still hold,
-            the errors are those of the weights before.
+        distillations: those since, in order. Everything else is as the one-shot run left it: the zeros still hold, the
+            errors are those of the weights before.
     """
 
     model: str
@@ -116,9 +116,9 @@ class RunReport(Record):
     dtype: str
     device: str
     calibration: CalibrationRecord | None
-    sites: list[LayerRecord] = Field(default_factory=list)
-    matches: list[ReconstructionRecord] = Field(default_factory=list)
-    match_runs: list[ReconstructionRun] = Field(default_factory=list)
+    layers: list[LayerRecord] = Field(default_factory=list)
+    reconstructions: list[ReconstructionRecord] = Field(default_factory=list)
+    reconstruction_runs: list[ReconstructionRun] = Field(default_factory=list)
     dense: list[DenseRecord] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_host_bytes: int = 0
@@ -126,17 +126,17 @@ class RunReport(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
-    recovery: list[DistillationReport] = Field(default_factory=list)
+    distillations: list[DistillationReport] = Field(default_factory=list)
 
     @property
     def entries(self) -> int:
         """Weights of all sites."""
-        return sum(site.entries for site in self.sites)
+        return sum(site.entries for site in self.layers)
 
     @property
     def zeros(self) -> int:
         """Zeros of all sites."""
-        return sum(site.zeros for site in self.sites)
+        return sum(site.zeros for site in self.layers)
 
     @property
     def sparsity(self) -> float:
@@ -157,12 +157,12 @@ class RunReport(Record):
     @property
     def mean_error(self) -> float | None:
         """Mean over sites of the relative reconstruction error; None when errors were not measured."""
-        return _mean([site.error for site in self.sites])
+        return _mean([site.error for site in self.layers])
 
     @property
     def mean_magnitude_error(self) -> float | None:
         """Mean over sites of what magnitude pruning would have left on the same inputs."""
-        return _mean([site.magnitude_error for site in self.sites])
+        return _mean([site.magnitude_error for site in self.layers])
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Account for a phase outside the walk, in the total too."""

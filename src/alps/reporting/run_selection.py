@@ -53,10 +53,10 @@ class Runs:
         middle = self.ratios[len(self.ratios) // 2]
         return [middle, *(pattern for pattern in [*self.ratios, *self.groups] if pattern != middle)]
 
-    def every(self, method: str, pattern: str) -> list[Result]:
+    def select(self, method: str, pattern: str) -> list[Result]:
         """All seeds of one combination."""
         return [result for result in self.pruned if (result.method, result.pattern) == (method, pattern)]
 
     def first(self, pattern: str) -> list[Result]:
         """The first seed of every method at a pattern."""
-        return [found[0] for method in self.methods if (found := self.every(method, pattern))]
+        return [found[0] for method in self.methods if (found := self.select(method, pattern))]

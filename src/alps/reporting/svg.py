@@ -79,7 +79,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ProcessGroup:
+class PictureGroup:
     """Pictures that share a legend; shown at once, or folded under `label`."""
 
     label: str
@@ -96,7 +96,7 @@ class Section:
     name: str
     title: str
     text: str
-    groups: list[ProcessGroup]
+    groups: list[PictureGroup]
 
 
 @contextmanager
