@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import BITS, Packed, kept_weights, pack, packed_bytes, pays, unpack
-from alps.checkpoints.compression import compress, decompress, join, planes, raw
+from alps.checkpoints.bitmask_codec import (
+    BIT_DTYPES,
+    PackedMatrix,
+    count_kept,
+    is_worth_packing,
+    pack,
+    packed_bytes,
+    unpack,
+)
+from alps.checkpoints.compression import byte_planes, compress, decompress, join_planes, raw_bytes
 
 DTYPES = (
     torch.float64,
@@ -27,7 +35,7 @@ def made_up(rows: int, columns: int, dtype: torch.dtype, sparsity: float, seed: 
     """Random bits, so that NaNs, infinities and subnormals are among them; zeros by chance."""
     generator = torch.Generator().manual_seed(seed)
     octets = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, generator=generator)
-    bits = octets.view(BITS[dtype.itemsize])
+    bits = octets.view(BIT_DTYPES[dtype.itemsize])
     bits[torch.rand(rows, columns, generator=generator) < sparsity] = 0
     return bits.view(dtype)
 
@@ -35,7 +43,7 @@ def made_up(rows: int, columns: int, dtype: torch.dtype, sparsity: float, seed: 
 def naive(weight: Tensor) -> tuple[list[list[int]], bytes, list[int]]:
     """Mask words, bytes of the values and offsets, weight by weight from the bytes in memory."""
     size, columns = weight.element_size(), weight.shape[1]
-    data = bytes(raw(weight))
+    data = bytes(raw_bytes(weight))
     words, values, offsets = [], b"", [0]
     for row in range(len(weight)):
         line = [0] * ((columns + 31) // 32)
@@ -65,16 +73,16 @@ def test_a_matrix_comes_back_to_the_bit_and_is_laid_out_as_documented(
     words, values, offsets = naive(weight)
     unsigned = [[word & 0xFFFFFFFF for word in line] for line in packed.mask.tolist()]
     assert packed.mask.dtype == packed.offsets.dtype == torch.int32 and packed.values.dtype == dtype
-    assert unsigned == words and packed.offsets.tolist() == offsets and bytes(raw(packed.values)) == values
+    assert unsigned == words and packed.offsets.tolist() == offsets and bytes(raw_bytes(packed.values)) == values
 
     back = unpack(packed)
-    assert back.dtype == dtype and back.shape == weight.shape and bytes(raw(back)) == bytes(raw(weight))
-    assert kept_weights(weight) == len(packed.values)
+    assert back.dtype == dtype and back.shape == weight.shape and bytes(raw_bytes(back)) == bytes(raw_bytes(weight))
+    assert count_kept(weight) == len(packed.values)
     assert packed.nbytes == packed_bytes(rows, columns, len(packed.values), dtype.itemsize)
 
-    halves = [decompress(compress(plane), len(plane)) for plane in planes(packed.values)]
-    assert [bytes(raw(half)) for half in halves] == [values[k :: dtype.itemsize] for k in range(dtype.itemsize)]
-    assert bytes(raw(join(halves))) == values
+    halves = [decompress(compress(plane), len(plane)) for plane in byte_planes(packed.values)]
+    assert [bytes(raw_bytes(half)) for half in halves] == [values[k :: dtype.itemsize] for k in range(dtype.itemsize)]
+    assert bytes(raw_bytes(join_planes(halves))) == values
 
 
 def test_only_a_weight_without_any_bit_is_left_out() -> None:
@@ -83,7 +91,7 @@ def test_only_a_weight_without_any_bit_is_left_out() -> None:
     weight = torch.frombuffer(bytearray(struct.pack("<7I", *patterns)), dtype=torch.float32).view(1, 7)
     packed = pack(weight)
     assert packed.mask.tolist() == [[0b1111110]] and packed.offsets.tolist() == [0, 6]
-    assert struct.unpack("<7I", raw(unpack(packed))) == tuple(patterns)
+    assert struct.unpack("<7I", raw_bytes(unpack(packed))) == tuple(patterns)
 
 
 def test_a_view_is_packed_as_what_it_shows() -> None:
@@ -112,7 +120,7 @@ def test_2_of_4_in_bfloat16_takes_its_bound_and_the_offsets() -> None:
 def test_packing_pays_from_the_documented_share_of_zeros_on() -> None:
     def least(itemsize: int) -> float:
         n = 1024 * 4096
-        return next(p / 1000 for p in range(1000) if pays(1024, 4096, n - n * p // 1000, itemsize))
+        return next(p / 1000 for p in range(1000) if is_worth_packing(1024, 4096, n - n * p // 1000, itemsize))
 
     assert [least(size) for size in (1, 2, 4, 8)] == [0.176, 0.113, 0.082, 0.066]
 
@@ -125,13 +133,16 @@ def test_offsets_are_wide_where_they_have_to_be() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda p: Packed(p.mask[:, :1], p.values, p.offsets, p.columns), "not int32 of 2 words a row"),
-        (lambda p: Packed(p.mask.long(), p.values, p.offsets, p.columns), "not int32 of 2 words a row"),
-        (lambda p: Packed(p.mask | torch.tensor([[0, 1 << 8]]).int(), p.values, p.offsets, 40), "past the last column"),
-        (lambda p: Packed(p.mask ^ torch.tensor([[1, 0]]).int(), p.values, p.offsets, p.columns), "do not fit"),
-        (lambda p: Packed(p.mask, p.values[1:], p.offsets, p.columns), "do not fit"),
-        (lambda p: Packed(p.mask, p.values, p.offsets + 1, p.columns), "do not fit"),
-        (lambda p: Packed(p.mask, p.values, p.offsets[1:], p.columns), "do not fit"),
+        (lambda p: PackedMatrix(p.mask[:, :1], p.values, p.offsets, p.columns), "not int32 of 2 words a row"),
+        (lambda p: PackedMatrix(p.mask.long(), p.values, p.offsets, p.columns), "not int32 of 2 words a row"),
+        (
+            lambda p: PackedMatrix(p.mask | torch.tensor([[0, 1 << 8]]).int(), p.values, p.offsets, 40),
+            "past the last column",
+        ),
+        (lambda p: PackedMatrix(p.mask ^ torch.tensor([[1, 0]]).int(), p.values, p.offsets, p.columns), "do not fit"),
+        (lambda p: PackedMatrix(p.mask, p.values[1:], p.offsets, p.columns), "do not fit"),
+        (lambda p: PackedMatrix(p.mask, p.values, p.offsets + 1, p.columns), "do not fit"),
+        (lambda p: PackedMatrix(p.mask, p.values, p.offsets[1:], p.columns), "do not fit"),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(change: object, complaint: str) -> None:

@@ -14,26 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alps.checkpoints.atomic_io import remove_partial
-from alps.checkpoints.journal import check_journal, journal_place, open_journal
-from alps.checkpoints.safetensors_io import DTYPES, TensorToWrite, stored_tensors, write_tensors
-from alps.checkpoints.weight_files import weight_file
+from alps.checkpoints.journal import check_journal, journal_directory, open_journal
+from alps.checkpoints.safetensors_io import DTYPES, TensorToWrite, list_tensors, write_tensors
+from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
 
-_FACTS = {"sparsity": "0.7", "the model's weights": "a" * 64}
+_FINGERPRINT = {"sparsity": "0.7", "the model's weights": "a" * 64}
 
 
 def _keep_two(out: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), open_journal(out, _FACTS) as journal:
+    with pytest.raises(RuntimeError, match="stop"), open_journal(out, _FINGERPRINT) as journal:
         journal.note("patterns", {"a": "0.5"})
         for index in range(2):
-            journal.keep_tensors(index, {"w": torch.full((2, 3), index, dtype=torch.bfloat16)})
-            journal.keep_record(index, {"number": index})
+            journal.save_tensors(index, {"w": torch.full((2, 3), index, dtype=torch.bfloat16)})
+            journal.save_record(index, {"number": index})
         raise RuntimeError("stop")
 
 
 def test_finished_blocks_outlive_a_failure(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
-    with open_journal(tmp_path / "out", _FACTS) as journal:
+    with open_journal(tmp_path / "out", _FINGERPRINT) as journal:
         assert journal.finished == 2 and journal.notes == {"patterns": {"a": "0.5"}}
         assert journal.record(1) == {"number": 1}
         assert torch.equal(journal.tensors(1)["w"].read(), torch.ones(2, 3, dtype=torch.bfloat16))
@@ -42,43 +42,46 @@ def test_finished_blocks_outlive_a_failure(tmp_path: Path) -> None:
 
 
 def test_without_a_finished_block_nothing_stays(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), open_journal(tmp_path / "out", _FACTS):
+    with pytest.raises(RuntimeError), open_journal(tmp_path / "out", _FINGERPRINT):
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_block_without_its_record_is_not_finished(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
-    (journal_place(tmp_path / "out") / "block-00001.json").unlink()
-    with open_journal(tmp_path / "out", _FACTS) as journal:
+    (journal_directory(tmp_path / "out") / "block-00001.json").unlink()
+    with open_journal(tmp_path / "out", _FINGERPRINT) as journal:
         assert journal.finished == 1
-        journal.keep_tensors(1, {"w": torch.zeros(1)})
+        journal.save_tensors(1, {"w": torch.zeros(1)})
         assert torch.equal(journal.tensors(1)["w"].read(), torch.zeros(1))
 
 
 def test_another_run_is_refused_in_words(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
-    other = {**_FACTS, "sparsity": "0.5", "the model's weights": "b" * 64}
+    other = {**_FINGERPRINT, "sparsity": "0.5", "the model's weights": "b" * 64}
     with pytest.raises(CheckpointError) as found:
         check_journal(tmp_path / "out", {"sparsity": "0.5"}, resume=False)
     assert "sparsity was 0.7 and is 0.5" in str(found.value) and "weights" not in str(found.value)
     words = r"the model's weights was a{12}\.\.\. and is b{12}\.\.\."
     with pytest.raises(CheckpointError, match=words), open_journal(tmp_path / "out", other):
         pass
-    check_journal(tmp_path / "out", _FACTS, resume=True)
+    check_journal(tmp_path / "out", _FINGERPRINT, resume=True)
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="Nothing is to be resumed"):
-        check_journal(tmp_path / "out", _FACTS, resume=True)
+    with pytest.raises(CheckpointError, match="There is nothing to resume"):
+        check_journal(tmp_path / "out", _FINGERPRINT, resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": 99}', '{"format": 1, "facts": 3, "notes": {}}', "[]"])
+@pytest.mark.parametrize("text", ["", "{", '{"format": 99}', '{"format": 1, "fingerprint": 3, "notes": {}}', "[]"])
 def test_a_damaged_journal_is_refused(text: str, tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
-    (journal_place(tmp_path / "out") / "journal.json").write_text(text)
-    with pytest.raises(CheckpointError, match="not a journal of this version"), open_journal(tmp_path / "out", _FACTS):
+    (journal_directory(tmp_path / "out") / "journal.json").write_text(text)
+    with (
+        pytest.raises(CheckpointError, match="not a journal of this version"),
+        open_journal(tmp_path / "out", _FINGERPRINT),
+    ):
         pass
 
 
@@ -90,8 +93,8 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         "except CheckpointError as error:\n    print(error)\n"
     )
     with open_journal(tmp_path / "out", {}) as journal:
-        journal.keep_tensors(0, {})
-        journal.keep_record(0, {})
+        journal.save_tensors(0, {})
+        journal.save_record(0, {})
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, timeout=120
         )
@@ -117,25 +120,25 @@ def test_files_hold_what_was_written(
     from safetensors.torch import load_file
 
     found = load_file(path)
-    ours = {one.name: one for one in stored_tensors(weight_file(path))}
+    ours = {one.name: one for one in list_tensors(read_weight_file(path))}
     assert found.keys() == tensors.keys() == ours.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
         assert torch.equal(ours[name].read(), tensor)
-        mapped = ours[name].mapped()
+        mapped = ours[name].memory_map()
         assert mapped.dtype == tensor.dtype and torch.equal(mapped, tensor)
         if tensor.ndim == 2 and len(tensor) > 1:
             assert torch.equal(
-                ours[name].section(tensor.shape[1], (len(tensor) - 1, tensor.shape[1])).read(), tensor[1:]
+                ours[name].contiguous_slice(tensor.shape[1], (len(tensor) - 1, tensor.shape[1])).read(), tensor[1:]
             )
 
 
 def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     write_tensors(path, [TensorToWrite("w", torch.float32, (100,), lambda: torch.ones(100))])
-    (stored,) = stored_tensors(weight_file(path))
+    (stored,) = list_tensors(read_weight_file(path))
     path.write_bytes(path.read_bytes()[:-8])
-    for read in (stored.read, stored.mapped):
+    for read in (stored.read, stored.memory_map):
         with pytest.raises(CheckpointError, match="ends inside w"):
             read()
 
@@ -146,12 +149,12 @@ def test_a_mapped_tensor_takes_no_memory_until_it_is_touched_and_writes_nothing(
     write_tensors(path, [TensorToWrite("w", torch.float32, (size,), lambda: torch.ones(size))])
     content = hashlib.sha256(path.read_bytes()).digest()
     before = _private_bytes()
-    (stored,) = stored_tensors(weight_file(path))
-    mapped = stored.mapped()
+    (stored,) = list_tensors(read_weight_file(path))
+    mapped = stored.memory_map()
     assert float(mapped.sum()) == size and _private_bytes() - before < stored.nbytes / 4
     mapped[: size // 2] = 2.0
     assert _private_bytes() - before > stored.nbytes / 4
-    assert float(stored.mapped().sum()) == size and hashlib.sha256(path.read_bytes()).digest() == content
+    assert float(stored.memory_map().sum()) == size and hashlib.sha256(path.read_bytes()).digest() == content
 
 
 def _private_bytes() -> int:
@@ -171,8 +174,8 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_journal_is_readable_json(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
-    content = json.loads((journal_place(tmp_path / "out") / "journal.json").read_text())
-    assert content == {"format": 1, "facts": _FACTS, "notes": {"patterns": {"a": "0.5"}}}
+    content = json.loads((journal_directory(tmp_path / "out") / "journal.json").read_text())
+    assert content == {"format": 1, "fingerprint": _FINGERPRINT, "notes": {"patterns": {"a": "0.5"}}}
 
 
 def test_what_a_kill_left_of_an_output_is_removed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alps.checkpoints.bitmask_codec import BITS
+from alps.checkpoints.bitmask_codec import BIT_DTYPES
 from alps.checkpoints.manifest import Manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
@@ -144,7 +144,7 @@ def test_tensors_of_any_kind_come_back(
     for i, shape in enumerate(shapes):
         count = torch.Size(shape[:3]).numel()
         octets = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
-        bits = octets.view(BITS[dtype.itemsize])
+        bits = octets.view(BIT_DTYPES[dtype.itemsize])
         bits[torch.rand(count, generator=generator) < sparsity] = 0
         tensors[f"t{i}"] = bits.view(dtype).reshape(shape[:3])
     source = small(folder / "in", tensors)

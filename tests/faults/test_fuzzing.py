@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from alps.checkpoints.manifest import read_manifest
 from alps.checkpoints.pack import pack_directory
-from alps.checkpoints.safetensors_io import stored_tensors
-from alps.checkpoints.weight_files import find_weights, parse_header
+from alps.checkpoints.safetensors_io import list_tensors
+from alps.checkpoints.weight_files import find_weight_files, parse_header
 from alps.core.errors import AlpsError
 from alps.data.text_sources import load_text
 from alps.evaluation.compare_config import load_compare_config
@@ -134,7 +134,7 @@ def _header(folder: Path, data: bytes) -> Any:
     """With a length that fits, so that what is inside the header counts."""
     (folder / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(54))
     with contextlib.suppress(AlpsError):
-        return [stored_tensors(file) for file in find_weights(folder)]
+        return [list_tensors(file) for file in find_weight_files(folder)]
     with contextlib.suppress(ValueError):
         parse_header(data.decode())
     return None
@@ -165,7 +165,7 @@ def _comparison(path: Path) -> Any:
 
 def _index(folder: Path, data: bytes) -> Any:
     (folder / "model.safetensors.index.json").write_bytes(data)
-    return find_weights(folder)
+    return find_weight_files(folder)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +178,9 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     manifest = json.loads((folder / "packed" / "packed.json").read_text())
     return {
         "header": Target(raw[8 : 8 + int.from_bytes(raw[:8], "little")], _header),
-        "safetensors": Target(raw, _file("model.safetensors", lambda path: find_weights(path.parent))),
+        "safetensors": Target(raw, _file("model.safetensors", lambda path: find_weight_files(path.parent))),
         "index": Target('{"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}', _index),
-        "config": Target('{"a": {"b": [1]}}', _file("config.json", lambda path: find_weights(path.parent))),
+        "config": Target('{"a": {"b": [1]}}', _file("config.json", lambda path: find_weight_files(path.parent))),
         "manifest": Target(json.dumps({**manifest, "sha256": "0" * 64}), _manifest),
         "JSON lines": Target(_TEXTS, _file("t.jsonl", lambda path: load_text(str(path), "calibration"))),
         "text": Target(_TEXTS, _file("t.txt", lambda path: load_text(str(path), "calibration"))),

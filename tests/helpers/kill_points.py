@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import alps.checkpoints.safetensors_io as shards
-from alps.checkpoints.journal import journal_place
+from alps.checkpoints.journal import journal_directory
 from alps.core.progress import NoProgress
 from alps.pruning.config import load_prune_config
 from alps.pruning.job import prune_directory
@@ -64,7 +64,7 @@ def main() -> None:
 def _kill_once(options: argparse.Namespace, whole: float, attempt: int) -> str:
     """Start, kill, and tell what the killed process was about: a file, a block, or nothing that it had kept."""
     while_writing = attempt % 3 == 2
-    place = journal_place(options.folder / "killed")
+    place = journal_directory(options.folder / "killed")
     before, stale = len(list(place.glob("block-*.json"))), _half_written(options.folder)
     child = _start(options, "killed", slow=while_writing)
     if while_writing:

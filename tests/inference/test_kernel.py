@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import BITS, pack
+from alps.checkpoints.bitmask_codec import BIT_DTYPES, pack
 from alps.inference import build_kernel as building
 from alps.inference import cpu_backend as native
 from alps.inference.build_kernel import LIBRARY_NAME, SOURCES, compile_library
@@ -115,7 +115,7 @@ def test_products_of_torch_are_not_disturbed(kernel_file: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_any_kind_come_back(kernel_file: Path, dtype: torch.dtype) -> None:
     """Negative zeros, subnormals, infinities and NaNs with their payloads."""
-    bits = BITS[dtype.itemsize]
+    bits = BIT_DTYPES[dtype.itemsize]
     info = torch.iinfo(bits)
     there = torch.randint(info.min, info.max, (64, 100), generator=torch.Generator().manual_seed(1), dtype=bits)
     there[torch.rand(64, 100, generator=torch.Generator().manual_seed(2)) < 0.5] = 0

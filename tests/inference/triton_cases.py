@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import alps
-from alps.checkpoints.bitmask_codec import BITS, pack
+from alps.checkpoints.bitmask_codec import BIT_DTYPES, pack
 from alps.inference import packed_linear as linear
 from alps.inference import triton_backend as gpu
 from alps.inference.packed_linear import PackedLinear
@@ -140,7 +140,7 @@ def test_empty_and_full_rows(kernel: GpuKernel, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_bits_of_any_kind_come_back(kernel: GpuKernel, dtype: torch.dtype) -> None:
     """Negative zeros, subnormals, infinities and NaNs with their payloads."""
-    bits = BITS[dtype.itemsize]
+    bits = BIT_DTYPES[dtype.itemsize]
     info = torch.iinfo(bits)
     there = torch.randint(info.min, info.max, (20, 100), generator=torch.Generator().manual_seed(1), dtype=bits)
     there[torch.rand(20, 100, generator=torch.Generator().manual_seed(2)) < 0.5] = 0

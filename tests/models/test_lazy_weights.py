@@ -137,7 +137,7 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
     assert isinstance(store, LazyWeights)
     blocks = loaded.blocks()
     mapped: list[str] = []
-    real = TensorOnDisk.mapped
+    real = TensorOnDisk.memory_map
 
     def spied(stored: TensorOnDisk) -> Tensor:
         mapped.append(stored.name)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import alps
-from alps.checkpoints.journal import Journal, journal_place
+from alps.checkpoints.journal import Journal, journal_directory
 from alps.core.errors import CheckpointError, SolveFailed
 from alps.core.progress import NoProgress
 from alps.data.calibration import load
@@ -72,14 +72,14 @@ def _weights(folder: Path) -> bytes:
 
 def _stop_after(blocks: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a run fail when it has kept so many blocks."""
-    keep = Journal.keep_tensors
+    keep = Journal.save_tensors
 
     def failing(self: Journal, index: int, *rest: Any) -> None:
         if index == blocks:
             raise error
         keep(self, index, *rest)
 
-    monkeypatch.setattr(Journal, "keep_tensors", failing)
+    monkeypatch.setattr(Journal, "save_tensors", failing)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
     monkeypatch.setattr("alps.pruning.pipeline.plan", Mock(side_effect=AssertionError("planned again")))
     with log_messages() as messages:
         _prune(settings, tmp_path / "out", **chosen)
-    assert f"Going on after the plan of the budget, kept in '{journal_place(tmp_path / 'out')}'." in messages
+    assert f"Going on after the plan of the budget, kept in '{journal_directory(tmp_path / 'out')}'." in messages
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 
@@ -210,7 +210,7 @@ def test_another_configuration_is_refused(
     (tmp_path / "other.txt").write_text(english[::-1])
     with pytest.raises(CheckpointError, match="the calibration's hash was"):
         _prune(settings, tmp_path / "out", calibration=str(tmp_path / "other.txt"))
-    assert len(list(journal_place(tmp_path / "out").glob("block-*.json"))) == 2
+    assert len(list(journal_directory(tmp_path / "out").glob("block-*.json"))) == 2
     _prune(settings, tmp_path / "out", offload=True)  # computes the same
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_block_is_refused(settings: dict[str, Any], tmp_path: Path, mo
         _stop_after(2, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
             _prune(settings, tmp_path / "out")
-    block = journal_place(tmp_path / "out") / "block-00001.safetensors"
+    block = journal_directory(tmp_path / "out") / "block-00001.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"block-00001\.safetensors' cannot be read"):
         _prune(settings, tmp_path / "out")
@@ -260,7 +260,7 @@ def test_signals_end_a_run_in_a_sentence(
     # Ten seconds if nothing stops it: the signal must not come after the end.
     chosen = {**settings, "method": "alps", "samples": 32, "match": 60}
     running = started.start(*_arguments(chosen, tmp_path / "out"))
-    place = journal_place(tmp_path / "out")
+    place = journal_directory(tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (place / "block-00000.json").is_file() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

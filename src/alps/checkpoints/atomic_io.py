@@ -47,7 +47,7 @@ def check_target(out: Path, replaceable: str | None = None) -> None:
 
 @contextmanager
 def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
-    """Yield a temporary directory beside `out`, which is renamed to `out` on success and removed on any error.
+    """Yield a temporary directory next to `out`, which is renamed to `out` on success and removed on any error.
 
     Args:
         out: directory to create; see `check_target`.
@@ -82,7 +82,7 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove the temporary directories that killed processes left beside `out`; no other process may be writing it."""
+    """Remove the temporary directories that killed processes left next to `out`; no other process may be writing it."""
     for leftover in out.absolute().parent.glob(f".{glob.escape(out.name[:100])}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

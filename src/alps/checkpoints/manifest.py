@@ -1,4 +1,4 @@
-"""packed.json: what a packed directory holds, under a hash of its own."""
+"""Manifest of a packed directory, packed.json: its files and tensors with their hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_HASH = "0" * 64
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the packed directory: its length, and the hash of its bytes."""
+    """Length and hash of a file of the packed directory."""
 
     bytes: int
     sha256: str
@@ -28,25 +28,25 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class CopyRecord(FileRecord):
-    """A file that was copied along, and the name it has in the checkpoint."""
+    """File that was copied unchanged, and its name in the checkpoint."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor of the checkpoint.
+    """Tensor of the checkpoint.
 
     Attributes:
-        file: the weights file it came from.
-        dtype: in the words of safetensors (`BF16`, `F32`, ...).
-        shape: as in the checkpoint.
+        file: weight file that it came from.
+        dtype: in the names of safetensors (`BF16`, `F32`, ...).
+        shape: in the checkpoint.
         itemsize: bytes of an element.
         bytes: of the tensor in the checkpoint.
-        stored: `packed`, or `dense`.
+        stored: `packed` or `dense`.
         stored_bytes: of its parts in the packed directory.
-        kept: weights that are not zero, or None where it is stored dense.
-        shard: the file of the packed directory that holds its parts.
+        kept: number of weights that are not zero; None when it is stored dense.
+        shard: file of the packed directory that holds its parts.
         sha256: of its bytes in the checkpoint.
     """
 
@@ -64,12 +64,12 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed directory holds.
+    """Content of a packed directory.
 
     Attributes:
-        compression: `zstd`, or None.
-        headers: the header of every weights file, to the byte.
-        shards: the files that hold the tensors.
+        compression: `zstd` or None.
+        headers: header of every weight file of the checkpoint, byte by byte.
+        shards: files that hold the parts of tensors.
         files: all other files, by their names in the packed directory.
         tensors: by their names in the checkpoint.
     """
@@ -81,7 +81,7 @@ class Manifest:
     tensors: dict[str, TensorRecord]
 
     def text(self) -> str:
-        """The file: its hash is that of the same text with 64 zeros in the place of the hash."""
+        """Return the content of packed.json, with its own hash: that of the same text with 64 zeros as the hash."""
         fields = {"format": FORMAT, "version": VERSION, "sha256": _NO_HASH, **dataclasses.asdict(self)}
         text = json.dumps(fields, indent=1) + "\n"
         return text.replace(_NO_HASH, hashlib.sha256(text.encode()).hexdigest(), 1)
@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check packed.json.
 
     Raises:
-        CheckpointError: when there is none, it is damaged, or a later version wrote it.
+        CheckpointError: when it is missing, is damaged, or has a version that this alps does not read.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -111,23 +111,25 @@ def read_manifest(directory: Path) -> Manifest:
         stated = fields["sha256"]
         if hashlib.sha256(data.replace(stated.encode(), _NO_HASH.encode(), 1)).hexdigest() != stated:
             raise CheckpointError(damaged)
-        return _build(fields)
+        return _parse(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(damaged) from None
 
 
-def _build(fields: dict[str, Any]) -> Manifest:
-    found = Manifest(
+def _parse(fields: dict[str, Any]) -> Manifest:
+    manifest = Manifest(
         compression=fields["compression"],
         headers=dict(fields["headers"]),
         shards={name: FileRecord(**record) for name, record in fields["shards"].items()},
         files={name: CopyRecord(**record) for name, record in fields["files"].items()},
         tensors={name: TensorRecord(**record) for name, record in fields["tensors"].items()},
     )
-    names = [*found.headers, *found.shards, *found.files, *(file.name for file in found.files.values())]
-    # Nobody's manifest may send a file somewhere else.
-    if not all(is_inside(name) for name in names) or found.compression not in (None, "zstd"):
+    originals = [file.name for file in manifest.files.values()]
+    # A manifest is not trusted: its names must not lead out of the directories that are read and written.
+    names = [*manifest.headers, *manifest.shards, *manifest.files, *originals]
+    if not all(is_inside(name) for name in names) or manifest.compression not in (None, "zstd"):
         raise ValueError
-    if {entry.name for header in found.headers.values() for entry in parse_header(header)} != found.tensors.keys():
+    in_headers = {entry.name for header in manifest.headers.values() for entry in parse_header(header)}
+    if in_headers != manifest.tensors.keys():
         raise ValueError
-    return found
+    return manifest

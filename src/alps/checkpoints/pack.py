@@ -1,4 +1,4 @@
-"""A packed directory is written: shards of masks and values, a manifest with hashes, all other files along."""
+"""Packing of a checkpoint: shards of masks and values, a manifest with hashes, and copies of all other files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alps.checkpoints.atomic_io import check_target, new_directory
-from alps.checkpoints.bitmask_codec import kept_weights
-from alps.checkpoints.compression import check_compression, raw
+from alps.checkpoints.bitmask_codec import count_kept
+from alps.checkpoints.compression import check_compression, raw_bytes
 from alps.checkpoints.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -25,16 +25,16 @@ from alps.checkpoints.manifest import (
     Manifest,
     TensorRecord,
 )
-from alps.checkpoints.tensor_codec import is_packed, split
-from alps.checkpoints.weight_files import INDEX_NAME, WeightFile, find_weights, other_files, parse_header
+from alps.checkpoints.tensor_codec import encode_tensor, should_pack
+from alps.checkpoints.weight_files import INDEX_NAME, WeightFile, find_other_files, find_weight_files, parse_header
 from alps.core.errors import CheckpointError
 
 SHARD_BYTES = 2**30
-# Under their own names these would describe the packed directory, and describe it wrongly.
+# Files of the checkpoint that would be wrong descriptions of the packed directory under their own names.
 _RENAMED = {"README.md": "README.original.md", INDEX_NAME: "index.original.json"}
-_OURS = re.compile(r"packed\.json|packed(-\d+(-of-\d+)?)?\.safetensors")
+_PACKED_FILE = re.compile(r"packed\.json|packed(-\d+(-of-\d+)?)?\.safetensors")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
-# A hub would tell people to load the pack with this library.
+# A model hub would show how to load the pack with this library, which cannot.
 _LIBRARY = re.compile(r"^library_name:.*\n", re.MULTILINE)
 _NOTICE = """
 > **Packed: zeros are not stored.** These files hold the checkpoint in a format of its own, which transformers does not
@@ -46,8 +46,8 @@ _NOTICE = """
 """
 
 
-class _Shards:
-    """Safetensors files that are filled one after the other, each up to a size."""
+class _ShardWriter:
+    """Safetensors files that are filled one after the other, each up to a size in bytes."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
@@ -55,14 +55,14 @@ class _Shards:
         self._written: list[Path] = []
 
     def add(self, parts: dict[str, Tensor]) -> int:
-        """Put tensors into the same file; returns its number from 0."""
+        """Put tensors into one file, and return its number, counted from 0."""
         if self._parts and _nbytes(self._parts) + _nbytes(parts) > self._limit:
             self._flush()
         self._parts |= parts
         return len(self._written)
 
     def close(self) -> list[str]:
-        """Write what is left; returns the names of all files."""
+        """Write the last file, give all files their final names, and return these."""
         self._flush()
         count = len(self._written)
         names = [f"packed-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
@@ -83,29 +83,36 @@ class _Shards:
 
 
 def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes: int = SHARD_BYTES) -> Manifest:
-    """Pack a checkpoint; the weights are read one tensor at a time, and one shard is in memory.
+    """Pack a checkpoint; one shard is in memory at a time.
 
     Args:
         source: a directory with safetensors files.
         out: directory to create; it appears whole or not at all.
-        compress: for transport: zstd over masks and values.
-        shard_bytes: no file of `out` is larger, unless a single tensor is.
+        compress: compress masks and values by zstd, for transport.
+        shard_bytes: largest size of a file of `out`; a single tensor may exceed it.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        CheckpointError: when the source cannot be packed, or `out` not be written.
+        CheckpointError: when the source cannot be packed, or `out` cannot be written.
     """
-    if source.is_dir() and (taken := sorted(path.name for path in source.iterdir() if _OURS.fullmatch(path.name))):
-        raise CheckpointError(f"'{source}' holds {taken[0]}, so it is packed already: give the checkpoint itself.")
-    weights = find_weights(source)
-    others = other_files(source, weights)
+    if source.is_dir() and (
+        packed_files := sorted(path.name for path in source.iterdir() if _PACKED_FILE.fullmatch(path.name))
+    ):
+        raise CheckpointError(
+            f"'{source}' holds {packed_files[0]}, so it is packed already: give the checkpoint itself."
+        )
+    weights = find_weight_files(source)
+    others = find_other_files(source, weights)
     if compress:
         check_compression()
     check_target(out)
     with new_directory(out) as folder:
-        shards = _Shards(folder, shard_bytes)
-        placed = list(_pack_tensors(weights, shards, compress))
+        shards = _ShardWriter(folder, shard_bytes)
+        entries = list(_pack_tensors(weights, shards, compress))
         names = shards.close()
-        records = {name: replace(record, shard=names[number]) for name, record, number in placed}
+        records = {name: replace(record, shard=names[number]) for name, record, number in entries}
         files = _copy(others, folder)
         _write_readme(others.get("README.md"), folder)
         manifest = Manifest(
@@ -120,23 +127,16 @@ def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes:
 
 
 def size_and_hash(path: Path) -> tuple[int, str]:
-    """Length and sha256 of a file."""
+    """Return length in bytes and sha256 of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack_tensors(
-    weights: list[WeightFile], shards: _Shards, compress: bool
+    weights: list[WeightFile], shards: _ShardWriter, compress: bool
 ) -> Iterator[tuple[str, TensorRecord, int]]:
-    """Name, record and number of the shard of every tensor, as it is put there."""
-    owners: dict[str, str] = {}
-    for file in weights:
-        for entry in parse_header(file.header):
-            if entry.name in owners:
-                raise CheckpointError(
-                    f"Tensor {entry.name} is in both {owners[entry.name]} and {file.name}: save the model again."
-                )
-            owners[entry.name] = file.name
+    """Add every tensor to the shards, and yield its name, its record and the number of its shard."""
+    names = _tensor_names(weights)
     for file in weights:
         with safe_open(file.path, framework="pt") as opened:
             for entry in parse_header(file.header):
@@ -144,8 +144,8 @@ def _pack_tensors(
                     tensor = opened.get_tensor(entry.name)
                 except SafetensorError as error:
                     raise CheckpointError(f"Tensor {entry.name} of '{file.path}' cannot be read: {error}.") from None
-                packed = is_packed(entry.name, tensor, owners)
-                parts = split(entry.name, tensor, packed, compress)
+                packed = should_pack(entry.name, tensor, names)
+                parts = encode_tensor(entry.name, tensor, packed, compress)
                 record = TensorRecord(
                     file=file.name,
                     dtype=entry.dtype,
@@ -154,14 +154,28 @@ def _pack_tensors(
                     bytes=entry.nbytes,
                     stored="packed" if packed else "dense",
                     stored_bytes=_nbytes(parts),
-                    kept=kept_weights(tensor) if packed else None,
+                    kept=count_kept(tensor) if packed else None,
                     shard="",
-                    sha256=hashlib.sha256(raw(tensor)).hexdigest(),
+                    sha256=hashlib.sha256(raw_bytes(tensor)).hexdigest(),
                 )
                 yield entry.name, record, shards.add(parts)
 
 
+def _tensor_names(weights: list[WeightFile]) -> set[str]:
+    """Return the names of all tensors, after checking that no two files hold the same one."""
+    owners: dict[str, str] = {}
+    for file in weights:
+        for entry in parse_header(file.header):
+            if entry.name in owners:
+                raise CheckpointError(
+                    f"Tensor {entry.name} is in both {owners[entry.name]} and {file.name}: save the model again."
+                )
+            owners[entry.name] = file.name
+    return set(owners)
+
+
 def _copy(files: dict[str, Path], folder: Path) -> dict[str, CopyRecord]:
+    """Copy files by their names in the checkpoint, and return records by their names in the packed directory."""
     records = {}
     for name, path in files.items():
         stored = _RENAMED.get(name, name)
@@ -174,12 +188,12 @@ def _copy(files: dict[str, Path], folder: Path) -> dict[str, CopyRecord]:
 
 
 def _write_readme(card: Path | None, folder: Path) -> None:
-    """README.md: how to load the pack, between the front matter of the checkpoint's own card and its text."""
+    """Write README.md: the front matter of the checkpoint's card, how to load the pack, the text of the card."""
     text = card.read_bytes().decode(errors="replace") if card else ""
     front = match[0] if (match := _FRONT_MATTER.match(text)) else ""
-    rest = text[len(front) :].strip()
+    body = text[len(front) :].strip()
     front = _LIBRARY.sub("", front)
-    below = f"\nBelow is the card of the checkpoint that was packed.\n\n{rest}\n" if rest else ""
+    below = f"\nBelow is the card of the checkpoint that was packed.\n\n{body}\n" if body else ""
     (folder / "README.md").write_text(f"{front}{_NOTICE}{below}".lstrip(), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files read and written tensor by tensor: never more than one tensor of them is in memory."""
+"""Reading and writing of safetensors files with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorOnDisk:
-    """A tensor that lies in a file: its bytes begin at `offset`."""
+    """Tensor in a file: its bytes begin at `offset`."""
 
     name: str
     path: Path
@@ -43,21 +43,21 @@ class TensorOnDisk:
     offset: int
     nbytes: int
 
-    def section(self, start: int, shape: tuple[int, ...]) -> TensorOnDisk:
-        """A part of the tensor that lies in one piece: `start` is the number of elements before it."""
+    def contiguous_slice(self, start: int, shape: tuple[int, ...]) -> TensorOnDisk:
+        """Return a contiguous part of the tensor, `start` elements after its beginning, as a tensor of that shape."""
         size = self.dtype.itemsize
         return replace(self, shape=shape, offset=self.offset + start * size, nbytes=torch.Size(shape).numel() * size)
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own.
+        """Read the tensor into new memory.
 
         Raises:
             CheckpointError: when the file has become unreadable or too short.
         """
-        found = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         if not self.nbytes:
-            return found
-        view = memoryview(found.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            return tensor
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -68,10 +68,10 @@ class TensorOnDisk:
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from None
         if done < self.nbytes:
             raise CheckpointError(f"'{self.path}' ends inside {self.name}: fetch or save the model again.")
-        return found
+        return tensor
 
-    def mapped(self) -> Tensor:
-        """The tensor, its memory that of the file: read where it is touched, once for all processes of a host.
+    def memory_map(self) -> Tensor:
+        """Return the tensor as mapped memory, read when it is accessed and shared by the processes of a host.
 
         Writes to it stay in this process.
 
@@ -93,7 +93,7 @@ class TensorOnDisk:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor that is to be written: what the header says of it, and where its values come from in the end."""
+    """Tensor of a file to be written: the entry in its header, and a function that returns its values."""
 
     name: str
     dtype: torch.dtype
@@ -102,48 +102,42 @@ class TensorToWrite:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def stored_tensors(file: WeightFile) -> list[TensorOnDisk]:
-    """The tensors of a safetensors file in the order of their bytes.
+def list_tensors(file: WeightFile) -> list[TensorOnDisk]:
+    """Return the tensors of a safetensors file in the order of their bytes.
 
     Raises:
-        CheckpointError: for a dtype that this program does not read.
+        CheckpointError: for a dtype that is not in `DTYPES`.
     """
-    offset, found = 8 + len(file.header.encode()), []
+    offset, tensors = 8 + len(file.header.encode()), []
     for entry in parse_header(file.header):
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"'{file.path}' holds {entry.name} as {entry.dtype}, which is not supported.")
-        found.append(TensorOnDisk(entry.name, file.path, DTYPES[entry.dtype], entry.shape, offset, entry.nbytes))
+        tensors.append(TensorOnDisk(entry.name, file.path, DTYPES[entry.dtype], entry.shape, offset, entry.nbytes))
         offset += entry.nbytes
-    return found
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
-    """Write a safetensors file that appears whole or not at all; every tensor is asked for when its turn comes.
+    """Write a safetensors file that appears whole or not at all; each tensor is read just before it is written.
 
     Raises:
         CheckpointError: when it cannot be written (a full disk, say).
     """
-    pending, header, position = list(tensors), dict[str, object](), 0
-    header["__metadata__"] = {"format": "pt"}
-    for one in pending:
-        end = position + one.nbytes
-        header[one.name] = {"dtype": _WORDS[one.dtype], "shape": list(one.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = list(tensors)
+    header = _make_header(tensors)
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for one in pending:
-                tensor = one.read()
-                assert tensor.dtype == one.dtype and tuple(tensor.shape) == one.shape, one.name
-                if one.nbytes:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for pending in tensors:
+                tensor = pending.read()
+                assert tensor.dtype == pending.dtype and tuple(tensor.shape) == pending.shape, pending.name
+                if pending.nbytes:
                     octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                     file.write(memoryview(octets.numpy()))  # type: ignore[arg-type]
             file.flush()
@@ -155,3 +149,19 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _make_header(tensors: list[TensorToWrite]) -> bytes:
+    """Return the JSON header of a safetensors file, padded with spaces to a multiple of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)

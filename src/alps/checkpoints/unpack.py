@@ -1,4 +1,4 @@
-"""A packed directory is checked and becomes the checkpoint again, to the byte."""
+"""Unpacking of a packed directory: every file is checked, and the checkpoint is restored byte by byte."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from alps.checkpoints.atomic_io import check_target, new_directory
-from alps.checkpoints.compression import check_compression, raw
+from alps.checkpoints.compression import check_compression, raw_bytes
 from alps.checkpoints.manifest import Manifest, TensorRecord, read_manifest
 from alps.checkpoints.pack import size_and_hash
-from alps.checkpoints.tensor_codec import merge
+from alps.checkpoints.tensor_codec import ReadPart, decode_tensor
 from alps.checkpoints.weight_files import parse_header
 from alps.core.errors import CheckpointError
 
 
 def unpack_directory(packed: Path, out: Path) -> Manifest:
-    """Write the checkpoint that was packed: same files, same bytes; one tensor is in memory at a time.
+    """Restore the checkpoint that was packed, with the same files and bytes; one tensor is in memory at a time.
 
     Args:
         packed: a directory that `pack_directory` wrote.
         out: directory to create; it appears whole or not at all.
 
+    Returns:
+        The manifest of the packed directory.
+
     Raises:
-        CheckpointError: when a file of `packed` is missing or differs from what was written, a later version wrote it,
-            or `out` cannot be written.
+        CheckpointError: when a file of `packed` is missing or was changed, this alps does not read its version, or
+            `out` cannot be written.
     """
     manifest = read_manifest(packed)
     if manifest.compression:
@@ -38,9 +40,9 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
     for name, record in {**manifest.shards, **manifest.files}.items():
         check_file(packed / name, record.bytes, record.sha256)
     with new_directory(out) as folder, ExitStack() as stack:
-        for stored, copied in manifest.files.items():
+        for stored_name, copied in manifest.files.items():
             (folder / copied.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(packed / stored, folder / copied.name)
+            shutil.copyfile(packed / stored_name, folder / copied.name)
         try:
             shards = {name: stack.enter_context(safe_open(packed / name, framework="pt")) for name in manifest.shards}
             for file, header in manifest.headers.items():
@@ -51,36 +53,41 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
 
 
 def check_file(path: Path, size: int, sha256: str) -> None:
-    """Make sure that a file is the one that was written.
+    """Check that a file has the length in bytes and the sha256 with which it was written.
 
     Raises:
-        CheckpointError: when it is missing, or has another length or hash.
+        CheckpointError: when it is missing, or differs.
     """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing: fetch the packed directory again.")
-    if (found := path.stat().st_size) != size:
-        raise CheckpointError(f"'{path}' has {found:,} bytes instead of {size:,}: fetch the packed directory again.")
+    if (length := path.stat().st_size) != size:
+        raise CheckpointError(f"'{path}' has {length:,} bytes instead of {size:,}: fetch the packed directory again.")
     if size_and_hash(path)[1] != sha256:
         raise CheckpointError(f"'{path}' is damaged, its sha256 is another: fetch the packed directory again.")
 
 
-def _write_weights(
-    path: Path, header: str, manifest: Manifest, reader: Callable[[str], Callable[[str], Tensor]]
-) -> None:
-    """Header first, then the tensors in the order in which the header puts them."""
+def _write_weights(path: Path, header: str, manifest: Manifest, reader_of: Callable[[str], ReadPart]) -> None:
+    """Write a weight file: its header, then the tensors in the order of the header.
+
+    Args:
+        path: of the file.
+        header: of the file, as text.
+        manifest: of the packed directory.
+        reader_of: returns, for the name of a shard, the function that reads its parts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(len(header.encode()).to_bytes(8, "little"))
         file.write(header.encode())
         for entry in parse_header(header):
             record = manifest.tensors[entry.name]
-            file.write(_read(entry.name, record, bool(manifest.compression), reader(record.shard)))
+            file.write(_decode(entry.name, record, bool(manifest.compression), reader_of(record.shard)))
 
 
-def _read(name: str, record: TensorRecord, compressed: bool, part: Callable[[str], Tensor]) -> memoryview:
-    """The bytes of a tensor as the checkpoint had them."""
+def _decode(name: str, record: TensorRecord, compressed: bool, read_part: ReadPart) -> memoryview:
+    """Return the bytes of a tensor, checked against the hash of the checkpoint's."""
     try:
-        data = raw(merge(name, record.shape, record.itemsize, record.kept, compressed, part))
+        data = raw_bytes(decode_tensor(name, record, compressed, read_part))
     except ValueError as error:
         raise CheckpointError(f"Tensor {name} cannot be unpacked, {error}: pack the checkpoint again.") from None
     if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: those that hold its weights, and all others."""
+"""Files of a checkpoint directory: the weight files with their headers, and all others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from alps.core.errors import CheckpointError, truncate
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLES_INDEX = "pytorch_model.bin.index.json"
+_PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor in a header of safetensors: its dtype in that format's words, its shape, and its bytes."""
+class HeaderEntry:
+    """Tensor in the header of a safetensors file; the dtype is that format's name (`BF16`)."""
 
     name: str
     dtype: str
@@ -28,15 +28,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file: its name in the directory, where it lies, and its header, spaces at the end included."""
+    """Safetensors file: its name in the checkpoint, its path, and its header with the spaces at the end."""
 
     name: str
     path: Path
     header: str
 
 
-def find_weights(directory: Path) -> list[WeightFile]:
-    """The safetensors files that transformers would load, with headers that were checked against them.
+def find_weight_files(directory: Path) -> list[WeightFile]:
+    """Find the safetensors files that transformers would load, and check their headers and the index.
 
     Raises:
         CheckpointError: when there are none, one is missing or damaged, or the weights are quantized.
@@ -47,112 +47,115 @@ def find_weights(directory: Path) -> list[WeightFile]:
     if (directory / SINGLE_NAME).is_file():
         names = [SINGLE_NAME]
     elif (directory / INDEX_NAME).is_file():
-        names = sorted(set(_indexed(directory / INDEX_NAME).values()))
+        names = sorted(set(_read_index(directory / INDEX_NAME).values()))
     else:
         raise CheckpointError(
             f"'{directory}' holds neither {SINGLE_NAME} nor {INDEX_NAME}: save the model with save_pretrained first."
         )
-    files = [WeightFile(name, directory / name, _header(directory / name)) for name in names]
+    files = [WeightFile(name, directory / name, _read_header(directory / name)) for name in names]
     if names != [SINGLE_NAME]:
         _check_index(directory / INDEX_NAME, files)
     return files
 
 
-def weight_file(path: Path) -> WeightFile:
-    """One safetensors file, its header checked against its length.
+def read_weight_file(path: Path) -> WeightFile:
+    """Read the header of a safetensors file, and check it against the length of the file.
 
     Raises:
-        CheckpointError: when it is missing or damaged.
+        CheckpointError: when the file is missing or damaged.
     """
-    return WeightFile(path.name, path, _header(path))
+    return WeightFile(path.name, path, _read_header(path))
 
 
-def check_pickles(directory: Path) -> None:
-    """Refuse an index of pickled weights that leads out of its directory; their content is not looked at.
+def check_pickle_index(directory: Path) -> None:
+    """Refuse an index of pickled weights that names files outside its directory; the files are not read.
 
     Raises:
-        CheckpointError: see above.
+        CheckpointError: when it does, or is damaged.
     """
-    if (directory / _PICKLES_INDEX).is_file():
-        _indexed(directory / _PICKLES_INDEX)
+    if (directory / _PICKLE_INDEX_NAME).is_file():
+        _read_index(directory / _PICKLE_INDEX_NAME)
 
 
-def other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
-    """Every other file, by its name from the directory; names that begin with a dot are left out, links are followed.
+def find_other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
+    """Find all files that are not weight files, by their path inside the directory.
+
+    Names that begin with a dot are left out. Symbolic links are followed.
 
     Raises:
-        CheckpointError: when a link leads to nothing, or to a folder.
+        CheckpointError: when a link leads nowhere, or to a folder.
     """
-    found = {}
+    weight_names = {file.name for file in weights}
+    files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         if any(part.startswith(".") for part in name.parts):
             continue
         if path.is_symlink() and not path.is_file():
             raise CheckpointError(f"'{path}' is a symbolic link to no file: put the file there, or remove the link.")
-        if path.is_file() and name.as_posix() not in {file.name for file in weights}:
-            found[name.as_posix()] = path
-    return found
+        if path.is_file() and name.as_posix() not in weight_names:
+            files[name.as_posix()] = path
+    return files
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name stays inside the directory that it is put in."""
+    """Check that a relative file name does not lead out of the directory that it is joined to."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and name == str(path)
 
 
-def parse_header(header: str) -> list[Entry]:
-    """The tensors of a safetensors header in the order of their bytes in the file.
+def parse_header(header: str) -> list[HeaderEntry]:
+    """Return the tensors of a safetensors header in the order of their bytes in the file.
 
     Raises:
-        ValueError: when it is no such header, or its tensors are not one after the other without a gap.
+        ValueError: when it is not such a header, or there are gaps between tensors.
     """
     try:
         records = {name: record for name, record in json.loads(header).items() if name != "__metadata__"}
         ordered = sorted(records.items(), key=lambda item: item[1]["data_offsets"])
-        found = [
-            (name, str(one["dtype"]), tuple(map(_size, one["shape"])), one["data_offsets"]) for name, one in ordered
-        ]
-        spans = [tuple(map(_size, offsets)) for *_, offsets in found]
+        dtypes = [str(record["dtype"]) for _, record in ordered]
+        shapes = [tuple(map(_as_size, record["shape"])) for _, record in ordered]
+        spans = [tuple(map(_as_size, record["data_offsets"])) for _, record in ordered]
     except (KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is no header of safetensors") from None
     position, entries = 0, []
-    for (name, dtype, shape, _), span in zip(found, spans, strict=True):
+    for (name, _), dtype, shape, span in zip(ordered, dtypes, shapes, spans, strict=True):
         if len(span) != 2 or span[0] != position or span[1] < position:
             raise ValueError(f"the bytes of {name} do not follow those before them")
-        entries.append(Entry(name, dtype, shape, span[1] - position))
+        entries.append(HeaderEntry(name, dtype, shape, span[1] - position))
         position = span[1]
     return entries
 
 
-def _size(value: Any) -> int:
+def _as_size(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise TypeError
     return value
 
 
 def _check_index(path: Path, files: list[WeightFile]) -> None:
-    held = {file.name: {entry.name for entry in parse_header(file.header)} for file in files}
-    for tensor, name in _indexed(path).items():
-        if tensor not in held[name]:
+    """Check that every file holds the tensors that the index names in it."""
+    contents = {file.name: {entry.name for entry in parse_header(file.header)} for file in files}
+    for tensor, name in _read_index(path).items():
+        if tensor not in contents[name]:
             raise CheckpointError(
                 f"'{path}' names {tensor} in {name}, which does not hold it: fetch or save the model again."
             )
 
 
-def _indexed(path: Path) -> dict[str, str]:
-    """The file of every tensor."""
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file of every tensor."""
     try:
-        places: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
-        wrong = [name for name in places.values() if not is_inside(name)]
+        weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+        outside = [name for name in weight_map.values() if not is_inside(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"'{path}' is no index of weight files: fetch or save the model again.") from None
-    if wrong or not places:
+    if outside or not weight_map:
         raise CheckpointError(f"'{path}' names no files of its own directory: fetch or save the model again.")
-    return places
+    return weight_map
 
 
-def _header(path: Path) -> str:
+def _read_header(path: Path) -> str:
     try:
         missing = not path.is_file()
     except OSError:  # too long for a path

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alps.checkpoints.bitmask_codec import Packed, kept_weights, pack, pays
+from alps.checkpoints.bitmask_codec import PackedMatrix, count_kept, is_worth_packing, pack
 from alps.core.errors import CheckpointError
 from alps.inference.cpu_backend import KINDS
 from alps.inference.packed_linear import PackedLinear
@@ -27,7 +27,7 @@ def pack_linears(model: nn.Module) -> int:
         if weight.dtype not in KINDS or not weight.numel() or not weight.is_cpu:
             continue
         weight = rows_out(layer, weight)
-        if not pays(len(weight), weight.shape[1], kept_weights(weight), weight.element_size()):
+        if not is_worth_packing(len(weight), weight.shape[1], count_kept(weight), weight.element_size()):
             continue
         put(model, name, packed_layer(layer, pack(weight)))
         count += 1
@@ -35,7 +35,7 @@ def pack_linears(model: nn.Module) -> int:
     return count
 
 
-def packed_layer(layer: nn.Module, packed: Packed) -> PackedLinear:
+def packed_layer(layer: nn.Module, packed: PackedMatrix) -> PackedLinear:
     """A packed layer in the place of a dense one, with its bias."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     return PackedLinear(packed, None if bias is None else bias.data)

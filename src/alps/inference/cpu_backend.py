@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import Packed, check_layout
+from alps.checkpoints.bitmask_codec import PackedMatrix, check_layout
 from alps.inference.build_kernel import LIBRARY_NAME
 
 VERSION = 1  # ALPS_VERSION of kernel.h
@@ -47,7 +47,7 @@ class Matrix:
     """A packed matrix as the library takes it, with the tensors that it points into.
 
     Args:
-        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.Packed`, contiguous, on the CPU.
+        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.PackedMatrix`, contiguous, on the CPU.
         columns: of the matrix.
         bias: (rows) in the dtype of the values, or None.
 
@@ -58,7 +58,7 @@ class Matrix:
     def __init__(
         self, kernel: Kernel, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None
     ) -> None:
-        check_layout(Packed(mask, values, offsets, columns), bias, KINDS)
+        check_layout(PackedMatrix(mask, values, offsets, columns), bias, KINDS)
         if not values.is_cpu:
             raise ValueError("the library reads matrices on the CPU alone")
         self.tensors = (mask, values, offsets, bias)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from alps.checkpoints.bitmask_codec import Packed, pack
+from alps.checkpoints.bitmask_codec import PackedMatrix, pack
 from alps.checkpoints.compression import check_compression
 from alps.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
-from alps.checkpoints.safetensors_io import DTYPES, stored_tensors
-from alps.checkpoints.tensor_codec import gather, merge
+from alps.checkpoints.safetensors_io import DTYPES, list_tensors
+from alps.checkpoints.tensor_codec import decode_matrix, decode_tensor
 from alps.checkpoints.unpack import check_file
-from alps.checkpoints.weight_files import weight_file
+from alps.checkpoints.weight_files import read_weight_file
 from alps.core.device import pick_device
 from alps.core.errors import CheckpointError, ConfigError
 from alps.inference.convert import packed_layer, put, refuse_saving, rows_out, tied_parameters
@@ -152,11 +152,11 @@ def _fill(model: nn.Module, directory: Path, manifest: Manifest) -> None:
         module, part = model.get_submodule(owner), shards[record.shard]
         dtype: torch.dtype = getattr(module, own).dtype
         if record.kept is not None and type(module) is nn.Linear and own == "weight" and name not in tied:
-            packed = gather(stored, record.shape, record.itemsize, record.kept, compressed, part)
+            packed = decode_matrix(stored, record, compressed, part)
             values = _typed(packed.values, record.dtype, [record.kept]).to(dtype)
             _put_packed(model, owner, module, replace(packed, values=values))
             continue
-        bits = merge(stored, record.shape, record.itemsize, record.kept, compressed, part)
+        bits = decode_tensor(stored, record, compressed, part)
         tensor = _typed(bits, record.dtype, record.shape).to(dtype)
         if record.kept is not None and type(module) is Conv1D and own == "weight" and name not in tied:
             _put_packed(model, owner, module, pack(rows_out(module, tensor)))
@@ -168,7 +168,7 @@ def _fill(model: nn.Module, directory: Path, manifest: Manifest) -> None:
 
 def _reader(path: Path) -> Callable[[str], Tensor]:
     """Tensors of a file by their names, read into memory of their own: a mapped file would stay there beside them."""
-    stored = {one.name: one for one in stored_tensors(weight_file(path))}
+    stored = {one.name: one for one in list_tensors(read_weight_file(path))}
     return lambda name: stored[name].read()
 
 
@@ -179,7 +179,7 @@ def _typed(data: Tensor, dtype: str, shape: list[int]) -> Tensor:
     return data.reshape(-1).view(torch.uint8).view(DTYPES[dtype]).view(shape)
 
 
-def _put_packed(model: nn.Module, name: str, module: nn.Module, packed: Packed) -> None:
+def _put_packed(model: nn.Module, name: str, module: nn.Module, packed: PackedMatrix) -> None:
     layer = packed_layer(module, packed)
     layer.check()
     put(model, name, layer)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alps.checkpoints.bitmask_codec import Packed, check
+from alps.checkpoints.bitmask_codec import PackedMatrix, check_packed
 from alps.core.half_precision import multiplies_by_float32
 from alps.inference.cpu_backend import KINDS, find_kernel
 from alps.inference.torch_backend import unpack_rows
@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
     offsets: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.columns, len(packed.mask)
         self.register_buffer("mask", packed.mask.contiguous())
@@ -127,7 +127,7 @@ class PackedLinear(nn.Module):
             ValueError: when they do not.
         """
         if self._binding().kernel is None:
-            check(Packed(self.mask, self.values, self.offsets, self.in_features))
+            check_packed(PackedMatrix(self.mask, self.values, self.offsets, self.in_features))
 
     def extra_repr(self) -> str:
         """What is printed of the layer."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import WORD, Packed, check_layout
+from alps.checkpoints.bitmask_codec import WORD_BITS, PackedMatrix, check_layout
 
 # Dtypes of the values that are multiplied packed, and up to how many vectors at once.
 FEW = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 4}
@@ -28,7 +28,7 @@ class GpuMatrix:
     """A packed matrix as the kernels take it.
 
     Args:
-        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.Packed`, contiguous, on one device.
+        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.PackedMatrix`, contiguous, on one device.
         columns: of the matrix.
         bias: (rows) in the dtype of the values, or None.
 
@@ -42,12 +42,12 @@ class GpuMatrix:
     """
 
     def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None) -> None:
-        check_layout(Packed(mask, values, offsets, columns), bias, FEW)
+        check_layout(PackedMatrix(mask, values, offsets, columns), bias, FEW)
         rows = len(mask)
         self.mask, self.values, self.offsets, self.bias, self.columns = mask, values, offsets, bias, columns
         counts = _set_bits(mask)
         ends = counts.cumsum(1, dtype=torch.int32)
-        spare = mask[:, -1] >> (columns % WORD) if columns % WORD else mask.new_zeros(rows)
+        spare = mask[:, -1] >> (columns % WORD_BITS) if columns % WORD_BITS else mask.new_zeros(rows)
         expected = torch.zeros_like(offsets)
         if mask.shape[1]:
             expected[1:] = ends[:, -1].cumsum(0, dtype=offsets.dtype)

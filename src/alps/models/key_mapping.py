@@ -69,7 +69,7 @@ class KeyMapping:
         number, names = next((n, names) for n, names in enumerate(self.parts) if name in names)
         place, rest = names.index(name), whole.shape[2:]
         above = number * sum(self.rows) + sum(self.rows[:place])
-        return whole.section(above * torch.Size(rest).numel(), (self.rows[place], *rest))
+        return whole.contiguous_slice(above * torch.Size(rest).numel(), (self.rows[place], *rest))
 
 
 def find_origin(name: str, shape: torch.Size, stored: Shapes, prefix: str) -> KeyMapping | None:

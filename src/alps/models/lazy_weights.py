@@ -112,7 +112,7 @@ class LazyWeights:
         names = [name for name in self._slots if name not in self._inside]
         try:
             for name in names:
-                self._fill(name, torch.device("cpu"), TensorOnDisk.mapped)
+                self._fill(name, torch.device("cpu"), TensorOnDisk.memory_map)
             yield
         finally:
             for name in names:

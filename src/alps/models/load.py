@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
-from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickles, find_weights
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_index, find_weight_files
 from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.auto_class import auto_class
 from alps.models.finite_check import check_finite
@@ -83,8 +83,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     source, extra = _source(name)
     directory = Path(source)
     if not extra and any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):
-        find_weights(directory)  # whose sentences are plainer than those of transformers
-    check_pickles(directory)
+        find_weight_files(directory)  # whose sentences are plainer than those of transformers
+    check_pickle_index(directory)
     if extra:
         # Newer releases may leave a GGUF's weights packed; older ones know nothing but dense.
         if hasattr(transformers, "GgufConfig"):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig
 
-from alps.checkpoints.safetensors_io import stored_tensors
-from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weights
+from alps.checkpoints.safetensors_io import list_tensors
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
 from alps.core.errors import first_line
 from alps.models.auto_class import auto_class
 from alps.models.hub import fetched_directory
@@ -36,7 +36,7 @@ def open_lazy_model(place: str, dtype: torch.dtype | None) -> LazyWeights | str:
         directory = Path(place).expanduser() if looks_local(place) else fetched_directory(place)
     if directory is None or not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         return "it has no safetensors files"
-    files = {file: stored_tensors(file) for file in find_weights(directory)}
+    files = {file: list_tensors(file) for file in find_weight_files(directory)}
     stored = {one.name: one for tensors in files.values() for one in tensors}
     try:
         model = _skeleton(directory, dtype, {one.dtype for one in stored.values() if one.dtype.is_floating_point})

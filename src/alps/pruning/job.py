@@ -141,8 +141,8 @@ def prune_job(
         loaded.store.check_finite(group.rank, group.size)
     with _shared_journal(out, facts, group) as journal, _kept(journal):
         if journal.holds_work and group.is_main:
-            _LOG.info(f"Going on after {_done(journal)}, kept in '{journal.place}'.")
-        walk.resumable, walk.spill_folder = ResumableRun(journal, group), journal.place
+            _LOG.info(f"Going on after {_done(journal)}, kept in '{journal.directory}'.")
+        walk.resumable, walk.spill_folder = ResumableRun(journal, group), journal.directory
         report = run(loaded, walk, windows, job.seed if isinstance(source, CalibrationMix) else None)
         report.add_seconds("load", seconds)
         write(loaded, report, out, job.settings, journal=journal, group=group)
@@ -209,7 +209,7 @@ def _kept(journal: Journal) -> Iterator[None]:
             raise
         words = str(error) or "Interrupted."
         done = _done(journal)
-        kept = f"{done[0].upper()}{done[1:]} {'are' if journal.finished else 'is'} kept in '{journal.place}'"
+        kept = f"{done[0].upper()}{done[1:]} {'are' if journal.finished else 'is'} kept in '{journal.directory}'"
         raise type(error)(f"{words} {kept}: the same command goes on from there.") from None
 
 

@@ -63,15 +63,15 @@ class ResumableRun:
         """
         mine = block.index % self.group.size == self.group.rank
         if mine:
-            check_result(block.module, str(self.journal.place))
+            check_result(block.module, str(self.journal.directory))
         spent = {phase: total - self._phases.get(phase, 0.0) for phase, total in seconds.items()}
         spent["total"] = time.perf_counter() - self._begun
         record = _BlockRecord(sites=sites, match=match, seconds=spent)
         if mine:
-            self.journal.keep_tensors(block.index, dict(block.module.state_dict()))
+            self.journal.save_tensors(block.index, dict(block.module.state_dict()))
         self.group.barrier()
         if self.group.is_main:
-            self.journal.keep_record(block.index, record.model_dump(mode="json"))
+            self.journal.save_record(block.index, record.model_dump(mode="json"))
 
     def restore(self, block: Block, seconds: dict[str, float]) -> tuple[list[LayerRecord], ReconstructionRecord | None]:
         """Give the block its finished weights, and `seconds` the time that they took.
@@ -87,7 +87,7 @@ class ResumableRun:
                     tensor.copy_(stored[name].read())
         except (ValidationError, KeyError, RuntimeError):
             raise CheckpointError(
-                f"Block {block.index} in '{self.journal.place}' is damaged: delete that directory and start again."
+                f"Block {block.index} in '{self.journal.directory}' is damaged: delete that directory and start again."
             ) from None
         self.before += found.seconds.pop("total", 0.0)
         for phase, spent in found.seconds.items():
