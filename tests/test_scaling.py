@@ -259,9 +259,9 @@ shared = mmap.mmap(-1, 2**25)
 shared.write(b"1" * 2**25)
 for _ in range(2):
     if os.fork() == 0:
-        own = b"1" * 2**24
-        shared[:]
-        time.sleep(0.5)
+        own = b"1" * 3 * 2**24
+        sum(memoryview(shared)[::4096])
+        time.sleep(0.6)
         os._exit(0)
 os.wait(), os.wait()
 """
@@ -269,9 +269,9 @@ os.wait(), os.wait()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_pages_that_processes_share_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling_runs, "_LOOK", 0.05)
+    monkeypatch.setattr(scaling_runs, "_LOOK", 0.02)
     resident, together = scaling_runs._watch(subprocess.Popen([sys.executable, "-c", _CHILDREN]), launched=True)
-    assert len(resident) == 2 and min(resident) > 2**25 + 2**24
+    assert len(resident) == 2 and min(resident) > 2**25 + 3 * 2**24
     assert max(resident) < together < sum(resident) - 2**24
 
 
