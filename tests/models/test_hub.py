@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import cli_process as started
+from helpers.command_line import run_alps
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _FLAGS = ("--sparsity", "0.5", "--method", "magnitude", "--no-errors")
@@ -31,21 +28,20 @@ def _cache(model: Path, root: Path, shards: bool) -> Path:
     return snapshot
 
 
-def _prune(name: str, out: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    # A new interpreter: the hub's client reads its variables when it is imported.
-    command = [sys.executable, "-m", "alps", "prune", name, str(out), *_FLAGS]
-    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("shards", [False, True])
-def test_it_is_pruned_as_from_its_directory_and_not_loaded_whole(stories: Path, tmp_path: Path, shards: bool) -> None:
-    snapshot = _cache(stories, tmp_path / "cache", shards)
+def test_it_is_pruned_as_from_its_directory_and_not_loaded_whole(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short_stories: Path,
+    tmp_path: Path,
+    shards: bool,
+) -> None:
+    snapshot = _cache(short_stories, tmp_path / "cache", shards)
     assert (snapshot / "model.safetensors.index.json").is_file() == shards
-    named = _prune("owner/tiny", tmp_path / "named", tmp_path / "cache")
-    assert named.returncode == 0 and "in memory whole" not in named.stderr, named.stderr
-    local = started.run("prune", snapshot, tmp_path / "local", *_FLAGS)
-    assert local.returncode == 0, local.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run_alps(monkeypatch, "prune", "owner/tiny", tmp_path / "named", *_FLAGS) == 0
+    assert "in memory whole" not in capsys.readouterr().err
+    assert run_alps(monkeypatch, "prune", snapshot, tmp_path / "local", *_FLAGS) == 0
     files = sorted(path.name for path in (tmp_path / "local").glob("*.safetensors"))
     assert files and len(files) > shards
     for file in files:
@@ -54,6 +50,10 @@ def test_it_is_pruned_as_from_its_directory_and_not_loaded_whole(stories: Path, 
     assert zeros > 0
 
 
-def test_one_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
-    done = _prune("owner/absent", tmp_path / "out", tmp_path / "cache")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "owner/absent" in done.stderr
+def test_a_model_that_cannot_be_reached_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run_alps(monkeypatch, "prune", "owner/absent", tmp_path / "out", *_FLAGS) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "owner/absent" in errors
