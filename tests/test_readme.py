@@ -66,13 +66,9 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
     snippets = blocks("python")
     assert len(snippets) == 3
     for snippet in snippets:
-        done = started.run(shrink(snippet, short_stories), work=_execute, cwd=tmp_path)
+        done = started.run_code(shrink(snippet, short_stories), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "50.00% zeros" in done.stdout
-
-
-def _execute() -> None:
-    exec(sys.argv[1], {"__name__": "__main__"})
 
 
 def test_options_named_in_the_readme_exist() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from alps.models.blocks import find_blocks
 from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
+from helpers.cli_process import run_code
 
 _CPU = torch.device("cpu")
 
@@ -97,6 +96,6 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         "try:\n    Activations(None, 0, Path(sys.argv[1])).place(torch.ones(1000))\n"
         "except CheckpointError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120)
+    done = run_code(script, tmp_path)
     assert "(File too large): make room, or raise --activation-memory." in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []

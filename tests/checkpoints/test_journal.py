@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from alps.checkpoints.journal import check_journal, journal_directory, open_jour
 from alps.checkpoints.safetensors_io import DTYPES, TensorToWrite, list_tensors, write_tensors
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
+from helpers.cli_process import run_code
 
 _FINGERPRINT = {"sparsity": "0.7", "the model's weights": "a" * 64}
 
@@ -95,9 +94,7 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     with open_journal(tmp_path / "out", {}) as journal:
         journal.save_tensors(0, {})
         journal.save_record(0, {})
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, timeout=120
-        )
+        done = run_code(script, tmp_path / "out")
         assert "Another process is at work" in done.stdout, done.stderr
         assert journal.record(0) == {}
 

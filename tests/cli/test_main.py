@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alps.cli import main as cli
+from helpers.cli_process import run_code
 from helpers.command_line import contents, run_alps
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 400
@@ -236,16 +237,8 @@ def test_wrong_evaluations(
 
 
 def test_as_a_module_in_a_new_process(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "alps",
-        "prune",
-        str(tmp_path / "nowhere"),
-        str(tmp_path / "out"),
-        "--sparsity=0.5",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    code = "import runpy; runpy.run_module('alps', run_name='__main__', alter_sys=True)"
+    done = run_code(code, "prune", tmp_path / "nowhere", tmp_path / "out", "--sparsity=0.5")
     assert done.returncode == 2
     assert "does not exist" in done.stderr and "Traceback" not in done.stderr
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from alps.core.device import exact_float32, pick_device
 from alps.core.errors import ConfigError
+from helpers.cli_process import run_code
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ assert torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cuda.
 )
 def test_exact_float32_copes_with_callers_who_use_the_newer_switch() -> None:
     # In a process of its own: torch has no way back once the two kinds of switches were mixed.
-    done = subprocess.run([sys.executable, "-c", _NEW_SWITCH], capture_output=True, text=True)
+    done = run_code(_NEW_SWITCH)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 
 

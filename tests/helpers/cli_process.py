@@ -106,6 +106,11 @@ def run_script(path: Path, *arguments: object, **settings: Any) -> subprocess.Co
     return run(path, *arguments, work=_script, **settings)
 
 
+def run_code(code: str, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """`python -c CODE ARGUMENTS`, to its end; torch and alps are imported already."""
+    return run(code, *arguments, work=_code, **settings)
+
+
 def start_group(size: int, *arguments: object, **settings: Any) -> list[Started]:
     """Begin `alps ARGUMENTS` in several processes that meet as those of torchrun do; a single one is alone."""
     if size == 1:
@@ -143,6 +148,12 @@ def _script() -> None:
     sys.path.insert(0, str(Path(path).parent))
     sys.dont_write_bytecode = True
     runpy.run_path(path, run_name="__main__")
+
+
+def _code() -> None:
+    _, code, *arguments = sys.argv
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def _alps() -> None:

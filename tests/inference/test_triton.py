@@ -19,6 +19,7 @@ from alps.inference import text_generation as writing
 from alps.inference import triton_backend as gpu
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.triton_backend import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
+from helpers.cli_process import run_code
 
 CASES = Path(__file__).parent / "triton_cases.py"
 needs_triton = pytest.mark.skipif(
@@ -201,8 +202,8 @@ print("alps.inference.triton_kernels" in sys.modules)
 
 
 def test_a_cpu_never_imports_the_kernels() -> None:
-    done = subprocess.run([sys.executable, "-c", _LAZY], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = run_code(_LAZY)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @needs_triton
