@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from alps.inference import packed_linear as linear
 from alps.inference.build_kernel import LIBRARY_NAME, compile_library
@@ -15,12 +17,16 @@ from alps.inference.cpu_backend import Kernel
 
 @pytest.fixture(scope="session")
 def kernel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled library; skips without a compiler."""
-    target = tmp_path_factory.mktemp("kernel") / LIBRARY_NAME
-    if failed := compile_library(target):
-        if "was found" not in failed:
-            pytest.fail(failed)
-        pytest.skip(failed)
+    """The compiled library, one for all workers of pytest-xdist; skips without a compiler."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    target = folder / LIBRARY_NAME
+    with FileLock(f"{target}.lock"):
+        if not target.exists() and (failed := compile_library(target)):
+            if "was found" not in failed:
+                pytest.fail(failed)
+            pytest.skip(failed)
     return target
 
 
