@@ -227,6 +227,9 @@ RENAMED_KEYS: dict[str, str | None] = {
     "recovery": "distillations",
     "zeros_before": "zeros_before",
     "added": "pooled_tokens",
+    "rate": "lr",
+    "exchanges": None,
+    "exchange_rounds": None,
 }
 # Parts that are new since: their figures are not compared.
 NEW_KEYS: tuple[str, ...] = ()

@@ -137,7 +137,7 @@ def measured(report: Path) -> dict[str, float]:
         "gram": seconds["gram"],
         "iterations": seconds["prepare"] + seconds["solve"] - seconds["refit"],
         "refit": seconds["refit"],
-        "errors": seconds["errors"],
+        "errors": seconds["measure_error"],
     }
 
 

@@ -136,7 +136,7 @@ def whole_model(options: argparse.Namespace, device: torch.device) -> str:
         walk.run(model, find_blocks(model), ids)
         whole = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-        cells = [f"{walk.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "errors")]
+        cells = [f"{walk.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "measure_error")]
         cells += [f"{whole / options.blocks:.1f}", f"{whole / options.blocks * 32 / 60:.1f}", f"{peak / 2**30:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from typing import Any
 
 from layers import calibration_options, markdown
 
-_PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "errors")
+_PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "measure_error")
 
 
 @dataclass

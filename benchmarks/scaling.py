@@ -81,7 +81,7 @@ def deviations(constants: dict[str, Any], measured: dict[str, Any]) -> str:
         found = {phase: statistics.median(r["seconds"].get(phase, 0.0) for r in runs) for phase in runs[0]["seconds"]}
         spent = {phase: seconds[0] for phase, seconds in clocks.spent.items()}
         spent["solve"] += spent.pop("inverses")
-        for phase in ("forward", "gram", "prepare", "solve", "errors", "exchange", "keep"):
+        for phase in ("forward", "gram", "prepare", "solve", "measure_error", "communication", "journal"):
             rows.append([way, phase, *_pair(spent.get(phase, 0.0), found.get(phase, 0.0))])
         wall = statistics.median(run["wall"] for run in runs)
         rows.append([way, "end to end", *_pair(max(clocks.now), wall)])

@@ -16,7 +16,18 @@ MODELS = {
     "LLaMA-3-70B": Model(8192, 28672, 64, 8, 80, 128256),
     "LLaMA-3.1-405B": Model(16384, 53248, 128, 8, 126, 128256),
 }
-PHASES = ("start", "fetch", "forward", "gram", "prepare", "inverses", "solve", "errors", "exchange", "keep")
+PHASES = (
+    "start",
+    "fetch",
+    "forward",
+    "gram",
+    "prepare",
+    "inverses",
+    "solve",
+    "measure_error",
+    "communication",
+    "journal",
+)
 # Each with those before it.
 VARIANTS = {
     "as it is": Changes(),

@@ -57,8 +57,8 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     for processes in (1, 2):
         ran = prune(options, processes if processes > 1 else 0, ["--method", "magnitude", "--no-errors"])
         spent = ran["seconds"]
-        seconds = ran["wall"] - sum(spent.get(phase, 0.0) for phase in ("prepare", "solve", "keep", "exchange"))
-        fixed[str(processes)] = {"start": seconds, "keep": spent["keep"]}
+        seconds = ran["wall"] - sum(spent.get(phase, 0.0) for phase in ("prepare", "solve", "journal", "communication"))
+        fixed[str(processes)] = {"start": seconds, "keep": spent["journal"]}
     return {
         "model": options.model,
         "seqlen": options.seqlen,

@@ -21,7 +21,7 @@ from layers import markdown
 _LOOK = 1.0
 # How a run is started: by itself, as a group of one, as a group of two.
 WAYS = {"plain": 0, "group of 1": 1, "group of 2": 2}
-PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "errors", "exchange", "keep", "save")
+PHASES = ("load", "capture", "forward", "gram", "prepare", "solve", "measure_error", "communication", "journal", "save")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

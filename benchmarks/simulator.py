@@ -84,9 +84,9 @@ def simulate(run: Run, machine: Machine) -> Clocks:
             for rank in ranks:
                 clocks.work(rank, "forward", passing[run.share(rank)])
         if not run.changes.aside:
-            clocks.work(block % run.size, "keep", machine.keep())
+            clocks.work(block % run.size, "journal", machine.keep())
             if run.size > 1:
-                clocks.together("keep")
+                clocks.together("journal")
     return clocks
 
 
@@ -101,7 +101,7 @@ def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | Non
         return
     for sites, owner in zip(run.model.inputs, owners, strict=True):
         nbytes = float(InputSums.nbytes(sites[0][1], Needs.GRAM))
-        clocks.together("exchange", machine.reduce(nbytes, owner is None), nbytes * (run.size - 1))
+        clocks.together("communication", machine.reduce(nbytes, owner is None), nbytes * (run.size - 1))
 
 
 def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], shown: bool) -> None:
@@ -116,13 +116,13 @@ def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int
         for rank in range(size):
             clocks.work(rank, "solve", seconds)
         whole = 4.0 * shape[0] * n
-        clocks.together("exchange", machine.reduce(whole, True), whole * (size - 1))
+        clocks.together("communication", machine.reduce(whole, True), whole * (size - 1))
         errors = machine.errors(shape)
         for rank in range(size):
             if run.changes.aside:
-                clocks.work(rank, "errors", errors * part)
+                clocks.work(rank, "measure_error", errors * part)
             elif index % size == rank:
-                clocks.work(rank, "errors", errors)
+                clocks.work(rank, "measure_error", errors)
 
 
 def _whole(
@@ -133,7 +133,7 @@ def _whole(
     clocks.work(owner, "inverses", run.inverses(sites) * machine.inverse(n))
     for shape in sites:
         clocks.work(owner, "solve", _solve(run, machine, shape, 1.0, shown))
-        clocks.work(owner, "errors", machine.errors(shape))
+        clocks.work(owner, "measure_error", machine.errors(shape))
 
 
 def _solve(run: Run, machine: Machine, shape: tuple[int, int], part: float, shown: bool) -> float:
@@ -145,8 +145,8 @@ def _solve(run: Run, machine: Machine, shape: tuple[int, int], part: float, show
 def _answers(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | None]) -> None:
     if run.size == 1:
         return
-    clocks.together("exchange")
+    clocks.together("communication")
     for sites, owner in zip(run.model.inputs, owners, strict=True):
         if owner is not None:
             nbytes = float(sum(m * n for m, n in sites) * run.itemsize)
-            clocks.together("exchange", machine.send(nbytes), nbytes * (run.size - 1))
+            clocks.together("communication", machine.send(nbytes), nbytes * (run.size - 1))

@@ -23,7 +23,6 @@ _NOT_YET = frozenset(
         "calibration",
         "inference",
         "data",
-        "reporting",
         "finetuning",
         "pruning",
         "evaluation",

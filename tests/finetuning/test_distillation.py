@@ -317,7 +317,7 @@ def test_the_report_extends_that_of_the_pruned_directory(
     assert report.distillations[0].kl_after == pytest.approx(report.distillations[1].kl_before, rel=1e-6)
     assert report.distillations[1].kl_after < report.distillations[1].kl_before
     card = (third / "README.md").read_text()
-    assert card == model_card(report, page=True) and "Recovered by distillation, not one-shot." in card
+    assert card == model_card(report, page=True) and "Distilled, not one-shot." in card
     assert f"| {report.distillations[1].kl_before:.4f} | {report.distillations[1].kl_after:.4f} |" in card
     assert "one-shot" not in (first / "README.md").read_text()
     assert [check.violations for check in inspect(str(third)).checks] == [0]

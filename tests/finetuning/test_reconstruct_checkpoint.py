@@ -236,7 +236,7 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
     assert [run.calibration.parts[0].windows for run in report.reconstruction_runs] == [8, 8]
     assert report.calibration is not None and report.calibration.windows == 4
     card = (third / "README.md").read_text()
-    assert card == model_card(report, page=True) and "**Blocks matched.**" in card
+    assert card == model_card(report, page=True) and "**Blocks reconstructed.**" in card
     assert "pruning left everything else unchanged" in card
     for run, rows in zip(
         report.reconstruction_runs, (report.reconstructions[:5], report.reconstructions[5:]), strict=True
@@ -275,7 +275,7 @@ def test_the_command_end_to_end(
     report = json.loads((out / "report.json").read_text())
     assert [ReconstructionRecord.model_validate(row).steps for row in report["reconstructions"]] == [2] * 5
     run = ReconstructionRun.model_validate(report["reconstruction_runs"][0])
-    assert (run.epochs, run.target, run.rate) == (2, 0.0, 0.003)
+    assert (run.epochs, run.target, run.lr) == (2, 0.0, 0.003)
     assert (run.calibration.windows, run.calibration.seqlen) == (40, 32)
     found = []
     for folder in (pruned, out):

@@ -129,4 +129,4 @@ def test_the_command_line_respects_zeros_and_rules(half: Path, text: Path, tmp_p
         else:
             assert int((weight == 0).sum()) == round(0.7 * weight.numel())
     report = RunReport.read(out)
-    assert report is not None and "| zeros there before, all still zero | " in (out / "README.md").read_text()
+    assert report is not None and "| zeros before pruning, all kept | " in (out / "README.md").read_text()

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alps.reporting.compare_results import DENSE, Result
-from alps.reporting.html_charts import phases
+from alps.reporting.html_charts import split_seconds
 from alps.reporting.html_report import report_page
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import line_keys, log_ticks, number, tick
+from alps.reporting.svg import format_number, format_tick, line_keys, log_ticks
 from helpers.comparisons import KINDS, comparison
 
 
@@ -138,7 +138,7 @@ def test_lines_are_at_the_perplexities(results: list[Result], text: str) -> None
         for middle, log in zip(middles, logs, strict=True):
             assert middle == pytest.approx(middles[0] + slope * (log - logs[0]), abs=0.1)
             assert slope < 0, "larger is higher"
-    assert f"alps: {number(means_of(results, 'alps', '0.5'))} at 0.5" in drawing and "Dense: 24.5." in drawing
+    assert f"alps: {format_number(means_of(results, 'alps', '0.5'))} at 0.5" in drawing and "Dense: 24.5." in drawing
 
 
 def means_of(results: list[Result], method: str, pattern: str) -> float:
@@ -170,9 +170,10 @@ def test_traces_show_the_restart_and_the_bound(results: list[Result], text: str)
     assert len(drawings) >= 1
     for site in traced:
         first, last = site.trace[0], site.trace[-1]
-        wanted = f"{site.name}: {number(first.gap * first.rho)} at iteration 3, {number(last.gap * last.rho)} at 90."
+        begin, end = (format_number(check.gap * check.rho) for check in (first, last))
+        wanted = f"{site.name}: {begin} at iteration 3, {end} at 90."
         assert any(wanted in drawing for drawing in drawings)
-    for title in ("Penalty ρ", "‖W − D‖ / ‖W‖: how far", "Entries of the support", "Relative error of D"):
+    for title in ("Penalty ρ", "‖W − D‖ / ‖W‖: distance", "Entries of the support", "Relative error of D"):
         (drawing, *_) = [d for d in pictures(text, title) if traced[0].name in d]
         assert drawing.count("stroke-dasharray: 1.2,2.4") == 1, "one site has begun anew"
         lines = [d for d in re.findall(r'<path d="([^"]*)" clip-path', drawing) if d.count("L") > 20]
@@ -315,15 +316,15 @@ def test_colours_are_told_apart_by_the_colour_blind_and_from_both_papers(text: s
 
 def test_phases_are_counted_once() -> None:
     seconds = {"load": 2.0, "forward": 9.5, "gram": 4.0, "solve": 20.0, "admm": 14.5, "refit": 1.0, "total": 36.0}
-    found = phases(seconds)
+    found = split_seconds(seconds)
     assert found == {"load": 2.0, "forward": 9.5, "gram": 4.0, "solve": 4.5, "admm": 14.5, "refit": 1.0, "other": 0.5}
-    assert sum(phases({"solve": 3.0, "sweep": 2.0}).values()) == 3.0
+    assert sum(split_seconds({"solve": 3.0, "sweep": 2.0}).values()) == 3.0
 
 
 def test_figures_have_sensible_digits() -> None:
-    found = [number(value) for value in (48965.123, 1000, 156.34, 24.53, 3.14159, 0.03321, 0.0)]
+    found = [format_number(value) for value in (48965.123, 1000, 156.34, 24.53, 3.14159, 0.03321, 0.0)]
     assert found == ["48,965", "1,000", "156.3", "24.5", "3.14", "0.0332", "0"]
-    assert [tick(value) for value in (0.001, 0.3, 20000, 1e6, 2e7, 5e-5)] == [
+    assert [format_tick(value) for value in (0.001, 0.3, 20000, 1e6, 2e7, 5e-5)] == [
         "0.001", "0.3", "20,000", "10⁶", "2·10⁷", "5·10⁻⁵",
     ]  # fmt: skip
 
@@ -335,4 +336,4 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 6 and all(low <= value <= high for value in ticks)
     assert all(value == pytest.approx(float(f"{value:.3g}"), rel=1e-9) for value in ticks)
-    assert ticks == sorted(set(ticks)) and all(len(tick(value)) <= 7 for value in ticks)
+    assert ticks == sorted(set(ticks)) and all(len(format_tick(value)) <= 7 for value in ticks)

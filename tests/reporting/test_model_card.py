@@ -44,5 +44,5 @@ def test_the_figures_are_those_of_the_report() -> None:
     card = model_card(report("owner/name"))
     assert "7 of 10 weights (70.00 %) in 1 linear layers" in card
     assert "| mean relative reconstruction error | 0.1250 |" in card
-    assert "| the same for magnitude pruning on the same inputs | 0.2500 |" in card
+    assert "| mean error of magnitude pruning on the same inputs | 0.2500 |" in card
     assert "| dense | some | 3 x 8 | 7.39 |" in card

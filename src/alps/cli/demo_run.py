@@ -82,10 +82,8 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
         pruned = evaluate(loaded, [TEXT], seqlen, limit, device, progress)[0]
-        report.evaluations = [
-            dense.model_copy(update={"model": f"{NAME}, dense"}),
-            pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"}),
-        ]
+        report.dense_evaluations = [dense.model_copy(update={"model": f"{NAME}, dense"})]
+        report.evaluations = [pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"})]
         rows.append(DemoRow(method, pruned, report, seconds))
     write(loaded, report, out, settings, MARKER)
     return rows, report

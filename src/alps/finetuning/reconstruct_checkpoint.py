@@ -162,7 +162,7 @@ def reconstruct_model(
         pruned=pruned.name,
         epochs=settings.epochs,
         target=settings.matching().target,
-        rate=settings.rate,
+        lr=settings.rate,
         blocks=len(records),
         zeros=zeros,
         seconds=time.perf_counter() - start,

@@ -133,7 +133,7 @@ class LayerSolver:
             self.phases.add(phase, seconds)
         error = magnitude_error = None
         if self.measure_errors:
-            with self.phases.measure("errors"):
+            with self.phases.measure("measure_error"):
                 by_size = apply_mask(aim, keep_largest(aim.abs(), pattern))
                 error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
         solution.info.notes = [*solution.info.notes, *shared.notes]

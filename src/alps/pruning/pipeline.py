@@ -152,7 +152,7 @@ class BlockPruner:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
         free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
-        with self._phases.measure("budget"):
+        with self._phases.measure("allocation"):
             asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.progress)
             found: Mapping[str, Pattern] = self.group.broadcast_from_main(lambda: plan(model, free, windows, *asked))
         if self.resumable is not None and self.group.is_main:
@@ -196,7 +196,7 @@ class BlockPruner:
                     if self.resumable is not None:
                         self.resumable.begin(self.seconds)
                     if self.channels != "equal":
-                        with self._phases.measure("channels"):
+                        with self._phases.measure("row_weights"):
                             solver.channels = compute_row_weights(block, inputs, self.device, self.group)
                     if self.order == "sequential":
                         rest = CachedForward(block, inputs, self.device, advances)
@@ -210,7 +210,7 @@ class BlockPruner:
                     if self.matching is not None:
                         assert dense is not None
                         rest = inputs  # what was settled is tuned now
-                        with self._phases.measure("match"):
+                        with self._phases.measure("reconstruct"):
                             how = (self.matching, self.device, 0, ending, self._peers, dense.block)
                             self.matches.append(reconstruct_block(block, inputs, dense.inputs.hidden, *how))
                     self._keep(block)
@@ -248,6 +248,6 @@ class BlockPruner:
 
     def _keep(self, block: Block) -> None:
         if self.resumable is not None:
-            with self._phases.measure("keep"):
+            with self._phases.measure("journal"):
                 sites = [record for record in self.records if record.block == block.index]
                 self.resumable.keep(block, sites, self.matches[-1] if self.matching else None, self.seconds)

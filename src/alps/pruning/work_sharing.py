@@ -118,7 +118,7 @@ def solve_sites(solver: LayerSolver, group: ProcessGroup, block: Block, shared: 
         for one in shared
     ]
     owners = shared_out(jobs, group.size) if group.size > 1 else [0] * len(shared)
-    with solver.phases.measure("exchange"):
+    with solver.phases.measure("communication"):
         for one, owner in zip(shared, owners, strict=True):
             group.current_stage = f"block {block.index}, inputs of {one.name}"
             group.reduce_statistics(one.sums, owner)
@@ -128,7 +128,7 @@ def solve_sites(solver: LayerSolver, group: ProcessGroup, block: Block, shared: 
             group.current_stage = f"block {block.index}, {one.name}"
             solver.shared_input(block, one, group if owner is None else None)
     if group.size > 1:
-        with solver.phases.measure("exchange"):
+        with solver.phases.measure("communication"):
             group.current_stage = f"block {block.index}, the answers"
             for one, owner in zip(shared, owners, strict=True):
                 if owner is not None:

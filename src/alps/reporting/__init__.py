@@ -1,0 +1,1 @@
+"""Records of runs and their presentation: JSON, Markdown tables, model card and HTML page."""

@@ -1,4 +1,4 @@
-"""Runs as records that can be compared: one JSON line each, everything that a table or a page about them needs."""
+"""Results of comparisons: one record per run, a line of JSON in results.jsonl, for tables and pages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from alps.reporting.run_report import LayerRecord, RunReport
 
 RESULTS_NAME = "results.jsonl"
 DENSE = "dense"
-# Traces are long: a result keeps those of so many sites, see `Result.from_report`.
+# Traces are long: a result keeps those of this many layers, see `Result.from_report`.
 _TRACES = 3
 
 
 class SupportCheck(Record):
-    """One check of ALPS's support: iteration, penalty, entries changed since the last, relative ||W - D||, and the
-    relative reconstruction error of D; None where it was not taken.
+    """Check of ALPS's support during a solve.
+
+    Attributes:
+        iteration: of ADMM.
+        rho: penalty.
+        support_change: entries that entered or left the support since the last check.
+        gap: ||W - D|| / ||W||.
+        error: relative reconstruction error of D; None if it was not measured.
     """
 
     iteration: int
@@ -35,13 +41,13 @@ class SupportCheck(Record):
 
 
 class LayerResult(Record):
-    """One site; `trace` is empty but for a few sites of ALPS.
+    """Result for one pruned layer.
 
     Attributes:
         name, block, kind, entries, zeros: as in `alps.reporting.run_report.LayerRecord`.
-        error, magnitude_error: relative reconstruction error, and what magnitude pruning would have left on the same
-            inputs; None when they were not measured.
-        trace: the checks of the solve.
+        error, magnitude_error: relative reconstruction error, and the one that magnitude pruning leaves on the same
+            inputs; None if they were not measured.
+        trace: checks of the solve; empty except for a few layers pruned by ALPS.
     """
 
     name: str
@@ -55,29 +61,32 @@ class LayerResult(Record):
 
 
 class Continuation(Record):
-    """What a model wrote after a prompt, greedily."""
+    """Greedy continuation of a prompt by a model."""
 
     prompt: str
     text: str
 
 
 class Result(Record):
-    """One run: a method at a pattern with a seed, or the dense model.
+    """Result of one run: a method at a pattern with a seed, or the dense model.
 
     Attributes:
         schema_version: of this record.
-        model, model_sha256: name as given, and hash of the dense weights and configuration (None: not taken).
+        model, model_sha256: name as the user gave it, and hash of the dense weights and configuration; the hash is None
+            if it was not taken.
         architecture, dtype, device: class of the model, dtype of its weights, where it was pruned.
-        method: as asked for, with its settings: `alps`, `best`, `wanda+refit`; `dense` for the dense model.
-        pattern: `0.7` or `2:4` as asked for; empty for the dense model.
-        seed: draws the calibration windows; None for the dense model.
+        method: name with its settings: `alps`, `best`, `wanda+refit`; `dense` for the dense model.
+        pattern: `0.7` or `2:4`; empty for the dense model.
+        seed: of the draw of the calibration windows; None for the dense model.
         settings: of the run, resolved, as in `alps.yaml`.
-        calibration: windows, their source and hash; None for what reads none.
+        calibration: windows, their source and hash; None for runs that read no inputs.
         sparsity, mean_error, mean_magnitude_error: see `alps.reporting.run_report.RunReport`.
-        layers: all of them, in the order in which they were solved.
-        evaluations, tasks: perplexities with the divergence from the dense model, zero-shot scores.
-        continuations: of the prompts that were asked for.
-        seconds: wall time by phase; peak_host_bytes, peak_device_bytes: as in the run's report.
+        layers: all pruned layers, in the order of their solves.
+        evaluations: perplexities, with the divergence from the dense model.
+        tasks: zero-shot scores.
+        continuations: of the prompts of the comparison.
+        seconds: wall time by phase, see `alps.reporting.run_report.PHASES`.
+        peak_host_bytes, peak_device_bytes: as in the report of the run.
         versions: packages, machine and commit.
         finished: date and time in UTC, ISO 8601.
     """
@@ -108,20 +117,20 @@ class Result(Record):
 
     @property
     def key(self) -> tuple[str, str, int | None]:
-        """What tells runs of one comparison apart."""
+        """Method, pattern and seed, which identify a run within a comparison."""
         return self.method, self.pattern, self.seed
 
     @classmethod
-    def from_report(cls, report: RunReport, method: str | None = None, **more: Any) -> Result:
-        """A run's report as a result; it keeps the traces of the best, the middle and the worst site by error.
+    def from_report(cls, report: RunReport, method: str | None = None, **fields: Any) -> Result:
+        """Make the result of a run; it keeps the traces of the layers with the least, the median and the largest error.
 
         Args:
             report: of one pruning run.
             method: name in tables; None for the report's own.
-            more: fields that a report does not hold, and any that are to differ.
+            fields: those that a report does not hold, and those that replace the report's.
         """
-        kept = _chosen(report.layers)
-        fields = {
+        traced = _traced_layers(report.layers)
+        from_report = {
             **{name: getattr(report, name) for name in ("model", "architecture", "dtype", "device", "calibration")},
             **{name: getattr(report, name) for name in ("sparsity", "mean_error", "mean_magnitude_error")},
             **{name: getattr(report, name) for name in ("seconds", "peak_host_bytes", "peak_device_bytes", "versions")},
@@ -129,37 +138,43 @@ class Result(Record):
             "method": report.method if method is None else method,
             "pattern": report.pattern,
             "seed": report.calibration.seed if report.calibration else None,
-            "layers": [_site(site, site.name in kept) for site in report.layers],
+            "layers": [_layer_result(layer, layer.name in traced) for layer in report.layers],
             "evaluations": report.evaluations,
         }
-        return cls(**{**fields, **more})
+        return cls(**{**from_report, **fields})
 
 
-def _chosen(sites: Sequence[LayerRecord]) -> set[str]:
-    """Names of the traced sites with the smallest, the middle and the largest error; first of those whose error was
-    followed along the trace.
+def _traced_layers(layers: Sequence[LayerRecord]) -> set[str]:
+    """Choose the traced layers with the least, the median and the largest error.
+
+    Layers whose error was measured along the trace are preferred.
+
+    Returns:
+        Their names.
     """
-    traced = sorted((s for s in sites if s.solve.get("trace")), key=lambda s: (s.error or 0.0, s.name))
-    traced = [s for s in traced if s.solve["trace"][0].get("error") is not None] or traced
-    places = {round(i * (len(traced) - 1) / (_TRACES - 1)) for i in range(_TRACES)} if traced else set()
-    return {traced[place].name for place in places}
+    traced = sorted(
+        (layer for layer in layers if layer.solve.get("trace")), key=lambda layer: (layer.error or 0.0, layer.name)
+    )
+    traced = [layer for layer in traced if layer.solve["trace"][0].get("error") is not None] or traced
+    indices = {round(i * (len(traced) - 1) / (_TRACES - 1)) for i in range(_TRACES)} if traced else set()
+    return {traced[index].name for index in indices}
 
 
-def _site(site: LayerRecord, traced: bool) -> LayerResult:
+def _layer_result(layer: LayerRecord, with_trace: bool) -> LayerResult:
     return LayerResult(
-        name=site.name,
-        block=site.block,
-        kind=site.kind,
-        entries=site.entries,
-        zeros=site.zeros,
-        error=site.error,
-        magnitude_error=site.magnitude_error,
-        trace=[SupportCheck.model_validate(point) for point in site.solve["trace"]] if traced else [],
+        name=layer.name,
+        block=layer.block,
+        kind=layer.kind,
+        entries=layer.entries,
+        zeros=layer.zeros,
+        error=layer.error,
+        magnitude_error=layer.magnitude_error,
+        trace=[SupportCheck.model_validate(check) for check in layer.solve["trace"]] if with_trace else [],
     )
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a file, in its order; none where it does not exist.
+    """Read the results of a file in order; return none if it does not exist.
 
     Raises:
         CheckpointError: for a line that is no result, with its number.
@@ -168,10 +183,10 @@ def read_results(path: Path) -> list[Result]:
         lines = path.read_text().splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError):
         raise CheckpointError(f"'{path}' cannot be read: remove or replace it.") from None
-    found = []
+    results = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(Result.model_validate_json(line))
+            results.append(Result.model_validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
             where = truncate(".".join(map(str, first["loc"])))
@@ -179,29 +194,35 @@ def read_results(path: Path) -> list[Result]:
                 f"'{path}', line {number}: not a result of this program ({where + ': ' if where else ''}"
                 f"{first['msg'].lower()}): remove the line or the file."
             ) from None
-    return found
+    return results
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Replace the file as a whole, so that a kill leaves the old one or the new one."""
+    """Replace a file of results atomically, so that a kill leaves either the old or the new one."""
     write_text(path, "".join(json.dumps(r.model_dump(mode="json"), allow_nan=False) + "\n" for r in results))
 
 
 class MeanStd(Record):
-    """Mean of a figure over seeds, its sample standard deviation (None for one seed), and how many there are."""
+    """Mean of a value over seeds, and its sample standard deviation.
+
+    Attributes:
+        mean: infinite if a value is.
+        deviation: None for one seed, infinite if a value is.
+        count: number of seeds.
+    """
 
     mean: float
     deviation: float | None
     count: int
 
     def text(self, form: str) -> str:
-        """As tables show it: `123.4`, or `123.4 ± 5.6` for several seeds."""
+        """Format as `123.4`, or as `123.4 ± 5.6` for several seeds; `form` is the format of both numbers."""
         mean = format(self.mean, form)
         return mean if self.deviation is None else f"{mean} ± {format(self.deviation, form)}"
 
 
 def mean_std(values: Sequence[float]) -> MeanStd:
-    """Mean and sample standard deviation; infinite where a value is."""
+    """Compute mean and sample standard deviation of at least one value."""
     assert values
     deviation = None
     if len(values) > 1:

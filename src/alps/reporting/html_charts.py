@@ -1,4 +1,4 @@
-"""Perplexity against sparsity, time and memory."""
+"""Panels of the page with curves and bars: perplexity against sparsity, time by phase, peak memory."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from alps.reporting.svg import (
     Section,
     box_keys,
     canvas,
+    format_number,
     line_keys,
     log_axis,
-    look,
-    number,
-    svg,
+    series_style,
+    to_svg,
 )
 
-# Phases of a run in the order of the work; those of a solve are inside `solve`.
+# Heights of a bar and of a row of bars, in points.
 _BAR, _ROW = 13.0, 34.0
 
 
-def perplexity(runs: Runs) -> Section | None:
-    """A line a method over the ratios, one panel a text; N:M patterns, or a single ratio, as rows of points."""
+def perplexity_section(runs: Runs) -> Section | None:
+    """Draw perplexity over sparsity, one panel per text and one line per method.
+
+    N:M patterns, or a single sparsity, become rows of points.
+    """
     texts = [record.text for record in (runs.dense or runs.pruned[0]).evaluations]
     lines = runs.ratios if len(runs.ratios) > 1 else []
     rows = [*(runs.ratios if not lines else []), *runs.groups]
@@ -52,47 +55,47 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _described(runs: Runs, patterns: Sequence[str], i: int, text: str) -> str:
-    dense = "" if runs.dense is None else f" Dense: {number(runs.dense.evaluations[i].perplexity)}."
+def _description(runs: Runs, patterns: Sequence[str], i: int, text: str) -> str:
+    dense = "" if runs.dense is None else f" Dense: {format_number(runs.dense.evaluations[i].perplexity)}."
     parts = [f"Perplexity on {text}.{dense}"]
     for method in runs.methods:
-        found = [(pattern, _values(runs, method, pattern, i)) for pattern in patterns]
-        figures = ", ".join(f"{number(_mean(values))} at {pattern}" for pattern, values in found if values)
+        by_pattern = [(pattern, _values(runs, method, pattern, i)) for pattern in patterns]
+        figures = ", ".join(f"{format_number(_mean(values))} at {pattern}" for pattern, values in by_pattern if values)
         parts.append(f"{method}: {figures}." if figures else "")
     return " ".join(part for part in parts if part)
 
 
 def _bounds(runs: Runs, patterns: Sequence[str], i: int) -> tuple[float, float]:
-    everything = [value for method in runs.methods for p in patterns for value in _values(runs, method, p, i)]
-    everything += [] if runs.dense is None else [runs.dense.evaluations[i].perplexity]
-    return min(everything), max(everything)
+    values = [value for method in runs.methods for p in patterns for value in _values(runs, method, p, i)]
+    values += [] if runs.dense is None else [runs.dense.evaluations[i].perplexity]
+    return min(values), max(values)
 
 
 def _lines(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
     axes = canvas(250)
     log_axis(axes, "y", *_bounds(runs, patterns, i))
-    shares = {p: next(r.sparsity for r in runs.pruned if r.pattern == p) for p in patterns}
+    sparsities = {p: next(r.sparsity for r in runs.pruned if r.pattern == p) for p in patterns}
     if runs.dense is not None:
         dense = runs.dense.evaluations[i].perplexity
         axes.axhline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
         at = {"xy": (1, dense), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(f"dense {number(dense)}", xytext=(0, 4), ha="right", color=MUTED, fontsize=10, **at)  # type: ignore[arg-type]
+        axes.annotate(f"dense {format_number(dense)}", xytext=(0, 4), ha="right", color=MUTED, fontsize=10, **at)  # type: ignore[arg-type]
     for order, method in enumerate(runs.methods):
-        colour, marker, dash = look(order)
-        found = [(shares[p], values) for p in patterns if (values := _values(runs, method, p, i))]
-        x, means = [share for share, _ in found], [_mean(values) for _, values in found]
-        # The mean of equal figures may differ from them by a rounding.
-        ends = [[max(m - min(v), 0.0) for m, (_, v) in zip(means, found, strict=True)]]
-        ends += [[max(max(v) - m, 0.0) for m, (_, v) in zip(means, found, strict=True)]]
-        spread = ends if any(len(values) > 1 for _, values in found) else None
-        axes.errorbar(x, means, yerr=spread, color=colour, marker=marker, linestyle=dash, elinewidth=1.2, capsize=2)
-    axes.set_xticks(list(shares.values()), [f"{100 * share:.4g} %" for share in shares.values()])
-    axes.set_xlabel("share of zeros")
-    return Picture(text, svg(axes, f"lines-{i}", _described(runs, patterns, i, text)))
+        colour, marker, dash = series_style(order)
+        points = [(sparsities[p], values) for p in patterns if (values := _values(runs, method, p, i))]
+        x, means = [sparsity for sparsity, _ in points], [_mean(values) for _, values in points]
+        # Rounding may put the mean of equal values outside their range.
+        ends = [[max(m - min(v), 0.0) for m, (_, v) in zip(means, points, strict=True)]]
+        ends += [[max(max(v) - m, 0.0) for m, (_, v) in zip(means, points, strict=True)]]
+        bars = ends if any(len(values) > 1 for _, values in points) else None
+        axes.errorbar(x, means, yerr=bars, color=colour, marker=marker, linestyle=dash, elinewidth=1.2, capsize=2)
+    axes.set_xticks(list(sparsities.values()), [f"{100 * sparsity:.4g} %" for sparsity in sparsities.values()])
+    axes.set_xlabel("sparsity")
+    return Picture(text, to_svg(axes, f"lines-{i}", _description(runs, patterns, i, text)))
 
 
 def _points(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
-    """A row a method under each pattern: the mean with its figure, and the seeds' range."""
+    """Draw a row per method under each pattern: the mean with its number, and the range of the seeds."""
     rows = [(p, m, values) for p in patterns for m in runs.methods if (values := _values(runs, m, p, i))]
     height = 13.0 * len(rows) + 19.0 * len({p for p, _, _ in rows})
     axes = canvas(height + 36, left=12, right=44)
@@ -106,19 +109,19 @@ def _points(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
         if pattern != before:
             y, before = y + 19, pattern
             axes.text(1, y - 10, pattern, transform=axes.get_yaxis_transform(), ha="right", va="center", weight="bold")
-        colour, marker, _ = look(runs.methods.index(method))
+        colour, marker, _ = series_style(runs.methods.index(method))
         mean, middle = _mean(values), y + 6.5
         axes.plot([min(values), max(values)], [middle, middle], color=colour, linewidth=1.2)
         axes.plot([mean], [middle], color=colour, marker=marker, linestyle="none")
         at = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 10}
-        axes.annotate(number(mean), (max(values), middle), **at)  # type: ignore[arg-type]
+        axes.annotate(format_number(mean), (max(values), middle), **at)  # type: ignore[arg-type]
         y += 13
     axes.set_xlabel("perplexity")
-    return Picture(text, svg(axes, f"points-{i}", _described(runs, patterns, i, text)))
+    return Picture(text, to_svg(axes, f"points-{i}", _description(runs, patterns, i, text)))
 
 
-def cost(runs: Runs) -> Section | None:
-    """Where the time of a run went, and its peaks of memory, at the pattern that is shown first."""
+def cost_section(runs: Runs) -> Section | None:
+    """Draw the time of a run by phase, and its peak memory, at the pattern that is shown first."""
     pattern = runs.patterns[0]
     (time, keys), memory = _time(runs, pattern), _memory(runs, pattern)
     pictures = [picture for picture in (time, memory) if picture is not None]
@@ -126,8 +129,15 @@ def cost(runs: Runs) -> Section | None:
     return Section("cost", "Time and memory", text, [PictureGroup("", pictures, keys)]) if pictures else None
 
 
-def phases(seconds: dict[str, float]) -> dict[str, float]:
-    """Wall time by phase, nothing counted twice; what no phase claims is `other`."""
+def split_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Split the wall time of a run into disjoint phases, which add up to its total.
+
+    Args:
+        seconds: by phase, see `alps.reporting.run_report.PHASES`.
+
+    Returns:
+        Seconds by phase: `solve` without the parts that are inside it, and `other` for time outside all phases.
+    """
     total = seconds.get("total", sum(v for k, v in seconds.items() if k not in INSIDE_SOLVE))
     parts = {name: value for name, value in seconds.items() if name != "total"}
     inside = sum(parts.get(name, 0.0) for name in INSIDE_SOLVE)
@@ -139,10 +149,10 @@ def phases(seconds: dict[str, float]) -> dict[str, float]:
 def _time(runs: Runs, pattern: str) -> tuple[Picture | None, list[Key]]:
     rows: list[tuple[str, dict[str, float]]] = []
     for method in runs.methods:
-        found = [phases(result.seconds) for result in runs.select(method, pattern) if result.seconds]
-        names = dict.fromkeys(name for parts in found for name in parts)
-        if found:
-            rows.append((method, {name: sum(p.get(name, 0.0) for p in found) / len(found) for name in names}))
+        splits = [split_seconds(result.seconds) for result in runs.select(method, pattern) if result.seconds]
+        names = dict.fromkeys(name for parts in splits for name in parts)
+        if splits:
+            rows.append((method, {name: sum(p.get(name, 0.0) for p in splits) / len(splits) for name in names}))
     whole = sum(sum(parts.values()) for _, parts in rows)
     if not whole:
         return None, []
@@ -151,28 +161,29 @@ def _time(runs: Runs, pattern: str) -> tuple[Picture | None, list[Key]]:
     shown = [name for name in shown if sums[name] > 0.002 * whole]
     cut = [(m, [*(parts.get(n, 0.0) for n in shown), sum(parts.values()) - sum(parts.get(n, 0.0) for n in shown)])
            for m, parts in rows]  # fmt: skip
-    labels = [(method, f"{number(sum(values))} s") for method, values in cut]
-    described = [
-        f"{m}: {number(sum(v))} s, most of it {max(zip(v, [*shown, 'other'], strict=True))[1]}." for m, v in cut
+    labels = [(method, f"{format_number(sum(values))} s") for method, values in cut]
+    description = [
+        f"{m}: {format_number(sum(v))} s, most of it {max(zip(v, [*shown, 'other'], strict=True))[1]}." for m, v in cut
     ]
-    picture = _bars("time", "Seconds to prune", labels, [values for _, values in cut], SERIES, described)
+    values = [values for _, values in cut]
+    picture = _bars("time", "Seconds to prune", labels=labels, rows=values, stack=SERIES, description=description)
     return picture, box_keys([*shown, "other"])
 
 
 def _memory(runs: Runs, pattern: str) -> Picture | None:
-    found = [(method, runs.select(method, pattern)) for method in runs.methods]
-    rows = [(method, _peaks(results)) for method, results in found if results]
+    by_method = [(method, runs.select(method, pattern)) for method in runs.methods]
+    rows = [(method, _peaks(results)) for method, results in by_method if results]
     if not any(host or device for _, (host, device) in rows):
         return None
     on_device = any(device for _, (_, device) in rows)
     labels = [
-        (method, f"{number(host)} / {number(device)} GiB" if on_device else f"{number(host)} GiB")
+        (method, f"{format_number(host)} / {format_number(device)} GiB" if on_device else f"{format_number(host)} GiB")
         for method, (host, device) in rows
     ]
     values = [[host, device] if on_device else [host] for _, (host, device) in rows]
-    described = [f"{method}: {text}." for method, text in labels]
-    title = "Peak memory" + (", host and device below it" if on_device else " of the host")
-    return _bars("memory", title, labels, values, (), described)
+    description = [f"{method}: {text}." for method, text in labels]
+    title = "Peak memory" + (", host above device" if on_device else " of the host")
+    return _bars("memory", title, labels=labels, rows=values, stack=(), description=description)
 
 
 def _peaks(results: Sequence[Result]) -> tuple[float, float]:
@@ -185,14 +196,21 @@ def _peaks(results: Sequence[Result]) -> tuple[float, float]:
 def _bars(
     name: str,
     title: str,
+    *,
     labels: Sequence[tuple[str, str]],
     rows: Sequence[Sequence[float]],
     stack: Sequence[str],
-    described: Sequence[str],
+    description: Sequence[str],
 ) -> Picture:
-    """A bar a row, its name and its figure above it, so that long names have room.
+    """Draw a bar per row, with name and number above it, so that long names have room.
 
-    Values of a row are stacked in the colours of `stack`; without any they are bars of their own, in grey.
+    Args:
+        name: unique among the figures of the page.
+        title: heading.
+        labels: text at the left and at the right of each row.
+        rows: values of each row.
+        stack: colours in which the values of a row are stacked; without any they become separate grey bars.
+        description: sentences for readers who do not see the figure.
     """
     axes = canvas(_ROW * len(rows) + 4, left=2, bottom=2, top=2, right=2)
     axes.set_axis_off()
@@ -205,8 +223,8 @@ def _bars(
         axes.text(0, top + 9, left, transform=axes.get_yaxis_transform(), va="center", color=INK)
         axes.text(1, top + 9, right, transform=axes.get_yaxis_transform(), va="center", ha="right", color=INK)
         thick = _BAR if stack else _BAR / len(values)
-        for place, value in enumerate(values):
-            y = top + 18 + (0.0 if stack else place * thick)
-            axes.barh(y, value, thick, start, align="edge", color=stack[place] if stack else (MUTED, INK)[place])
+        for index, value in enumerate(values):
+            y = top + 18 + (0.0 if stack else index * thick)
+            axes.barh(y, value, thick, start, align="edge", color=stack[index] if stack else (MUTED, INK)[index])
             start += value if stack else 0.0
-    return Picture(title, svg(axes, name, " ".join([f"{title}.", *described])))
+    return Picture(title, to_svg(axes, name, " ".join([f"{title}.", *description])))

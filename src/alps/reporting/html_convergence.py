@@ -1,4 +1,4 @@
-"""How the splitting of ALPS went on the sites whose checks were kept: Theorem 1 of arXiv 2406.07831 at work."""
+"""Panel of the page on the convergence of ADMM for a few layers: Theorem 1 of arXiv 2406.07831 in practice."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from collections.abc import Callable, Sequence
 
 from alps.reporting.compare_results import LayerResult, Result, SupportCheck
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Picture, PictureGroup, Section, canvas, line_keys, log_axis, look, number, svg
+from alps.reporting.svg import (
+    Picture,
+    PictureGroup,
+    Section,
+    canvas,
+    format_number,
+    line_keys,
+    log_axis,
+    series_style,
+    to_svg,
+)
 
 Figure = Callable[[SupportCheck], float | None]
-# What is drawn over the iterations, with its name in a sentence and as a heading.
+# Values drawn over the iterations: short name, heading, function of a check.
 _FIGURES: tuple[tuple[str, str, Figure], ...] = (
-    ("gap", "‖W − D‖ / ‖W‖: how far the two copies are apart", lambda check: check.gap),
+    ("gap", "‖W − D‖ / ‖W‖: distance of the two copies", lambda check: check.gap),
     ("penalty", "Penalty ρ", lambda check: check.rho),
     ("bound", "ρ · ‖W − D‖ / ‖W‖, which Theorem 1 bounds", lambda check: check.gap * check.rho),
     ("change", "Entries of the support that changed since the last check", lambda check: float(check.support_change)),
@@ -20,43 +30,46 @@ _FIGURES: tuple[tuple[str, str, Figure], ...] = (
 )
 
 
-def traces(runs: Runs) -> Section | None:
-    """One run a pattern, the first that has checks; by site, against the iteration."""
+def convergence_section(runs: Runs) -> Section | None:
+    """Draw the checks of one run per pattern over the iterations, a line per traced layer.
+
+    The run is that of `alps`, else the first with checks.
+    """
     groups = list[PictureGroup]()
     for pattern in runs.patterns:
-        found = [result for result in runs.first(pattern) if any(site.trace for site in result.layers)]
-        plain = next((result for result in found if result.method == "alps"), None)
-        if found:
-            groups.append(_group(f"trace-{len(groups)}", plain or found[0], bool(groups)))
+        traced = [result for result in runs.first_seeds(pattern) if any(layer.trace for layer in result.layers)]
+        plain = next((result for result in traced if result.method == "alps"), None)
+        if traced:
+            groups.append(_group(f"trace-{len(groups)}", plain or traced[0], bool(groups)))
     text = (
-        "The splitting keeps two copies of a site's weights: W, free, and D, under the pattern. The penalty ρ grows as "
-        "long as the support of D changes, and ‖W − D‖ ≤ C/ρ brings them together. A dotted line is a new start with a "
-        "smaller penalty. Shown are, among the sites that were followed, those with the smallest, the middle and the "
-        "largest error."
+        "ADMM keeps two copies of a layer's weights: W, which is unconstrained, and D, which satisfies the pattern. "
+        "The penalty ρ grows while the support of D changes, and ‖W − D‖ ≤ C/ρ brings the copies together. "
+        "A dotted line is a restart with a smaller penalty. Of the layers that were traced, those with the smallest, "
+        "the median and the largest error are shown."
     )
-    return Section("traces", "Convergence of the splitting", text, groups) if groups else None
+    return Section("traces", "Convergence of ADMM", text, groups) if groups else None
 
 
 def _group(name: str, result: Result, folded: bool) -> PictureGroup:
-    sites = [site for site in result.layers if site.trace]
+    layers = [layer for layer in result.layers if layer.trace]
     pictures = [
-        _picture(f"{name}-{short}", title, sites, figure)
+        _picture(f"{name}-{short}", title, layers, figure)
         for short, title, figure in _FIGURES
-        if any(figure(check) for site in sites for check in site.trace)
+        if any(figure(check) for layer in layers for check in layer.trace)
     ]
     seed = "" if result.seed is None else f", seed {result.seed}"
-    keys = line_keys([_named(site) for site in sites], markers=False)
+    keys = line_keys([_label(layer) for layer in layers], markers=False)
     return PictureGroup(f"{result.method} at {result.pattern}{seed}", pictures, keys, folded=folded)
 
 
-def _named(site: LayerResult) -> str:
-    return site.name if site.error is None else f"{site.name}, error {number(site.error)}"
+def _label(layer: LayerResult) -> str:
+    return layer.name if layer.error is None else f"{layer.name}, error {format_number(layer.error)}"
 
 
-def _picture(name: str, title: str, sites: Sequence[LayerResult], figure: Figure) -> Picture:
+def _picture(name: str, title: str, layers: Sequence[LayerResult], figure: Figure) -> Picture:
     axes = canvas(200)
     counts = name.endswith("-change")
-    values = [value for site in sites for check in site.trace if (value := figure(check))]
+    values = [value for layer in layers for check in layer.trace if (value := figure(check))]
     if counts:
         top = math.ceil(math.log10(max(values)))
         axes.set_yscale("symlog", linthresh=1, linscale=0.6)
@@ -67,10 +80,10 @@ def _picture(name: str, title: str, sites: Sequence[LayerResult], figure: Figure
     else:
         log_axis(axes, "y", min(values), max(values))
     parts = [f"{title}."]
-    for place, site in enumerate(sites):
-        colour, _, dash = look(place)
+    for index, layer in enumerate(layers):
+        colour, _, dash = series_style(index)
         x, y = list[float](), list[float]()
-        for before, check in zip([None, *site.trace[:-1]], site.trace, strict=True):
+        for before, check in zip([None, *layer.trace[:-1]], layer.trace, strict=True):
             value = figure(check)
             if before is not None and check.rho < before.rho:
                 x, y = [*x, before.iteration], [*y, math.nan]
@@ -78,12 +91,12 @@ def _picture(name: str, title: str, sites: Sequence[LayerResult], figure: Figure
             if value is not None and (value > 0 or counts):
                 x, y = [*x, check.iteration], [*y, value]
         axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.6)
-        known = [value for value in y if not math.isnan(value)]
-        if known:
+        finite = [value for value in y if not math.isnan(value)]
+        if finite:
             parts.append(
-                f"{site.name}: {number(known[0])} at iteration {site.trace[0].iteration}, "
-                f"{number(known[-1])} at {site.trace[-1].iteration}."
+                f"{layer.name}: {format_number(finite[0])} at iteration {layer.trace[0].iteration}, "
+                f"{format_number(finite[-1])} at {layer.trace[-1].iteration}."
             )
     axes.set_xlim(0, None)
     axes.set_xlabel("iteration")
-    return Picture(title, svg(axes, name, " ".join(parts)))
+    return Picture(title, to_svg(axes, name, " ".join(parts)))

@@ -1,6 +1,6 @@
-"""report.html: one file that shows a comparison or a run, made from its results and nothing else.
+"""Page report.html: a single file that shows the results of a comparison or a run.
 
-No script, no request: what is drawn is in the file, and its content security policy forbids the rest.
+The page has no script and makes no request; its content security policy forbids both.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from pathlib import Path
 import jinja2
 
 from alps.models.load import looks_local
-from alps.reporting import html_charts as charts
-from alps.reporting import html_convergence as traces
-from alps.reporting import html_heatmaps as maps
 from alps.reporting.compare_results import Result
+from alps.reporting.html_charts import cost_section, perplexity_section
+from alps.reporting.html_convergence import convergence_section
+from alps.reporting.html_heatmaps import error_section, sparsity_section
 from alps.reporting.markdown_tables import tables
 from alps.reporting.run_selection import Runs
-from alps.reporting.svg import Section, number, styled
+from alps.reporting.svg import Section, format_number, page_style
 
-_HASH = 12
-# Settings that name the run rather than the method.
-_OF_THE_RUN = ("model", "sparsity", "pattern", "seed", "device", "dtype", "preset")
+_HASH_DIGITS = 12
+# Settings that identify the run rather than the method.
+_RUN_SETTINGS = ("model", "sparsity", "pattern", "seed", "device", "dtype", "preset")
 
 
 def report_page(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
-    """The page of some results.
+    """Render the page of some results.
 
     Args:
         results: of one comparison, or of one run; at least one.
-        notes: sentences that have to be read before any figure.
+        notes: sentences that a reader needs before any figure.
 
     Returns:
-        A whole HTML document. The same results give the same bytes.
+        A complete HTML document. Equal results give equal bytes.
     """
     assert results
     runs = Runs(results)
@@ -56,22 +56,22 @@ def report_page(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
 
 
 def model_name(model: str) -> str:
-    """A hub name as it is, of a path only its end: nobody else's folders are of interest."""
+    """Return a hub name unchanged, and of a path only the last part, which hides the user's folders."""
     return Path(model).name if looks_local(model) else model
 
 
 def _sections(runs: Runs) -> list[Section]:
     if not runs.pruned:
         return []
-    with styled():
-        found = [
-            charts.perplexity(runs),
-            maps.errors(runs),
-            maps.sparsities(runs),
-            traces.traces(runs),
-            charts.cost(runs),
+    with page_style():
+        sections = [
+            perplexity_section(runs),
+            error_section(runs),
+            sparsity_section(runs),
+            convergence_section(runs),
+            cost_section(runs),
         ]
-    return [section for section in found if section is not None]
+    return [section for section in sections if section is not None]
 
 
 def _subtitle(runs: Runs) -> str:
@@ -79,42 +79,51 @@ def _subtitle(runs: Runs) -> str:
         return f"Pruned to {runs.pruned[0].pattern} with {runs.pruned[0].method}"
     counts = [(len(runs.methods), "method"), (len(runs.patterns), "pattern"), (len(runs.seeds), "seed")]
     words = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts if count)
-    return f"{len(runs.pruned)} runs from the same weights: {words}" if runs.pruned else "The dense model alone"
+    return f"{len(runs.pruned)} runs from the same weights: {words}" if runs.pruned else "Only the dense model"
 
 
 def _lead(runs: Runs) -> str:
-    """The finding in a sentence: the best perplexity on the first text at the pattern that is shown first."""
+    """Summarise the results in a sentence: the best perplexity on the first text at the pattern shown first."""
     if not runs.pruned:
         return ""
     pattern = runs.patterns[0]
-    found = [
-        (sum(r.evaluations[0].perplexity for r in every) / len(every), method)
+    means = [
+        (sum(r.evaluations[0].perplexity for r in results) / len(results), method)
         for method in runs.methods
-        if (every := [result for result in runs.select(method, pattern) if result.evaluations])
+        if (results := [result for result in runs.select(method, pattern) if result.evaluations])
     ]
-    if not found:
-        only = runs.first(pattern)[0]
-        error = "" if only.mean_error is None else f", mean relative reconstruction error {number(only.mean_error)}"
-        than = only.mean_magnitude_error
-        return (
-            f"{100 * only.sparsity:.2f} % of the weights in {len(only.layers)} linear layers are zero{error}"
-            f"{'' if than is None else f'; magnitude pruning on the same inputs would have left {number(than)}'}."
-        )
-    (best, method), *others = sorted(found)
+    if not means:
+        return _error_sentence(runs.first_seeds(pattern)[0])
+    (best, method), *others = sorted(means)
     text = next(r for r in runs.select(method, pattern) if r.evaluations).evaluations[0].text
-    known = [f"next is {others[0][1]} with {number(others[0][0])}"] if others else []
-    known += [f"the dense model has {number(runs.dense.evaluations[0].perplexity)}"] if runs.dense else []
-    return f"At {pattern}, {method} has perplexity {number(best)} on {text}" + "; ".join(["", *known]) + "."
+    comparisons = [f"next is {others[0][1]} with {format_number(others[0][0])}"] if others else []
+    comparisons += [f"the dense model has {format_number(runs.dense.evaluations[0].perplexity)}"] if runs.dense else []
+    return (
+        f"At {pattern}, {method} has perplexity {format_number(best)} on {text}" + "; ".join(["", *comparisons]) + "."
+    )
+
+
+def _error_sentence(result: Result) -> str:
+    """Summarise a run without perplexities in a sentence."""
+    error = (
+        "" if result.mean_error is None else f", mean relative reconstruction error {format_number(result.mean_error)}"
+    )
+    magnitude = result.mean_magnitude_error
+    comparison = (
+        "" if magnitude is None else f"; magnitude pruning on the same inputs leaves {format_number(magnitude)}"
+    )
+    zeros = f"{100 * result.sparsity:.2f} % of the weights in {len(result.layers)} linear layers are zero"
+    return f"{zeros}{error}{comparison}."
 
 
 def _facts(runs: Runs) -> list[tuple[str, list[str]]]:
-    """Conditions under which everything was measured: a name, and lines."""
+    """List the conditions of the measurements, each as a name and lines of text."""
     first, pruned = runs.results[0], runs.pruned
     facts = [("Model", [f"{model_name(first.model)}: {first.architecture}, {first.dtype}"])]
     if first.model_sha256:
-        facts.append(("Weights", [f"sha256 {first.model_sha256[:_HASH]}"]))
+        facts.append(("Weights", [f"sha256 {first.model_sha256[:_HASH_DIGITS]}"]))
     calibrations = {
-        (used.source, used.windows, used.seqlen, used.tokens, used.seed, used.sha256[:_HASH])
+        (used.source, used.windows, used.seqlen, used.tokens, used.seed, used.sha256[:_HASH_DIGITS])
         for result in pruned
         if (used := result.calibration)
     }
@@ -133,7 +142,7 @@ def _facts(runs: Runs) -> list[tuple[str, list[str]]]:
     )
     texts = [
         f"{e.text}: {e.windows} windows of {e.seqlen} tokens ({e.predicted_tokens:,} predicted)"
-        + (f", sha256 {e.sha256[:_HASH]}" if e.sha256 else "")
+        + (f", sha256 {e.sha256[:_HASH_DIGITS]}" if e.sha256 else "")
         for e in first.evaluations
     ]
     tasks = [f"{t.task}: {t.items or 'all'} items, {t.num_fewshot} shots, lm-eval {t.lm_eval}" for t in first.tasks]
@@ -150,36 +159,36 @@ def _facts(runs: Runs) -> list[tuple[str, list[str]]]:
 
 
 def _dense(runs: Runs) -> list[tuple[str, str]]:
-    """The dense model's figures."""
+    """List the measurements of the dense model."""
     if runs.dense is None:
         return []
-    found = [(f"Perplexity on {e.text}", number(e.perplexity)) for e in runs.dense.evaluations]
+    rows = [(f"Perplexity on {e.text}", format_number(e.perplexity)) for e in runs.dense.evaluations]
     for task in runs.dense.tasks:
         for name, estimate in task.metrics.items():
             scale, unit = (100.0, " %") if name.startswith("acc") else (1.0, "")
             error = "" if estimate.stderr is None else f" ± {scale * estimate.stderr:.1f}"
-            found.append((f"{task.task}, {name}", f"{scale * estimate.value:.1f}{error}{unit}"))
-    return found
+            rows.append((f"{task.task}, {name}", f"{scale * estimate.value:.1f}{error}{unit}"))
+    return rows
 
 
 def _differences(runs: Runs) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Settings in which methods differ: their names, and each method's values."""
+    """Return the names of the settings in which methods differ, and the values of each method."""
     settings = {method: next(r.settings for r in runs.pruned if r.method == method) for method in runs.methods}
-    names = dict.fromkeys(name for values in settings.values() for name in values if name not in _OF_THE_RUN)
+    names = dict.fromkeys(name for values in settings.values() for name in values if name not in _RUN_SETTINGS)
     shown = [name for name in names if len({str(values.get(name)) for values in settings.values()}) > 1]
     return shown, [(m, [str(values.get(name, "")) for name in shown]) for m, values in settings.items()]
 
 
 def _continuations(runs: Runs) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
-    """By pattern, then by prompt: who went on how, the dense model first."""
+    """Collect the continuations by pattern and prompt, each with its method, the dense model first."""
     prompts = list(dict.fromkeys(c.prompt for result in runs.results for c in result.continuations))
-    found = []
+    by_pattern = []
     for pattern in runs.patterns if runs.pruned else [""]:
-        authors = [*([runs.dense] if runs.dense else []), *(runs.first(pattern) if pattern else [])]
+        authors = [*([runs.dense] if runs.dense else []), *(runs.first_seeds(pattern) if pattern else [])]
         by_prompt = [
             (prompt, [(r.method, c.text) for r in authors for c in r.continuations if c.prompt == prompt])
             for prompt in prompts
         ]
         if prompts:
-            found.append((pattern, by_prompt))
-    return found
+            by_pattern.append((pattern, by_prompt))
+    return by_pattern

@@ -1,6 +1,6 @@
-"""Results as tables, in the manner of the papers: a row a method, a column a pattern, the best marked.
+"""Tables of results with a row per method and a column per pattern, the best of a column marked.
 
-The same cells become Markdown here and HTML in `alps.reporting`.
+This module writes the tables as Markdown, and `alps.reporting.html_report` as HTML.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Figure = Callable[[Result], float | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as it is shown, empty where there is none, and whether it is the best of its column."""
+    """Text of a value, empty if there is none; `best` marks the best value of a column."""
 
     text: str
     best: bool = False
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """One figure of every method (rows) at every pattern (columns)."""
+    """Values of one measure for every method (rows) and pattern (columns)."""
 
     title: str
     patterns: list[str]
@@ -34,34 +34,36 @@ class Table:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Everything that was measured, as Markdown: conditions first, then one table a figure."""
+    """Write all measurements as Markdown: the conditions first, then a table per measure."""
     parts = [_conditions(results), *map(_markdown, tables(results))]
     return "\n\n".join(parts) + "\n"
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """Every figure that was measured, with means and deviations over seeds.
+    """Make a table per measure, with means and standard deviations over seeds.
 
-    Accuracies, agreements and their standard errors are in per cent; a deviation over several seeds takes the standard
-    error's place.
+    Accuracies, agreements and their standard errors are in per cent. For several seeds the standard deviation replaces
+    the standard error.
     """
     pruned = [result for result in results if result.method != DENSE]
     dense = next((result for result in results if result.method == DENSE), None)
-    found = []
+    measures = []
     first = (dense or pruned[0]).evaluations
     for i, record in enumerate(first):
         note = f" (dense {record.perplexity:.2f})" if dense else ""
-        found.append(_table(f"Perplexity on {record.text}{note}", pruned, _perplexity(i), ".1f", min))
-        found.append(_table(f"KL divergence from the dense model on {record.text}, nats", pruned, _kl(i), ".3f", min))
+        measures.append(_table(f"Perplexity on {record.text}{note}", pruned, _perplexity(i), ".1f", min))
+        measures.append(
+            _table(f"KL divergence from the dense model on {record.text}, nats", pruned, _kl(i), ".3f", min)
+        )
         title = f"Agreement with the dense model's most likely token on {record.text}, per cent"
-        found.append(_table(title, pruned, _agreement(i), ".1f", max))
+        measures.append(_table(title, pruned, _agreement(i), ".1f", max))
     for i, task in enumerate((dense or pruned[0]).tasks):
         note = f" (dense {100 * _score(dense, i).value:.1f})" if dense else ""
         title = f"{task.task}, per cent on {task.items or 'all'} items{note}"
-        found.append(_table(title, pruned, _task(i), ".1f", max, _task_error(i)))
-    found.append(_table("Mean relative reconstruction error", pruned, lambda r: r.mean_error, ".4f", min))
-    found.append(_table("Seconds to prune", pruned, lambda r: r.seconds.get("total"), ".1f", None))
-    return [table for table in found if any(cell.text for _, cells in table.rows for cell in cells)]
+        measures.append(_table(title, pruned, _task(i), ".1f", max, _task_error(i)))
+    measures.append(_table("Mean relative reconstruction error", pruned, lambda r: r.mean_error, ".4f", min))
+    measures.append(_table("Seconds to prune", pruned, lambda r: r.seconds.get("total"), ".1f", None))
+    return [table for table in measures if any(cell.text for _, cells in table.rows for cell in cells)]
 
 
 def _markdown(table: Table) -> str:
@@ -97,13 +99,13 @@ def _table(
 ) -> Table:
     patterns = list(dict.fromkeys(result.pattern for result in results))
     methods = list(dict.fromkeys(result.method for result in results))
-    found = {(m, p): _values(results, m, p, figure) for m in methods for p in patterns}
+    by_key = {(m, p): _values(results, m, p, figure) for m in methods for p in patterns}
     rows = []
     for method in methods:
         cells = []
         for pattern in patterns:
-            values = found[method, pattern]
-            means = [sum(v) / len(v) for (_, p), v in found.items() if p == pattern and v]
+            values = by_key[method, pattern]
+            means = [sum(v) / len(v) for (_, p), v in by_key.items() if p == pattern and v]
             errors = [] if error is None else _values(results, method, pattern, error)
             is_best = best is not None and len(means) > 1 and bool(values) and sum(values) / len(values) == best(means)
             cells.append(Cell(_text(values, form, errors), is_best))
@@ -152,13 +154,13 @@ def _task(i: int) -> Figure:
 
 def _task_error(i: int) -> Figure:
     def error(result: Result) -> float | None:
-        known = _score(result, i).stderr if i < len(result.tasks) else None
-        return None if known is None else 100 * known
+        stderr = _score(result, i).stderr if i < len(result.tasks) else None
+        return None if stderr is None else 100 * stderr
 
     return error
 
 
 def _score(result: Result, i: int) -> Estimate:
-    """Accuracy, or what a task has in its place, which comes first."""
+    """Return the accuracy on a task, else the first metric."""
     metrics = result.tasks[i].metrics
     return metrics.get("acc") or next(iter(metrics.values()))

@@ -1,4 +1,4 @@
-"""report.html of a directory: made from the JSON that is there, or left out in words where it cannot be drawn."""
+"""Writing of report.html from the JSON files of a directory; a page that cannot be drawn is a logged warning."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ _LOG = logging.getLogger("alps")
 
 PAGE_NAME = "report.html"
 _INSTALL = 'pip install "alps-prune[report]"'
-# The demo's name for the dense rows among a report's evaluations.
-_DENSE_ROW = ", dense"
 
 
 def rebuild_page(folder: Path) -> Path:
-    """Make the page of a comparison or a pruned checkpoint anew; returns where it is.
+    """Draw the page of a comparison or a pruned checkpoint again; return its path.
 
     Raises:
-        ConfigError: where a package is missing.
-        CheckpointError: where there is no results.jsonl and no report.json, or what is there cannot be read.
+        ConfigError: when a package is missing.
+        CheckpointError: when there is no results.jsonl and no report.json, or the file cannot be read.
     """
-    if missing := _missing():
+    if missing := _missing_packages():
         raise ConfigError(f"{PAGE_NAME} cannot be drawn without {missing}: {_INSTALL}.")
     if (folder / RESULTS_NAME).is_file():
         results, notes = read_results(folder / RESULTS_NAME), list[str]()
@@ -45,26 +43,24 @@ def rebuild_page(folder: Path) -> Path:
 
 
 def publish(
-    folder: Path,
-    results: Sequence[Result],
-    notes: Sequence[str] = (),
-    final: Path | None = None,
+    folder: Path, results: Sequence[Result], notes: Sequence[str] = (), final_folder: Path | None = None
 ) -> bool:
-    """Write the page of some results, or log a warning that says why there is none.
+    """Write the page of some results; if that fails for any reason, log a warning.
 
-    What was computed may have taken hours: it is never lost to its figures, whatever goes wrong with them.
+    The results may have taken hours, so an error in their presentation must not lose them.
 
     Args:
-        folder: where the page goes.
-        results, notes: see `alps.reporting.html_report.report_page`.
-        final: what the folder will be called, if it is still being filled.
+        folder: gets the page.
+        results: see `alps.reporting.html_report.report_page`.
+        notes: see `alps.reporting.html_report.report_page`.
+        final_folder: future name of a folder that is still being filled, for the message.
 
     Returns:
-        Whether it was written.
+        True if the page was written.
     """
-    if missing := _missing():
-        again = f"{_INSTALL}, then alps report {final or folder}"
-        _LOG.warning(f"{PAGE_NAME} is left out, because {missing} is not installed: {again}.")
+    if missing := _missing_packages():
+        command = f"{_INSTALL}, then alps report {final_folder or folder}"
+        _LOG.warning(f"{PAGE_NAME} is left out, because {missing} is not installed: {command}.")
         return False
     try:
         _write(folder, results, notes)
@@ -74,36 +70,46 @@ def publish(
     return True
 
 
-def publish_run(folder: Path, report: RunReport, final: Path) -> bool:
-    """The same for one run's report, beside a checkpoint."""
+def publish_run(folder: Path, report: RunReport, final_folder: Path) -> bool:
+    """Write the page of one run into the directory of its checkpoint; see `publish`."""
     results, notes = run_results(report)
-    return publish(folder, results, notes, final)
+    return publish(folder, results, notes, final_folder)
 
 
 def run_results(report: RunReport) -> tuple[list[Result], list[str]]:
-    """A run's report as results, and what has to be said before any of their figures."""
-    rows = report.evaluations
-    own = [row for row in rows if not row.model.endswith(_DENSE_ROW)]
-    pruned = Result.from_report(report, evaluations=own)
-    dense = [row for row in rows if row.model.endswith(_DENSE_ROW)]
+    """Convert the report of a run to results.
+
+    Returns:
+        The results, the dense model's first if it was measured, and notes that a reader needs before any figure.
+    """
+    pruned = Result.from_report(report)
     notes = []
     if report.reconstruction_runs:
-        notes.append("The blocks have been matched to the dense model's since: the errors below are those before.")
+        notes.append(
+            "The blocks were reconstructed after pruning: the errors below are those before the reconstruction."
+        )
     if report.distillations:
         last = report.distillations[-1]
         notes.append(
-            f"Recovered by distillation since, not one-shot: {last.steps} steps, KL to the dense model on held-back "
+            f"Distilled after pruning, so not one-shot: {last.steps} steps, KL to the dense model on held-back "
             f"windows {last.kl_before:.4f} before, {last.kl_after:.4f} after. The figures below are those of the "
-            "one-shot run before."
+            "one-shot run."
         )
-    if not dense:
+    if not report.dense_evaluations:
         return [pruned], notes
-    same = {name: getattr(pruned, name) for name in ("model", "model_sha256", "architecture", "dtype", "device")}
-    first = Result(**same, method=DENSE, pattern="", seed=None, evaluations=dense, versions=pruned.versions)
-    return [first, pruned], notes
+    shared = {name: getattr(pruned, name) for name in ("model", "model_sha256", "architecture", "dtype", "device")}
+    dense = Result(
+        **shared,
+        method=DENSE,
+        pattern="",
+        seed=None,
+        evaluations=[*report.dense_evaluations],
+        versions=pruned.versions,
+    )
+    return [dense, pruned], notes
 
 
-def _missing() -> str:
+def _missing_packages() -> str:
     names = {"matplotlib": "matplotlib", "Jinja2": "jinja2"}
     return " and ".join(name for name, module in names.items() if importlib.util.find_spec(module) is None)
 

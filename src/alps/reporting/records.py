@@ -1,4 +1,4 @@
-"""What the steps of a run note of themselves: calibration, block matching, recovery. `report.json` is made of them."""
+"""Records of the steps of a run: calibration, evaluation, block reconstruction and distillation, as JSON holds them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from alps.data.windows import Windows
 
 
 class Record(BaseModel):
-    """What every record is: unknown keys are refused when one is read."""
+    """Base of all records; reading one with an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class CalibrationPart(Record):
-    """A source of calibration windows, and how many are its."""
+    """Source of calibration windows, and their number."""
 
     source: str
     windows: int
 
 
 class CalibrationRecord(Record):
-    """The calibration windows: source, count, length, seed, hash of the token ids; parts, also where there is one."""
+    """Calibration windows of a run.
+
+    Attributes:
+        source: of the text, as the user named it.
+        windows, seqlen, tokens: number of windows, tokens in each, tokens of all.
+        seed: of the draw; None for windows that the caller made.
+        sha256: hash of the token ids.
+        parts: sources of the windows; a single text is listed as well.
+    """
 
     source: str
     windows: int
@@ -33,12 +41,13 @@ class CalibrationRecord(Record):
 
 
 class ReconstructionRecord(Record):
-    """Block matching of one block.
+    """Reconstruction of one block.
 
     Attributes:
-        block: its index.
-        before, after: loss on the held-back windows; equal when nothing was gained.
-        steps, best_step: steps of Adam taken, and after which one the weights were kept; 0 for none.
+        block: index of the block.
+        before, after: loss on the held-back windows; equal if the block was left unchanged.
+        steps: optimiser steps taken.
+        best_step: step whose weights were kept; 0 if the block was left unchanged.
     """
 
     block: int
@@ -49,23 +58,27 @@ class ReconstructionRecord(Record):
 
 
 class ReconstructionRun(Record):
-    """One block matching of a pruned checkpoint, as a step of its own; its blocks are in `RunReport.reconstructions`.
+    """Block reconstruction of a pruned checkpoint; the records of its blocks are in `RunReport.reconstructions`.
 
     Attributes:
-        dense, pruned: as the user named them.
-        epochs, rate: passes over the windows that were not held back, and Adam's step size at its largest.
-        target: share of the dense stream that was aimed at.
-        blocks: how many were looked at.
-        zeros: of all sites, counted afterwards; as many as before.
+        dense, pruned: names of the models as the user gave them.
+        epochs: passes over the windows that were not held back.
+        target: share of the dense model's own activations in the target, 0 to 1.
+        lr: largest step size of Adam.
+        blocks: number of reconstructed blocks.
+        zeros: of all layers, counted afterwards; equal to the number before.
         seconds: wall time of all blocks.
         calibration: all windows drawn; the last batches of them were held back.
+        dtype, device: of the weights, and where the model was tuned.
+        peak_host_bytes, peak_device_bytes: as in `RunReport`.
+        versions: packages, machine and commit.
     """
 
     dense: str
     pruned: str
     epochs: int
     target: float = 1.0
-    rate: float
+    lr: float
     blocks: int
     zeros: int
     seconds: float
@@ -78,7 +91,13 @@ class ReconstructionRun(Record):
 
 
 class DistillationCheck(Record):
-    """Divergence on the held-back windows after so many steps (None: not finite), and on the last training batch."""
+    """Divergence after some steps of a distillation.
+
+    Attributes:
+        step: optimiser steps taken so far.
+        kl: on the held-back windows, nats per token; None if it was not finite.
+        training_kl: on the last training batch; None before the first step.
+    """
 
     step: int
     kl: float | None
@@ -86,21 +105,27 @@ class DistillationCheck(Record):
 
 
 class DistillationReport(Record):
-    """One recovery by distillation: not a part of the one-shot run, and never to be compared with one.
+    """Distillation of a pruned checkpoint; no part of the one-shot run, and not comparable with one.
 
     Attributes:
-        dense, pruned: the teacher and the student as the user named them.
-        minutes, lr, batch_tokens: as asked for; `minutes` is None when steps were asked for.
-        steps, tokens, seconds: what was done: optimiser steps, tokens trained on (repeated ones count again), wall time
-            of training and checks.
-        stopped: why it ended.
-        best_step: the step whose weights were kept; 0 when no check was better than the start.
-        trained_entries: kept weights, norms and biases that were trained.
-        zeros: of all sites, counted afterwards; as many as before.
-        kl_before, kl_after: mean over tokens of KL(dense || pruned), in nats, on the held-back windows, at the start
+        dense, pruned: names of the teacher and the student as the user gave them.
+        minutes: budget of wall time; None if the budget was a number of steps.
+        lr: largest step size of Adam.
+        batch_tokens: tokens in an optimiser step.
+        stopped: reason for the end.
+        steps, tokens: optimiser steps taken, and tokens trained on; a repeated token counts again.
+        seconds: wall time of training and checks.
+        best_step: step whose weights were kept; 0 if no check improved on the start.
+        trained_entries: number of trained weights, norms and biases.
+        zeros: of all layers, counted afterwards; equal to the number before.
+        kl_before, kl_after: mean over tokens of KL(dense || pruned) in nats on the held-back windows, at the start
             and for the weights kept.
-        checks: all of them.
-        calibration: all windows drawn; the last `held_back_windows` of them were not trained on.
+        checks: all checks in order.
+        calibration: all windows drawn.
+        held_back_windows: number of windows, the last ones, that were not trained on.
+        dtype, device: of the weights, and where the model was trained.
+        peak_host_bytes, peak_device_bytes: as in `RunReport`.
+        versions: packages, machine and commit.
     """
 
     dense: str
@@ -128,9 +153,15 @@ class DistillationReport(Record):
 
 
 class EvaluationRecord(Record):
-    """A perplexity: text, windows of seqlen tokens, tokens predicted, mean loss in nats, its exponential.
+    """Perplexity of a model on a text.
 
-    `sha256` is of the windows' token ids; None in records of versions that did not take it.
+    Attributes:
+        model, text: names of both.
+        windows, seqlen: number of windows, tokens in each.
+        predicted_tokens: tokens whose loss was taken.
+        loss: mean over them, nats.
+        perplexity: exponential of the loss.
+        sha256: hash of the windows' token ids; None in records of versions that did not take it.
     """
 
     model: str
@@ -144,12 +175,14 @@ class EvaluationRecord(Record):
 
 
 class ComparisonRecord(EvaluationRecord):
-    """A perplexity beside that of a reference, the dense model, on the same windows.
+    """Perplexity of a model, compared with a reference, the dense model, on the same windows.
 
     Attributes:
-        reference: its name; reference_perplexity: on the same tokens; ratio: perplexity / reference_perplexity.
+        reference: name of the reference.
+        reference_perplexity: perplexity of the reference.
+        ratio: perplexity / reference_perplexity.
         kl: mean over predicted tokens of KL(reference || model), nats.
-        agreement: fraction of them for which both models' most likely token is the same.
+        agreement: fraction of predicted tokens for which both models have the same most likely token.
     """
 
     reference: str
@@ -160,21 +193,21 @@ class ComparisonRecord(EvaluationRecord):
 
 
 class Estimate(Record):
-    """A figure and its standard error; None where there is none, as for a single item."""
+    """Value with its standard error, which is None if there is none, as for a single item."""
 
     value: float
     stderr: float | None
 
 
 class TaskRecord(Record):
-    """One zero-shot task.
+    """Scores of a model on one zero-shot task.
 
     Attributes:
-        model, task: their names.
-        metrics: by name, as lm-eval calls them: acc, acc_norm, perplexity.
-        items: scored; None for a group of lm-eval's, which has only an average.
+        model, task: names of both.
+        metrics: by lm-eval's names: acc, acc_norm, perplexity.
+        items: number of scored items; None for a group of lm-eval's, which has only an average.
         num_fewshot: examples in the prompt.
-        lm_eval: version of the package that scored it.
+        lm_eval: version of the package that scored the items.
     """
 
     model: str
@@ -186,7 +219,7 @@ class TaskRecord(Record):
 
 
 def calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
-    """The record of windows; `seed` is None when a caller made them."""
+    """Describe calibration windows; `seed` is None for windows that the caller made."""
     count, seqlen = windows.ids.shape
     return CalibrationRecord(
         source=windows.source,

@@ -1,4 +1,4 @@
-"""The record of a run: what was pruned, how well, at what cost, and on which inputs. Becomes `report.json`."""
+"""Report of a pruning run: layers with errors and zeros, times, memory and inputs. It becomes `report.json`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,50 @@ from alps.reporting.records import (
 from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
-# Phases that are parts of `solve`.
-INSIDE_SOLVE = ("sweep", "select", "swap", "admm", "refit")
+
+# Phases of a run, whose wall times are disjoint. A test compares them with those that the code records.
+PHASES = {
+    "load": "opening the model and its tokenizer",
+    "allocation": "measurement of the layers' sensitivity, or of their errors, to distribute the zeros",
+    "capture": "recording of the block inputs",
+    "row_weights": "measurement of the row weights",
+    "forward": "forward passes of all blocks, without the sums below",
+    "gram": "sums of the input statistics",
+    "prepare": "factorisations that layers of one input share",
+    "solve": "solves of all layers; `INSIDE_SOLVE` are parts of it",
+    "measure_error": "relative reconstruction errors",
+    "communication": "exchange of statistics and weights between ranks",
+    "reconstruct": "block reconstruction",
+    "journal": "writing of finished blocks to the journal",
+    "save": "writing of the checkpoint",
+}
+# Parts of the phase `solve`, recorded by the solvers.
+INSIDE_SOLVE = {
+    "admm": "ADMM iterations of ALPS",
+    "refit": "least squares on the support",
+    "select": "choice of the support by scores",
+    "swap": "swaps of entries between support and zeros by DSnoT",
+    "sweep": "column sweep of SparseGPT",
+}
 
 
 class LayerRecord(Record):
-    """One site.
+    """Result for one pruned layer.
 
     Attributes:
-        name, block, kind: dotted name, index of its block, last part of the name.
+        name, block, kind: dotted name, index of the block, last part of the name.
         shape: (out, in).
-        entries, zeros: weights of the site, and how many of them are zero as written.
-        error: relative reconstruction error of the weights as written, in the checkpoint's dtype; None when the
-            run did not collect the Gram.
-        magnitude_error: the same for magnitude pruning of this site on the same inputs.
-        expert: number of the expert whose map it is, in a mixture that keeps those of all experts in one parameter.
-        tokens: calibration tokens that it received; None when none were fed.
-        pooled_tokens: average tokens of a pool that filled up the statistics of an expert that received too few, see
-            `alps.calibration.moe_statistics`.
-        pattern: what the site was pruned to; None where that was not noted.
-        zeros_before: weights that were zero before, where the run was to keep such zeros; else None.
-        solve: the solver's own record, see `alps.solvers.base.SolveInfo`.
+        entries, zeros: number of weights, and number of zeros among the stored weights.
+        error: relative reconstruction error of the stored weights, in the checkpoint's dtype; None if the run did not
+            collect the Gram.
+        magnitude_error: error that magnitude pruning of this layer leaves on the same inputs.
+        solve: record of the solver, see `alps.solvers.base.SolveInfo`.
+        expert: index of the expert, in a mixture that keeps all experts in one parameter; else None.
+        tokens: calibration tokens that the layer received; None if the run had no calibration.
+        pooled_tokens: average tokens of a pool that were added to the input statistics of an expert that received too
+            few tokens, see `alps.calibration.moe_statistics`.
+        pattern: pattern of this layer; None if it was not recorded.
+        zeros_before: zeros before pruning if the run was to keep them; else None.
     """
 
     name: str
@@ -67,12 +90,12 @@ class LayerRecord(Record):
 
 
 class DenseRecord(Record):
-    """A parameter with two or more dimensions, or an expert's slice of one, that was left dense.
+    """Parameter with two or more dimensions, or an expert's slice of one, that was left dense.
 
     Attributes:
         name, shape: of the parameter, or of the slice as (out, in).
-        reason: why.
-        rule: the rule of `keep_dense` which keeps it; None for what could not have been pruned either.
+        reason: why the parameter was left dense.
+        rule: rule of `keep_dense` that keeps it; None if it could not have been pruned without the rule either.
     """
 
     name: str
@@ -82,30 +105,32 @@ class DenseRecord(Record):
 
     @property
     def entries(self) -> int:
-        """Weights of it."""
+        """Number of weights."""
         return math.prod(self.shape)
 
 
 class RunReport(Record):
-    """Everything about one pruning run.
+    """Report of one pruning run.
 
     Attributes:
-        model: name as given by the user; architecture: its class.
-        method, pattern: what was asked for.
-        overrides: by rule, the patterns of sites that have another one, see `alps.pruning.layer_rules`.
+        model, architecture: name as the user gave it, and class of the model.
+        method, pattern: as the user gave them.
+        overrides: patterns of layers that have another one, by rule, see `alps.pruning.layer_rules`.
+        dtype, device: of the weights, and where the model was pruned.
         calibration: None for a method that reads no inputs.
-        layers, dense: what was pruned, and what was not with the reason. Sparsity, zeros, entries and errors are those
-            of the pruned sites alone.
+        layers: pruned layers in the order of their solves. Sparsity, zeros, entries and errors are theirs alone.
         reconstructions: of every block: those of the run itself, then those of `reconstruction_runs`, in order.
-        reconstruction_runs: block matchings of the pruned checkpoint since, in order, each with its own calibration.
-        seconds: wall time by phase: load, budget, capture, forward (all passes of every block), gram, prepare, solve
-            (`INSIDE_SOLVE` are parts of it), errors, match, keep (blocks for the journal), write, save, total.
-        peak_host_bytes: largest resident size of the process; peak_device_bytes: of torch on a GPU.
-        versions: packages, machine, commit.
-        notes: what else is to be known of the run, in sentences.
-        evaluations: perplexities measured in the same run, dense and pruned, if any.
-        distillations: those since, in order. Everything else is as the one-shot run left it: the zeros still hold, the
-            errors are those of the weights before.
+        reconstruction_runs: later block reconstructions of the checkpoint, in order, each with its calibration.
+        dense: parameters that were left dense, with the reason.
+        seconds: wall time by phase: those of `PHASES`, those of `INSIDE_SOLVE`, and `total`.
+        peak_host_bytes, peak_device_bytes: largest resident size of the process, and torch's largest allocation on
+            the GPU.
+        versions: packages, machine and commit.
+        notes: remarks on the run, as sentences.
+        evaluations: perplexities of the pruned model, if they were measured in the same run.
+        dense_evaluations: perplexities of the dense model, if they were measured in the same run.
+        distillations: later distillations of the checkpoint, in order. All other fields are those of the one-shot run:
+            the zeros still hold, the errors are those of the weights before distillation.
     """
 
     model: str
@@ -126,51 +151,52 @@ class RunReport(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
+    dense_evaluations: list[EvaluationRecord] = Field(default_factory=list)
     distillations: list[DistillationReport] = Field(default_factory=list)
 
     @property
     def entries(self) -> int:
-        """Weights of all sites."""
-        return sum(site.entries for site in self.layers)
+        """Number of weights of all pruned layers."""
+        return sum(layer.entries for layer in self.layers)
 
     @property
     def zeros(self) -> int:
-        """Zeros of all sites."""
-        return sum(site.zeros for site in self.layers)
+        """Number of zeros of all pruned layers."""
+        return sum(layer.zeros for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros among the weights of all sites."""
+        """Fraction of zeros among the weights of all pruned layers."""
         return self.zeros / self.entries if self.entries else 0.0
 
     @property
     def kept(self) -> list[DenseRecord]:
-        """What rules keep dense that would have been pruned."""
-        return [row for row in self.dense if row.rule is not None]
+        """Layers that would have been pruned without a rule that keeps them dense."""
+        return [record for record in self.dense if record.rule is not None]
 
     @property
     def sparsity_with_kept(self) -> float:
-        """The same with what rules keep dense counted among the weights, as dense."""
-        entries = self.entries + sum(row.entries for row in self.kept)
+        """Fraction of zeros among the weights of all pruned layers and of those that rules keep dense."""
+        entries = self.entries + sum(record.entries for record in self.kept)
         return self.zeros / entries if entries else 0.0
 
     @property
     def mean_error(self) -> float | None:
-        """Mean over sites of the relative reconstruction error; None when errors were not measured."""
-        return _mean([site.error for site in self.layers])
+        """Mean over layers of the relative reconstruction error; None if errors were not measured."""
+        return _mean([layer.error for layer in self.layers])
 
     @property
     def mean_magnitude_error(self) -> float | None:
-        """Mean over sites of what magnitude pruning would have left on the same inputs."""
-        return _mean([site.magnitude_error for site in self.layers])
+        """Mean over layers of the error that magnitude pruning leaves on the same inputs; None if not measured."""
+        return _mean([layer.magnitude_error for layer in self.layers])
 
     def add_seconds(self, phase: str, seconds: float) -> None:
-        """Account for a phase outside the walk, in the total too."""
+        """Add the time of a phase outside the loop over blocks, and add it to the total."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.seconds["total"] = self.seconds.get("total", 0.0) + seconds
 
     def to_json(self) -> str:
-        """The report with its summary first, as JSON."""
+        """Return the report as JSON, with a summary at the beginning."""
         summary = {
             "sparsity": self.sparsity,
             "zeros": self.zeros,
@@ -183,10 +209,10 @@ class RunReport(Record):
 
     @classmethod
     def read(cls, folder: Path) -> RunReport | None:
-        """The report of a pruned directory; None when it has none.
+        """Read the report of a pruned directory; return None if there is none.
 
         Raises:
-            CheckpointError: when the file is there but is not such a report.
+            CheckpointError: when the file exists but is not a report.
         """
         path = folder / REPORT_NAME
         if not path.is_file():
@@ -200,20 +226,20 @@ class RunReport(Record):
 
 
 def solve_record(info: SolveInfo) -> dict[str, Any]:
-    """A solver's record as plain JSON values."""
+    """Convert the record of a solver to plain JSON values."""
     return {**asdict(info), "status": str(info.status)}
 
 
 def all_patterns(report: RunReport) -> str:
-    """The pattern asked for, and those that rules give to some layers in its place."""
+    """Return the pattern of a run, followed by the patterns that rules give to some layers."""
     others = ", ".join(f"{pattern} for {rule}" for rule, pattern in report.overrides.items())
     return f"{report.pattern} but {others}" if others else report.pattern
 
 
 def kept_sentence(report: RunReport) -> str:
-    """What rules keep dense, and the share of zeros when it is counted, too; without a full stop."""
-    rules = ", ".join(dict.fromkeys(row.rule for row in report.kept if row.rule is not None))
-    entries = sum(row.entries for row in report.kept)
+    """Describe the layers that rules keep dense, and the sparsity that counts them, as a sentence without full stop."""
+    rules = ", ".join(dict.fromkeys(record.rule for record in report.kept if record.rule is not None))
+    entries = sum(record.entries for record in report.kept)
     return (
         f"{len(report.kept)} more with {entries:,} weights are kept dense by rules ({rules}); with them "
         f"{100 * report.sparsity_with_kept:.2f} % are zero"
@@ -221,5 +247,5 @@ def kept_sentence(report: RunReport) -> str:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured and len(measured) == len(values) else None

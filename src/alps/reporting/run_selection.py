@@ -1,4 +1,4 @@
-"""What of the results a page shows where it cannot show all: which pattern first, and which run of several seeds."""
+"""Selection of runs for pages that cannot show all: the pattern to show first, and one run of several seeds."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ class Runs:
 
     @property
     def dense(self) -> Result | None:
-        """The dense model's, if it was measured."""
+        """Result of the dense model; None if it was not measured."""
         return next((result for result in self.results if result.method == DENSE), None)
 
     @property
     def pruned(self) -> list[Result]:
-        """All others."""
+        """Results of the pruned models."""
         return [result for result in self.results if result.method != DENSE]
 
     @property
     def methods(self) -> list[str]:
-        """In the order of the results; a method has the same colour everywhere."""
+        """Methods in the order of the results. The index of a method decides its colour in all figures."""
         return list(dict.fromkeys(result.method for result in self.pruned))
 
     @property
     def seeds(self) -> list[int]:
-        """All of them, in order."""
+        """Seeds of the pruned models in ascending order."""
         return sorted({result.seed for result in self.pruned if result.seed is not None})
 
     @property
     def ratios(self) -> list[str]:
-        """Patterns that are a share of zeros and no N:M, the smallest first."""
-        shares = {result.pattern: result.sparsity for result in self.pruned if ":" not in result.pattern}
-        return sorted(shares, key=lambda pattern: (shares[pattern], pattern))
+        """Unstructured patterns, the lowest sparsity first."""
+        sparsities = {result.pattern: result.sparsity for result in self.pruned if ":" not in result.pattern}
+        return sorted(sparsities, key=lambda pattern: (sparsities[pattern], pattern))
 
     @property
     def groups(self) -> list[str]:
@@ -47,16 +47,17 @@ class Runs:
 
     @property
     def patterns(self) -> list[str]:
-        """All of them, the one to show first in front: the middle ratio, or the first N:M where there is none."""
+        """All patterns, the one to show first in front: the middle sparsity, or the first N:M if there is none."""
         if not self.ratios:
             return self.groups
         middle = self.ratios[len(self.ratios) // 2]
         return [middle, *(pattern for pattern in [*self.ratios, *self.groups] if pattern != middle)]
 
     def select(self, method: str, pattern: str) -> list[Result]:
-        """All seeds of one combination."""
+        """Return the results of all seeds for a method and a pattern."""
         return [result for result in self.pruned if (result.method, result.pattern) == (method, pattern)]
 
-    def first(self, pattern: str) -> list[Result]:
-        """The first seed of every method at a pattern."""
-        return [found[0] for method in self.methods if (found := self.select(method, pattern))]
+    def first_seeds(self, pattern: str) -> list[Result]:
+        """Return the first seed's result of every method at a pattern."""
+        by_method = [self.select(method, pattern) for method in self.methods]
+        return [results[0] for results in by_method if results]

@@ -1,7 +1,7 @@
-"""Figures as small SVGs that take their colours and letters from the page around them.
+"""Drawing of figures as small SVG elements that take colours and fonts from the surrounding page.
 
-matplotlib draws with placeholder colours, which become CSS variables of the page: one drawing serves light, dark and
-print. Letters stay text. The same figure gives the same bytes, whatever settings of matplotlib a user has.
+matplotlib draws with placeholder colours, which become CSS variables of the page. So one drawing serves light mode,
+dark mode and print. Text stays text. Equal figures give equal bytes, whatever the user's settings of matplotlib are.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: what it is called, and its drawing."""
+    """Entry of a legend: a name and its drawing."""
 
     name: str
     svg: Markup
@@ -71,7 +71,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure under its heading, with one line of figures below it."""
+    """Figure with a heading, and a line of numbers below it."""
 
     title: str
     svg: Markup
@@ -80,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureGroup:
-    """Pictures that share a legend; shown at once, or folded under `label`."""
+    """Pictures that share a legend, shown directly or folded under `label`."""
 
     label: str
     pictures: list[Picture]
@@ -91,7 +91,7 @@ class PictureGroup:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `name` is its anchor."""
+    """Part of the page; `name` is its anchor."""
 
     name: str
     title: str
@@ -100,28 +100,36 @@ class Section:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Everything in here is drawn in the page's style, and nothing outside is."""
+def page_style() -> Iterator[None]:
+    """Context in which matplotlib draws in the style of the page."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # The page's reader has other fonts than the machine that draws.
+        # The reader's fonts have glyphs that those of this machine may lack.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
-def canvas(height: float, left: float = 48, bottom: float = 36, top: float = 8, right: float = 12) -> Axes:
-    """One set of axes on a figure of the page's width, with so many points around it."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
-    inside = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
-    return figure.add_axes(inside)
-
-
-def svg(axes: Axes, name: str, description: str) -> Markup:
-    """The figure of some axes as an element of a page.
+def canvas(height: float, *, left: float = 48, bottom: float = 36, top: float = 8, right: float = 12) -> Axes:
+    """Create axes on a figure of the page's width.
 
     Args:
-        axes: drawn within `styled`.
-        name: no other figure of the page has it.
-        description: what the figure says, with its figures, for those who do not see it.
+        height: of the figure, in points.
+        left: margin in points, as the others.
+        bottom: margin.
+        top: margin.
+        right: margin.
+    """
+    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
+    bounds = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
+    return figure.add_axes(bounds)
+
+
+def to_svg(axes: Axes, name: str, description: str) -> Markup:
+    """Convert the figure of some axes to an element of a page.
+
+    Args:
+        axes: drawn within `page_style`.
+        name: unique among the figures of the page.
+        description: content of the figure with its numbers, for readers who do not see it.
     """
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -135,31 +143,31 @@ def svg(axes: Axes, name: str, description: str) -> Markup:
     text = re.sub(r'<(g|svg)((?: [^>]*?)?) id="[^"]*"', r"<\1\2", text)
     text = re.sub(r' (?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", text, count=5)
     text = text.replace("xlink:href", "href")
-    text = re.sub(r' (?:d|x|y|transform|points)="[^"]*"', _shortened, text)
+    text = re.sub(r' (?:d|x|y|transform|points)="[^"]*"', _round_numbers, text)
     text = re.sub(
         r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"|<path d=\"[^\"]*\" style=\"fill: none\"/>", "", text
     )
-    text = re.sub("|".join(_VARIABLES), lambda found: _VARIABLES[found[0]], text)
+    text = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text)
     text = re.sub(r"(?<=[>]) *\n *(?=<)|\n", "", text)
     label = Markup('<svg role="img" aria-label="{}"').format(description)
     return label + Markup(text.removeprefix("<svg"))
 
 
-def _shortened(attribute: re.Match[str]) -> str:
-    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
+def _round_numbers(attribute: re.Match[str]) -> str:
+    return re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
 
 
-def look(place: int) -> tuple[str, str, object]:
-    """Colour, marker and dash of the series at a place, told apart by at least two of them."""
-    turn = place // len(SERIES)
-    return SERIES[place % len(SERIES)], MARKERS[(place + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
+def series_style(index: int) -> tuple[str, str, object]:
+    """Return colour, marker and dash of a series; any two series differ in at least two of them."""
+    turn = index // len(SERIES)
+    return SERIES[index % len(SERIES)], MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
 
 def line_keys(names: Sequence[str], markers: bool = True) -> list[Key]:
-    """Legend of lines in the order of their places."""
+    """Draw the legend of lines in the order of their series."""
     keys = []
-    for place, name in enumerate(names):
-        colour, marker, dash = look(place)
+    for index, name in enumerate(names):
+        colour, marker, dash = series_style(index)
         style = MarkerStyle(marker)
         outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=float)
         points = " ".join(f"{9 * x:.1f},{-9 * y:.1f}" for x, y in outline)
@@ -171,24 +179,31 @@ def line_keys(names: Sequence[str], markers: bool = True) -> list[Key]:
 
 
 def box_keys(names: Sequence[str]) -> list[Key]:
-    """Legend of areas in the order of their places."""
+    """Draw the legend of areas in the order of their series."""
     boxes = [f'<rect x="-9" y="-6" width="18" height="12" fill="{_VARIABLES[SERIES[i]]}"/>' for i in range(len(names))]
     return [Key(name, _key(box)) for name, box in zip(names, boxes, strict=True)]
 
 
-def _key(inside: str) -> Markup:
-    return Markup(f'<svg class="key" viewBox="-14 -7 28 14" aria-hidden="true">{inside}</svg>')
+def _key(content: str) -> Markup:
+    return Markup(f'<svg class="key" viewBox="-14 -7 28 14" aria-hidden="true">{content}</svg>')
 
 
-def number(value: float) -> str:
-    """A figure with sensible digits: 48,965, 156.3, 3.14, 0.0332."""
+def format_number(value: float) -> str:
+    """Format a number with 3 to 5 digits: 48,965, 156.3, 3.14, 0.0332."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
-    """Make an axis logarithmic, with a little room and a few round ticks inside it."""
+    """Make an axis logarithmic, with a margin around `low` to `high` and a few round ticks.
+
+    Args:
+        axes: to change.
+        which: `x` or `y`.
+        low: least value, positive.
+        high: largest value.
+    """
     assert 0 < low <= high
     room = max((high / low) ** 0.06, 1.05)
     low, high = low / room, high * room
@@ -198,25 +213,25 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
     ticks = log_ticks(low, high)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_ticklabels([tick(value) for value in ticks])
+    axis.set_ticklabels([format_tick(value) for value in ticks])
 
 
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers between two: as many as fit of 1, 2, 5 times powers of ten, else fewer or finer ones."""
+def log_ticks(low: float, high: float, limit: int = 6) -> list[float]:
+    """Choose at most `limit` round numbers from `low` to `high`, such as 1, 2 and 5 times powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
-        found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-        found = [value for value in found if low <= value <= high]
-        if len(found) < 2:
+        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        ticks = [value for value in ticks if low <= value <= high]
+        if len(ticks) < 2:
             narrow = (float(value) for value in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high))
             return [value for value in narrow if low <= value <= high]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+        if len(ticks) <= limit:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / limit)]
 
 
-def tick(value: float) -> str:
-    """A round number beside an axis: 0.002, 5, 20,000, 10⁶."""
+def format_tick(value: float) -> str:
+    """Format a round number at an axis: 0.002, 5, 20,000, 10⁶."""
     if 1e-3 <= value < 1e6:
         return f"{value:,.6g}"
     power = math.floor(math.log10(value) + 1e-9)

@@ -1,0 +1,51 @@
+"""Lines that commands print about a report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from alps.cli.tables import prune_summary
+from alps.reporting.html_charts import split_seconds
+from alps.reporting.run_report import RunReport
+
+# A run of two ranks, with the time that its main rank communicates.
+_SECONDS = {
+    "load": 1.5,
+    "capture": 0.5,
+    "forward": 22.5,
+    "gram": 6.0,
+    "prepare": 4.0,
+    "solve": 83.5,
+    "admm": 60.0,
+    "refit": 18.0,
+    "communication": 13.5,
+    "measure_error": 2.0,
+    "journal": 1.0,
+    "save": 3.5,
+    "total": 138.0,
+}
+
+
+def test_phases_of_several_ranks_add_up_to_the_total() -> None:
+    report = RunReport(
+        model="m",
+        architecture="Any",
+        method="alps",
+        pattern="70%",
+        dtype="float32",
+        device="cpu",
+        calibration=None,
+        seconds=_SECONDS,
+    )
+    line = re.search(r"138 s \((.*?)\)", prune_summary(report, Path("out")).plain)
+    assert line is not None
+    phases = {name: float(seconds) for name, seconds in (part.split() for part in line[1].split(", "))}
+    assert phases["communication"] == 13.5 and not {"admm", "refit", "total"} & phases.keys()
+    assert sum(phases.values()) == pytest.approx(138.0)
+
+    chart = split_seconds(_SECONDS)
+    assert sum(chart.values()) == pytest.approx(138.0)
+    assert (chart["communication"], chart["solve"], chart["other"]) == (13.5, 5.5, 0.0)
