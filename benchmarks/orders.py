@@ -41,7 +41,7 @@ def passes(loaded: LoadedModel, ids: Tensor, count: int, order: Order, resumed: 
     beside = inputs.beside()
     for block in blocks[:count]:
         with on_device(block, _CPU):
-            dense = DenseReference(block.twin(), beside) if target else None
+            dense = DenseReference(block.clone(), beside) if target else None
             weights = {site.name: site.read().clone() for site in block.sites}
             start = time.perf_counter()
             rest = CachedForward(block, inputs, _CPU) if resumed else inputs

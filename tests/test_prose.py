@@ -19,7 +19,6 @@ _NOT_YET = frozenset(
     {
         "core/distributed.py",
         "solvers",
-        "models",
         "calibration",
         "inference",
         "data",

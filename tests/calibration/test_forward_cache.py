@@ -55,7 +55,7 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
     beside, sums, states, parts = inputs.beside(), list[InputStats](), list[Tensor](), list[list[str]]()
     for block in blocks:
         settled = CachedForward(block, inputs, _CPU) if resumed else inputs
-        sums += _pass(block, settled, DenseReference(block.twin(), beside))
+        sums += _pass(block, settled, DenseReference(block.clone(), beside))
         states.append(torch.cat(inputs.hidden))
         if isinstance(settled, CachedForward):
             parts.append([part.last.kind for part in settled.parts or ()])
@@ -101,7 +101,7 @@ def test_every_site_is_multiplied_once_a_batch(ids: Tensor) -> None:
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 2)
     batches, products = len(inputs.hidden), Counter[str]()
-    settled, dense = CachedForward(blocks[0], inputs, _CPU), DenseReference(blocks[0].twin(), inputs.beside())
+    settled, dense = CachedForward(blocks[0], inputs, _CPU), DenseReference(blocks[0].clone(), inputs.beside())
     for site in blocks[0].sites:
         site.module.register_forward_hook(lambda *_, kind=site.kind: products.update([kind]))
     discovered = 1

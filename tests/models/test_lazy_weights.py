@@ -18,7 +18,7 @@ from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
 from alps.models.meta_model import open_lazy_model
-from alps.models.save import save_beside, save_model, write_files
+from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.pipeline import BlockPruner
 from alps.pruning.resume import ResumableRun
 from alps.pruning.run import run
@@ -48,8 +48,8 @@ def _prune_streamed(directory: Path, out: Path, walk: BlockPruner, dtype: str = 
     with open_journal(out, {}) as journal:
         walk.resumable = ResumableRun(journal)
         run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
-        write_files(loaded.store, loaded.blocks(), journal, out)
-        save_beside(loaded.store, None, out)
+        write_weight_files(loaded.store, loaded.blocks(), journal, out)
+        save_without_weights(loaded.store, None, out)
     return loaded
 
 
@@ -143,8 +143,8 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
         mapped.append(stored.name)
         return real(stored)
 
-    monkeypatch.setattr(TensorOnDisk, "mapped", spied)
-    with store.outside():
+    monkeypatch.setattr(TensorOnDisk, "memory_map", spied)
+    with store.non_block_weights():
         found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
         assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
         assert len(mapped) == len(found) > 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alps.calibration.activation_store import Activations
 from alps.core.errors import UnsupportedModel
-from alps.models.blocks import Block, on_device, outside
+from alps.models.blocks import Block, non_block_weights, on_device
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def capture_block_inputs(
     """
     activations = activations or Activations()
     recorder = _Recorder(type(model).__name__, blocks, activations)
-    with torch.no_grad(), outside(blocks), _ready(blocks[0]), replaced_forwards(blocks, recorder.forward):
+    with torch.no_grad(), non_block_weights(blocks), _ready(blocks[0]), replaced_forwards(blocks, recorder.forward):
         device = next(model.parameters()).device
         for batch in (windows[:1], *torch.split(windows, batch_size)):
             recorder.begin()

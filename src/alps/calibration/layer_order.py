@@ -64,7 +64,7 @@ def observations(
     if rest := [site for site in block.sites if site.name not in found]:
         if isinstance(inputs, CachedForward):
             inputs.expect([[site] for site in rest])
-        yield observe(block.only(rest), inputs, needs, device, dense=dense, peers=peers)
+        yield observe(block.with_sites(rest), inputs, needs, device, dense=dense, peers=peers)
 
 
 def _discovered(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs, replaced_forwards
 from alps.core.kl_divergence import kl_divergence
-from alps.models.blocks import Block, on_device, outside
+from alps.models.blocks import Block, non_block_weights, on_device
 
 Change = Callable[[], AbstractContextManager[None]]
 
@@ -46,7 +46,7 @@ class Head:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Bring all that lies outside the blocks to a device for the time of the body, which must not change it."""
-        with outside(self._blocks):
+        with non_block_weights(self._blocks):
             tensors = self._outside()
             homes = [tensor.data for tensor in tensors]
             try:

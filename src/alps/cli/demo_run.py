@@ -16,7 +16,7 @@ from alps.core.progress import Progress
 from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
-from alps.models.demo_model import NAME, packaged_model
+from alps.models.demo_model import DEMO_MODEL_NAME, fetch_demo_model
 from alps.pruning.config import PruneConfig
 from alps.pruning.pipeline import BlockPruner
 from alps.pruning.run import run, write
@@ -57,18 +57,18 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
         The rows of the table, dense first and ALPS last, and ALPS's report.
     """
     check_target(out, replaceable=MARKER)
-    packaged_model()
+    fetch_demo_model()
     limit, seqlen = EVALUATION
     start = time.perf_counter()
     _LOG.info(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
-    dense = evaluate(load(NAME), [TEXT], seqlen, limit, device, progress)[0]
+    dense = evaluate(load(DEMO_MODEL_NAME), [TEXT], seqlen, limit, device, progress)[0]
     rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
     text = load_text(TEXT, "calibration")
     for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
         start = time.perf_counter()
         _LOG.info(f"Pruning to {SPARSITY:.0%} with {method} ...")
         settings = PruneConfig(
-            model=NAME,
+            model=DEMO_MODEL_NAME,
             sparsity=SPARSITY,
             method=method,
             calibration=TEXT,
@@ -76,14 +76,14 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
             seqlen=CALIBRATION[1],
             device=device,
         )
-        loaded = load(NAME)
+        loaded = load(DEMO_MODEL_NAME)
         windows = loaded.calibration(text, *CALIBRATION, settings.seed)
         walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.place(), progress=progress)
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
         pruned = evaluate(loaded, [TEXT], seqlen, limit, device, progress)[0]
-        report.dense_evaluations = [dense.model_copy(update={"model": f"{NAME}, dense"})]
-        report.evaluations = [pruned.model_copy(update={"model": f"{NAME}, {method} {walk.pattern}"})]
+        report.dense_evaluations = [dense.model_copy(update={"model": f"{DEMO_MODEL_NAME}, dense"})]
+        report.evaluations = [pruned.model_copy(update={"model": f"{DEMO_MODEL_NAME}, {method} {walk.pattern}"})]
         rows.append(DemoRow(method, pruned, report, seconds))
     write(loaded, report, out, settings, MARKER)
     return rows, report

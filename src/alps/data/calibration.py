@@ -49,7 +49,7 @@ class LoadedModel:
             UnsupportedModel: when there are none.
         """
         found = find_blocks(self.model)
-        return found if self.store is None else self.store.adopt(found)
+        return found if self.store is None else self.store.attach_to(found)
 
     def identity(self) -> str:
         """A hash that tells whether these are the same weights; of a skeleton, of what was read of its files."""

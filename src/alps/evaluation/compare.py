@@ -29,7 +29,7 @@ from alps.evaluation.perplexity import perplexity
 from alps.evaluation.sample_outputs import continuations
 from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
 from alps.models.blocks import find_blocks
-from alps.models.demo_model import NAME as PACKAGED
+from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.fingerprint import model_sha256
 from alps.models.load import check_model_path, parse_dtype
 from alps.pruning.config import PruneConfig
@@ -61,7 +61,7 @@ def compare(settings: CompareConfig, out: Path, progress: Progress) -> list[Resu
     combinations = settings.combinations()
     parse_dtype(settings.dtype)
     pick_device(settings.device)
-    if settings.model != PACKAGED:
+    if settings.model != DEMO_MODEL_NAME:
         check_model_path(settings.model)
     tasks = find_tasks(settings.tasks, _path(settings.task_data), settings.limit) if settings.tasks else None
     read = [one.settings for one in combinations if build_block_pruner(one.settings).reads_inputs]

@@ -17,7 +17,7 @@ from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
-from alps.models.demo_model import NAME as PACKAGED
+from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.finite_check import check_result
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.save import save_model
@@ -59,7 +59,7 @@ def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -
     parse_dtype(dtype)
     pick_device(device)
     for name in (dense, pruned):
-        if name != PACKAGED:
+        if name != DEMO_MODEL_NAME:
             check_model_path(name)
     check_target(out)
     return RunReport.read(Path(pruned))

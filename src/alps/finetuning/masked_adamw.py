@@ -63,7 +63,7 @@ def trainable_parameters(block: Block, norms: bool) -> list[TrainableParameter]:
     routing = routing_parameters(block.module)
     found = []
     for name, parameter in block.module.named_parameters():
-        if name in block.fixed:
+        if name in block.frozen:
             continue
         if id(parameter) in sites:
             mask = _kept(parameter, sites[id(parameter)])

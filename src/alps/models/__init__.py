@@ -1,0 +1,1 @@
+"""Models: loading, decoder blocks, prunable layers (sites), weights that stay on disk, and saving."""

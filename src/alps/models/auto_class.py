@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded with: a causal language model, or one that reads images, too."""
+"""Choice of the transformers class for a checkpoint: a causal language model, or one that also reads images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from transformers.models.auto.modeling_auto import (
 
 from alps.models.hub import find_cached
 
-# What a processor of images and videos is made of, beside the tokenizer.
-_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# Files of a processor of images and videos; the tokenizer is saved separately.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model with this configuration whole.
+    """Return the auto class of transformers that loads the whole model with this configuration.
 
-    Some configurations have a causal language model that is only the text part of the checkpoint: where the checkpoint
-    says that it is more, it is loaded as what it says.
+    For some configurations the causal language model is only the text part of the checkpoint. The class named in the
+    checkpoint then decides.
     """
     kind = type(config)
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -39,25 +39,30 @@ def auto_class(config: Any) -> Any:
 
 
 def reads_images(architecture: str) -> bool:
-    """Whether a class of this name is loaded with AutoModelForImageTextToText alone."""
+    """Check if a class of that name can be loaded by AutoModelForImageTextToText only."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() and architecture not in causal
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's text part: its own where it is nothing else, None where there is none."""
+    """Return the configuration of a model's text part, which of a text-only model is its own; None without any."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def is_composite(model: nn.Module) -> bool:
-    """Whether a model is more than its text part."""
+    """Check if a model has other parts than a text model, such as a vision tower."""
     return text_config(model) is not getattr(model, "config", None)
 
 
-def processor_files(model: nn.Module, place: str) -> list[Path]:
-    """What makes images into inputs of a model that reads them, beside its weights at `place`; of others nothing."""
-    if not is_composite(model) or not place:
+def processor_files(model: nn.Module, source: str) -> list[Path]:
+    """Return the image-processor files of a vision-language checkpoint; empty for text-only models.
+
+    Args:
+        model: loaded from the checkpoint.
+        source: directory or hub name of the checkpoint.
+    """
+    if not is_composite(model) or not source:
         return []
-    found = (find_cached(place, name) for name in _PROCESSOR)
-    return [path for path in found if path is not None]
+    paths = (find_cached(source, name) for name in _PROCESSOR_FILES)
+    return [path for path in paths if path is not None]

@@ -1,4 +1,4 @@
-"""Find the decoder blocks of any Hugging Face causal language model, and say what lies outside them."""
+"""Decoder blocks of a Hugging Face causal language model, and the parameters outside them."""
 
 from __future__ import annotations
 
@@ -16,49 +16,53 @@ from alps.models.auto_class import is_composite, text_config
 from alps.models.sites import Site, find_sites, is_fused, routing_parameters
 
 
-class Store(Protocol):
-    """Where the dense weights of a model lie that is not held in memory."""
+class WeightStore(Protocol):
+    """Source of the dense weights of a model that is not held in memory."""
 
     def fetch(self, block: Block, device: torch.device) -> None:
-        """Give the parameters of a block their dense values, on `device`."""
+        """Load the dense parameters of a block to a device."""
 
     def release(self, block: Block) -> None:
-        """Let go of the parameters of a block, and of what became of them."""
+        """Free the parameters of a block; changes to them are lost."""
 
-    def outside(self) -> AbstractContextManager[None]:
-        """Have everything outside the blocks in memory for the time of the body."""
+    def non_block_weights(self) -> AbstractContextManager[None]:
+        """Context in which the parameters outside the blocks are in memory."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer.
+    """Decoder layer.
 
     Attributes:
-        index, name, module, sites: its place among the blocks, its dotted name, itself, and what can be pruned in it.
-        store: where its weights come from each time they are needed; None where the module holds them.
-        fixed: parameters that nothing may change, by their names inside the block.
+        index: position among the blocks, from 0.
+        name: dotted name inside the model.
+        module: the layer itself.
+        sites: its prunable layers. The list is shared with copies that `dataclasses.replace` makes; it must not be
+            changed.
+        store: source of its weights each time they are needed; None when the module holds them.
+        frozen: names, inside the block, of parameters that must not change.
     """
 
     index: int
     name: str
     module: nn.Module
     sites: list[Site]
-    store: Store | None = None
-    fixed: frozenset[str] = frozenset()
+    store: WeightStore | None = None
+    frozen: frozenset[str] = frozenset()
 
-    def only(self, sites: list[Site]) -> Block:
-        """The same block with some of its sites."""
+    def with_sites(self, sites: list[Site]) -> Block:
+        """Return the same block, with the same module, restricted to some of its sites."""
         return replace(self, sites=sites)
 
-    def twin(self) -> Block:
-        """A copy that holds the weights which the block has now."""
+    def clone(self) -> Block:
+        """Return a copy with weights of its own, equal to the present ones; it has no store."""
         module = copy.deepcopy(self.module)
         return Block(self.index, self.name, module, find_sites(self.name, module))
 
 
 @dataclass(frozen=True)
 class DenseParameter:
-    """A matrix-like parameter that is not pruned: name, shape, and why."""
+    """Matrix-like parameter that is not pruned: name, shape, and the reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +71,11 @@ class DenseParameter:
 
 @contextmanager
 def on_device(block: Block, device: torch.device) -> Iterator[None]:
-    """Bring a block to the device for the time of the body; one with a store begins dense, and keeps nothing."""
+    """Context in which a block is on a device.
+
+    A block with a store begins with its dense weights, and they are freed at the end. Other blocks return to the device
+    that they came from, with their changes.
+    """
     if block.store is not None:
         try:
             block.store.fetch(block, device)
@@ -75,23 +83,23 @@ def on_device(block: Block, device: torch.device) -> Iterator[None]:
         finally:
             block.store.release(block)
         return
-    home = next(block.module.parameters()).device
+    original_device = next(block.module.parameters()).device
     block.module.to(device)
     try:
         yield
     finally:
-        block.module.to(home)
+        block.module.to(original_device)
 
 
-def outside(blocks: Sequence[Block]) -> AbstractContextManager[None]:
-    """Have everything outside the blocks in memory for the time of the body."""
-    return nullcontext() if blocks[0].store is None else blocks[0].store.outside()
+def non_block_weights(blocks: Sequence[Block]) -> AbstractContextManager[None]:
+    """Context in which the model's parameters outside the blocks are in memory."""
+    return nullcontext() if blocks[0].store is None else blocks[0].store.non_block_weights()
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks: the members of the longest `ModuleList` of modules of one class that hold sites.
+    """Find the decoder blocks: the members of the longest `ModuleList` of modules of one class that hold sites.
 
-    Of a model that is more than its text part only the text decoder is looked at: a vision tower may have more layers.
+    In a model with several parts only the text decoder is searched, since a vision tower may have more layers.
 
     Raises:
         UnsupportedModel: when there is no such list, or the model is an encoder-decoder.
@@ -101,12 +109,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
         raise UnsupportedModel(
             f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be pruned."
         )
-    inside = _text_decoder(model)
+    decoder_prefix = _text_decoder_prefix(model)
     lists = [
         (name, child)
         for name, child in model.named_modules()
         if isinstance(child, nn.ModuleList)
-        and name.startswith(inside)
+        and name.startswith(decoder_prefix)
         and len({type(block) for block in child}) == 1
         and all(find_sites("", block) for block in child)
     ]
@@ -115,14 +123,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"No list of decoder blocks with linear layers was found in {type(model).__name__}: "
             "use a decoder-only model that transformers loads with AutoModelForCausalLM."
         )
-    # A list inside a member of another list (the experts of a layer, say) is a part of a block.
-    outer = [(name, found) for name, found in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    name, blocks = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
-    return [Block(i, f"{name}.{i}", block, find_sites(f"{name}.{i}", block)) for i, block in enumerate(blocks)]
+    # A list inside a member of another list is part of a block: the experts of a layer, for example.
+    outer = [(name, modules) for name, modules in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    name, modules = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    return [Block(i, f"{name}.{i}", module, find_sites(f"{name}.{i}", module)) for i, module in enumerate(modules)]
 
 
-def _text_decoder(model: nn.Module) -> str:
-    """What the names of everything inside the text decoder begin with; empty for a model that is nothing else."""
+def _text_decoder_prefix(model: nn.Module) -> str:
+    """Return the prefix of all names inside the text decoder; empty for a text-only model."""
     if not is_composite(model):
         return ""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
@@ -133,9 +141,13 @@ def _text_decoder(model: nn.Module) -> str:
 
 
 def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]:
-    """Every parameter with two or more dimensions that is not in `pruned` (parameter names), with the reason.
+    """List the parameters with two or more dimensions that are not pruned, with the reason.
 
     Norm weights and biases have one dimension and are never candidates.
+
+    Args:
+        model: a decoder-only model.
+        pruned: names of pruned parameters, which are left out.
     """
     embeddings = {
         id(module.weight)
@@ -143,14 +155,14 @@ def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]
         if (module := getattr(model, name)()) is not None
     }
     embeddings |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside = tuple(f"{block.name}." for block in find_blocks(model))
+    block_prefixes = tuple(f"{block.name}." for block in find_blocks(model))
     routing, rows = routing_parameters(model), []
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in pruned:
             continue
         if id(parameter) in embeddings:
             reason = "embedding or output head"
-        elif not name.startswith(inside):
+        elif not name.startswith(block_prefixes):
             reason = "outside the decoder blocks"
         elif id(parameter) in routing:
             reason = "router of a mixture of experts"

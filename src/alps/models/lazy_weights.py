@@ -1,4 +1,4 @@
-"""A model whose weights stay on the disk: a skeleton without memory, and blocks that are fetched for their turn."""
+"""Weights that stay on disk: a model on the meta device, whose blocks are loaded when they are needed."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ from alps.models.finite_check import check_finite
 from alps.models.key_mapping import KeyMapping
 
 _META = torch.device("meta")
+# Samples of a weight file that its hash reads.
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """One tensor of the skeleton: every place that holds it (several, where weights are tied), and where it lies."""
+    """Parameter of the model.
 
-    places: tuple[tuple[nn.Module, str], ...]
-    origin: KeyMapping
+    Attributes:
+        owners: modules that hold it, each with the attribute's name; several when weights are tied.
+        mapping: its tensors in the checkpoint.
+        dtype: in memory.
+    """
+
+    owners: tuple[tuple[nn.Module, str], ...]
+    mapping: KeyMapping
     dtype: torch.dtype
 
 
 class LazyWeights:
-    """The weights of a skeleton.
+    """Weights of a model on the meta device, in the files of its checkpoint.
 
     Attributes:
-        model: the skeleton; its parameters are on the meta device but while they are fetched.
+        model: its parameters are on the meta device except while they are fetched.
         directory: of the checkpoint.
-        files: the files of the checkpoint, and the tensors in them.
+        files: weight files of the checkpoint, and the tensors in each.
     """
 
     def __init__(
@@ -46,70 +53,80 @@ class LazyWeights:
         model: nn.Module,
         directory: Path,
         files: Mapping[WeightFile, list[TensorOnDisk]],
-        origins: Mapping[str, KeyMapping],
+        mappings: Mapping[str, KeyMapping],
     ) -> None:
+        """Connect a model to its files; no values are read.
+
+        Args:
+            model: on the meta device.
+            directory: of the checkpoint.
+            files: weight files of the checkpoint, and the tensors in each.
+            mappings: by the names of the model's parameters.
+        """
         self.model, self.directory, self.files = model, directory, files
-        self._stored = {one.name: one for tensors in files.values() for one in tensors}
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._stored = {tensor.name: tensor for tensors in files.values() for tensor in tensors}
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner, _, attribute = name.rpartition(".")
-            places.setdefault(id(parameter), []).append((model.get_submodule(owner), attribute))
+            owners.setdefault(id(parameter), []).append((model.get_submodule(owner), attribute))
         self._slots = {
-            name: _Slot(tuple(places[id(parameter)]), origins[name], parameter.dtype)
+            name: _Slot(tuple(owners[id(parameter)]), mappings[name], parameter.dtype)
             for name, parameter in model.named_parameters()
         }
-        self._inside: set[str] = set()
+        self._block_names: set[str] = set()
 
-    def adopt(self, blocks: list[Block]) -> list[Block]:
-        """The same blocks, which fetch their weights from here."""
+    def attach_to(self, blocks: list[Block]) -> list[Block]:
+        """Return the blocks with this object as their store."""
         prefixes = tuple(f"{block.name}." for block in blocks)
-        self._inside = {name for name in self._slots if name.startswith(prefixes)}
+        self._block_names = {name for name in self._slots if name.startswith(prefixes)}
         return [Block(block.index, block.name, block.module, block.sites, self) for block in blocks]
 
     def fetch(self, block: Block, device: torch.device) -> None:
-        """Read the dense weights of a block."""
-        for name in self._of(block):
+        """Read the dense weights of a block to a device."""
+        for name in self._names_in(block):
             self._fill(name, device)
 
     def release(self, block: Block) -> None:
-        """Let them go."""
-        for name in self._of(block):
+        """Free the weights of a block; changes to them are lost."""
+        for name in self._names_in(block):
             self._empty(name)
-        _give_back()
+        _trim_heap()
 
     def check_finite(self, first: int = 0, step: int = 1) -> None:
-        """Read every tensor of the model once, and refuse NaN, infinity, and what becomes infinite in its dtype.
+        """Read every tensor of the model once, and refuse values that are NaN or infinite, now or in its dtype.
 
         Args:
-            first, step: look at every `step`-th tensor from the `first` on alone; other processes look at the others.
+            first: number of the first tensor to read.
+            step: read every `step`-th tensor only; other ranks read the others.
 
         Raises:
             CheckpointError: naming the tensor.
         """
         for slot in list(self._slots.values())[first::step]:
-            for part in dict.fromkeys(part for row in slot.origin.parts for part in row):
+            for part in dict.fromkeys(part for row in slot.mapping.parts for part in row):
                 stored = self._stored[part]
                 check_finite([(part, stored.read())], str(stored.path), slot.dtype)
 
     def identity(self) -> str:
-        """Sha256 over the configuration, and over the headers and 64 samples of 64 KiB of every file of weights.
+        """Return a sha256 over the configuration, and over headers and 64 samples of 64 KiB of every weight file.
 
-        Other weights differ in nearly every one of their bytes, and reading all of them would take minutes.
+        Reading whole files would take minutes. Checkpoints with other weights differ in nearly every byte, so that the
+        samples suffice.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for file in self.files:
             size = file.path.stat().st_size
             digest.update(f"{file.name} {size} {file.header}".encode())
             with file.path.open("rb", buffering=0) as opened:
-                for place in range(_SAMPLES):
-                    opened.seek(max(size - _SAMPLE_BYTES, 0) * place // (_SAMPLES - 1))
+                for sample in range(_SAMPLES):
+                    opened.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
                     digest.update(opened.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Have all that lies outside the blocks at hand for the time of the body; uncast it stays in the files."""
-        names = [name for name in self._slots if name not in self._inside]
+    def non_block_weights(self) -> Iterator[None]:
+        """Context in which the parameters outside the blocks are on the CPU; memory-mapped when they need no cast."""
+        names = [name for name in self._slots if name not in self._block_names]
         try:
             for name in names:
                 self._fill(name, torch.device("cpu"), TensorOnDisk.memory_map)
@@ -118,56 +135,61 @@ class LazyWeights:
             for name in names:
                 self._empty(name)
 
-    def rewritten(self, file: WeightFile, changed: Mapping[str, TensorOnDisk]) -> list[TensorToWrite]:
-        """The tensors of one of the checkpoint's files, with other values for some.
+    def updated_file(self, file: WeightFile, changed: Mapping[str, TensorOnDisk]) -> list[TensorToWrite]:
+        """Return the tensors of one file of the checkpoint, some with other values.
 
         Args:
             file: of `files`.
-            changed: tensors by their names in the model; they lie in files of their own.
+            changed: new values by the names of the model's parameters.
         """
-        made = {
-            part: (self._slots[name].origin, stored)
-            for name, stored in changed.items()
+        sources = {
+            part: (self._slots[name].mapping, tensor)
+            for name, tensor in changed.items()
             if name in self._slots
-            for row in self._slots[name].origin.parts
+            for row in self._slots[name].mapping.parts
             for part in row
         }
-        dtypes = {part: slot.dtype for slot in self._slots.values() for row in slot.origin.parts for part in row}
-        return [self._pending(one, dtypes.get(one.name, one.dtype), made.get(one.name)) for one in self.files[file]]
+        dtypes = {part: slot.dtype for slot in self._slots.values() for row in slot.mapping.parts for part in row}
+        return [
+            self._pending(tensor, dtypes.get(tensor.name, tensor.dtype), sources.get(tensor.name))
+            for tensor in self.files[file]
+        ]
 
     @staticmethod
-    def _pending(one: TensorOnDisk, dtype: torch.dtype, made: tuple[KeyMapping, TensorOnDisk] | None) -> TensorToWrite:
+    def _pending(
+        tensor: TensorOnDisk, dtype: torch.dtype, source: tuple[KeyMapping, TensorOnDisk] | None
+    ) -> TensorToWrite:
         def read() -> Tensor:
-            if made is None:
-                return one.read().to(dtype)
-            origin, stored = made
-            return origin.section(stored, one.name).read().to(dtype)
+            if source is None:
+                return tensor.read().to(dtype)
+            mapping, changed = source
+            return mapping.slice_for(tensor.name, changed).read().to(dtype)
 
-        return TensorToWrite(one.name, dtype, one.shape, read)
+        return TensorToWrite(tensor.name, dtype, tensor.shape, read)
 
-    def _of(self, block: Block) -> list[str]:
+    def _names_in(self, block: Block) -> list[str]:
         return [name for name in self._slots if name.startswith(f"{block.name}.")]
 
     def _fill(
         self, name: str, device: torch.device, read: Callable[[TensorOnDisk], Tensor] = TensorOnDisk.read
     ) -> None:
         slot = self._slots[name]
-        tensor = slot.origin.join(lambda part: read(self._stored[part])).to(device, slot.dtype)
-        self._put(slot, nn.Parameter(tensor))
+        tensor = slot.mapping.load(lambda part: read(self._stored[part])).to(device, slot.dtype)
+        self._set(slot, nn.Parameter(tensor))
 
     def _empty(self, name: str) -> None:
         slot = self._slots[name]
-        module, attribute = slot.places[0]
+        module, attribute = slot.owners[0]
         shape = module.get_parameter(attribute).shape
-        self._put(slot, nn.Parameter(torch.empty(shape, dtype=slot.dtype, device=_META)))
+        self._set(slot, nn.Parameter(torch.empty(shape, dtype=slot.dtype, device=_META)))
 
     @staticmethod
-    def _put(slot: _Slot, parameter: nn.Parameter) -> None:
-        for module, attribute in slot.places:
+    def _set(slot: _Slot, parameter: nn.Parameter) -> None:
+        for module, attribute in slot.owners:
             module.register_parameter(attribute, parameter)
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps it in pieces otherwise, more of them at every block."""
+def _trim_heap() -> None:
+    """Return freed memory to the system; otherwise glibc keeps it in fragments, more of them after every block."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

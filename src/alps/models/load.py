@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a directory, a GGUF file or, when asked by name, a hub."""
+"""Loading of causal language models and their tokenizers from a directory, a GGUF file or a hub."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """`auto` gives None (keep the checkpoint's dtype); otherwise one of `DTYPES`.
+    """Return the dtype of that name; None for `auto`, which keeps the checkpoint's dtype.
 
     Raises:
-        ConfigError: for any other name.
+        ConfigError: when the name is neither `auto` nor one of `DTYPES`.
     """
     if name == "auto":
         return None
@@ -40,15 +40,15 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a model is named like a path: it exists, is absolute, starts with a dot or `~`, or ends in .gguf."""
+    """Check if a model's name is a path: it exists, is absolute, starts with a dot or `~`, or ends in .gguf."""
     return Path(name).exists() or name.startswith(("/", ".", "~")) or name.endswith(".gguf")
 
 
 def check_model_path(name: str) -> None:
-    """Refuse a local model that cannot be one, before anything slow begins.
+    """Refuse a name that cannot be a model, before anything slow begins.
 
     Raises:
-        ConfigError: when the path does not exist, or is a directory without config.json or a packed one.
+        ConfigError: when the path does not exist or is no checkpoint, is a packed directory, or no hub has such names.
     """
     path = Path(name).expanduser()
     if not looks_local(name):
@@ -72,31 +72,33 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         name: directory, GGUF file, or hub name.
-        dtype: None keeps the dtype of the checkpoint (float32 weights of a GGUF become bfloat16).
+        dtype: of the weights; None keeps that of the checkpoint, and makes weights of a GGUF file bfloat16.
 
     Raises:
         ConfigError: when the path is missing, or the hub cannot be reached.
         CheckpointError: when a file of the weights is damaged, or holds NaN.
-        UnsupportedModel: when transformers has no causal language model of that kind.
+        UnsupportedModel: when transformers has no such causal language model, or the weights are quantized.
     """
     check_model_path(name)
     source, extra = _source(name)
     directory = Path(source)
     if not extra and any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):
-        find_weight_files(directory)  # whose sentences are plainer than those of transformers
+        find_weight_files(directory)  # its error messages are clearer than those of transformers
     check_pickle_index(directory)
     if extra:
-        # Newer releases may leave a GGUF's weights packed; older ones know nothing but dense.
+        # Newer releases can keep the weights of a GGUF file quantized; older ones always dequantize.
         if hasattr(transformers, "GgufConfig"):
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
         extra["dtype"] = dtype or torch.bfloat16
     else:
         extra["dtype"] = dtype or "auto"
     with quiet(), readable(name):
-        # The configuration of a GGUF file takes reading all of it, and is that of a causal language model.
-        gguf = "gguf_file" in extra
-        kind = AutoModelForCausalLM if gguf else auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        model, info = kind.from_pretrained(
+        # Reading the configuration of a GGUF file means reading all of it; it is always a causal language model.
+        if "gguf_file" in extra:
+            model_class: Any = AutoModelForCausalLM
+        else:
+            model_class = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        model, info = model_class.from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -106,12 +108,15 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         )
     _check_complete(name, model, info)
     check_finite(model.named_parameters(), name)
-    _forget_quantization(model)
+    _remove_quantizer(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside the model, from the same kinds of places.
+    """Load the tokenizer of a model.
+
+    Args:
+        name: directory, GGUF file, or hub name.
 
     Raises:
         ConfigError: when there is none.
@@ -122,6 +127,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the directory or hub name for `from_pretrained`, and its argument `gguf_file` if there is one."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return str(path.resolve().parent), {"gguf_file": path.name}
@@ -129,7 +135,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
-    # transformers fills what a checkpoint lacks with random numbers and only logs it.
+    # transformers fills missing tensors with random numbers, and only logs it.
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ConfigError(
@@ -145,8 +151,8 @@ def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
         raise UnsupportedModel(f"Checkpoint '{name}' holds quantized weights: prune the unquantized model.")
 
 
-def _forget_quantization(model: nn.Module) -> None:
-    """A GGUF model is dense once loaded; what is left of its quantizer would make `save_pretrained` refuse."""
+def _remove_quantizer(model: nn.Module) -> None:
+    """Remove the traces of a GGUF file's quantizer, which would make `save_pretrained` refuse the dense model."""
     config: Any = model.config
     if getattr(config, "quantization_config", None) is not None:
         if (
@@ -161,7 +167,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turn what transformers raises for an unusable checkpoint into one sentence."""
+    """Context that turns errors of transformers about an unusable checkpoint into one sentence."""
     try:
         yield
     except AlpsError:
@@ -171,34 +177,34 @@ def readable(name: str) -> Iterator[None]:
             f"Model '{name}' cannot be loaded: its pickled weights hold more than tensors, and code in pickles is "
             "never run; fetch it as safetensors."
         ) from error
-    except Exception as error:  # of any kind: a broken file meets many parsers in there
-        reason = _sentence(error)
+    except Exception as error:  # broken files reach many parsers, which raise anything
+        reason = _summarize(error)
         if "trust_remote_code" in reason or "custom code" in reason:
             raise UnsupportedModel(
                 f"Model '{name}' needs code of its own, which is never run: use an architecture that transformers has."
             ) from error
-        kind = UnsupportedModel if "Unrecognized configuration class" in reason else ConfigError
-        raise kind(f"Model '{name}' cannot be loaded: {reason}.") from error
+        error_class = UnsupportedModel if "Unrecognized configuration class" in reason else ConfigError
+        raise error_class(f"Model '{name}' cannot be loaded: {reason}.") from error
 
 
-def _sentence(error: Exception) -> str:
-    """What an error of another library says, at most in 300 characters, without the stop at the end."""
-    words = " ".join(str(error).split())
-    if len(words) > 300:
-        words = words[:300].rpartition(". ")[0] or words[:300]
-    if not words or isinstance(error, KeyError):
-        words = f"{type(error).__name__} {words}".rstrip()
-    return words.rstrip(".!")
+def _summarize(error: Exception) -> str:
+    """Return the message of an error in at most 300 characters, without the full stop."""
+    text = " ".join(str(error).split())
+    if len(text) > 300:
+        text = text[:300].rpartition(". ")[0] or text[:300]
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text.rstrip(".!")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own bars and load messages: what matters of them is checked and raised."""
+    """Context that silences progress bars and load messages of transformers; real problems are checked and raised."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
-        # The GGUF reader draws its bar with tqdm itself, which no setting of transformers reaches.
+        # The GGUF reader draws its bar with tqdm directly, which no setting of transformers affects.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

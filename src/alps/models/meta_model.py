@@ -1,8 +1,8 @@
-"""Open a checkpoint without its weights: a skeleton on the meta device that knows where each of its tensors lies."""
+"""Opening of a checkpoint without reading its weights: a model on the meta device, linked to its files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,95 +12,118 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig
 
-from alps.checkpoints.safetensors_io import list_tensors
+from alps.checkpoints.safetensors_io import TensorOnDisk, list_tensors
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
 from alps.core.errors import first_line
 from alps.models.auto_class import auto_class
-from alps.models.hub import fetched_directory
-from alps.models.key_mapping import find_origin
+from alps.models.hub import fetch_directory
+from alps.models.key_mapping import KeyMapping, find_key_mapping
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import looks_local, quiet, readable
 
 
-def open_lazy_model(place: str, dtype: torch.dtype | None) -> LazyWeights | str:
-    """A model whose weights stay in its checkpoint, or why this one has to be loaded whole.
+class _NotLazy(Exception):
+    """Reason why a checkpoint has to be loaded whole, as the end of a sentence."""
+
+
+def open_lazy_model(name: str, dtype: torch.dtype | None) -> LazyWeights | str:
+    """Open a model whose weights stay in its checkpoint.
 
     Args:
-        place: what `alps.models.load.load_model` takes.
+        name: directory or hub name, as for `alps.models.load.load_model`.
         dtype: of the weights in memory; None keeps the checkpoint's.
+
+    Returns:
+        The weights; or the reason why this checkpoint has to be loaded whole, as the end of a sentence.
 
     Raises:
         CheckpointError: when a file of the checkpoint is damaged.
     """
-    with quiet(), readable(place):
-        directory = Path(place).expanduser() if looks_local(place) else fetched_directory(place)
-    if directory is None or not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+    with quiet(), readable(name):
+        directory = Path(name).expanduser() if looks_local(name) else fetch_directory(name)
+    if directory is None or not any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):
         return "it has no safetensors files"
     files = {file: list_tensors(file) for file in find_weight_files(directory)}
-    stored = {one.name: one for tensors in files.values() for one in tensors}
+    stored = {tensor.name: tensor for tensors in files.values() for tensor in tensors}
     try:
-        model = _skeleton(directory, dtype, {one.dtype for one in stored.values() if one.dtype.is_floating_point})
+        model = _meta_model(directory, dtype, {t.dtype for t in stored.values() if t.dtype.is_floating_point})
     except Exception as error:
         return f"transformers cannot build it without its weights ({first_line(error)})"
     if _keeps_float32(model):
         return "some of its weights are kept in float32 whatever the checkpoint's dtype"
-    shapes = {name: one.shape for name, one in stored.items()}
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    origins = {}
-    for name, parameter in model.named_parameters():
-        candidates = (find_origin(one, parameter.shape, shapes, prefix) for one in names[id(parameter)])
-        found = next((one for one in candidates if one is not None), None)
-        if found is None:
-            return f"its checkpoint holds {name} under another name"
-        if not all(stored[part].dtype.is_floating_point for row in found.parts for part in row):
-            return f"its checkpoint holds {name} in integers"
-        origins[name] = found
-    persistent = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            return f"{name} has no values before weights are loaded"
-        if name in persistent:
-            found = find_origin(name, buffer.shape, shapes, prefix)
-            if found is None:
-                return f"its checkpoint holds {name} under another name"
-            with torch.no_grad():
-                buffer.copy_(found.join(lambda part: stored[part].read()))
-    return LazyWeights(model, directory, files, origins)
+    try:
+        mappings = _map_parameters(model, stored)
+        _load_buffers(model, stored)
+    except _NotLazy as reason:
+        return str(reason)
+    return LazyWeights(model, directory, files, mappings)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """A model of transformers whose parameters, all of one dtype, have no memory.
+    """Build a model of transformers on the meta device, with all parameters in one dtype.
 
-    Buffers that no checkpoint holds, such as rotary frequencies, are computed as ever.
+    Buffers that no checkpoint holds, such as rotary frequencies, have their values.
     """
-    with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
-    model.config.dtype = dtype  # from_config says it in newer releases only
+    model.config.dtype = dtype  # older releases of transformers do not record it
     model.tie_weights()  # type: ignore[operator]
     return model
 
 
-def _skeleton(directory: Path, dtype: torch.dtype | None, stored: set[torch.dtype]) -> nn.Module:
+def _meta_model(directory: Path, dtype: torch.dtype | None, stored_dtypes: set[torch.dtype]) -> nn.Module:
     with quiet():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        chosen = dtype or getattr(config, "dtype", None)
-        if not isinstance(chosen, torch.dtype):
-            (chosen,) = stored  # several raise a ValueError: transformers takes the first one it meets
-        model = empty_model(config, chosen)
+        model_dtype = dtype or getattr(config, "dtype", None)
+        if not isinstance(model_dtype, torch.dtype):
+            (model_dtype,) = stored_dtypes  # raises for several, of which transformers would take the first
+        model = empty_model(config, model_dtype)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)  # type: ignore[union-attr]
     return model.eval()
 
 
-class _UnfilledOnMeta(TorchFunctionMode):
-    """Tensors without values are parameters that are not there yet.
+def _map_parameters(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> dict[str, KeyMapping]:
+    """Return the tensors of the checkpoint for every parameter; a tied parameter may have any of its names there."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    mappings = {}
+    for name, parameter in model.named_parameters():
+        candidates = (find_key_mapping(alias, parameter.shape, shapes, prefix) for alias in names[id(parameter)])
+        mapping = next((candidate for candidate in candidates if candidate is not None), None)
+        if mapping is None:
+            raise _NotLazy(f"its checkpoint holds {name} under another name")
+        if not all(stored[part].dtype.is_floating_point for row in mapping.parts for part in row):
+            raise _NotLazy(f"its checkpoint holds {name} in integers")
+        mappings[name] = mapping
+    return mappings
 
-    accelerate lets each take memory for a moment, which a large model does not survive: pieces of many sizes that were
-    freed add up.
+
+def _load_buffers(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> None:
+    """Copy the values of all persistent buffers from the checkpoint."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise _NotLazy(f"{name} has no values before weights are loaded")
+        if name in persistent:
+            mapping = find_key_mapping(name, buffer.shape, shapes, prefix)
+            if mapping is None:
+                raise _NotLazy(f"its checkpoint holds {name} under another name")
+            with torch.no_grad():
+                buffer.copy_(mapping.load(lambda part: stored[part].read()))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Mode in which `torch.empty` allocates nothing: in the constructor of a model it makes parameters only.
+
+    accelerate moves parameters to the meta device after they were allocated. In a large model the freed pieces of many
+    sizes fragment the heap until memory runs out.
     """
 
     def __torch_function__(
@@ -114,6 +137,8 @@ class _UnfilledOnMeta(TorchFunctionMode):
 
 def _keeps_float32(model: nn.Module) -> bool:
     dtype = next(model.parameters()).dtype
-    halves = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
-    names = halves.get(dtype, ("_keep_in_fp32_modules_strict",) if dtype == torch.bfloat16 else ())
-    return any(getattr(model, name, None) for name in names)
+    attributes = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
+    return any(getattr(model, name, None) for name in attributes.get(dtype, ()))

@@ -1,7 +1,8 @@
 """Sites: the prunable linear maps inside a block, read and written as (out, in) matrices.
 
-A map is a module of its own, or one expert's slice of a parameter that fuses the maps of all experts: (experts, out,
-in) or (experts, in, out). The class says which, and observing a block checks it on the products that are made.
+A site is a module of its own, or one expert's slice of a parameter that fuses the maps of all experts. Such a parameter
+has the shape (experts, out, in) or (experts, in, out), depending on its class; the products observed during calibration
+confirm which.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Maps that decide where a token goes, by a part of their name: a few weights that move whole experts.
+# Part of the name of a router: few weights, which decide over whole experts.
 _ROUTERS = re.compile(r"(^|\.)(router|shared_expert_gate)(\.|$)")
-# Experts stored as (experts, in, out) whose class does not say so in `is_transposed`.
+# Classes that store experts as (experts, in, out) without an attribute `is_transposed`.
 _INPUTS_FIRST = {"Llama4TextExperts"}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map of a block.
+    """Prunable linear map of a block.
 
     Attributes:
-        name: dotted name inside the model, e.g. `model.layers.0.self_attn.q_proj`; an expert's slice ends with its
-            number, as in `model.layers.0.mlp.experts.down_proj.3`.
-        module: the `nn.Linear`, the `Conv1D` or the module of experts that owns the weight.
+        name: dotted name inside the model, e.g. `model.layers.0.self_attn.q_proj`; the name of an expert's slice ends
+            with its number, e.g. `model.layers.0.mlp.experts.down_proj.3`.
+        module: the `nn.Linear`, the `Conv1D`, or the module of experts that owns the weight.
         attribute: name of the parameter inside the module.
         expert: number of the slice in a fused parameter, else None.
     """
@@ -39,19 +40,19 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The last part of the name: `q_proj`, `fc1`, `c_attn`; of a slice the last two: `experts.down_proj`."""
+        """Last part of the name, e.g. `q_proj`, `fc1`, `c_attn`; of a slice the two before its number."""
         if self.expert is None:
             return self.name.rpartition(".")[2]
         return ".".join(self.name.split(".")[-3:-1])
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that holds the weight, alone or with those of other experts."""
+        """Parameter that holds the weight; a fused one holds those of other experts, too."""
         return self.module.get_parameter(self.attribute)
 
     @property
     def parameter_name(self) -> str:
-        """Name of that parameter inside the model."""
+        """Name of the parameter inside the model."""
         if self.expert is None:
             return f"{self.name}.weight"
         fused = self.name.rpartition(".")[0]
@@ -59,7 +60,7 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape (out, in)."""
         rows, columns = self.parameter.shape[-2:]
         return (columns, rows) if self._inputs_first else (rows, columns)
 
@@ -70,20 +71,20 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the weight is kept and written."""
+        """Dtype in which the weight is stored."""
         return self.parameter.dtype
 
     def read(self) -> Tensor:
-        """The weight as (out, in), a view in the checkpoint's dtype; already turned where it is stored as (in, out)."""
+        """Return the weight as a view of shape (out, in), in the stored dtype."""
         weight = self.parameter.detach()
         if self.expert is not None:
             weight = weight[self.expert]
         return weight.T if self._inputs_first else weight
 
     def write(self, weight: Tensor) -> Tensor:
-        """Cast `weight` (out, in) once to the checkpoint's dtype, store it, and return what is stored.
+        """Cast a weight (out, in) to the stored dtype, store it, and return it as stored.
 
-        A kept weight that underflows becomes a zero of either sign; stored zeros are always +0.0.
+        Zeros are stored as +0.0. A weight that underflows in the cast becomes such a zero.
         """
         stored = weight.to(self.dtype)
         stored = torch.where(stored == 0, torch.zeros_like(stored), stored)
@@ -98,40 +99,48 @@ class Site:
 
 
 def find_sites(prefix: str, block: nn.Module) -> list[Site]:
-    """All linear maps of a block but routers in the order of their registration; `prefix` is the block's own name."""
-    routers, found = set(_routers(block)), list[Site]()
+    """List the linear maps of a block in the order of registration, except routers.
+
+    Args:
+        prefix: name of the block inside the model.
+        block: to search.
+    """
+    routers, sites = set(_routers(block)), list[Site]()
     for name, module in block.named_modules():
         if name in routers:
             continue
-        full = f"{prefix}.{name}" if name else prefix
+        full_name = f"{prefix}.{name}" if name else prefix
         if isinstance(module, nn.Linear | Conv1D):
-            found.append(Site(full, module))
+            sites.append(Site(full_name, module))
         else:
-            found += _slices(full, module)
-    return found
+            sites += _expert_slices(full_name, module)
+    return sites
 
 
 def routing_parameters(module: nn.Module) -> set[int]:
-    """Ids of all parameters of a block or a model that belong to a router, biases among them."""
+    """Return the ids of all parameters of routers inside a block or a model, including biases."""
     return {id(parameter) for name in _routers(module) for parameter in module.get_submodule(name).parameters()}
 
 
 def _routers(module: nn.Module) -> list[str]:
-    """Names of the modules inside that route tokens: by their own name, or as the gate beside some experts."""
+    """Return the names of routers: modules with such a name, and a `gate` that is a sibling of `experts`."""
     names = [name.rpartition(".") for name, _ in module.named_modules()]
-    beside = {parent for parent, _, last in names if last == "experts"}
-    whole = [("".join(parts), parts) for parts in names]
-    return [name for name, (parent, _, last) in whole if _ROUTERS.search(name) or (last == "gate" and parent in beside)]
+    expert_parents = {parent for parent, _, last in names if last == "experts"}
+    return [
+        "".join(parts)
+        for parts in names
+        if _ROUTERS.search("".join(parts)) or (parts[2] == "gate" and parts[0] in expert_parents)
+    ]
 
 
 def is_fused(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter of `module` holds one matrix for every expert: by its first dimension, their number."""
+    """Check if a parameter holds one matrix per expert: its first dimension is the module's number of experts."""
     return parameter.ndim == 3 and any(
         "experts" in name and type(value) is int and value == len(parameter) for name, value in vars(module).items()
     )
 
 
-def _slices(name: str, module: nn.Module) -> Iterator[Site]:
+def _expert_slices(name: str, module: nn.Module) -> Iterator[Site]:
     for attribute, parameter in module.named_parameters(recurse=False):
         if is_fused(module, parameter):
             fused = name if attribute == "weight" else f"{name}.{attribute}"

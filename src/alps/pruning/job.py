@@ -20,7 +20,7 @@ from alps.core.progress import NoProgress, Progress
 from alps.data.calibration import LoadedModel, load, open_model
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
-from alps.models.demo_model import NAME as PACKAGED
+from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.load import check_model_path, parse_dtype
 from alps.pruning.config import PruneConfig
 from alps.pruning.dry_run import Forecast, forecast
@@ -186,7 +186,7 @@ def _job(settings: PruneConfig, progress: Progress) -> PruneJob:
 def _checked(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
     """What the windows are or are drawn from, if any; refuses what can be refused without the model."""
     parse_dtype(job.dtype)
-    if job.model != PACKAGED:
+    if job.model != DEMO_MODEL_NAME:
         check_model_path(job.model)
     check_target(out)
     check_calibrated(job.walk, job.calibration is not None)

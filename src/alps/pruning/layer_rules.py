@@ -63,7 +63,7 @@ class Rules:
         names = [name for name, _ in block.module.named_parameters()]
         fixed = {name for name in names if any(matches(rule, f"{block.name}.{name}") for rule in self.keep_dense)}
         sites = [site for site in block.sites if site.name not in kept]
-        return replace(block, sites=sites, fixed=frozenset(fixed))
+        return replace(block, sites=sites, frozen=frozenset(fixed))
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class BlockPruner:
     def _planned(self, model: nn.Module, blocks: list[Block], windows: Tensor) -> Mapping[str, Pattern]:
         if self.resumable is not None and (known := self.resumable.planned()) is not None:
             return known
-        free = [block.only([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
+        free = [block.with_sites([site for site in block.sites if site.name not in self.patterns]) for block in blocks]
         with self._phases.measure("allocation"):
             asked = (self.budget, self.pattern, self.device, self.respect_zeros, self.progress)
             found: Mapping[str, Pattern] = self.group.broadcast_from_main(lambda: plan(model, free, windows, *asked))
@@ -188,7 +188,7 @@ class BlockPruner:
         solver = self.solver(blocks, self._phases, self.records)
         for block in blocks:
             with on_device(block, self.device):
-                dense = None if dense_inputs is None else DenseReference(block.twin(), dense_inputs)
+                dense = None if dense_inputs is None else DenseReference(block.clone(), dense_inputs)
                 ending = predictions if block is blocks[-1] else None
                 restored = self._restored(block)
                 rest, advances = inputs, self.matching is None and ending is None

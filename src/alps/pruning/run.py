@@ -20,7 +20,7 @@ from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows
 from alps.models.auto_class import is_composite
 from alps.models.finite_check import check_result
-from alps.models.save import save_beside, save_model, write_files
+from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.config import SETTINGS_NAME, PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.pipeline import BlockPruner
@@ -180,7 +180,7 @@ def write(
     if not group.is_main:
         place = Path(group.broadcast_from_main(str))
         if loaded.store is not None and journal is not None:
-            write_files(loaded.store, loaded.blocks(), journal, place, group.rank, group.size)
+            write_weight_files(loaded.store, loaded.blocks(), journal, place, first=group.rank, step=group.size)
         group.barrier()
         return
     with new_directory(out, replaceable) as folder:
@@ -190,8 +190,8 @@ def write(
             save_model(loaded.model, loaded.tokenizer, folder)
         else:
             assert journal is not None
-            write_files(loaded.store, loaded.blocks(), journal, folder, group.rank, group.size)
-            save_beside(loaded.store, loaded.tokenizer, folder)
+            write_weight_files(loaded.store, loaded.blocks(), journal, folder, first=group.rank, step=group.size)
+            save_without_weights(loaded.store, loaded.tokenizer, folder)
         group.barrier()
         report.add_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())

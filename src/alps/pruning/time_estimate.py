@@ -70,7 +70,7 @@ def measure(loaded: LoadedModel, walk: BlockPruner, blocks: list[Block], seqlen:
     block = pruned[len(pruned) // 2]
     with exact_float32(), half_matmul_in_float32(walk.device, model), on_device(block, walk.device):
         # Solves write into a copy.
-        copy, walks_dense = block.twin(), walk.target > 0 or walk.matching is not None
+        copy, walks_dense = block.clone(), walk.target > 0 or walk.matching is not None
         _timed_forward(inputs, copy, walk)
         found.forward = _timed_forward(inputs, copy, walk) / tokens
         dense = DenseReference(block, inputs.beside()) if walks_dense else None
