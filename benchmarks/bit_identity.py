@@ -219,13 +219,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FINISHED = "*.partial/block-*.json"
 
 # Parts of the paths of figures, joined by slashes, that have got another name since the file was recorded; None for
-# what is gone. Such as {"reconstruction_runs": "reconstructions", "settings/order": None}.
+# what is gone. Such as {"match_runs": "reconstructions", "settings/order": None}.
 RENAMED_KEYS: dict[str, str | None] = {
     "sites": "layers",
     "matches": "reconstructions",
-    "reconstruction_runs": "reconstruction_runs",
+    "match_runs": "reconstruction_runs",
     "recovery": "distillations",
-    "zeros_before": "zeros_before",
+    "found_zeros": "zeros_before",
     "added": "pooled_tokens",
     "rate": "lr",
     "exchanges": None,

@@ -37,7 +37,7 @@ def test_answers_are_the_models_own_to_the_bit_and_cost_no_blocks(
             found = [remembered(input_ids=one, use_cache=False).logits for one in batches]
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         assert len(ran) == wanted_runs
-    kept = list(remembered._kept.values())
+    kept = list(remembered._outputs.values())
     assert {one.dtype for one in kept} == {dtype} and sum(one.shape[:2].numel() for one in kept) == 11 * 16
     assert all(one.shape[-1] == 32 and one.device.type == "cpu" for one in kept)
     assert not remembered.training and not model.training
@@ -63,7 +63,7 @@ def test_what_cannot_be_replayed_is_asked_anew(tiny_model: Callable[..., Any], i
         found = [remembered(input_ids=ids).logits for _ in range(3)]
     # The trial of the head is the second time that the model is asked.
     assert [torch.equal(one, plain + asked) for one, asked in zip(found, (1, 3, 4), strict=True)] == [True] * 3
-    assert len(ran) == 3 and not remembered._kept
+    assert len(ran) == 3 and not remembered._outputs
 
 
 def test_the_mode_that_is_put_back_is_the_models(tiny_model: Callable[..., Any], ids: Tensor) -> None:

@@ -95,13 +95,13 @@ def test_the_dense_model_answers_once_and_figures_are_those_of_single_runs(
     # 40 windows of 64 tokens are two batches; the kept outputs of both are used by every run.
     asked = settings(folder, english_file, methods=["wanda", "sparsegpt"], windows=40)
     whole: list[int] = []
-    real = CachedReferenceModel._whole
+    real = CachedReferenceModel._run_model
 
     def counted(self: CachedReferenceModel, ids: torch.Tensor) -> Any:
         whole.append(len(ids))
         return real(self, ids)
 
-    monkeypatch.setattr(CachedReferenceModel, "_whole", counted)
+    monkeypatch.setattr(CachedReferenceModel, "_run_model", counted)
     first, *results = go(asked, tmp_path / "all")[0]
     assert whole == [32, 8]
     dense = load(str(folder))

@@ -20,7 +20,7 @@ from alps.checkpoints.pack import pack_directory
 from alps.cli import main as cli
 from alps.core.errors import CheckpointError
 from alps.data.calibration import LoadedModel
-from alps.evaluation.perplexity import perplexity
+from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.inference.packed_linear import PackedLinear
 from alps.inference.text_generation import write
@@ -112,7 +112,7 @@ def test_the_same_greedy_tokens_and_perplexity(
     for model in (dense, packed):
         loaded = LoadedModel("model", model, tokenizer)
         windows = loaded.evaluation(str(english_file), 128, 10)
-        values.append(perplexity(model, windows, "model", torch.device("cpu")).perplexity)
+        values.append(measure_perplexity(model, windows, name="model", device=torch.device("cpu")).perplexity)
     assert f"{values[0]:.4g}" == f"{values[1]:.4g}" and values[0] > 1
 
 

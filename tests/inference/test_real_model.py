@@ -11,7 +11,7 @@ from torch import Tensor
 
 import alps
 from alps.data.calibration import LoadedModel, load
-from alps.evaluation.perplexity import perplexity
+from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.solvers.patterns import Unstructured, keep_largest
 
@@ -28,7 +28,8 @@ def _greedy(model: Any, ids: Tensor, count: int) -> list[int]:
 
 
 def _perplexity(loaded: LoadedModel, text: Path) -> float:
-    return perplexity(loaded.model, loaded.evaluation(str(text), 256, 4), "it", torch.device("cpu")).perplexity
+    windows = loaded.evaluation(str(text), 256, 4)
+    return measure_perplexity(loaded.model, windows, name="it", device=torch.device("cpu")).perplexity
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def evaluate_command(
                 errors.print(evaluation_table(found))
         if wanted is not None:
             with out_of_memory_as_error("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
-                scores = score_tasks(loaded, wanted, group.device(device, place), batch_size or 8, group)
+                scores = score_tasks(
+                    loaded, wanted, group.device(device, place), batch_size=batch_size or 8, group=group
+                )
             rows += scores
             if group.is_main:
                 errors.print(task_table(scores))

@@ -10,8 +10,8 @@ from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.progress import Progress
 from alps.data.calibration import LoadedModel, load
-from alps.evaluation.kl_divergence import divergence
-from alps.evaluation.perplexity import perplexity
+from alps.evaluation.kl_divergence import measure_divergence
+from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.reporting.records import EvaluationRecord, TaskRecord
 
@@ -42,12 +42,18 @@ def evaluate(
     place = group.device(device, pick_device(device))
     cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
     if reference is None:
-        return [perplexity(loaded.model, one, loaded.name, place, progress, group) for one in cut]
+        return [
+            measure_perplexity(loaded.model, one, name=loaded.name, device=place, progress=progress, group=group)
+            for one in cut
+        ]
     dense = _loaded(reference)
     for one, text in zip(cut, texts, strict=True):
         dense.check_same(one, text, windows)
     names = (loaded.name, dense.name)
-    return [divergence(loaded.model, dense.model, one, names, place, progress, group) for one in cut]
+    return [
+        measure_divergence(loaded.model, dense.model, one, names=names, device=place, progress=progress, group=group)
+        for one in cut
+    ]
 
 
 def evaluate_tasks(
@@ -72,7 +78,7 @@ def evaluate_tasks(
     """
     place = pick_device(device)
     found = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
-    return score_tasks(_loaded(loaded), found, place, batch_size)
+    return score_tasks(_loaded(loaded), found, place, batch_size=batch_size)
 
 
 def _loaded(model: LoadedModel | str | Path) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""A model that is asked the same questions again and again, and runs its blocks only the first time."""
+"""Cache of a frozen model's final hidden states per batch, so that repeated evaluation runs only the LM head."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from alps.models.blocks import find_blocks
 
 
 class CachedReferenceModel(nn.Module):
-    """A causal language model whose weights do not change, with the last block's output kept for every batch.
+    """Causal language model with constant weights that keeps the last block's output of every batch.
 
-    A batch that comes again costs what follows the blocks (the last norm and the output head), and gives the same
-    logits to the last bit. Whether it does is tried on the first batch; where it does not, every batch is a whole
-    forward. Outputs are kept on the CPU in the model's dtype: tokens x features of them.
+    A repeated batch costs only what follows the blocks (the last norm and the output head), and gives bit-identical
+    logits. The first batch tests that; where it does not hold, every batch is a complete forward. Outputs (tokens,
+    features) are kept on the CPU in the model's dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap `model`, which is not copied.
+        """Wrap a model without copying it.
 
         Raises:
             UnsupportedModel: when its blocks cannot be found.
         """
         super().__init__()
         self.model = model
-        # Whoever measures puts the mode back that it found here, and with it the model's.
+        # Callers restore the mode of this wrapper afterwards, and with it that of the model.
         self.training = model.training
         self._blocks = find_blocks(model)
         self._head = Head(model, self._blocks)
-        self._kept: dict[tuple[torch.Size, bytes], Tensor] = {}
-        self._exact: bool | None = None  # whether the head alone gives the model's own logits; None before the first
+        self._outputs: dict[tuple[torch.Size, bytes], Tensor] = {}
+        self._is_exact: bool | None = None  # the head gives bit-identical logits; None before the first batch
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """What the model answers: an object with `logits` (batch, tokens, vocabulary), without gradients."""
+        """Return an object with `logits` (batch, tokens, vocabulary), without gradients."""
         assert not use_cache and not self.model.training
         key = (input_ids.shape, input_ids.cpu().numpy().tobytes())
         with torch.no_grad():
-            if key in self._kept:
-                return SimpleNamespace(logits=self._head(self._kept[key], input_ids))
-            logits, states = self._whole(input_ids)
-            if self._exact is None:
-                self._exact = torch.equal(self._head(states, input_ids), logits)
-        if self._exact:
-            self._kept[key] = states.cpu()
+            if key in self._outputs:
+                return SimpleNamespace(logits=self._head(self._outputs[key], input_ids))
+            logits, output = self._run_model(input_ids)
+            if self._is_exact is None:
+                self._is_exact = torch.equal(self._head(output, input_ids), logits)
+        if self._is_exact:
+            self._outputs[key] = output.cpu()
         return SimpleNamespace(logits=logits)
 
-    def _whole(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the model's own forward, and the last block's output."""
-        seen: list[Tensor] = []
+    def _run_model(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model's own forward; return its logits and the last block's output."""
+        outputs: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen.append(output if torch.is_tensor(output) else output[0])
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(output if torch.is_tensor(output) else output[0])
 
-        handle = self._blocks[-1].module.register_forward_hook(keep)
+        handle = self._blocks[-1].module.register_forward_hook(hook)
         try:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        (states,) = seen
-        return logits, states
+        (output,) = outputs
+        return logits, output

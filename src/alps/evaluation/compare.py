@@ -24,9 +24,9 @@ from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.evaluation.cached_reference import CachedReferenceModel
 from alps.evaluation.compare_config import COMPARISON_NAME, Combination, CompareConfig
-from alps.evaluation.kl_divergence import divergence
-from alps.evaluation.perplexity import perplexity
-from alps.evaluation.sample_outputs import continuations
+from alps.evaluation.kl_divergence import measure_divergence
+from alps.evaluation.perplexity import measure_perplexity
+from alps.evaluation.sample_outputs import continue_prompts
 from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
 from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
@@ -182,7 +182,10 @@ class _Bench:
             method=DENSE,
             pattern="",
             seed=None,
-            evaluations=[perplexity(self.reference, w, model.name, self.device, self.progress) for w in self.texts],
+            evaluations=[
+                measure_perplexity(self.reference, w, name=model.name, device=self.device, progress=self.progress)
+                for w in self.texts
+            ],
             tasks=self._scores(model),
             continuations=self._continuations(model),
             versions=provenance(),
@@ -199,7 +202,8 @@ class _Bench:
         names = (f"{self.dense.name}, {one.method} {one.pattern}", self.dense.name)
         models = (self.copy.model, self.reference)
         found: list[EvaluationRecord] = [
-            divergence(*models, text, names, self.device, self.progress) for text in self.texts
+            measure_divergence(*models, text, names=names, device=self.device, progress=self.progress)
+            for text in self.texts
         ]
         return Result.from_report(
             report,
@@ -215,10 +219,10 @@ class _Bench:
         )
 
     def _scores(self, model: LoadedModel) -> list[TaskRecord]:
-        return [] if self.tasks is None else score_tasks(model, self.tasks, self.device, _BATCH_SIZE)
+        return [] if self.tasks is None else score_tasks(model, self.tasks, self.device, batch_size=_BATCH_SIZE)
 
     def _continuations(self, model: LoadedModel) -> list[Continuation]:
-        pairs = continuations(model, self.settings.prompts, self.settings.prompt_tokens, self.device)
+        pairs = continue_prompts(model, self.settings.prompts, self.settings.prompt_tokens, self.device)
         return [Continuation(prompt=prompt, text=text) for prompt, text in pairs]
 
 

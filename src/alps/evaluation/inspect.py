@@ -1,4 +1,4 @@
-"""What a directory on disk really holds: zeros by site, whether groups obey a pattern, and what stayed dense."""
+"""Inspection of a checkpoint on disk: zeros per layer, violations of N:M patterns, and dense parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alps.solvers.patterns import USUAL_PATTERNS, SemiStructured, group_violatio
 
 
 class LayerZeros(BaseModel):
-    """Zeros of one site."""
+    """Zeros of one layer."""
 
     name: str
     block: int
@@ -26,12 +26,18 @@ class LayerZeros(BaseModel):
 
     @property
     def entries(self) -> int:
-        """Weights of the site."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
 
 class PatternCheck(BaseModel):
-    """Groups of consecutive inputs, and how many of them hold more nonzero weights than the pattern keeps."""
+    """Result of counting the groups of an N:M pattern.
+
+    Attributes:
+        pattern: `2:4`, for example.
+        groups: groups of consecutive inputs in all layers.
+        violations: groups with more nonzero weights than the pattern keeps.
+    """
 
     pattern: str
     groups: int
@@ -39,7 +45,15 @@ class PatternCheck(BaseModel):
 
 
 class Inspection(BaseModel):
-    """The findings for one directory; `claimed` is the pattern of its report, when it has one."""
+    """Counts for one directory.
+
+    Attributes:
+        directory: as the user gave it.
+        claimed: pattern of its report; None without a report.
+        layers: zeros of every layer.
+        dense: parameters without zeros, with the reason.
+        checks: counts for every pattern that a report claims; without a report, N:M patterns that hold everywhere.
+    """
 
     directory: str
     claimed: str | None
@@ -49,18 +63,18 @@ class Inspection(BaseModel):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros among the weights of all sites."""
-        return sum(site.zeros for site in self.layers) / sum(site.entries for site in self.layers)
+        """Fraction of zeros among the weights of all layers."""
+        return sum(layer.zeros for layer in self.layers) / sum(layer.entries for layer in self.layers)
 
 
 def inspect(directory: str) -> Inspection:
     """Count zeros and check groups in a checkpoint.
 
-    A report inside the directory only says which pattern to check and why parameters were left dense; every number
+    A report inside the directory only states which patterns to check, and why parameters were left dense. Every number
     is counted from the weights.
 
     Raises:
-        ConfigError, UnsupportedModel, CheckpointError: when it is not a readable checkpoint of a causal model.
+        ConfigError, UnsupportedModel, CheckpointError: for a directory that is not a readable checkpoint.
     """
     check_model_path(directory)
     if not Path(directory).is_dir():
@@ -68,22 +82,22 @@ def inspect(directory: str) -> Inspection:
     report = RunReport.read(Path(directory))
     model = load_model(directory)
     blocks = find_blocks(model)
-    patterns = {} if report is None else {site.name: site.pattern for site in report.layers}
+    patterns = {} if report is None else {layer.name: layer.pattern for layer in report.layers}
     counts: dict[SemiStructured, list[int]] = {}
-    ruled = {} if report is None else {row.name: row for row in report.kept}
-    sites, unpruned = [], []
+    kept_dense = {} if report is None else {record.name: record for record in report.kept}
+    layers, unpruned = [], []
     for block in blocks:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
-            sites.append(LayerZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
-            kept = ruled.get(site.name, ruled.get(site.parameter_name))
+            layers.append(LayerZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
+            kept = kept_dense.get(site.name, kept_dense.get(site.parameter_name))
             if not zeros:
                 reason, rule = ("no zeros in it", None) if kept is None else (kept.reason, kept.rule)
-                unpruned.append(DenseRecord(name=_label(site), shape=site.shape, reason=reason, rule=rule))
+                unpruned.append(DenseRecord(name=_dense_name(site), shape=site.shape, reason=reason, rule=rule))
             if kept is not None:
                 continue
-            for pattern in _claimed(site.name, report, patterns):
+            for pattern in _patterns_to_check(site.name, report, patterns):
                 groups, bad = group_violations(weight, pattern)
                 count = counts.setdefault(pattern, [0, 0])
                 count[0] += groups
@@ -95,19 +109,21 @@ def inspect(directory: str) -> Inspection:
     return Inspection(
         directory=directory,
         claimed=None if report is None else report.pattern,
-        layers=sites,
+        layers=layers,
         dense=[DenseRecord(name=d.name, shape=d.shape, reason=d.reason) for d in elsewhere] + unpruned,
         checks=checks,
     )
 
 
-def _claimed(name: str, report: RunReport | None, patterns: Mapping[str, str | None]) -> Sequence[SemiStructured]:
-    """N:M patterns that a site is said to have by its own record or the run's, or may have where nothing is said."""
+def _patterns_to_check(
+    name: str, report: RunReport | None, patterns: Mapping[str, str | None]
+) -> Sequence[SemiStructured]:
+    """Return the N:M pattern that the report claims for a layer; without a report, the usual N:M patterns."""
     if report is None:
         return USUAL_PATTERNS
     pattern = parse_pattern(patterns.get(name) or report.pattern)
     return (pattern,) if isinstance(pattern, SemiStructured) else ()
 
 
-def _label(site: Site) -> str:
+def _dense_name(site: Site) -> str:
     return site.parameter_name if site.expert is None else site.name

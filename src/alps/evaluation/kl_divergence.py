@@ -1,9 +1,9 @@
-"""How far a pruned model's predictions are from the dense model's, on the windows that perplexity is taken on.
+"""Divergence of a pruned model's predictions from the dense model's, on the windows of the perplexity.
 
 Per predicted token: the Kullback-Leibler divergence KL(dense || pruned) = sum over the vocabulary of
-p (log p - log q), in nats, with p of the reference and q of the pruned model; and whether the most likely token is
-the same. Both perplexities come from the same two forwards. Perplexity asks for the one token that follows in the text;
-the divergence compares whole predictions, so fewer tokens tell two pruned models apart.
+p (log p - log q), in nats, with p of the reference and q of the pruned model; and the agreement of the most likely
+tokens. Both perplexities come from the same two forwards. Perplexity uses the probability of one token, the divergence
+the whole distribution, so it needs fewer tokens to distinguish two pruned models.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
 from alps.reporting.records import ComparisonRecord
 
 
-def divergence(
+def measure_divergence(
     model: nn.Module,
     reference: nn.Module,
     windows: Windows,
+    *,
     names: tuple[str, str],
     device: torch.device,
     progress: Progress | None = None,
@@ -35,15 +36,16 @@ def divergence(
     """Compare a causal language model with a reference on windows of tokens.
 
     Args:
-        model, reference: called with `input_ids`, in evaluation mode; moved to `device` and left there.
+        model: called with `input_ids`, in evaluation mode; moved to `device` and left there.
+        reference: as the model.
         windows: token ids (windows, seqlen).
-        names: what to call the model and the reference in the record.
-        device: where to run.
-        watcher: told after every batch.
-        group: processes that share out the batches; all get the record of all windows.
+        names: of the model and of the reference in the record.
+        device: for both models.
+        progress: counts the batches.
+        group: ranks among which the batches are distributed; all get the record of all windows.
 
     Raises:
-        ConfigError: when the two predict over vocabularies of different sizes.
+        ConfigError: when the vocabularies have different sizes.
     """
     progress, group = progress or NoProgress(), group or ProcessGroup()
     training = model.training, reference.training
@@ -66,30 +68,36 @@ def divergence(
 
 @dataclass
 class _Sums:
-    """Over predicted tokens: losses of both in nats, divergences in nats, equal first choices; float64."""
+    """Sums over predicted tokens, float64: losses of both models, divergences, and equal most likely tokens; nats."""
 
     values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
     def add(self, logits: Tensor, expected: Tensor, ids: Tensor) -> None:
-        """Add a batch: logits of the model and of the reference (batch, seqlen, vocabulary), ids (batch, seqlen)."""
-        parts = [one.sum(dtype=torch.float64) for one in (token_losses(logits, ids), token_losses(expected, ids))]
-        parts += [one.sum(dtype=torch.float64) for one in token_divergences(logits, expected)]
-        self.values += torch.stack(parts).cpu()
+        """Add a batch.
+
+        Args:
+            logits: of the model, (batch, seqlen, vocabulary).
+            expected: logits of the reference, same shape.
+            ids: token ids (batch, seqlen).
+        """
+        values = [token_losses(logits, ids), token_losses(expected, ids), *token_divergences(logits, expected)]
+        self.values += torch.stack([value.sum(dtype=torch.float64) for value in values]).cpu()
 
 
 def token_divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergences and agreements of every prediction but each window's last, which no token of the text follows.
+    """Compute divergence and agreement of all predictions except each window's last, which has no next token.
 
     Args:
-        logits, expected: of the model and of the reference, (batch, seqlen, vocabulary), any float dtype.
+        logits: of the model, (batch, seqlen, vocabulary), any float dtype.
+        expected: logits of the reference, same shape.
 
     Returns:
-        KL(reference || model) in nats, float32, and whether the first choices are equal, bool; both
+        KL(reference || model) in nats, float32, and equality of the most likely tokens, bool; both
         (batch * (seqlen - 1),).
     """
     divergences, equal = [], []
-    for rows, wanted in zip(logits[:, :-1], expected[:, :-1], strict=True):
-        for part, target in zip(torch.split(rows, LOSS_ROWS), torch.split(wanted, LOSS_ROWS), strict=True):
+    for rows, targets in zip(logits[:, :-1], expected[:, :-1], strict=True):
+        for part, target in zip(torch.split(rows, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
             log_q, log_p = part.float().log_softmax(-1), target.float().log_softmax(-1)
             divergences.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
             equal.append(log_q.argmax(-1) == log_p.argmax(-1))
@@ -97,7 +105,7 @@ def token_divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _logits(model: nn.Module, reference: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    logits, expected = (one(input_ids=ids, use_cache=False).logits for one in (model, reference))
+    logits, expected = (net(input_ids=ids, use_cache=False).logits for net in (model, reference))
     if logits.shape != expected.shape:
         raise ConfigError(
             f"The model predicts over {logits.shape[-1]} tokens and the reference over {expected.shape[-1]}: "

@@ -1,8 +1,8 @@
-"""Zero-shot tasks on local files: how their items are read and scored.
+"""Zero-shot tasks on local files: definitions, and reading of their items.
 
-Each definition follows the task of the same name in EleutherAI's lm-evaluation-harness: the same context,
-continuations and metrics, so that the same items give the same accuracies. A file is named after its task and holds
-one JSON object a line, see `items`.
+Each definition follows the task of the same name in EleutherAI's lm-evaluation-harness: same context, continuations
+and metrics, so that equal items give equal accuracies. A file is named after its task and has one JSON object per line,
+see `task_schemas`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from alps.evaluation.task_schemas import (
 
 @dataclass(frozen=True)
 class Definition:
-    """How a task's items are read and scored.
+    """Definition of a task: schemas of its items, and its configuration for lm-eval.
 
     Attributes:
-        items: each checks a line and makes lm-eval's document of it; which one is told by the fields of the line.
-        config: lm-eval's output type, and which column is the text, the target and the choices.
-        metrics: names, in lm-eval's own registry.
+        items: schemas, each of which checks a line and converts it to lm-eval's document; the fields of a line decide
+            which one is used.
+        config: lm-eval's output type, and the columns for text, target and choices.
+        metrics: names in lm-eval's registry.
     """
 
     items: tuple[type[Item], ...]
@@ -47,12 +48,12 @@ class Definition:
     metrics: tuple[str, ...]
 
     def item(self, row: Any) -> type[Item]:
-        """The class whose fields are all in a line, or else the one with most of its fields in it."""
+        """Choose the schema whose fields are all in a line, or else the one with most of its fields in it."""
         fields = row.keys() if isinstance(row, dict) else ()
 
         def fit(item: type[Item]) -> tuple[bool, int]:
-            found = sum(name in fields for name in item.model_fields)
-            return found == len(item.model_fields), found
+            count = sum(name in fields for name in item.model_fields)
+            return count == len(item.model_fields), count
 
         return max(self.items, key=fit)
 
@@ -64,7 +65,7 @@ _CHOICE = {
     "doc_to_target": "gold",
     "doc_to_choice": "choices",
 }
-# The choices are contexts here and the continuation is one: lm-eval takes an index as text for that.
+# The choices are contexts, with one continuation: lm-eval expects an index as the text for that.
 _CONTEXTS = {
     "output_type": "multiple_choice",
     "doc_to_text": "gold",
@@ -89,15 +90,15 @@ DEFINITIONS = {
 
 
 def read_documents(task: str, folder: Path, limit: int | None = None) -> list[Document]:
-    """The first `limit` (or all) documents of a task's file; every line is checked.
+    """Read the first `limit` (or all) documents of a task's file; every line is checked.
 
     Raises:
-        ConfigError: for a task without a definition here, a file that is missing, empty or unreadable, or a line that
-            is not such an item.
+        ConfigError: for a task without a definition, a file that is missing, empty or unreadable, or a line that is not
+            an item of the task.
     """
     if task not in DEFINITIONS:
         raise ConfigError(
-            f"Task '{task}' has no definition for local files, only {', '.join(DEFINITIONS)} have: "
+            f"Task '{task}' has no definition for local files; those with one are {', '.join(DEFINITIONS)}: "
             f"leave out --task-data to take it from lm-eval's own tasks.{did_you_mean(task, DEFINITIONS)}"
         )
     if not folder.is_dir():
@@ -116,6 +117,6 @@ def _document(task: str, path: Path, number: int, row: Any) -> Document:
         return DEFINITIONS[task].item(row).model_validate(row).document()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        reason = f"{place}: {first['msg']}" if place else first["msg"].removeprefix("Value error, ")
+        field = ".".join(map(str, first["loc"]))
+        reason = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"Line {number} of '{path}' is not an item of {task} ({reason}).") from None

@@ -1,9 +1,9 @@
-"""Token perplexity as the pruning papers take it.
+"""Token perplexity in the convention of the pruning papers.
 
-The text (rows joined by a blank line) is tokenised once, cut into consecutive windows of `seqlen` tokens without
-overlap, and each window predicts its tokens 2..seqlen from those before them. Perplexity is exp(sum of losses /
-number of predicted tokens): the convention of Hugging Face's documentation for a stride equal to the length.
-The loss is summed over windows and divided once, in float64.
+The text (rows joined by a blank line) is tokenised once and cut into consecutive windows of `seqlen` tokens without
+overlap. Each window predicts its tokens 2..seqlen from those before them. Perplexity is exp(sum of losses / number of
+predicted tokens), as in Hugging Face's documentation for a stride equal to the length. The loss is summed over windows
+and divided once, in float64.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.reporting.records import EvaluationRecord
 
-# Tokens per forward: the logits of a 128 k vocabulary stay near 1 GB in float32.
+# Tokens per forward; float32 logits of a vocabulary of 128 k then take some 1 GB.
 _BATCH_TOKENS = 2048
-# Rows of logits that are in float32 at a time.
+# Rows of logits that are converted to float32 at once.
 LOSS_ROWS = 128
 
 
-def perplexity(
+def measure_perplexity(
     model: nn.Module,
     windows: Windows,
+    *,
     name: str,
     device: torch.device,
     progress: Progress | None = None,
@@ -38,10 +39,10 @@ def perplexity(
     Args:
         model: called with `input_ids`, in evaluation mode; moved to `device` and left there.
         windows: token ids (windows, seqlen).
-        name: what to call the model in the record.
-        device: where to run.
-        watcher: told after every batch.
-        group: processes that share out the batches; all get the record of all windows.
+        name: of the model in the record.
+        device: for the model.
+        progress: counts the batches.
+        group: ranks among which the batches are distributed; all get the record of all windows.
     """
     progress, group = progress or NoProgress(), group or ProcessGroup()
     training = model.training
@@ -72,21 +73,26 @@ def perplexity(
 
 
 def batches(windows: Windows) -> tuple[Tensor, ...]:
-    """The windows (windows, seqlen) in batches of one forward each."""
+    """Split windows (windows, seqlen) into batches of one forward each."""
     return torch.split(windows.ids, max(_BATCH_TOKENS // windows.ids.shape[1], 1))
 
 
 def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Next-token losses in nats for windows (batch, seqlen): float32, shape (batch, seqlen - 1)."""
+    """Run a model on token ids (batch, seqlen); return its next-token losses in nats, float32, (batch, seqlen - 1)."""
     return token_losses(model(input_ids=ids, use_cache=False).logits, ids)
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """The same from logits (batch, seqlen, vocabulary) in any float dtype."""
+    """Compute next-token losses in nats, float32, (batch, seqlen - 1).
+
+    Args:
+        logits: (batch, seqlen, vocabulary), any float dtype.
+        ids: token ids (batch, seqlen).
+    """
     losses = []
     for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
-        # A few rows of logits at a time: float32 copies of all of them would go through memory twice more.
-        for part, wanted in zip(torch.split(row, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
+        # In chunks of rows: float32 copies of all logits would cost two more passes through memory.
+        for part, labels in zip(torch.split(row, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
             scores = part.float()
-            losses.append(scores.logsumexp(dim=-1) - scores.gather(1, wanted[:, None]).squeeze(1))
+            losses.append(scores.logsumexp(dim=-1) - scores.gather(1, labels[:, None]).squeeze(1))
     return torch.cat(losses).view(ids.shape[0], -1)

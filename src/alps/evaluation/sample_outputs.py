@@ -1,4 +1,4 @@
-"""What a model writes after a prompt: no measure, but what people look at first."""
+"""Greedy continuations of prompts, as samples of a model's output."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.data.calibration import LoadedModel
 
 
-def continuations(
+def continue_prompts(
     loaded: LoadedModel, prompts: Sequence[str], tokens: int, device: torch.device
 ) -> list[tuple[str, str]]:
-    """Greedy continuations, one prompt at a time, without any template around it.
+    """Continue prompts greedily, one at a time, without a template.
 
     Args:
         loaded: a model with a tokenizer; moved to `device` and left there.
         prompts: texts.
-        tokens: at most so many new ones.
-        device: where to run.
+        tokens: largest number of new tokens.
+        device: for the model.
 
     Returns:
-        Pairs of a prompt and what follows it.
+        Pairs of a prompt and its continuation.
 
     Raises:
         ConfigError: without a tokenizer, or for a prompt without tokens.
@@ -49,7 +49,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torc
         raise ConfigError(f"Prompt {prompt!r} has no tokens: write a few words.")
     ends = model.generation_config.eos_token_id
     first_end = ends[0] if isinstance(ends, list) else ends
-    # The model's own generation settings may sample; without a padding token generate() warns.
+    # The model's generation settings may sample. Without a padding token generate() warns.
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
     with torch.inference_mode(), half_matmul_in_float32(device, model):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)

@@ -1,7 +1,7 @@
-"""The items of zero-shot tasks, with the fields of the original data sets, and what lm-eval makes of each.
+"""Schemas of the items of zero-shot tasks, with the fields of the original data sets, and their documents for lm-eval.
 
-Every class follows the task of the same name in EleutherAI's lm-evaluation-harness: the same context, continuations
-and right answer. `tests/evaluation/test_tasks.py` holds them to it.
+Every class follows the task of the same name in EleutherAI's lm-evaluation-harness: same context, continuations and
+correct answer. `tests/evaluation/test_tasks.py` compares them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Document = dict[str, Any]
 
 
 class Item(BaseModel):
-    """One line of a task's file; fields that no prompt needs are left alone."""
+    """Line of a task's file; fields that no prompt needs are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     def document(self) -> Document:
-        """What lm-eval is given: the columns that the task's configuration names."""
+        """Convert to a document of lm-eval, with the columns that the task's configuration names."""
         raise NotImplementedError
 
 
 class LambadaItem(Item):
-    """A passage whose last word is to be predicted."""
+    """Passage whose last word is to be predicted."""
 
     text: str = Field(pattern=r"(?s)^.+ [^ ]+$")
 
@@ -35,7 +35,7 @@ class LambadaItem(Item):
 
 
 class PiqaItem(Item):
-    """A goal and two ways to reach it; `label` is the index of the right one."""
+    """Goal and two ways to reach it; `label` is the index of the correct one."""
 
     goal: str
     sol1: str
@@ -56,7 +56,7 @@ class Choices(BaseModel):
 
 
 class LabelledItem(Item):
-    """Answers with labels, and the label of the right one."""
+    """Answers with labels, and the label of the correct one."""
 
     choices: Choices
     answerKey: str  # noqa: N815 (the name in the data)
@@ -68,12 +68,12 @@ class LabelledItem(Item):
         return self
 
     def answers(self, context: str) -> Document:
-        """The document that asks for one of the answers after `context`."""
+        """Convert to a document with the choice of an answer after `context`."""
         return _choice(context, self.choices.text, self.choices.label.index(self.answerKey))
 
 
 class ArcItem(LabelledItem):
-    """A question of ARC, easy or challenge."""
+    """Question of ARC, easy or challenge."""
 
     question: str
 
@@ -82,7 +82,7 @@ class ArcItem(LabelledItem):
 
 
 class OpenbookqaItem(LabelledItem):
-    """The beginning of a sentence, or a question, and its endings; blanks before the key do not count."""
+    """Beginning of a sentence, or a question, and its endings; blanks before the key are ignored."""
 
     question_stem: str
 
@@ -96,7 +96,7 @@ class OpenbookqaItem(LabelledItem):
 
 
 class HellaswagItem(Item):
-    """An item of HellaSwag as lm-eval preprocesses it: a beginning, its endings, the index of the right one."""
+    """Item of HellaSwag as lm-eval preprocesses it: a beginning, its endings, the index of the correct one."""
 
     query: str
     choices: list[str] = Field(min_length=2)
@@ -113,7 +113,7 @@ class HellaswagItem(Item):
 
 
 class RawHellaswagItem(Item):
-    """An item of HellaSwag as published: `label` is the index of the right ending, in digits."""
+    """Item of HellaSwag as published; `label` is the index of the correct ending, in digits."""
 
     activity_label: str
     ctx_a: str
@@ -127,12 +127,12 @@ class RawHellaswagItem(Item):
 
 
 def _plain(text: str) -> str:
-    """Without the marks that WikiHow's pages left in HellaSwag, in lm-eval's order of steps."""
+    """Remove the marks of WikiHow's pages from a text of HellaSwag, in lm-eval's order of steps."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 class WinograndeItem(Item):
-    """A sentence with a blank `_`, two words for it, and which of them fits: \"1\" or \"2\"."""
+    """Sentence with a blank `_`, two words for it, and the number of the one that fits, `1` or `2`."""
 
     sentence: str = Field(pattern="_")
     option1: str
@@ -146,7 +146,7 @@ class WinograndeItem(Item):
 
 
 class BoolqItem(Item):
-    """A question without its question mark, and a passage that answers it; `label` is 0 for no, 1 for yes."""
+    """Question without its question mark, and a passage that answers it; `label` is 0 for no, 1 for yes."""
 
     passage: str
     question: str
@@ -157,7 +157,7 @@ class BoolqItem(Item):
 
 
 class RteItem(Item):
-    """Two texts; `label` is 0 where the first entails the second, else 1."""
+    """Two texts; `label` is 0 if the first entails the second, else 1."""
 
     sentence1: str
     sentence2: str
@@ -169,7 +169,7 @@ class RteItem(Item):
 
 
 class MmluItem(Item):
-    """A question on a subject, such as `high_school_physics`, and four answers; `answer` is the right one's index."""
+    """Question on a subject, such as `high_school_physics`, with four answers; `answer` is the correct one's index."""
 
     subject: str = Field(min_length=1)
     question: str

@@ -1,8 +1,8 @@
 """Zero-shot tasks, scored by EleutherAI's lm-eval on a model in memory.
 
-With a folder of local files (see `definitions`) nothing is fetched: items are read and checked here and handed to
-lm-eval as in-memory data. Without one, the names are those of lm-eval's own tasks, whose data come from the hub.
-lm-eval is an extra, and is imported when a task is asked for.
+With a folder of local files (see `local_tasks`) nothing is fetched: this module reads and checks the items and passes
+them to lm-eval in memory. Without one, the names are those of lm-eval's own tasks, whose data come from the hub.
+lm-eval is an optional package, imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.task_schemas import Document
 from alps.reporting.records import Estimate, TaskRecord
 
-# For the metrics without a formula of their standard error: perplexity here. lm-eval's default, 100,000, takes minutes.
+# Bootstrap samples for the standard error of perplexity. lm-eval's default, 100,000, takes minutes.
 _RESAMPLES = 1000
-# Before it, lm-eval looks up tasks in memory among its own.
+# Earlier versions look up tasks in memory among their own.
 _OLDEST = "0.4.12"
 _INSTALL = f'pip install "lm-eval>={_OLDEST}" accelerate'
 
@@ -43,8 +43,10 @@ class TaskSet:
     """Tasks that can be scored: names of lm-eval's own, or documents by name.
 
     Attributes:
-        limit: first items of lm-eval's own tasks; documents are already cut to it.
-        index: lm-eval's `TaskManager`, which knows its own tasks, or none.
+        names: of the tasks, without duplicates.
+        documents: of local tasks, by name; None for lm-eval's own tasks.
+        limit: number of items of each of lm-eval's own tasks; documents are already cut to it.
+        index: lm-eval's `TaskManager`.
     """
 
     names: tuple[str, ...]
@@ -57,19 +59,19 @@ def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
     """Check everything that can be checked before a model is loaded.
 
     Args:
-        names: of tasks; with a `folder`, keys of `definitions.DEFINITIONS`.
-        folder: holds NAME.jsonl for every task; None for lm-eval's own tasks, from the hub.
-        limit: score only the first items of each task.
+        names: of tasks; with a `folder`, keys of `local_tasks.DEFINITIONS`.
+        folder: contains NAME.jsonl for every task; None for lm-eval's own tasks, from the hub.
+        limit: number of items of each task, the first ones; None for all.
 
     Raises:
-        ConfigError: for no name, an unknown one, data that cannot be used, or without lm-eval.
+        ConfigError: without a name, for an unknown one, for data that cannot be used, or without lm-eval.
     """
-    wanted = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if not wanted:
+    unique_names = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not unique_names:
         raise ConfigError(f"No task is named: give some, separated by commas, such as {','.join(DEFINITIONS)}.")
     if limit is not None and limit < 1:
         raise ConfigError(f"A limit of {limit} items leaves nothing to score: give at least 1.")
-    documents = None if folder is None else {name: read_documents(name, folder, limit) for name in wanted}
+    documents = None if folder is None else {name: read_documents(name, folder, limit) for name in unique_names}
     for package in ("lm_eval", "accelerate"):
         try:
             importlib.import_module(package)
@@ -81,23 +83,24 @@ def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_defaults=documents is None)
-    for name in wanted:
+    for name in unique_names:
         if documents is None and name not in index.all_tasks:
             near = did_you_mean(name, index.all_tasks)
             raise ConfigError(f"Task '{name}' is not one of lm-eval's {len(index.all_tasks)}.{near}")
-    return TaskSet(wanted, documents, limit, index)
+    return TaskSet(unique_names, documents, limit, index)
 
 
 def score_tasks(
-    loaded: LoadedModel, tasks: TaskSet, device: torch.device, batch_size: int = 8, group: ProcessGroup | None = None
+    loaded: LoadedModel, tasks: TaskSet, device: torch.device, *, batch_size: int = 8, group: ProcessGroup | None = None
 ) -> list[TaskRecord]:
     """Score a causal language model on tasks, in their order.
 
     Args:
         loaded: model, moved to `device` and left there, and its tokenizer.
         tasks: from `find_tasks`.
+        device: for the model.
         batch_size: sequences in a forward.
-        group: processes that share out the items, each with the same arguments; all get the records of all items.
+        group: ranks among which the items are distributed; all get the records of all items.
 
     Raises:
         ConfigError: without a tokenizer, for an empty batch, fewer items than processes, or when data cannot be fetched
@@ -114,8 +117,8 @@ def score_tasks(
                 f"Task {name} has {len(documents)} items for {group.size} processes: start fewer, or raise --limit."
             )
     try:
-        with _apart(), half_matmul_in_float32(device, loaded.model):
-            found = _scores(loaded, tasks, device, batch_size, group)
+        with _isolated_lm_eval(), half_matmul_in_float32(device, loaded.model):
+            scores = _run_lm_eval(loaded, tasks, device, batch_size=batch_size, group=group)
     except (OSError, ImportError) as error:
         if tasks.documents is not None:
             raise
@@ -127,13 +130,13 @@ def score_tasks(
     finally:
         loaded.model.train(training)
     records: list[TaskRecord] = group.broadcast_from_main(
-        lambda: [_record(loaded.name, name, row, found) for name, row in found["results"].items()]
+        lambda: [_record(loaded.name, name, scores) for name in scores["results"]]
     )
     return records
 
 
 def local_task(name: str, documents: list[Document]) -> Any:
-    """lm-eval's task object for documents in memory; nothing is written or fetched."""
+    """Make lm-eval's task object of documents in memory; nothing is written or fetched."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -151,18 +154,21 @@ def local_task(name: str, documents: list[Document]) -> Any:
     )
 
 
-def _scores(loaded: LoadedModel, tasks: TaskSet, device: torch.device, batch_size: int, group: ProcessGroup) -> Any:
+def _run_lm_eval(
+    loaded: LoadedModel, tasks: TaskSet, device: torch.device, *, batch_size: int, group: ProcessGroup
+) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
-    from alps.evaluation.distributed_lm import SharedModel
+    from alps.evaluation.distributed_lm import DistributedModel
 
-    with _without_remarks():
-        # A copy, since lm-eval may give the tokenizer a padding token.
-        model = SharedModel(group, loaded.model.to(device), copy.deepcopy(loaded.tokenizer), batch_size)
-        wanted = [local_task(*one) for one in tasks.documents.items()] if tasks.documents else list(tasks.names)
+    with _quiet_lm_eval():
+        # Copied because lm-eval may add a padding token to the tokenizer.
+        model = DistributedModel(group, loaded.model.to(device), copy.deepcopy(loaded.tokenizer), batch_size)
+        items = tasks.documents.items() if tasks.documents else ()
+        own_tasks = [local_task(name, documents) for name, documents in items]
     return simple_evaluate(
         model,
-        tasks=wanted,
+        tasks=own_tasks or list(tasks.names),
         task_manager=tasks.index,
         limit=tasks.limit if tasks.documents is None else None,
         bootstrap_iters=_RESAMPLES,
@@ -173,7 +179,8 @@ def _scores(loaded: LoadedModel, tasks: TaskSet, device: torch.device, batch_siz
     )
 
 
-def _record(model: str, task: str, row: Mapping[str, Any], found: Mapping[str, Any]) -> TaskRecord:
+def _record(model: str, task: str, scores: Mapping[str, Any]) -> TaskRecord:
+    row: Mapping[str, Any] = scores["results"][task]
     metrics = {}
     for key, value in row.items():
         metric, _, kind = key.partition(",")
@@ -185,16 +192,18 @@ def _record(model: str, task: str, row: Mapping[str, Any], found: Mapping[str, A
         model=model,
         task=task,
         metrics=metrics,
-        items=found["n-samples"].get(task, {}).get("effective"),
-        num_fewshot=found["n-shot"].get(task, 0),
+        items=scores["n-samples"].get(task, {}).get("effective"),
+        num_fewshot=scores["n-shot"].get(task, 0),
         lm_eval=version("lm-eval"),
     )
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """What lm-eval does to a process: it prints on stdout, which is for results; forks to resample, which a process
-    with a GPU must not; and draws names from the caller's random numbers.
+def _isolated_lm_eval() -> Iterator[None]:
+    """Context in which lm-eval does not affect the process.
+
+    lm-eval prints on stdout, which is for results; it forks to resample, which a process with a GPU must not do; and it
+    draws names from the caller's random state.
     """
     before, state = os.environ.get("DISABLE_MULTIPROC"), random.getstate()
     os.environ["DISABLE_MULTIPROC"] = "1"
@@ -210,8 +219,8 @@ def _apart() -> Iterator[None]:
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
-    """lm-eval warns of what is meant here: a model in memory, tasks in memory. Its later warnings are shown."""
+def _quiet_lm_eval() -> Iterator[None]:
+    """Context without lm-eval's warnings about models and tasks in memory, which are intended. Later ones are shown."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
