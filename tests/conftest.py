@@ -30,6 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alps.reporting import publish
+from helpers.blank_page import write_blank_page
+
 # The same examples in every run; how long one takes says nothing on a machine that others use, too.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -110,6 +113,13 @@ def _tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
                 shift = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
                 parameter.copy_(shift + scale * torch.randn_like(parameter))
     return model.eval().to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _blank_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw report.html in the tests of `reporting` alone; all others have a blank one."""
+    if "reporting" not in request.path.parts:
+        monkeypatch.setattr(publish, "_write", write_blank_page)
 
 
 @pytest.fixture(scope="session")

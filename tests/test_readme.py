@@ -57,7 +57,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
             done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         else:
             # What the installed command does, without the seconds that it takes to import torch.
-            done = started.run(*shlex.split(shell)[1:], cwd=tmp_path)
+            done = started.run(*shlex.split(shell)[1:], cwd=tmp_path, page=True)
         assert done.returncode == 0, (line, done.stderr)
     weights = (tmp_path / "pruned" / "model.safetensors").read_bytes()
     assert (tmp_path / "pruned-again" / "model.safetensors").read_bytes() == weights

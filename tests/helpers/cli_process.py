@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from alps.cli.main import COMMANDS
+from alps.reporting import publish
+from helpers.blank_page import write_blank_page
 
 # What commands, and a run on a LLaMA, import.
 _SERVER = multiprocessing.get_context("forkserver")
 _COMMANDS = sorted({f"alps.cli.{module}" for module, _, _ in COMMANDS.values()})
-_SERVER.set_forkserver_preload([*_COMMANDS, "alps.reporting.html_report", "transformers.models.llama.modeling_llama"])
+_SERVER.set_forkserver_preload([*_COMMANDS, "alps.reporting.publish", "transformers.models.llama.modeling_llama"])
 _STREAMS = ("stdout", "stderr")
 _subprocess_run: Any = subprocess.run
 
@@ -81,6 +83,7 @@ def start(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
+    page: bool = False,
 ) -> Started:
     """Begin `alps ARGUMENTS`.
 
@@ -90,9 +93,10 @@ def start(
         environment: variables beside those of this process. Bits depend on the number of threads: one, unless
             OMP_NUM_THREADS says another.
         prepare: run first, in the new process.
+        page: draw report.html, which is blank otherwise.
     """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    settings = {"cwd": str(cwd or Path.cwd()), "environment": variables, "prepare": prepare}
+    settings = {"cwd": str(cwd or Path.cwd()), "environment": variables, "prepare": prepare, "page": page}
     return Started(work or _alps, list(map(str, arguments)), settings)
 
 
@@ -175,6 +179,8 @@ def _enter(work: Callable[[], None], arguments: list[str], folder: Path, setting
 
     # Read once by the server.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if not settings["page"]:
+        publish._write = write_blank_page
     if settings["prepare"] is not None:
         settings["prepare"]()
     sys.argv = ["alps", *arguments]
