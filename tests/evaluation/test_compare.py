@@ -75,7 +75,8 @@ def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, short_stori
     assert len(shas) == 2, "every seed draws windows of its own"
     assert all(r.continuations[0].prompt == "Once upon a time" and r.continuations[0].text for r in results)
     prompt = dense.tokenizer("Once upon a time", return_tensors="pt").input_ids
-    ids = dense.model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    model: Any = dense.model
+    ids = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
     assert results[0].continuations[0].text.startswith(dense.tokenizer.decode(ids))
     assert read_results(tmp_path / "all" / RESULTS_NAME) == results
 
