@@ -12,14 +12,16 @@ import json
 from pathlib import Path
 
 from alps.data.calibration import load
-from alps.data.self_generated import generated_windows
+from alps.data.self_generated import generate_windows
 
 
 def main() -> None:
     """Sample and write."""
     options = _options()
     loaded = load(options.model)
-    windows = generated_windows(loaded.model, loaded.tokenizer, options.texts, options.tokens, options.seed)
+    windows = generate_windows(
+        loaded.model, loaded.tokenizer, samples=options.texts, seqlen=options.tokens, seed=options.seed
+    )
     texts = loaded.tokenizer.batch_decode(windows.ids, skip_special_tokens=True)
     Path(options.out).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 

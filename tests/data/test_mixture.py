@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parts(spec: str, samples: int = 100) -> list[tuple[str, float]]:
-    return [(part.name, float(part.weight)) for part in load_calibration(spec, samples).parts]
+    return [(part.name, float(part.weight)) for part in load_calibration(spec, samples).sources]
 
 
 def test_specs_are_split_at_commas_and_last_colons(folder: Path) -> None:
@@ -85,14 +85,14 @@ def test_specs_are_split_at_commas_and_last_colons(folder: Path) -> None:
     ]
     assert parts("rows.jsonl:7, python-docs:2 ,self:1e0") == [("rows.jsonl", 7), ("python-docs", 2), ("self", 1)]
     mix = load_calibration("rows.jsonl:0.70,self:.3", 10)
-    assert mix.name == "rows.jsonl:0.7,self:0.3" and mix.parts[1].text is None
-    assert mix.parts[0].text == Text("rows.jsonl", ["one", "two"])
+    assert mix.name == "rows.jsonl:0.7,self:0.3" and mix.sources[1].text is None
+    assert mix.sources[0].text == Text("rows.jsonl", ["one", "two"])
 
 
 def test_files_come_before_readings_of_their_names(folder: Path) -> None:
     for name in ("one,two.txt", "a.txt:0.5,self:0.5", "self"):
         (folder / name).write_text("text of " + name)
-        (part,) = load_calibration(name, 1).parts
+        (part,) = load_calibration(name, 1).sources
         assert part.text is not None and part.text.rows == ["text of " + name]
 
 

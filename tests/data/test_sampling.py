@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alps.core.errors import ConfigError, UnsupportedModel
 from alps.data import sampling as generate
-from alps.data.sampling import TemperatureSchedule, draw, sample_windows
+from alps.data.sampling import TemperatureSchedule, draw_tokens, sample_windows
 
 
 class Steps:
@@ -66,7 +66,7 @@ def naive(model: Any, first: int, seqlen: int, numbers: list[float], temperature
 
 def test_the_cache_changes_nothing(story_model: Any) -> None:
     temperatures = [1.5 - i / 20 for i in range(10)] + [1.0] * 29
-    found = sample_windows(story_model, 1, 3, 40, seed=5)
+    found = sample_windows(story_model, 1, samples=3, seqlen=40, seed=5)
     assert found.dtype == torch.int64
     for window in range(3):
         assert found[window].tolist() == naive(story_model, 1, 40, uniforms(5, window, 39), temperatures)
@@ -77,17 +77,17 @@ def test_probabilities_are_those_of_a_whole_forward(story_model: Any, monkeypatc
 
     def spy(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
         seen.append(logits.clone())
-        return draw(logits, uniform, temperature)
+        return draw_tokens(logits, uniform, temperature)
 
-    monkeypatch.setattr(generate, "draw", spy)
-    ids = sample_windows(story_model, 1, 4, 48, seed=0)
+    monkeypatch.setattr(generate, "draw_tokens", spy)
+    ids = sample_windows(story_model, 1, samples=4, seqlen=48, seed=0)
     with torch.no_grad():
         whole = story_model(input_ids=ids, use_cache=False).logits[:, :-1].softmax(-1)
     torch.testing.assert_close(torch.stack(seen, 1).softmax(-1), whole, rtol=1e-3, atol=1e-6)
 
 
 def test_without_heat_the_most_likely_token_follows(story_model: Any) -> None:
-    found = sample_windows(story_model, 1, 2, 60, seed=0, schedule=TemperatureSchedule(1e-4, 1e-4, 1))
+    found = sample_windows(story_model, 1, samples=2, seqlen=60, seed=0, schedule=TemperatureSchedule(1e-4, 1e-4, 1))
     ids = [1]
     for _ in range(59):
         with torch.no_grad():
@@ -97,33 +97,33 @@ def test_without_heat_the_most_likely_token_follows(story_model: Any) -> None:
 
 def test_every_architecture_is_sampled_as_without_a_cache(tiny_model: Callable[..., Any], kind: str) -> None:
     model = tiny_model(kind)
-    found = sample_windows(model, 0, 2, 20, seed=1, schedule=TemperatureSchedule(1.0, 1.0, 1))
+    found = sample_windows(model, 0, samples=2, seqlen=20, seed=1, schedule=TemperatureSchedule(1.0, 1.0, 1))
     expected = [naive(model, 0, 20, uniforms(1, window, 19), [1.0] * 19) for window in range(2)]
     assert found.tolist() == expected
 
 
 def test_seeds_repeat_and_differ_and_every_window_has_its_own_stream(story_model: Any) -> None:
-    one, again, other = (sample_windows(story_model, 1, 6, 32, seed) for seed in (0, 0, 1))
+    one, again, other = (sample_windows(story_model, 1, samples=6, seqlen=32, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, again)
     rows = {tuple(row) for row in [*one.tolist(), *other.tolist()]}
     assert len(rows) == 12
-    assert torch.equal(sample_windows(story_model, 1, 2, 32, 0), one[:2])
+    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=32, seed=0), one[:2])
 
 
 def test_the_global_random_state_is_neither_read_nor_moved(story_model: Any) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = sample_windows(story_model, 1, 2, 16, 0)
+    one = sample_windows(story_model, 1, samples=2, seqlen=16, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(sample_windows(story_model, 1, 2, 16, 0), one)
+    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=16, seed=0), one)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5]), (9, [5])])
 def test_batches_do_not_change_the_tokens(story_model: Any, size: int, sizes: list[int]) -> None:
     steps = Steps()
-    found = sample_windows(story_model, 1, 5, 24, 3, batch_size=size, progress=steps)
-    assert torch.equal(found, sample_windows(story_model, 1, 5, 24, 3, batch_size=4))
+    found = sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=size, progress=steps)
+    assert torch.equal(found, sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=4))
     assert steps.details == [f"{count} at once" for count in sizes for _ in range(23)]
     assert steps.totals == [len(sizes) * 23] and steps.finished == 1
 
@@ -138,7 +138,7 @@ def test_batches_keep_the_cache_within_its_limit(story_model: Any, monkeypatch: 
         assert generate._largest_batch(story_model, 24) == largest
     monkeypatch.setattr(generate, "_CACHE_BYTES", 2 * window)
     steps = Steps()
-    sample_windows(story_model, 1, 5, 24, 0, progress=steps)
+    sample_windows(story_model, 1, samples=5, seqlen=24, seed=0, progress=steps)
     assert max(steps.details) == "2 at once"
 
 
@@ -153,10 +153,10 @@ def test_the_schedule_reaches_the_draws(story_model: Any, monkeypatch: pytest.Mo
 
     def spy(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
         seen.append(temperature)
-        return draw(logits, uniform, temperature)
+        return draw_tokens(logits, uniform, temperature)
 
-    monkeypatch.setattr(generate, "draw", spy)
-    sample_windows(story_model, 1, 1, 6, 0, schedule=TemperatureSchedule(3.0, 1.0, 4))
+    monkeypatch.setattr(generate, "draw_tokens", spy)
+    sample_windows(story_model, 1, samples=1, seqlen=6, seed=0, schedule=TemperatureSchedule(3.0, 1.0, 4))
     assert seen == [3.0, 2.5, 2.0, 1.5, 1.0]
 
 
@@ -166,7 +166,7 @@ def test_draws_have_the_frequencies_of_the_softmax(temperature: float) -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0)) * 2
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    found = torch.bincount(draw(logits.expand(count, 9), grid, temperature), minlength=9)
+    found = torch.bincount(draw_tokens(logits.expand(count, 9), grid, temperature), minlength=9)
     weights = [2.718281828459045 ** (x / temperature) for x in logits.tolist()]
     for hits, weight in zip(found.tolist(), weights, strict=True):
         assert abs(hits - count * weight / sum(weights)) < 1.01
@@ -175,20 +175,22 @@ def test_draws_have_the_frequencies_of_the_softmax(temperature: float) -> None:
 def test_what_has_no_probability_is_never_drawn() -> None:
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, 5)
     ends = torch.tensor([0.0, 0.3, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, ends, 1.0).tolist() == [1, 3, 3]
+    assert draw_tokens(logits, ends, 1.0).tolist() == [1, 3, 3]
 
 
 def test_forbidden_tokens_do_not_occur(story_model: Any) -> None:
-    free = sample_windows(story_model, 1, 4, 32, 0)
+    free = sample_windows(story_model, 1, samples=4, seqlen=32, seed=0)
     forbidden = torch.tensor(sorted(set(free[:, 1:].flatten().tolist()))[::2])
-    found = sample_windows(story_model, 1, 4, 32, 0, forbidden=forbidden)
+    found = sample_windows(story_model, 1, samples=4, seqlen=32, seed=0, forbidden=forbidden)
     assert bool(torch.isin(free[:, 1:], forbidden).any()) and not bool(torch.isin(found[:, 1:], forbidden).any())
 
 
 def test_the_end_of_a_text_is_a_token_like_others(story_model: Any) -> None:
     end = story_model.config.eos_token_id
     others = torch.tensor([i for i in range(story_model.config.vocab_size) if i not in (end, 5)])
-    found = sample_windows(story_model, 1, 8, 40, 0, schedule=TemperatureSchedule(50.0, 50.0, 1), forbidden=others)
+    found = sample_windows(
+        story_model, 1, samples=8, seqlen=40, seed=0, schedule=TemperatureSchedule(50.0, 50.0, 1), forbidden=others
+    )
     assert set(found[:, 1:].flatten().tolist()) == {end, 5} and found.shape == (8, 40)
     after = found[:, 2:][found[:, 1:-1] == end]
     assert 5 in after.tolist()
@@ -197,7 +199,7 @@ def test_the_end_of_a_text_is_a_token_like_others(story_model: Any) -> None:
 def test_the_model_comes_back_as_it_was(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sample_windows(model, 0, 2, 8, 0)
+    sample_windows(model, 0, samples=2, seqlen=8, seed=0)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
@@ -205,8 +207,11 @@ def test_the_model_comes_back_as_it_was(tiny_model: Callable[..., Any]) -> None:
 
 def test_bfloat16_is_sampled_from_float32_logits(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", torch.bfloat16)
-    found = sample_windows(model, 0, 3, 16, 0, batch_size=3)
-    assert torch.equal(found, sample_windows(model, 0, 3, 16, 0, batch_size=3)) and found.shape == (3, 16)
+    found = sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)
+    assert torch.equal(found, sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)) and found.shape == (
+        3,
+        16,
+    )
 
 
 class _Odd(nn.Module):
@@ -249,5 +254,5 @@ def test_models_that_cannot_be_sampled_say_why(
 ) -> None:
     steps, model = Steps(), _Odd(answer).train()
     with pytest.raises(kind, match=complaint):
-        sample_windows(model, 0, 2, 8, 0, progress=steps)
+        sample_windows(model, 0, samples=2, seqlen=8, seed=0, progress=steps)
     assert steps.finished == 1 and model.training

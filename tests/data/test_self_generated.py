@@ -19,9 +19,9 @@ from alps.data import self_generated as generated
 from alps.data.calibration import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.data.sampling import TemperatureSchedule, sample_windows
-from alps.data.self_generated import first_token, forbidden_tokens, generated_windows
+from alps.data.self_generated import first_token, forbidden_tokens, generate_windows
 from alps.data.text_sources import load_text
-from alps.data.windows import Windows, calibration_windows
+from alps.data.windows import Windows, draw_calibration_windows
 from helpers.command_line import run_alps
 from helpers.log_messages import log_messages
 
@@ -47,7 +47,7 @@ def windows(
     loaded: LoadedModel, samples: int = 3, seqlen: int = 12, seed: int = 0, messages: list[str] | None = None
 ) -> Tensor:
     with log_messages() as logged:
-        ids = generated_windows(loaded.model, loaded.tokenizer, samples, seqlen, seed).ids
+        ids = generate_windows(loaded.model, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed).ids
     if messages is not None:
         messages += logged
     return ids
@@ -139,7 +139,9 @@ def test_a_file_appears_whole_or_not_at_all(
         assert [file.suffix for file in cache.iterdir()] != [".safetensors"]
         raise failure
 
-    expected = sample_windows(tiny.model, 0, 3, 12, 0, forbidden=forbidden_tokens(tiny.tokenizer, 64, 0))
+    expected = sample_windows(
+        tiny.model, 0, samples=3, seqlen=12, seed=0, forbidden=forbidden_tokens(tiny.tokenizer, 64, 0)
+    )
     monkeypatch.setattr(generated, "save_file", half)
     messages: list[str] = []
     if isinstance(failure, OSError):
@@ -196,7 +198,7 @@ def test_without_a_tokenizer_the_configuration_says_where_a_text_begins(tiny_mod
     model = tiny_model("llama")
     model.config.bos_token_id = 7
     ids = LoadedModel("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0).ids
-    assert torch.equal(ids, sample_windows(model, 7, 2, 8, 0)) and ids[:, 0].tolist() == [7, 7]
+    assert torch.equal(ids, sample_windows(model, 7, samples=2, seqlen=8, seed=0)) and ids[:, 0].tolist() == [7, 7]
     model.config.bos_token_id = None
     with pytest.raises(ConfigError, match="names none: calibrate with a text"):
         LoadedModel("tiny", model, None).calibration(load_calibration("self", 2), 2, 8, 0)
@@ -205,15 +207,17 @@ def test_without_a_tokenizer_the_configuration_says_where_a_text_begins(tiny_mod
 def test_a_tokenizer_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> None:
     tokenizer = _Words({"<|endoftext|>": 64, "word": 3}, (), None, None)
     with pytest.raises(ConfigError, match=r"Token 64, .* outside the model's vocabulary of 64"):
-        generated_windows(tiny_model("llama"), tokenizer, 2, 8, 0)
+        generate_windows(tiny_model("llama"), tokenizer, samples=2, seqlen=8, seed=0)
 
 
 def test_a_mix_holds_what_its_parts_give_alone(tiny: LoadedModel, english_file: Path, word_tokenizer: Any) -> None:
     mix = load_calibration(f"{english_file}:0.7,self:0.3", 10)
     drawn = tiny.calibration(mix, 10, 16, 3)
     seeds = mix.seeds(3)
-    text = calibration_windows(load_text(str(english_file), "calibration"), word_tokenizer, 7, 16, seeds[0])
-    own = generated_windows(tiny.model, word_tokenizer, 3, 16, seeds[1])
+    text = draw_calibration_windows(
+        load_text(str(english_file), "calibration"), word_tokenizer, samples=7, seqlen=16, seed=seeds[0]
+    )
+    own = generate_windows(tiny.model, word_tokenizer, samples=3, seqlen=16, seed=seeds[1])
     assert sorted(drawn.ids.tolist()) == sorted([*text.ids.tolist(), *own.ids.tolist()])
     assert drawn.parts == (("english.txt", 7), ("self", 3)) and drawn.source == "english.txt:0.7,self:0.3"
     assert torch.equal(drawn.ids, tiny.calibration(mix, 10, 16, 3).ids)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from alps.core.errors import ConfigError
 from alps.data.text_sources import Text
-from alps.data.windows import calibration_windows, evaluation_windows
+from alps.data.windows import cut_evaluation_windows, draw_calibration_windows
 
 _START = -1
 
@@ -59,9 +59,9 @@ def test_windows_are_disjoint_slices_of_the_stream(lengths: list[int], seqlen: i
     text = Text("numbers", _rows(lengths))
     if available == 0:
         with pytest.raises(ConfigError):
-            calibration_windows(text, _Numbers(), samples, seqlen, seed)
+            draw_calibration_windows(text, _Numbers(), samples=samples, seqlen=seqlen, seed=seed)
         return
-    windows = calibration_windows(text, _Numbers(), samples, seqlen, seed)
+    windows = draw_calibration_windows(text, _Numbers(), samples=samples, seqlen=seqlen, seed=seed)
     assert windows.ids.shape == (samples, seqlen) and windows.ids.dtype is torch.int64
     assert windows.available == available and windows.tokens == samples * seqlen
     starts = windows.ids[:, 0]
@@ -74,7 +74,7 @@ def test_one_seed_gives_the_same_windows_and_another_gives_others() -> None:
     text = Text("numbers", [_numbers(0, 1007)])
 
     def draw(seed: int) -> Any:
-        return calibration_windows(text, _Numbers(), 8, 10, seed)
+        return draw_calibration_windows(text, _Numbers(), samples=8, seqlen=10, seed=seed)
 
     assert torch.equal(draw(5).ids, draw(5).ids) and draw(5).sha256 == draw(5).sha256
     others = [draw(seed) for seed in range(6)]
@@ -85,19 +85,22 @@ def test_one_seed_gives_the_same_windows_and_another_gives_others() -> None:
 def test_drawing_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    calibration_windows(Text("numbers", [_numbers(0, 100)]), _Numbers(), 2, 10, 7)
+    draw_calibration_windows(Text("numbers", [_numbers(0, 100)]), _Numbers(), samples=2, seqlen=10, seed=7)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_whole_text_and_its_last_tokens_can_be_reached() -> None:
     # 25 tokens are two windows of 10 with 5 to spare: the offset takes every value from 0 to 5.
     text = Text("numbers", [_numbers(0, 25)])
-    starts = {int(calibration_windows(text, _Numbers(), 1, 10, seed).ids[0, 0]) for seed in range(200)}
+    starts = {
+        int(draw_calibration_windows(text, _Numbers(), samples=1, seqlen=10, seed=seed).ids[0, 0])
+        for seed in range(200)
+    }
     assert starts == {*range(6), *range(10, 16)}
 
 
 def test_the_hash_is_that_of_little_endian_int64() -> None:
-    windows = calibration_windows(Text("numbers", [_numbers(3, 6)]), _Numbers(), 1, 6, 0)
+    windows = draw_calibration_windows(Text("numbers", [_numbers(3, 6)]), _Numbers(), samples=1, seqlen=6, seed=0)
     assert windows.sha256 == hashlib.sha256(struct.pack("<6q", 3, 4, 5, 6, 7, 8)).hexdigest()
 
 
@@ -113,21 +116,23 @@ def test_the_hash_is_that_of_little_endian_int64() -> None:
 )
 def test_documents_end_with_the_separator_of_pretraining(tokenizer: _Numbers, separator: list[int]) -> None:
     stream = [1, 2, *separator, 3, 4, 5, *separator]
-    windows = calibration_windows(Text("rows", ["1 2", "  \n", "3 4 5"]), tokenizer, 1, len(stream), 0)
+    windows = draw_calibration_windows(
+        Text("rows", ["1 2", "  \n", "3 4 5"]), tokenizer, samples=1, seqlen=len(stream), seed=0
+    )
     assert windows.ids.tolist() == [stream]
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_counts() -> None:
     with pytest.raises(ConfigError) as caught:
-        calibration_windows(Text("short.txt", [_numbers(0, 59)]), _Numbers(), 6, 10, 0)
+        draw_calibration_windows(Text("short.txt", [_numbers(0, 59)]), _Numbers(), samples=6, seqlen=10, seed=0)
     message = str(caught.value)
-    assert "'short.txt' has 59 tokens, enough for 5 windows of 10; 6 were asked for" in message
-    calibration_windows(Text("short.txt", [_numbers(0, 60)]), _Numbers(), 6, 10, 0)
+    assert "'short.txt' has 59 tokens, enough for 5 windows of 10; 6 are needed" in message
+    draw_calibration_windows(Text("short.txt", [_numbers(0, 60)]), _Numbers(), samples=6, seqlen=10, seed=0)
 
 
 def test_evaluation_windows_are_the_text_in_order_with_its_start_token() -> None:
     text = Text("numbers", [_numbers(0, 6), _numbers(6, 7)])  # 14 tokens with the start
-    windows = evaluation_windows(text, _Numbers(eos=900), 4)
+    windows = cut_evaluation_windows(text, _Numbers(eos=900), 4)
     assert windows.ids.tolist() == [[_START, 0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10]]
     assert windows.available == 3 and windows.source == "numbers"
 
@@ -140,19 +145,19 @@ def test_the_rows_of_an_evaluation_are_joined_by_a_blank_line() -> None:
             seen.append(text)
             return super().__call__(text, add_special_tokens, verbose)
 
-    evaluation_windows(Text("numbers", ["1", "2 3\n", ""]), Spy(), 2)
+    cut_evaluation_windows(Text("numbers", ["1", "2 3\n", ""]), Spy(), 2)
     assert seen == ["1\n\n2 3\n\n\n"]
 
 
 def test_a_limit_takes_the_first_windows() -> None:
     text = Text("numbers", [_numbers(0, 40)])
-    whole, two = evaluation_windows(text, _Numbers(), 8), evaluation_windows(text, _Numbers(), 8, 2)
+    whole, two = cut_evaluation_windows(text, _Numbers(), 8), cut_evaluation_windows(text, _Numbers(), 8, 2)
     assert torch.equal(two.ids, whole.ids[:2]) and two.available == whole.available == 5
-    assert len(evaluation_windows(text, _Numbers(), 8, 100).ids) == 5
+    assert len(cut_evaluation_windows(text, _Numbers(), 8, 100).ids) == 5
 
 
 def test_a_text_shorter_than_one_window_is_refused_with_the_counts() -> None:
     text = Text("short.txt", [_numbers(0, 9)])
     with pytest.raises(ConfigError, match=r"'short\.txt' has 10 tokens, too few for one window of 11"):
-        evaluation_windows(text, _Numbers(), 11)
-    assert len(evaluation_windows(text, _Numbers(), 10).ids) == 1
+        cut_evaluation_windows(text, _Numbers(), 11)
+    assert len(cut_evaluation_windows(text, _Numbers(), 10).ids) == 1

@@ -188,12 +188,12 @@ def test_windows_of_self_are_sampled_from_the_dense_model(
 ) -> None:
     asked = []
 
-    def sampled(model: nn.Module, tokenizer: Any, samples: int, seqlen: int, *_: Any) -> Windows:
+    def sampled(model: nn.Module, tokenizer: Any, *, samples: int, seqlen: int, **_: Any) -> Windows:
         asked.append(model)
         ids = torch.randint(3, 500, (samples, seqlen), generator=torch.Generator().manual_seed(9))
         return Windows(ids, SELF, samples)
 
-    monkeypatch.setattr(loaded, "generated_windows", sampled)
+    monkeypatch.setattr(loaded, "generate_windows", sampled)
     _, run = reconstruct_model(dense, clone(pruned), SMALL, load_calibration("self", 8), NoProgress())
     assert asked == [dense.model] and run.calibration.source == "self"
 

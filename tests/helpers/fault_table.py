@@ -247,7 +247,7 @@ FAULTS = [
     Fault("a folder for a calibration file", "is neither a file", lambda s: [_CALIBRATION, s.model]),
     Fault("JSON lines with a bad line", "Line 2 of ", _file("b.jsonl", '{"text": "a"}\n{"text": \n', _CALIBRATION)),
     Fault("JSON lines without a text", "Line 3 of ", _file("n.jsonl", '{"text": "a"}\n\n{"body": 1}', _CALIBRATION)),
-    Fault("too few tokens", "were asked for: give more text", _flags("--samples", 5000)),
+    Fault("too few tokens", "are needed: give more text", _flags("--samples", 5000)),
     Fault("a text shorter than a window", "enough for 0 windows of 64", _file("s.txt", "Once.", _CALIBRATION)),
     Fault("windows longer than the model takes", "longer than the 512", _flags("--seqlen", 1024)),
     Fault("zero samples", "'samples'", _flags("--samples", 0)),

@@ -152,7 +152,7 @@ def test_a_site_without_inputs_stays_dense_and_is_listed(tiny_model: Callable[..
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        ({"samples": 5000}, ConfigError, "5000 were asked for"),
+        ({"samples": 5000}, ConfigError, "5000 are needed"),
         ({"seqlen": 129}, ConfigError, "longer than the 128 this model takes"),
         ({"calibration": "absent.txt"}, ConfigError, "is neither a file nor"),
         ({"calibration": None}, ConfigError, "Method alps .*needs calibration text"),

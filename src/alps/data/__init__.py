@@ -1,0 +1,1 @@
+"""Texts and windows of tokens for calibration and evaluation."""

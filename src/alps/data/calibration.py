@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from alps.core.errors import ConfigError
 from alps.core.progress import Progress
 from alps.data.mixture import CalibrationMix, CalibrationSource, combine
-from alps.data.self_generated import generated_windows
+from alps.data.self_generated import generate_windows
 from alps.data.text_sources import Text, load_text
-from alps.data.windows import Windows, calibration_windows, evaluation_windows
+from alps.data.windows import Windows, cut_evaluation_windows, draw_calibration_windows
 from alps.inference.load import is_packed, load_packed
 from alps.models.auto_class import text_config
 from alps.models.blocks import Block, find_blocks
@@ -80,7 +80,7 @@ class LoadedModel:
         mix = source if isinstance(source, CalibrationMix) else CalibrationMix((CalibrationSource(source),))
         if samples < 1 or seqlen < 1:
             raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
-        if self.tokenizer is None and any(part.text is not None for part in mix.parts):
+        if self.tokenizer is None and any(part.text is not None for part in mix.sources):
             raise ConfigError(
                 "Calibration by text needs the model's tokenizer: pass it, or token ids as a tensor, or use 'self'."
             )
@@ -88,12 +88,21 @@ class LoadedModel:
         counts, seeds = mix.counts(samples), mix.seeds(seed)
         drawn: dict[int, Windows] = {}
         # Texts first: one that is too short is told before the model samples for minutes.
-        for i in sorted(range(len(counts)), key=lambda i: mix.parts[i].text is None):
-            sizes = (counts[i], seqlen, seeds[i])
-            if (text := mix.parts[i].text) is not None:
-                drawn[i] = calibration_windows(text, self.tokenizer, *sizes)
+        for i in sorted(range(len(counts)), key=lambda i: mix.sources[i].text is None):
+            if (text := mix.sources[i].text) is not None:
+                drawn[i] = draw_calibration_windows(
+                    text, self.tokenizer, samples=counts[i], seqlen=seqlen, seed=seeds[i]
+                )
             else:
-                drawn[i] = generated_windows(self.model, self.tokenizer, *sizes, device, progress)
+                drawn[i] = generate_windows(
+                    self.model,
+                    self.tokenizer,
+                    samples=counts[i],
+                    seqlen=seqlen,
+                    seed=seeds[i],
+                    device=device,
+                    progress=progress,
+                )
         return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
     def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
@@ -103,7 +112,7 @@ class LoadedModel:
             ConfigError: for a text that is missing or too short, or windows longer than the model takes.
         """
         self.check_length(seqlen)
-        windows = evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
+        windows = cut_evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
         self.check_ids(windows)
         return windows
 

@@ -1,4 +1,4 @@
-"""What calibration windows are drawn from: one text, the model itself, or several of them with weights."""
+"""Sources of calibration windows: a text, the model itself, or a weighted mix of several."""
 
 from __future__ import annotations
 
@@ -18,69 +18,75 @@ from alps.data.windows import Windows
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """A source of windows and its weight; `text` is None for windows that the dense model samples."""
+    """Source of windows with its weight; a `text` of None stands for windows that the dense model samples."""
 
     text: Text | None
     weight: Fraction = Fraction(1)
 
     @property
     def name(self) -> str:
-        """As it is shown beside figures."""
+        """Name for tables and reports."""
         return SELF if self.text is None else self.text.name
 
 
 @dataclass(frozen=True)
 class CalibrationMix:
-    """Sources of calibration windows; most often only one."""
+    """Weighted sources of calibration windows; usually one."""
 
-    parts: tuple[CalibrationSource, ...]
+    sources: tuple[CalibrationSource, ...]
 
     @property
     def name(self) -> str:
-        """The source's name, or SPEC:WEIGHT of every part with commas between them."""
-        if len(self.parts) == 1:
-            return self.parts[0].name
-        return ",".join(f"{part.name}:{float(part.weight):g}" for part in self.parts)
+        """Name of a single source; otherwise SPEC:WEIGHT of every source, separated by commas."""
+        if len(self.sources) == 1:
+            return self.sources[0].name
+        return ",".join(f"{source.name}:{float(source.weight):g}" for source in self.sources)
 
     def counts(self, samples: int) -> list[int]:
-        """Windows of every part, by largest remainder: they add up to `samples`, equal remainders favour the earlier.
+        """Divide windows among the sources by the largest-remainder method; earlier sources win ties.
+
+        Args:
+            samples: number of windows.
+
+        Returns:
+            Windows of each source, which add up to `samples`.
 
         Raises:
-            ConfigError: when a part would get none.
+            ConfigError: when a source would get none.
         """
-        total = sum(part.weight for part in self.parts)
-        quotas = [samples * part.weight / total for part in self.parts]
+        total = sum(source.weight for source in self.sources)
+        quotas = [samples * source.weight / total for source in self.sources]
         counts = [math.floor(quota) for quota in quotas]
         by_remainder = sorted(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
         for i in by_remainder[: samples - sum(counts)]:
             counts[i] += 1
         if 0 in counts:
             raise ConfigError(
-                f"Part '{self.parts[counts.index(0)].name}' of the calibration mix gets none of {samples} windows: "
+                f"Part '{self.sources[counts.index(0)].name}' of the calibration mix gets none of {samples} windows: "
                 "raise its weight or --samples, or leave it out."
             )
         return counts
 
     def seeds(self, seed: int) -> list[int]:
-        """A seed for every part; a single source takes `seed` itself."""
-        return [seed] if len(self.parts) == 1 else [derive_seed(seed, f"part {i}") for i in range(len(self.parts))]
+        """Derive a seed for every source; a single source uses `seed` itself."""
+        return [seed] if len(self.sources) == 1 else [derive_seed(seed, f"part {i}") for i in range(len(self.sources))]
 
 
 def load_calibration(spec: str, samples: int) -> CalibrationMix:
-    """Resolve what a user wrote for the calibration, and load its texts.
+    """Parse the calibration that a user gave, and load its texts.
 
     Args:
-        spec: a text as `alps.data.text_sources.load_text` takes it; `self` for windows sampled from the model; or a
-            mix,
-            SPEC:WEIGHT with commas between them, such as `c4.jsonl:0.7,self:0.3`. A file of that name comes first.
-        samples: windows that will be drawn.
+        spec: a text as for `alps.data.text_sources.load_text`, `self` for windows sampled from the model, or a mix:
+            SPEC:WEIGHT separated by commas, such as `c4.jsonl:0.7,self:0.3`. An existing file of that name takes
+            precedence.
+        samples: number of windows that will be drawn.
 
     Raises:
-        ConfigError: for a text that cannot be used, a weight that is missing or not positive, a part that is named
-            twice, or one that would get no window.
+        ConfigError: when a text cannot be used, a weight is missing or not positive, or a source is named twice or
+            would get no window.
     """
     if "," not in spec or _is_file(spec):
-        return CalibrationMix((_part(spec, Fraction(1)),))
+        return CalibrationMix((_load_source(spec, Fraction(1)),))
     weights = {}
     for word in spec.split(","):
         source, _, weight = word.strip().rpartition(":")
@@ -90,18 +96,18 @@ def load_calibration(spec: str, samples: int) -> CalibrationMix:
             )
         if source in weights:
             raise ConfigError(f"Calibration mix '{spec}' names '{source}' twice: add up its weights.")
-        weights[source] = _weight(weight, word, spec)
-    mix = CalibrationMix(tuple(_part(source, weight) for source, weight in weights.items()))
+        weights[source] = _parse_weight(weight, word, spec)
+    mix = CalibrationMix(tuple(_load_source(source, weight) for source, weight in weights.items()))
     mix.counts(samples)
     return mix
 
 
 def combine(mix: CalibrationMix, drawn: Sequence[Windows], seed: int) -> Windows:
-    """The windows of all parts in a seeded order.
+    """Return the windows of all sources in a seeded order.
 
     Args:
-        mix: where they come from.
-        drawn: one set of windows, equally long, for every part.
+        mix: the sources.
+        drawn: windows of each source, all of the same length.
         seed: of the order.
     """
     if len(drawn) == 1:
@@ -112,13 +118,13 @@ def combine(mix: CalibrationMix, drawn: Sequence[Windows], seed: int) -> Windows
     return Windows(ids[order], mix.name, sum(windows.available for windows in drawn), parts)
 
 
-def _part(spec: str, weight: Fraction) -> CalibrationSource:
+def _load_source(spec: str, weight: Fraction) -> CalibrationSource:
     if spec == SELF and not _is_file(spec):
         return CalibrationSource(None, weight)
     return CalibrationSource(load_text(spec, "calibration"), weight)
 
 
-def _weight(word: str, part: str, spec: str) -> Fraction:
+def _parse_weight(word: str, part: str, spec: str) -> Fraction:
     try:
         value = float(word)
     except ValueError:

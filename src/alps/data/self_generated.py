@@ -1,4 +1,4 @@
-"""Calibration windows that a model samples itself, kept in the cache: the same ones cost their time once."""
+"""Self-generated calibration windows, cached on disk so that each set is sampled only once."""
 
 from __future__ import annotations
 
@@ -28,31 +28,34 @@ from alps.models.fingerprint import model_sha256
 
 _LOG = logging.getLogger("alps")
 
-# Raised with every change of the sampling that gives other tokens.
+# To be raised with every change of the sampling that gives other tokens.
 _VERSION = 1
 
 
-def generated_windows(
+def generate_windows(
     model: nn.Module,
     tokenizer: Any,
+    *,
     samples: int,
     seqlen: int,
     seed: int,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Windows:
-    """Windows sampled from a model, or those of an earlier call with the same model and arguments.
+    """Sample windows from a model, or read those of an earlier call with the same model and arguments.
 
     Args:
         model: a causal language model; unchanged.
-        tokenizer: says where a text begins and which tokens are not text; None leaves both to the model's
-            configuration.
-        samples, seqlen, seed: windows, tokens in each, and their random streams.
-        device: where to sample; None for where the model is.
-        watcher: told after every token of a batch.
+        tokenizer: defines the first token of a text and the tokens that are not text; None uses the model's
+            configuration, and allows all tokens.
+        samples: number of windows.
+        seqlen: tokens in a window.
+        seed: of the random streams.
+        device: to sample on; None for the model's.
+        progress: advanced after every token of a batch.
 
     Raises:
-        ConfigError: when there is nothing to begin a text with, or the model cannot be sampled.
+        ConfigError: when no token begins a text, or the model cannot be sampled.
         UnsupportedModel: for a model without a key-value cache.
     """
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -77,74 +80,79 @@ def generated_windows(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "generated" / f"{name[:32]}.safetensors"
-    ids = _read(path, samples, seqlen)
+    ids = _read_cached(path, samples, seqlen)
     if ids is None:
         _LOG.info(f"Sampling {samples} windows of {seqlen} tokens from the dense model, once; this may take long ...")
         ids = sample_windows(
             model,
             first,
-            samples,
-            seqlen,
-            seed,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
             schedule=schedule,
             forbidden=forbidden,
             device=device,
             progress=progress,
         )
         try:
-            _write(path, Windows(ids, SELF, samples))
+            _write_cached(path, Windows(ids, SELF, samples))
         except OSError as error:
             _LOG.warning(f"The sampled windows cannot be kept in '{path.parent}': {error.strerror or error}.")
     return Windows(ids, SELF, samples)
 
 
 def first_token(model: nn.Module, tokenizer: Any) -> int:
-    """The token that a window begins with: `<|endoftext|>`, else the beginning of a sequence, else its end.
+    """Return the token that a window begins with: `<|endoftext|>`, else the BOS token, else the document separator.
 
-    The beginning of a sequence comes second because that of a chat model may be the beginning of a turn.
+    The BOS token comes second because that of a chat model may begin a turn.
 
     Raises:
         ConfigError: when there is none of them.
     """
     if tokenizer is None:
-        known = getattr(text_config(model), "bos_token_id", None)
-    elif (known := tokenizer.get_vocab().get("<|endoftext|>")) is None:
-        known = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_separator(tokenizer)
-    if known is None:
+        token = getattr(text_config(model), "bos_token_id", None)
+    elif (token := tokenizer.get_vocab().get("<|endoftext|>")) is None:
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_separator(tokenizer)
+    if token is None:
         raise ConfigError(
             "Calibration 'self' needs a token that begins a text, and this model's tokenizer or configuration names "
             "none: calibrate with a text instead."
         )
-    return int(known)
+    return int(token)
 
 
 def forbidden_tokens(tokenizer: Any, size: int, first: int) -> Tensor:
-    """Ids below `size` that are not text, ascending: unknown to the tokenizer, or special.
+    """Return the ids of tokens that are not text, ascending: unused by the tokenizer, or special.
 
-    Those that begin or separate documents may be drawn.
+    Tokens that begin or separate documents are allowed.
+
+    Args:
+        tokenizer: of the model; None forbids nothing.
+        size: of the vocabulary.
+        first: token that begins a document.
     """
     if tokenizer is None:
         return torch.empty(0, dtype=torch.int64)
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
-    known = set(tokenizer.get_vocab().values())
+    vocabulary = set(tokenizer.get_vocab().values())
     special -= {first, document_separator(tokenizer)}
-    return torch.tensor([i for i in range(size) if i not in known or i in special], dtype=torch.int64)
+    return torch.tensor([i for i in range(size) if i not in vocabulary or i in special], dtype=torch.int64)
 
 
-def _read(path: Path, samples: int, seqlen: int) -> Tensor | None:
-    """The windows of a cache file; None when it is missing, damaged, or does not hold them."""
+def _read_cached(path: Path, samples: int, seqlen: int) -> Tensor | None:
+    """Read the windows of a cache file; None when it is missing, damaged, or holds others."""
     try:
         with safe_open(path, "pt") as file:
-            ids, kept = file.get_tensor("ids"), (file.metadata() or {}).get("sha256")
+            ids, sha256 = file.get_tensor("ids"), (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    right = ids.shape == (samples, seqlen) and ids.dtype == torch.int64
-    return ids if right and Windows(ids, SELF, samples).sha256 == kept else None
+    is_expected = ids.shape == (samples, seqlen) and ids.dtype == torch.int64
+    return ids if is_expected and Windows(ids, SELF, samples).sha256 == sha256 else None
 
 
-def _write(path: Path, windows: Windows) -> None:
-    """Put the file in place whole, or not at all."""
+def _write_cached(path: Path, windows: Windows) -> None:
+    """Write a cache file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
     try:

@@ -1,7 +1,7 @@
-"""Text sources: files, JSON lines, the standard corpora (through `datasets`), and text that every CPython carries.
+"""Text sources: files, JSON lines, the standard corpora (by `datasets`), and the documentation inside CPython.
 
-A source is a list of rows. Calibration joins rows with the tokenizer's document separator; evaluation joins
-them with a blank line, as the perplexities of the literature are taken.
+A source is a list of rows. Calibration joins rows by the tokenizer's document separator, evaluation by a blank line, as
+in the literature.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Literal
 from alps.core.errors import ConfigError, did_you_mean
 
 Split = Literal["calibration", "evaluation"]
-# A calibration without text: windows that the dense model samples, see `alps.data.mixture`.
+# Name of the calibration by windows that the dense model samples; see `alps.data.mixture`.
 SELF = "self"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of text under a name that can be printed beside a figure."""
+    """Rows of text, and a name for tables and reports."""
 
     name: str
     rows: list[str]
@@ -34,12 +34,12 @@ class Text:
 
 
 def load_text(spec: str, split: Split) -> Text:
-    """Resolve what a user wrote for a text.
+    """Load a text by path or name.
 
     Args:
         spec: a `.jsonl` file with a `text` field in every line, any other text file, `wikitext2`, `c4`, `ptb` or
             `python-docs`, or `wikitext2:PATH` for a local copy of the raw WikiText-2 file.
-        split: which part of a named corpus; a file has only one.
+        split: part of a named corpus; a file has only one.
 
     Raises:
         ConfigError: when the text cannot be found or read, or is empty.
@@ -47,25 +47,25 @@ def load_text(spec: str, split: Split) -> Text:
     if spec in _CORPORA:
         text = Text(spec, _CORPORA[spec](split))
     elif spec.startswith("wikitext2:"):
-        path = _existing(spec.removeprefix("wikitext2:"), spec, split)
+        path = _existing_file(spec.removeprefix("wikitext2:"), spec, split)
         text = Text(f"wikitext2:{path.name}", _wikitext_rows(_read(path)))
     else:
-        path = _existing(spec, spec, split)
+        path = _existing_file(spec, spec, split)
         text = Text(path.name, _json_rows(path) if path.suffix == ".jsonl" else [_read(path)])
     if not any(row.strip() for row in text.rows):
         raise ConfigError(f"Text '{spec}' is empty: give a file with some text in it.")
     return text
 
 
-def _existing(name: str, spec: str, split: Split) -> Path:
+def _existing_file(name: str, spec: str, split: Split) -> Path:
     path = Path(name).expanduser()
     try:
-        found = path.is_file()
+        exists = path.is_file()
     except OSError:  # too long for a path
-        found = False
-    if not found:
-        known = [*_CORPORA, *([SELF] if split == "calibration" else [])]
-        raise ConfigError(f"Text '{spec}' is neither a file nor one of {', '.join(known)}.{did_you_mean(spec, known)}")
+        exists = False
+    if not exists:
+        names = [*_CORPORA, *([SELF] if split == "calibration" else [])]
+        raise ConfigError(f"Text '{spec}' is neither a file nor one of {', '.join(names)}.{did_you_mean(spec, names)}")
     return path
 
 
@@ -82,7 +82,7 @@ def _read(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[tuple[int, Any]]:
-    """The values of a JSON lines file, each with its line number; blank lines are skipped.
+    """Return the values of a JSON lines file with their line numbers; blank lines are skipped.
 
     Raises:
         ConfigError: for a file that cannot be read, or a line that is not JSON.
@@ -111,14 +111,17 @@ def _json_rows(path: Path) -> list[str]:
 
 
 def _wikitext_rows(text: str) -> list[str]:
-    """Rows of the raw file as the `datasets` version has them: every row keeps its newline, a lone blank is empty."""
+    """Split the raw WikiText-2 file into the rows of its `datasets` version.
+
+    Every row keeps its newline; a row of one space becomes empty.
+    """
     lines = [line + "\n" for line in text.split("\n")]
     lines[-1] = lines[-1][:-1]
     return ["" if line == " \n" else line for line in lines if line]
 
 
 def _hub_rows(corpus: str, split: Split) -> list[str]:
-    """One of the standard corpora from the hub."""
+    """Load a standard corpus from the hub."""
     try:
         import datasets
     except ImportError:
@@ -143,9 +146,9 @@ def _hub_rows(corpus: str, split: Split) -> list[str]:
 
 
 def _python_docs(split: Split) -> list[str]:
-    """The language reference that CPython ships for `help()`: a third of its topics is held out for evaluation.
+    """Return the language reference that CPython ships for `help()`; a third of its topics is held out for evaluation.
 
-    Topics repeat each other: a paragraph that also occurs among the held-out ones is taken out of the others.
+    Topics share paragraphs. One that occurs in a held-out topic is removed from the calibration topics.
     """
     from pydoc_data.topics import topics
 
@@ -155,18 +158,18 @@ def _python_docs(split: Split) -> list[str]:
     evaluation = [topics[topic] for topic in sorted(topics) if held_out(topic)]
     if split == "evaluation":
         return evaluation
-    seen = {paragraph.strip() for text in evaluation for paragraph in text.split("\n\n")}
+    held_out_paragraphs = {paragraph.strip() for text in evaluation for paragraph in text.split("\n\n")}
     others = [topics[topic].split("\n\n") for topic in sorted(topics) if not held_out(topic)]
-    return ["\n\n".join(part for part in text if part.strip() not in seen) for text in others]
+    return ["\n\n".join(part for part in text if part.strip() not in held_out_paragraphs) for text in others]
 
 
-def _named(corpus: str) -> Callable[[Split], list[str]]:
+def _hub_corpus(corpus: str) -> Callable[[Split], list[str]]:
     return lambda split: _hub_rows(corpus, split)
 
 
 _CORPORA: dict[str, Callable[[Split], list[str]]] = {
-    "wikitext2": _named("wikitext2"),
-    "c4": _named("c4"),
-    "ptb": _named("ptb"),
+    "wikitext2": _hub_corpus("wikitext2"),
+    "c4": _hub_corpus("c4"),
+    "ptb": _hub_corpus("ptb"),
     "python-docs": _python_docs,
 }

@@ -1,4 +1,4 @@
-"""Windows of equally many tokens: seeded ones for calibration, consecutive ones for evaluation."""
+"""Windows of tokens, all of the same length: random ones for calibration, consecutive ones for evaluation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import Tensor
 from alps.core.errors import ConfigError
 from alps.data.text_sources import Text
 
-# Separators between documents of pre-training text, where the tokenizer's end-of-sequence token may be that of a chat.
+# Separators of documents in pre-training text. The EOS token of a chat model may end a turn, not a document.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids, shape (windows, seqlen), and where they come from.
+    """Token ids and their source.
 
     Attributes:
-        ids: int64 token ids.
+        ids: int64, shape (windows, seqlen).
         source: name of the text.
-        available: whole windows that the text would have given.
-        parts: source and windows of every part of a mix; empty for a single source.
-        sha256: of the ids as little-endian int64: equal hashes are equal calibrations.
+        available: number of whole windows in the text.
+        parts: name and number of windows of every source of a mix; empty for a single source.
     """
 
     ids: Tensor
@@ -35,21 +34,30 @@ class Windows:
 
     @property
     def sha256(self) -> str:
+        """Hash of the ids as little-endian int64; equal hashes are equal calibrations."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in all windows."""
         return self.ids.numel()
 
 
-def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Windows:
-    """Draw windows without overlap from the text.
+def draw_calibration_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
+    """Draw random windows without overlap from a text.
 
-    The documents are joined by the tokenizer's document separator and cut into consecutive windows, from a
-    seeded offset; `samples` of them are drawn by a seeded permutation.
+    Rows are joined by the tokenizer's document separator and cut into consecutive windows from a random offset on. Some
+    of these are drawn by a random permutation.
+
+    Args:
+        text: to draw from.
+        tokenizer: of the model.
+        samples: number of windows.
+        seqlen: tokens in a window.
+        seed: of offset and permutation.
 
     Raises:
-        ConfigError: when the text is too short for that many windows, or no tokens are asked for.
+        ConfigError: when the text is too short for that many windows, or a number is not positive.
     """
     if samples < 1 or seqlen < 1:
         raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
@@ -58,7 +66,7 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
     if available < samples:
         raise ConfigError(
             f"Calibration text '{text.name}' has {len(ids)} tokens, enough for {available} windows of {seqlen}; "
-            f"{samples} were asked for: give more text, or lower --samples or --seqlen."
+            f"{samples} are needed: give more text, or lower --samples or --seqlen."
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
@@ -67,8 +75,14 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
     return Windows(grid[chosen].clone(), text.name, available)
 
 
-def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Windows:
-    """The first `limit` (or all) consecutive windows of the text, rows joined by a blank line; the rest is dropped.
+def cut_evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Windows:
+    """Cut a text into consecutive windows; its rows are joined by a blank line.
+
+    Args:
+        text: to cut; tokens after the last whole window are dropped.
+        tokenizer: of the model.
+        seqlen: tokens in a window.
+        limit: number of windows from the beginning; None for all.
 
     Raises:
         ConfigError: when the text is shorter than one window, or nothing would be predicted.
@@ -95,7 +109,7 @@ def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:
 
 
 def document_separator(tokenizer: Any) -> int | None:
-    """The token between two documents; None for a tokenizer without any."""
+    """Return the token between two documents; None for a tokenizer without any."""
     vocabulary = tokenizer.get_vocab()
     for word in _SEPARATORS:
         if word in vocabulary:

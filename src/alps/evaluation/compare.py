@@ -146,7 +146,7 @@ class _Bench:
     def check_calibrations(self, wanted: list[PruneConfig]) -> None:
         """Draw the windows of the first seed from every text, so that one that is too short is told before any run."""
         for one in wanted:
-            parts = self.sources[one.calibration, one.samples].parts
+            parts = self.sources[one.calibration, one.samples].sources
             if one.seed == 0 and all(part.text is not None for part in parts):
                 self.windows(one)
 

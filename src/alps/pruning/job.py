@@ -195,7 +195,7 @@ def _checked(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
 
 def _opened(job: PruneJob, source: CalibrationMix | Tensor | None) -> LoadedModel:
     # A model that samples its own text has to be whole.
-    samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.parts)
+    samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.sources)
     return (load if samples_itself else open_model)(job.model, job.dtype)
 
 
