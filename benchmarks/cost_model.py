@@ -89,7 +89,7 @@ class Run:
     counts: Counts = field(default_factory=Counts)
     itemsize: int = 2
     inverse_itemsize: int = 2
-    inverse_bytes: float = 80 * 2**30 * hessian._CACHE_SHARE
+    inverse_bytes: float = 80 * 2**30 * hessian._CACHE_FRACTION
     changes: Changes = field(default_factory=Changes)
 
     def share(self, rank: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alps.checkpoints.bitmask_codec import pack
 from alps.inference.packed_linear import PackedLinear
-from alps.inference.semi_structured import SemiStructuredLinear, suits
+from alps.inference.semi_structured import SemiStructuredLinear, is_2_4_compatible
 
 HEAD = ["shape", "tokens", "", "ms", "ms by Python", "times dense", "MB", "GB/s", "of stream", "unpacking"]
 Call = Callable[[], Any]
@@ -146,12 +146,12 @@ def _contestants(
             return lambda: made(x)
 
         first = layer()
-        bound = first._binding()
+        bound = first._current_binding()
         nbytes = packed.nbytes + getattr(getattr(bound.matrix, "starts", None), "nbytes", 0)
         add(f"packed {name}", nbytes, product, weight)
-        if tokens > bound.few:
+        if tokens > bound.max_packed_batch:
             add(f"unpack {name}", nbytes, lambda layer=layer: layer().to_dense, None)  # type: ignore[misc]
-        if pattern is None and device.type == "cuda" and suits(first):
+        if pattern is None and device.type == "cuda" and is_2_4_compatible(first):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is a prototype
 

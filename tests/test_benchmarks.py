@@ -399,7 +399,7 @@ def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Pa
     assert rows[4][6] == f"{(1024 * 128 + 1024 * 1024 + 1025 * 4) / 1e6:.1f}" == "1.2" and rows[1][6] == "2.1"
     # Vectors are unpacked for where they are more than the kernel takes; the dense product never.
     kernel = find_kernel()
-    few = kernel.few(torch.bfloat16) if kernel else 0
+    few = kernel.max_packed_batch(torch.bfloat16) if kernel else 0
     wanted = [False, False, *[few < 1] * 3, False, False, *[few < 20] * 3]
     assert [bool(row[9]) for row in rows] == wanted
     if not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from alps.evaluation.compare_config import load_compare_config
 from alps.reporting.compare_results import Result
 from alps.reporting.records import Estimate, EvaluationRecord, TaskRecord
 from alps.solvers import Alps, get_method
-from alps.solvers.hessian import damping_of
+from alps.solvers.hessian import absolute_damping
 from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, support
@@ -107,7 +107,7 @@ def test_optimal_weights_are_those_of_least_squares() -> None:
     weight, stats = problem()
     mask = support(get_method("wanda"), (weight, stats), Unstructured(0.6))
     found = exact_weights((weight, stats), mask, damping=0.05)
-    root = damping_of(stats, 0.05) ** 0.5
+    root = absolute_damping(stats, 0.05) ** 0.5
     A = torch.cat([inputs().double(), root * torch.eye(weight.shape[1], dtype=torch.float64)])
     for row, kept in enumerate(mask):
         b = (A @ weight[row].double())[:, None]
@@ -119,7 +119,7 @@ def test_optimal_weights_are_those_of_least_squares() -> None:
 def splitting(weight: Tensor, stats: InputStats, kept: int, rho: float, steps: int) -> list[tuple[float, float, float]]:
     """Errors of D and of W pruned, and s over all entries, after every step of the splitting, in plain float64."""
     X = inputs().double()
-    H = X.T @ X + damping_of(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
+    H = X.T @ X + absolute_damping(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
     E = H.diagonal().rsqrt()
     H, W0 = E[:, None] * H * E, weight.double() / E
 
@@ -219,7 +219,7 @@ def test_inflation_is_what_regressions_leave() -> None:
     X = inputs()
     stats = InputStats.of(X)
     n = X.shape[1]
-    A = torch.cat([X.double(), damping_of(stats, 0.01) ** 0.5 * torch.eye(n, dtype=torch.float64)])
+    A = torch.cat([X.double(), absolute_damping(stats, 0.01) ** 0.5 * torch.eye(n, dtype=torch.float64)])
     factors = []
     for j in range(n):
         others = [i for i in range(n) if i != j]
@@ -243,7 +243,7 @@ def test_a_row_holds_what_the_inputs_are_like() -> None:
     weight, stats = problem(30)
     found = solved((weight, stats), 0.7)
     X = inputs().double()
-    H = X.T @ X + damping_of(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
+    H = X.T @ X + absolute_damping(stats, 0.01) * torch.eye(X.shape[1], dtype=torch.float64)
     R = H / torch.outer(H.diagonal().sqrt(), H.diagonal().sqrt())
     assert found.condition == pytest.approx(float(torch.linalg.cond(R)), rel=1e-3)
     sizes = sorted(X.square().mean(dim=0).tolist())

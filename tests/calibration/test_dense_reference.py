@@ -18,7 +18,7 @@ from alps.core.statistics import InputStats, Needs
 from alps.models.blocks import find_blocks
 from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
-from alps.solvers.hessian import damping_of
+from alps.solvers.hessian import absolute_damping
 from alps.solvers.patterns import SemiStructured
 
 _CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_every_site_is_solved_on_the_inputs_of_its_order_and_target(
                 received = _before(prefix, block.sites, site, answers, ids, site_inputs)
             X, X_d, W = received[site.name].double(), originals[site.name].double(), site.read().double()
             stats = InputStats.of(X)
-            H = X.T @ X + damping_of(stats, 0.1) * torch.eye(X.shape[1], dtype=torch.float64)
+            H = X.T @ X + absolute_damping(stats, 0.1) * torch.eye(X.shape[1], dtype=torch.float64)
             aim = W + share * W @ torch.linalg.solve(H, (X.T @ (X_d - X))).T
             expected = method.solve(aim.float(), method.prepare(stats), _HALF).weight
             agree = ((expected != 0) == (answers[site.name] != 0)).float().mean()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import BIT_DTYPES, pack
+from alps.checkpoints.bitmask_codec import BIT_DTYPES, PackedMatrix, pack
 from alps.inference import build_kernel as building
 from alps.inference import cpu_backend as native
 from alps.inference.build_kernel import LIBRARY_NAME, SOURCES, compile_library
@@ -30,8 +30,7 @@ def sparse(rows: int, columns: int, kept: float, dtype: torch.dtype, seed: int) 
 
 
 def matrix(kernel: Kernel, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-    packed = pack(weight)
-    return Matrix(kernel, packed.mask, packed.values, packed.offsets, packed.columns, bias)
+    return Matrix(kernel, pack(weight), bias)
 
 
 def multiply(kernel: Kernel, packed: Matrix, x: Tensor) -> Tensor:
@@ -140,20 +139,20 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel_file: Path) -> None:
     spare[2, 1] |= 1 << 20
     moved[3] += 1
     wide = torch.randn(8).bfloat16()
-    for wrong in (
-        (spare, values, offsets, 40, None),
-        (mask, values, moved, 40, None),
-        (mask, values[:-1].clone(), offsets, 40, None),
-        (mask, values, offsets[:-1].clone(), 40, None),
-        (mask, values, offsets, 65, None),
-        (mask, values.double(), offsets, 40, None),
-        (mask.T, values, offsets, 40, None),
-        (mask, values, offsets, 40, wide.float()),
-        (mask, values, offsets, 40, wide[1:]),
+    for packed, bad_bias in (
+        (PackedMatrix(spare, values, offsets, 40), None),
+        (PackedMatrix(mask, values, moved, 40), None),
+        (PackedMatrix(mask, values[:-1].clone(), offsets, 40), None),
+        (PackedMatrix(mask, values, offsets[:-1].clone(), 40), None),
+        (PackedMatrix(mask, values, offsets, 65), None),
+        (PackedMatrix(mask, values.double(), offsets, 40), None),
+        (PackedMatrix(mask.T, values, offsets, 40), None),
+        (PackedMatrix(mask, values, offsets, 40), wide.float()),
+        (PackedMatrix(mask, values, offsets, 40), wide[1:]),
     ):
         with pytest.raises(ValueError):
-            Matrix(kernel, *wrong)
-    Matrix(kernel, mask, values, offsets.long(), 40, wide)
+            Matrix(kernel, packed, bad_bias)
+    Matrix(kernel, PackedMatrix(mask, values, offsets.long(), 40), wide)
 
 
 def run_paths(library: Path, folder: Path, compiler: str, launcher: list[str]) -> list[str]:
@@ -214,7 +213,7 @@ def test_a_library_of_other_sources_is_not_used(
         Kernel(kernel_file, "none")
     monkeypatch.setattr(native, "VERSION", 99)
     assert native.find_kernel.__wrapped__() is None
-    assert "torch alone" in native.describe(None)
+    assert "torch only" in native.describe(None)
 
 
 def test_no_source_is_longer_than_250_lines() -> None:

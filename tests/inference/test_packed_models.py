@@ -23,7 +23,7 @@ from alps.data.calibration import LoadedModel
 from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.inference.packed_linear import PackedLinear
-from alps.inference.text_generation import write
+from alps.inference.text_generation import generate_text
 from helpers.cli_process import run_code
 
 SITES = {"llama": 7, "opt": 6, "opt-postnorm": 6, "gpt2": 4}
@@ -227,7 +227,7 @@ def test_directories_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Cal
         with pytest.raises(CheckpointError, match=reason):
             alps.load(tmp_path / f"{name}-packed")
 
-    refused("more", lambda name: name.replace("q_proj", "q_project"), "no tensor called .*q_project.weight.*unpack")
+    refused("more", lambda name: name.replace("q_proj", "q_project"), "no tensor .*q_project.weight.*unpack")
     refused("fewer", lambda name: None if "layers.1.mlp.up" in name else name, "lacks 1 tensors .*layers.1.mlp.up_proj")
     refused("other", lambda name: name, "has shape", edit='{"intermediate_size": 48}')
 
@@ -255,7 +255,7 @@ def test_experts_under_other_names_are_refused(tmp_path: Path) -> None:
         parameter.data[..., ::2] = 0
     model.save_pretrained(tmp_path / "dense")
     pack_directory(tmp_path / "dense", tmp_path / "packed")
-    with pytest.raises(CheckpointError, match=r"no tensor called .*experts.*alps unpack"):
+    with pytest.raises(CheckpointError, match=r"no tensor .*experts.*alps unpack"):
         alps.load(tmp_path / "packed")
 
 
@@ -278,10 +278,10 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
     said = found.stderr.replace("\n", " ")
     assert f"{len(wanted)} tokens after {ids.shape[1]}: the first in" in said and "tokens/s; weights" in said
     assert "35 packed layers by" in said and "peak memory" in said
-    written = write(model, tokenizer, "Once upon a time", 1)
+    written = generate_text(model, tokenizer, "Once upon a time", 1)
     assert written.tokens == 1 and written.tokens_per_second is None
     # Sampled by a seed, and twice the same.
-    texts = [write(model, tokenizer, "Once", 20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    texts = [generate_text(model, tokenizer, "Once", 20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     refused = runner.invoke(cli.app, ["generate", packed, *options, "--chat"])
     assert refused.exit_code != 0 and "chat template" in str(refused.exception)
@@ -297,6 +297,6 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
 def test_a_chat_template_is_used(packed_stories: tuple[Path, Path]) -> None:
     model, tokenizer = alps.load(packed_stories[1]), AutoTokenizer.from_pretrained(packed_stories[1])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Once"
-    plain = write(model, tokenizer, "Hello", 5)
-    chat = write(model, tokenizer, "Hello", 5, chat=True)
+    plain = generate_text(model, tokenizer, "Hello", 5)
+    chat = generate_text(model, tokenizer, "Hello", 5, chat=True)
     assert chat.prompt_tokens > plain.prompt_tokens

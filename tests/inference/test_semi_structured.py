@@ -17,7 +17,13 @@ from alps.checkpoints.pack import pack_directory
 from alps.core.errors import ConfigError
 from alps.inference import load
 from alps.inference.packed_linear import PackedLinear
-from alps.inference.semi_structured import SemiStructuredLinear, check_device, has_2_of_4, semi_structure, suits
+from alps.inference.semi_structured import (
+    SemiStructuredLinear,
+    check_device,
+    convert_to_semi_structured,
+    has_2_of_4,
+    is_2_4_compatible,
+)
 
 
 def two_of_four(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -56,7 +62,7 @@ def test_the_pattern_is_found_in_the_mask(columns: int) -> None:
     ],
 )
 def test_which_layers_suit(weight: Tensor, wanted: bool) -> None:
-    assert suits(PackedLinear(pack(weight))) == wanted
+    assert is_2_4_compatible(PackedLinear(pack(weight))) == wanted
 
 
 @pytest.fixture
@@ -80,10 +86,10 @@ def test_the_weights_are_those_that_were_packed(anywhere: None) -> None:
 
 def test_a_model_keeps_what_does_not_suit(anywhere: None) -> None:
     model = nn.Sequential(*(PackedLinear(pack(weight)) for weight in (two_of_four(32, 64), two_of_four(48, 64))))
-    assert semi_structure(model) == 1
+    assert convert_to_semi_structured(model) == 1
     assert [type(layer) for layer in model] == [SemiStructuredLinear, PackedLinear]
     with pytest.raises(ConfigError, match="prune with --pattern 2:4"):
-        semi_structure(model)
+        convert_to_semi_structured(model)
 
 
 def test_a_load_converts(anywhere: None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +104,7 @@ def test_a_load_converts(anywhere: None, stories: Path, tmp_path: Path, monkeypa
     kinds = {name: type(layer) for name, layer in loaded.named_modules() if name.endswith("_proj")}
     assert kinds["model.layers.0.self_attn.q_proj"] is SemiStructuredLinear
     assert kinds["model.layers.0.mlp.gate_proj"] is not SemiStructuredLinear  # 172 rows
-    with pytest.raises(ConfigError, match="No layer has 2 of every 4"):
+    with pytest.raises(ConfigError, match="No layer is 2:4"):
         alps.load(tmp_path / "packed", semi_structured=True)  # float32
     with pytest.raises(ConfigError, match="is not packed"):
         alps.load(tmp_path / "dense", semi_structured=True)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from alps.checkpoints.bitmask_codec import pack
-from alps.inference import text_generation as writing
+from alps.checkpoints.bitmask_codec import PackedMatrix, pack
+from alps.inference import text_generation
 from alps.inference import triton_backend as gpu
 from alps.inference.cpu_backend import describe, find_kernel
-from alps.inference.triton_backend import BLOCKS, FEW, GpuKernel, describe_gpu, find_gpu_kernel
+from alps.inference.triton_backend import BLOCKS, MAX_PACKED_BATCH, GpuKernel, describe_gpu, find_gpu_kernel
 from helpers.cli_process import run_code
 
 CASES = Path(__file__).parent / "triton_cases.py"
@@ -102,7 +102,8 @@ def launch(launches: Launches, name: str, dtype: torch.dtype, columns: int = 256
     mask, values, offsets, x, out, bias = shifted
     kernel = GpuKernel()
     kernel._kernels = launches
-    matrix = kernel.bind(mask, values, offsets.long() if first else offsets, columns, None if first else bias)
+    parts = PackedMatrix(mask, values, offsets.long() if first else offsets, columns)
+    matrix = kernel.bind(parts, None if first else bias)
     if name == "unpack":
         kernel.unpack(matrix, 1, torch.zeros(39 * columns + first, dtype=dtype)[first:].view(39, columns))
     else:
@@ -127,7 +128,7 @@ def usage(cubin: bytes, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *(("multiply_one", dtype) for dtype in FEW),
+        *(("multiply_one", dtype) for dtype in MAX_PACKED_BATCH),
         ("multiply_few", torch.bfloat16),
         ("multiply_few", torch.float16),
         ("unpack", torch.bfloat16),
@@ -184,7 +185,7 @@ def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     there["triton"] = True
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert find_gpu_kernel(device) is None
-    assert "torch alone" in describe_gpu(None)
+    assert "torch only" in describe_gpu(None)
 
 
 _LAZY = """
@@ -192,7 +193,7 @@ import sys
 import torch
 before = set(sys.modules)
 import alps
-from alps.checkpoints.bitmask_codec import pack
+from alps.checkpoints.bitmask_codec import PackedMatrix, pack
 from alps.inference.packed_linear import PackedLinear
 layer = PackedLinear(pack(torch.eye(8)))
 layer(torch.ones(1, 8))
@@ -211,8 +212,8 @@ def test_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the summary of `alps generate` has it."""
     assert describe_gpu(GpuKernel()) == "kernels in Triton"
     layer: Any = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda:0")))
-    for kernel, words in ((GpuKernel(), "kernels in Triton"), (None, "torch alone, no triton for this GPU")):
-        monkeypatch.setattr(writing, "find_gpu_kernel", lambda device, kernel=kernel: kernel)
-        assert writing._multiplier(layer) == words
+    for kernel, words in ((GpuKernel(), "kernels in Triton"), (None, "torch only, no triton for this GPU")):
+        monkeypatch.setattr(text_generation, "find_gpu_kernel", lambda device, kernel=kernel: kernel)
+        assert text_generation._describe_kernel(layer) == words
     layer.values.device = torch.device("cpu")
-    assert writing._multiplier(layer) == describe(find_kernel())
+    assert text_generation._describe_kernel(layer) == describe(find_kernel())

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import alps
-from alps.checkpoints.bitmask_codec import BIT_DTYPES, pack
+from alps.checkpoints.bitmask_codec import BIT_DTYPES, PackedMatrix, pack
 from alps.inference import packed_linear as linear
 from alps.inference import triton_backend as gpu
 from alps.inference.packed_linear import PackedLinear
-from alps.inference.triton_backend import FEW, GpuKernel, GpuMatrix, find_gpu_kernel
+from alps.inference.triton_backend import MAX_PACKED_BATCH, GpuKernel, GpuMatrix, find_gpu_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -44,7 +44,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 def bound(kernel: GpuKernel, weight: Tensor, bias: Tensor | None = None) -> GpuMatrix:
     packed = pack(weight)
     parts = (packed.mask.to(DEVICE), packed.values.to(DEVICE), packed.offsets.to(DEVICE))
-    return kernel.bind(*parts, packed.columns, None if bias is None else bias.to(DEVICE))
+    return kernel.bind(PackedMatrix(*parts, packed.columns), None if bias is None else bias.to(DEVICE))
 
 
 def multiply(kernel: GpuKernel, matrix: GpuMatrix, x: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def _widened(operand: Any) -> Any:
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (33, 65), (9, 1100)])
 def test_products(kernel: GpuKernel, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
-    weight, x = sparse(rows, columns, 0.3, dtype, rows), random(min(tokens, FEW[dtype]), columns, dtype=dtype)
+    x = random(min(tokens, MAX_PACKED_BATCH[dtype]), columns, dtype=dtype)
+    weight = sparse(rows, columns, 0.3, dtype, rows)
     bias = random(rows, dtype=dtype, seed=2)
     assert_close(multiply(kernel, bound(kernel, weight, bias), x), x, weight, bias)
 
@@ -117,7 +118,7 @@ def test_any_matrix(
     kernel: GpuKernel, rows: int, columns: int, kept: float, tokens: int, dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
     weight = sparse(rows, columns, kept, dtype, seed)
-    x = random(min(tokens, FEW[dtype]), columns, dtype=dtype, seed=seed + 1)
+    x = random(min(tokens, MAX_PACKED_BATCH[dtype]), columns, dtype=dtype, seed=seed + 1)
     bias = random(rows, dtype=dtype, seed=seed + 2) if biased else None
     matrix = bound(kernel, weight, bias)
     assert_close(multiply(kernel, matrix, x), x, weight, bias)
@@ -153,7 +154,7 @@ def test_offsets_and_places_beyond_16_bits(kernel: GpuKernel) -> None:
     weight, x = sparse(1, 2**15 + 77, 0.9, torch.float16, 5), random(1, 2**15 + 77, dtype=torch.float16)
     packed = pack(weight)
     parts = (packed.mask.to(DEVICE), packed.values.to(DEVICE), packed.offsets.long().to(DEVICE))
-    matrix = kernel.bind(*parts, packed.columns, None)
+    matrix = kernel.bind(PackedMatrix(*parts, packed.columns), None)
     assert matrix.starts.dtype == torch.int32 and int(matrix.starts[-1, -1]) > 2**14
     assert_close(multiply(kernel, matrix, x), x, weight, None)
     assert torch.equal(unpacked(kernel, matrix, 0, 1), weight)
@@ -167,7 +168,7 @@ def test_tensors_that_start_anywhere(kernel: GpuKernel) -> None:
     packed = pack(weight)
     parts = [part.to(DEVICE) for part in vars_of(packed)]
     mask, values, offsets = (torch.cat([part.flatten()[:1], part.flatten()])[1:].view(part.shape) for part in parts)
-    matrix = kernel.bind(mask, values, offsets, 90, None)
+    matrix = kernel.bind(PackedMatrix(mask, values, offsets, 90), None)
     for tokens in (1, 5):
         memory = torch.full((3 + tokens * 19 + 3,), 7.0, dtype=torch.bfloat16, device=DEVICE)
         own = torch.cat([x[0, :1], x[:tokens].flatten()]).to(DEVICE)[1:].view(tokens, 90)
@@ -192,22 +193,22 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel: GpuKernel) -> None:
     moved[3] += 1
     bias = torch.zeros(8, dtype=torch.bfloat16, device=DEVICE)
     wider, more, further = (part.to(DEVICE) for part in vars_of(pack(sparse(8, 64, 0.5, torch.bfloat16, 0))))
-    for wrong in (
-        (wider, more, further, 40, None),  # sound but for bits past the last column
-        (spare, values, offsets, 40, None),
-        (mask, values, moved, 40, None),
-        (mask, values, offsets + 1, 40, None),
-        (mask, values[:-1].clone(), offsets, 40, None),
-        (mask, values, offsets[:-1].clone(), 40, None),
-        (mask, values, offsets, 65, None),
-        (mask, values.double(), offsets, 40, None),
-        (mask.T, values, offsets, 40, None),
-        (mask, values, offsets, 40, bias.float()),
-        (mask, values, offsets, 40, bias[1:]),
+    for wrong, bad_bias in (
+        (PackedMatrix(wider, more, further, 40), None),  # sound but for bits past the last column
+        (PackedMatrix(spare, values, offsets, 40), None),
+        (PackedMatrix(mask, values, moved, 40), None),
+        (PackedMatrix(mask, values, offsets + 1, 40), None),
+        (PackedMatrix(mask, values[:-1].clone(), offsets, 40), None),
+        (PackedMatrix(mask, values, offsets[:-1].clone(), 40), None),
+        (PackedMatrix(mask, values, offsets, 65), None),
+        (PackedMatrix(mask, values.double(), offsets, 40), None),
+        (PackedMatrix(mask.T, values, offsets, 40), None),
+        (PackedMatrix(mask, values, offsets, 40), bias.float()),
+        (PackedMatrix(mask, values, offsets, 40), bias[1:]),
     ):
         with pytest.raises(ValueError):
-            kernel.bind(*wrong)
-    kernel.bind(mask, values, offsets, 40, bias)
+            kernel.bind(wrong, bad_bias)
+    kernel.bind(PackedMatrix(mask, values, offsets, 40), bias)
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_layers(
         found = packed(x)
         assert found.shape == (*shape, 50)
         torch.testing.assert_close(found, dense(x), rtol=2e-3, atol=2e-3)
-    assert isinstance(packed._binding().matrix, GpuMatrix)
+    assert isinstance(packed._current_binding().matrix, GpuMatrix)
     assert torch.equal(packed.to_dense(), dense.weight)
 
 

@@ -190,10 +190,10 @@ def test_options_reach_the_method_at_any_depth() -> None:
         ("alps", {3: 4}, "string, not 3"),
         ("alps", {"damping": -0.1}, "Setting 'damping' of the options of method 'alps' is wrong: -0.1 is below 0"),
         ("alps", {"damping": float("nan")}, "nan is below 0 or infinite"),
-        ("alps", {"admm": {"rho": 0}}, "a rho and factors above 0"),
-        ("alps", {"admm": {"check_every": 0}}, "a check_every of at least 1"),
-        ("alps", {"admm": {"growth": [[0.1, 0.0]]}}, "a rho and factors above 0"),
-        ("sparsegpt", {"block": 0}, "needs at least 1 column"),
+        ("alps", {"admm": {"rho": 0}}, "rho and all factors positive"),
+        ("alps", {"admm": {"check_every": 0}}, "check_every must be at least 1"),
+        ("alps", {"admm": {"growth": [[0.1, 0.0]]}}, "rho and all factors positive"),
+        ("sparsegpt", {"block": 0}, "must be at least 1 column"),
         ("dsnot", {"initial": "random"}, "'wanda' or 'sparsegpt', not 'random'"),
         ("magnitude", {"damping": 0.1}, "it has none"),
         ("wnada", {}, "Method 'wnada' is unknown: choose one of alps, "),
@@ -237,7 +237,7 @@ def test_effort_reaches_the_schedule_and_options_go_on_top() -> None:
     ("method", "effort", "sentence"),
     [
         ("alps", "hihg", "Effort 'hihg' is unknown: choose one of normal, high. Did you mean 'high'?"),
-        ("wanda", "high", "Method 'wanda' knows no --effort high"),
+        ("wanda", "high", "Method 'wanda' has no --effort high"),
     ],
 )
 def test_an_effort_that_is_not_there_is_refused(method: str, effort: str, sentence: str) -> None:

@@ -14,7 +14,7 @@ from alps.core import half_precision as precision
 from alps.core.statistics import InputStats
 from alps.solvers import Alps, alps
 from alps.solvers.admm import PlainSteps
-from alps.solvers.admm_fused import StreamingSteps
+from alps.solvers.admm_fused import FusedSteps
 from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, keep_largest
 from helpers.problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
@@ -51,12 +51,12 @@ def flips(first: Tensor, second: Tensor) -> int:
     return int(torch.count_nonzero(first ^ second))
 
 
-def both_steps(problem: Problem, pattern: Pattern) -> Iterator[tuple[PlainSteps, StreamingSteps]]:
+def both_steps(problem: Problem, pattern: Pattern) -> Iterator[tuple[PlainSteps, FusedSteps]]:
     """The published splitting and the streaming one, before the schedule and after every entry of it."""
     state, dense = state_of(problem)
     before = dense.clone()
     plain = PlainSteps(state, dense, dense @ state.matrix, pattern)
-    streaming = StreamingSteps(state, dense, pattern, torch.float32)
+    streaming = FusedSteps(state, dense, pattern, torch.float32)
     yield plain, streaming
     for rho in SCHEDULE:
         for steps in (plain, streaming):
@@ -90,7 +90,7 @@ def test_they_are_on_a_larger_site(pattern: Pattern) -> None:
 
 def test_a_mask_is_not_changed_by_later_steps() -> None:
     state, dense = state_of(medium())
-    steps = StreamingSteps(state, dense, Unstructured(0.7), torch.float32)
+    steps = FusedSteps(state, dense, Unstructured(0.7), torch.float32)
     first = steps.mask
     before = first.clone()
     steps.step(0.1)
@@ -102,7 +102,7 @@ def test_a_mask_is_not_changed_by_later_steps() -> None:
 def test_the_last_projection_is_exact(pattern: Pattern, dtype: torch.dtype) -> None:
     """On a site so large that the ones before it may be off by an entry or two."""
     state, dense = state_of(Problem(normal(70, 512, 400), correlated_inputs(71, 800, 400)))
-    steps = StreamingSteps(state, dense, pattern, dtype)
+    steps = FusedSteps(state, dense, pattern, dtype)
     kept = dense.numel() - pattern.pruned_count(dense.numel())
     for rho in (0.1, 0.1, 0.13):
         steps.step(rho)
@@ -134,7 +134,7 @@ def test_a_bfloat16_step_survives_one_strong_direction(rho: float, pattern: Patt
     """The right-hand side holds that direction times a thousand: rounded itself, it would bury the answer."""
     state, dense = state_of(spiked())
     exact = exact_weights(state, dense, rho, 1, pattern)
-    steps = StreamingSteps(state, dense, pattern, torch.bfloat16)
+    steps = FusedSteps(state, dense, pattern, torch.bfloat16)
     steps.step(rho)
     assert float((steps._weights() - exact).norm() / dense.norm()) < 0.01
     D = torch.where(keep_largest(dense.abs(), pattern), dense, 0.0)
@@ -147,7 +147,7 @@ def test_a_bfloat16_step_survives_one_strong_direction(rho: float, pattern: Patt
 def test_bfloat16_roundings_do_not_pile_up(make: Callable[[], Problem]) -> None:
     """0.026 after six steps as measured, most of it from entries at the cut that were decided otherwise."""
     state, dense = state_of(make())
-    steps = StreamingSteps(state, dense, SemiStructured(2, 4), torch.bfloat16)
+    steps = FusedSteps(state, dense, SemiStructured(2, 4), torch.bfloat16)
     for _ in range(6):
         steps.step(0.1)
     exact = exact_weights(state, dense, 0.1, 6, SemiStructured(2, 4))

@@ -32,7 +32,7 @@ def test_a_w_step_solves_its_normal_equations(rho: float) -> None:
     right = C.double() - V.double() + rho * D.double()
     shifted = state.matrix.double() + rho * torch.eye(IN, dtype=torch.float64)
     exact = torch.linalg.solve(shifted, right.T).T
-    found = admm.w_step(state.inverse(rho), C, D, V, rho)
+    found = admm.w_step(state.inverse(rho), C, D, V, rho=rho)
     assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
 
 
@@ -128,7 +128,7 @@ def test_the_copies_meet_as_theorem_1_says(pattern: Pattern) -> None:
     D, V, rho = torch.where(keep_largest(dense.abs(), pattern), dense, 0.0), torch.zeros_like(dense), 0.1
     gaps, moves, penalties = [], [], []
     for _ in range(90):
-        W = admm.w_step(state.inverse(rho), C, D, V, rho)
+        W = admm.w_step(state.inverse(rho), C, D, V, rho=rho)
         before = D
         D, V, _ = admm.project(W, V, rho, pattern)
         gaps.append(float((W - D).norm()))

@@ -10,7 +10,7 @@ from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.solvers import get_method
 from alps.solvers.dense_target import shifted_weight, target_damping, target_shift
-from alps.solvers.hessian import damping_of
+from alps.solvers.hessian import absolute_damping
 from alps.solvers.patterns import Unstructured
 
 
@@ -54,7 +54,7 @@ def test_the_new_weight_minimises_the_objective(share: float) -> None:
     X, X_d, W = _inputs()
     stats = _stats(X, X_d)
     X, X_d, W64 = X.double(), X_d.double(), W.double()
-    damping = damping_of(stats, 0.01)
+    damping = absolute_damping(stats, 0.01)
     best = shifted_weight(W, target_shift(stats, share, 0.01)).double().requires_grad_()
     (slope,) = torch.autograd.grad(_objective(best, W64, X, X_d, share, damping), best)
     far = W64.clone().mul_(0).requires_grad_()
@@ -68,7 +68,7 @@ def test_the_new_weight_minimises_the_objective(share: float) -> None:
 def test_the_objective_is_the_distance_to_the_new_weight(share: float) -> None:
     X, X_d, W = _inputs()
     stats = _stats(X, X_d)
-    damping = damping_of(stats, 0.01)
+    damping = absolute_damping(stats, 0.01)
     best = shifted_weight(W, target_shift(stats, share, 0.01)).double()
     X, X_d, W = X.double(), X_d.double(), W.double()
     H = X.T @ X + damping * torch.eye(X.shape[1], dtype=torch.float64)

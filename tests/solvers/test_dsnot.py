@@ -27,7 +27,7 @@ def problem_of(name: str) -> tuple[Tensor, Tensor]:
 def initial_mask(weight: Tensor, stats: InputStats, pattern: Pattern, initial: str) -> Tensor:
     if initial == "wanda":
         return keep_largest(weight.abs() * stats.norms(), pattern, scope="row")
-    diagonal = inverse_factor(stats, 0.01)[0].diagonal()
+    diagonal = inverse_factor(stats, 0.01).upper.diagonal()
     return keep_largest(weight.square() / diagonal.square(), pattern, scope="row")
 
 

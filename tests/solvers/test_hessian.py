@@ -12,7 +12,7 @@ from torch import Tensor
 from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats
 from alps.solvers import hessian as hessian_module
-from alps.solvers.hessian import ScaledHessian, damped, damping_of, inverse_factor, invert_, scaled
+from alps.solvers.hessian import ScaledHessian, absolute_damping, damped, inverse_factor, invert_, scaled
 from helpers.problems import PROBLEMS, correlated, correlated_inputs, hessian64, huge_range, normal, zero_inputs
 
 NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_range", "huge_token", "one_input"]
@@ -54,11 +54,12 @@ def test_scaled_is_the_unit_diagonal_hessian(name: str) -> None:
 
 def test_zero_inputs_have_damping_one() -> None:
     stats = InputStats.of(zero_inputs().inputs)
-    assert damping_of(stats, 0.01) == 1.0
+    assert absolute_damping(stats, 0.01) == 1.0
     state = scaled(stats, 0.01)
     assert torch.equal(state.matrix, torch.eye(40)) and torch.equal(state.scale, torch.ones(40))
     assert any("40 of 40 inputs were zero" in note for note in state.notes)
-    upper, damping, notes = inverse_factor(stats, 0.01)
+    factor = inverse_factor(stats, 0.01)
+    upper, damping, notes = factor.upper, factor.damping, factor.notes
     assert torch.equal(upper, torch.eye(40)) and damping == 1.0 and notes == []
 
 
@@ -104,7 +105,8 @@ def test_undamped_energy_of_zero_inputs_is_zero() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_inverse_factor_squares_to_the_inverse(name: str) -> None:
     stats = InputStats.of(inputs_of(name))
-    upper, damping, notes = inverse_factor(stats, 0.01)
+    factor = inverse_factor(stats, 0.01)
+    upper, damping, notes = factor.upper, factor.damping, factor.notes
     hessian, lam = damped(stats, 0.01)
     assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
     assert damping == lam and notes == []
@@ -116,7 +118,7 @@ def test_inverse_factor_squares_to_the_inverse(name: str) -> None:
 def test_the_factor_is_accurate_with_hardly_any_damping() -> None:
     """1 / U_jj^2 is what the later inputs leave unexplained of input j: it must not drown in rounding."""
     inputs = huge_range().inputs
-    upper, _, _ = inverse_factor(InputStats.of(inputs), 1e-6)
+    upper = inverse_factor(InputStats.of(inputs), 1e-6).upper
     stats = InputStats.of(inputs)
     hessian = stats.gram().double() + 1e-6 * float(stats.square.double().mean()) * torch.eye(40)
     for j in (0, 20, 39):
@@ -127,7 +129,8 @@ def test_the_factor_is_accurate_with_hardly_any_damping() -> None:
 @pytest.mark.parametrize(("lowest", "raised"), [(-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
 def test_damping_is_raised_with_a_note(lowest: float, raised: float) -> None:
     stats = handmade([lowest, 1.0, 2.0, 3.0, 1.5, 0.5])
-    upper, damping, notes = inverse_factor(stats, 0.01)
+    factor = inverse_factor(stats, 0.01)
+    upper, damping, notes = factor.upper, factor.damping, factor.notes
     assert damping == pytest.approx(raised)
     assert notes == [f"damping raised to {raised:g} of the mean diagonal"]
     exact = torch.linalg.inv(stats.gram().double() + raised * torch.eye(6))
@@ -142,7 +145,8 @@ def test_hopeless_sums_are_refused() -> None:
 def test_the_scaled_hessian_raises_its_damping_like_the_factor() -> None:
     stats = handmade([-0.5, 1.0, 1.2, 1.4, 1.1, 0.9])
     state = scaled(stats, 0.01)
-    _, damping, notes = inverse_factor(stats, 0.01)
+    factor = inverse_factor(stats, 0.01)
+    damping, notes = factor.damping, factor.notes
     assert state.damping == damping and state.notes[0] == notes[0] == "damping raised to 1 of the mean diagonal"
     exact = torch.linalg.inv(state.matrix.double() + 0.1 * torch.eye(6))
     torch.testing.assert_close(state.inverse(0.1).double(), exact, rtol=1e-4, atol=1e-5)
@@ -215,8 +219,8 @@ def test_a_gpu_keeps_inverses_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
     for memory, kept in ((80 * 2**30, 5 * 2**30), (2**30, 2**28)):
         facts = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, facts=facts: facts)
-        assert hessian_module.kept_bytes(torch.device("cuda")) == kept
-    assert hessian_module.kept_bytes(torch.device("cpu")) == 2**28
+        assert hessian_module.inverse_cache_bytes(torch.device("cuda")) == kept
+    assert hessian_module.inverse_cache_bytes(torch.device("cpu")) == 2**28
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,7 +50,7 @@ def starts(weight: Tensor) -> dict[str, Tensor]:
 def test_it_reaches_the_float64_optimum(start: str) -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    found = refit(H, C, mask, starts(weight)[start], 200, 1e-6)
+    found = refit(H, C, mask, starts(weight)[start], max_steps=200, tolerance=1e-6)
     best = best_on_support(weight, H.double(), mask)
     assert found.residual <= 1e-6
     # Rounding is relative to the largest iterate: a start far off leaves more of it.
@@ -68,7 +68,7 @@ def test_every_step_lowers_the_objective_of_every_row(start: str) -> None:
     best = objective64(best_on_support(weight, H.double(), mask), weight, H.double())
     before = objective64(torch.where(mask, begin, 0.0), weight, H.double())
     for steps in range(1, 9):
-        found = refit(H, C, mask, begin, steps, 0.0)
+        found = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
         assert found.steps == steps
         after = objective64(found.weight, weight, H.double())
         unfinished = before > best * (1 + 1e-4)
@@ -83,7 +83,7 @@ def test_the_preconditioner_takes_uneven_diagonals() -> None:
     inputs = normal(9, TOKENS, IN) * torch.logspace(-2, 2, IN)
     H = inputs.T @ inputs + 1e-3 * torch.eye(IN)
     mask = random_mask(7, OUT, IN)
-    found = refit(H, weight @ H, mask, torch.zeros_like(weight), 30, 1e-5)
+    found = refit(H, weight @ H, mask, torch.zeros_like(weight), max_steps=30, tolerance=1e-5)
     best = best_on_support(weight, H.double(), mask)
     size = H.double().diagonal().sqrt()
     assert float(((found.weight.double() - best) * size).norm() / (best * size).norm()) < 1e-4
@@ -92,11 +92,11 @@ def test_the_preconditioner_takes_uneven_diagonals() -> None:
 def test_the_tolerance_stops_it_early() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    loose = refit(H, C, mask, torch.zeros_like(weight), 100, 1e-1)
-    tight = refit(H, C, mask, torch.zeros_like(weight), 100, 1e-4)
+    loose = refit(H, C, mask, torch.zeros_like(weight), max_steps=100, tolerance=1e-1)
+    tight = refit(H, C, mask, torch.zeros_like(weight), max_steps=100, tolerance=1e-4)
     assert 0 < loose.steps < tight.steps < 100
     assert tight.residual <= 1e-4 < loose.residual <= 1e-1
-    none = refit(H, C, mask, torch.zeros_like(weight), 0, 1e-4)
+    none = refit(H, C, mask, torch.zeros_like(weight), max_steps=0, tolerance=1e-4)
     assert none.steps == 0 and not bool(none.weight.any()) and none.residual == pytest.approx(1, rel=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_the_tolerance_stops_it_early() -> None:
 def test_the_reported_residual_is_true(steps: int) -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    found = refit(H, C, mask, weight, steps, 0.0)
+    found = refit(H, C, mask, weight, max_steps=steps, tolerance=0.0)
     masked = (C.double() - found.weight.double() @ H.double()) * mask
     true = float((masked.norm(dim=1) / (C * mask).double().norm(dim=1)).max())
     assert found.residual == pytest.approx(true, rel=1e-2, abs=1e-6)
@@ -113,9 +113,9 @@ def test_the_reported_residual_is_true(steps: int) -> None:
 def test_rows_without_support_stay_zero_and_do_no_harm() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    alone = refit(H, C[1:], mask[1:], weight[1:], 15, 0.0).weight
+    alone = refit(H, C[1:], mask[1:], weight[1:], max_steps=15, tolerance=0.0).weight
     mask[0] = False
-    found = refit(H, C, mask, weight, 15, 0.0)
+    found = refit(H, C, mask, weight, max_steps=15, tolerance=0.0)
     assert not bool(found.weight[0].any())
     # Products of another shape are summed in another order, and unfinished steps amplify it.
     torch.testing.assert_close(found.weight[1:], alone, rtol=1e-3, atol=1e-3)
@@ -123,7 +123,7 @@ def test_rows_without_support_stay_zero_and_do_no_harm() -> None:
 
 def test_nothing_kept_at_all() -> None:
     H, C, weight = unit_problem()
-    found = refit(H, C, torch.zeros_like(weight, dtype=torch.bool), weight, 10, 1e-5)
+    found = refit(H, C, torch.zeros_like(weight, dtype=torch.bool), weight, max_steps=10, tolerance=1e-5)
     assert found.steps == 0 and found.residual == 0.0 and not bool(found.weight.any())
 
 
@@ -135,7 +135,7 @@ def test_finished_rows_stay_where_they_are() -> None:
     C[2] = 0.0  # zero is the answer
     start = weight.clone()
     start[2] = 0.0
-    found = refit(H, C, mask, start, 150, 0.0).weight
+    found = refit(H, C, mask, start, max_steps=150, tolerance=0.0).weight
     assert bool(torch.isfinite(found).all())
     assert float(found[0, 4]) == pytest.approx(float(C[0, 4] / H[4, 4]), rel=1e-5)
     torch.testing.assert_close(found[1], weight[1], rtol=1e-3, atol=1e-4)
@@ -147,7 +147,7 @@ def test_finished_rows_stay_where_they_are() -> None:
 def test_full_support_returns_the_dense_weight() -> None:
     H, C, weight = unit_problem()
     everything = torch.ones_like(weight, dtype=torch.bool)
-    found = refit(H, C, everything, torch.zeros_like(weight), 200, 1e-6)
+    found = refit(H, C, everything, torch.zeros_like(weight), max_steps=200, tolerance=1e-6)
     assert float((found.weight - weight).norm() / weight.norm()) < 1e-4
 
 
@@ -206,7 +206,7 @@ def test_the_gain_is_the_true_decrease(start: str, steps: int) -> None:
     H, C, weight = unit_problem(23)
     mask = random_mask(8, OUT, IN, 0.4)
     begin = torch.where(mask, starts(weight)[start], 0.0)
-    found = refit(H, C, mask, begin, steps, 0.0)
+    found = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
     before, after = (objective64(X, weight, H.double()).sum() for X in (begin, found.weight))
     assert found.steps == steps
     assert found.gain == pytest.approx(float(before - after), rel=1e-3)
@@ -215,21 +215,21 @@ def test_the_gain_is_the_true_decrease(start: str, steps: int) -> None:
 def test_no_step_gains_nothing() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    assert refit(H, C, mask, weight, 0, 0.0).gain == 0.0
-    assert refit(H, C, torch.zeros_like(mask), weight, 5, 0.0).gain == 0.0
+    assert refit(H, C, mask, weight, max_steps=0, tolerance=0.0).gain == 0.0
+    assert refit(H, C, torch.zeros_like(mask), weight, max_steps=5, tolerance=0.0).gain == 0.0
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 7])
 def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> None:
     H, C, weight = unit_problem(33)
     mask = random_mask(9, OUT, IN, 0.4)
-    right = (C * mask).norm(dim=1)
-    totals = [refit(H, C, mask, weight, steps, 0.0).gain for steps in range(10)]
+    rhs_norm = (C * mask).norm(dim=1)
+    totals = [refit(H, C, mask, weight, max_steps=steps, tolerance=0.0).gain for steps in range(10)]
     gains = [after - before for before, after in pairwise(totals)]
-    least = gains[at - 1] * (1 + 1e-9)
+    min_gain = gains[at - 1] * (1 + 1e-9)
     X = torch.where(mask, weight, 0.0)
-    found = pcg_iterations(H, C - X @ H, mask, X, right, 10, 0.0, least)
-    assert found.steps == next(i for i, gain in enumerate(gains, 1) if gain <= least)
+    found = pcg_iterations(H, C - X @ H, mask, X, rhs_norm=rhs_norm, max_steps=10, tolerance=0.0, min_gain=min_gain)
+    assert found.steps == next(i for i, gain in enumerate(gains, 1) if gain <= min_gain)
     assert found.gain == pytest.approx(totals[found.steps], rel=1e-5)
     assert found.weight is X, "the answer overwrites the start"
 
@@ -237,6 +237,6 @@ def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> Non
 def test_without_a_least_gain_the_steps_go_on() -> None:
     H, C, weight = unit_problem(33)
     mask = random_mask(9, OUT, IN, 0.4)
-    right = (C * mask).norm(dim=1)
+    rhs_norm = (C * mask).norm(dim=1)
     X = torch.where(mask, weight, 0.0)
-    assert pcg_iterations(H, C - X @ H, mask, X, right, 10, 0.0).steps == 10
+    assert pcg_iterations(H, C - X @ H, mask, X, rhs_norm=rhs_norm, max_steps=10, tolerance=0.0).steps == 10

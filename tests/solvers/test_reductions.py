@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.solvers.reductions import column_squares, inner, row_inner, rows_of
+from alps.solvers.reductions import column_squares, inner, row_inner, rows_per_chunk
 from helpers.problems import normal
 
 # One row, rows that end within a piece, rows that fill two pieces and a bit, and rows longer than a piece.
@@ -19,7 +19,7 @@ def integers(seed: int, *shape: int) -> Tensor:
 
 
 def test_pieces_are_of_whole_rows() -> None:
-    assert [rows_of(torch.empty(shape)) for shape in SHAPES] == [2**18, 2**18 // 7, 873, 1]
+    assert [rows_per_chunk(torch.empty(shape)) for shape in SHAPES] == [2**18, 2**18 // 7, 873, 1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

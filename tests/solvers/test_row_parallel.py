@@ -43,7 +43,7 @@ def test_rows_solved_apart_are_those_of_the_whole(
 
     def solve(rows: Process) -> Any:
         shard = weight[bounds[rows.rank] : bounds[rows.rank + 1]]
-        return method.solve_rows(shard, method.prepare(stats), pattern, weight.numel(), rows)
+        return method.solve_rows(shard, method.prepare(stats), pattern, entries=weight.numel(), rows=rows)
 
     solutions = in_threads(2, solve)
     mask, answer = (torch.cat([getattr(solution, name) for solution in solutions]) for name in ("mask", "weight"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alps.solvers import topk as selection
-from alps.solvers.topk import Whole, apply_mask, approx_topk_mask, topk_mask
+from alps.solvers.topk import LocalScores, apply_mask, approx_topk_mask, topk_mask
 
 DISTINCT = ("normal", "uniform", "heavy tails", "ascending", "descending", "shifted")
 TIED = ("few values", "constant", "mostly zero", "bfloat16")
@@ -44,7 +44,7 @@ def stable_top(scores: Tensor, kept: int) -> Tensor:
 def check_nearly(scores: Tensor, kept: int, slack: float) -> int:
     """Assert what `approx_topk_mask` promises; by how many entries it is off."""
     before, out = scores.clone(), torch.full_like(scores, torch.nan)
-    assert approx_topk_mask(Whole(scores), kept, slack, out) is out
+    assert approx_topk_mask(LocalScores(scores), kept, slack, out) is out
     assert torch.equal(scores, before)
     assert bool(((out == 0) | (out == 1)).all())
     off = int(out.sum(dtype=torch.float64)) - kept
@@ -75,7 +75,7 @@ def test_ties_that_no_cut_can_split_are_split_by_position(size: int) -> None:
     """Half of the entries are equal, and the count ends among them: only the exact selection can answer."""
     scores = torch.where(torch.arange(size) % 2 == 0, 1.0, vector("uniform", size, 3))
     kept, out = size // 4, torch.empty(size)
-    approx_topk_mask(Whole(scores), kept, 1e-3, out)
+    approx_topk_mask(LocalScores(scores), kept, 1e-3, out)
     assert torch.equal(out.bool(), stable_top(scores, kept))
 
 
@@ -97,7 +97,7 @@ def test_a_sample_that_misleads_costs_no_correctness(
     scores = vector(kind, size, seed)
     kept = min(max(round(share * size), 1), size - 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_SAMPLED_FROM", 1)
+        patch.setattr(selection, "_MIN_SAMPLED_SIZE", 1)
         patch.setattr(selection, "_CPU_CHUNK", 128)
         check_nearly(scores, kept, slack)
         assert torch.equal(topk_mask(scores, kept), stable_top(scores, kept))

@@ -19,7 +19,7 @@ from alps.solvers.patterns import (
     keep_largest,
     restrict_to_nonzeros,
 )
-from alps.solvers.topk import capped
+from alps.solvers.topk import redistribute
 from helpers.problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
 from solvers.test_every_method import ALL, PATTERNS, bits, method_of, problem_of
 
@@ -63,7 +63,7 @@ def test_no_zero_comes_back_and_counts_are_exact(name: str, share: float, aims_e
             if isinstance(base, SemiStructured):
                 groups = [mask.reshape(-1, base.group).sum(dim=1) for mask in (found.mask, allowed)]
                 assert torch.equal(groups[0], groups[1].clamp_max(base.keep))
-            assert pattern.settled == torch.equal(found.mask, allowed)
+            assert pattern.is_satisfied == torch.equal(found.mask, allowed)
             assert bool(torch.isfinite(found.weight).all())
 
 
@@ -134,7 +134,7 @@ def test_capped_counts_are_filled_one_by_one(pairs: list[tuple[int, int]]) -> No
             wanted = min(counts[place] + raised, most)
             if kept[place] < wanted and sum(kept) < min(sum(counts), sum(room)):
                 kept[place] = wanted
-    assert capped(torch.tensor(counts), torch.tensor(room)).tolist() == kept
+    assert redistribute(torch.tensor(counts), torch.tensor(room)).tolist() == kept
 
 
 @many
@@ -159,5 +159,8 @@ def test_a_pattern_within_a_matrix_tells_its_counts() -> None:
     allowed = torch.tensor([[True, True, True, False, False, False, False, True]])
     pattern = MaskedPattern(SemiStructured(2, 4), allowed)
     assert (pattern.kept, pattern.pruned_count(8), pattern.sparsity, str(pattern)) == (3, 5, 0.625, "2:4")
-    assert pattern.fits(8) and not pattern.fits(4) and not pattern.settled
-    assert MaskedPattern(Unstructured(0.5), allowed).settled and not MaskedPattern(Unstructured(0.625), allowed).settled
+    assert pattern.fits(8) and not pattern.fits(4) and not pattern.is_satisfied
+    assert (
+        MaskedPattern(Unstructured(0.5), allowed).is_satisfied
+        and not MaskedPattern(Unstructured(0.625), allowed).is_satisfied
+    )

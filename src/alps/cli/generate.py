@@ -25,7 +25,7 @@ def generate_command(
 ) -> None:
     """Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr."""
     from alps.inference.load import load
-    from alps.inference.text_generation import summary, write
+    from alps.inference.text_generation import generate_text, summary
     from alps.models.demo_model import resolve_model_path
     from alps.models.load import load_tokenizer
 
@@ -33,10 +33,12 @@ def generate_command(
         place = resolve_model_path(path)
         model, tokenizer = load(place, device, dtype), load_tokenizer(place)
 
-        def emit(text: str) -> None:
+        def write_text(text: str) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        written = write(model, tokenizer, prompt, tokens, temperature, seed, chat, emit)
-        emit("\n")
-        _LOG.info(summary(model, written))
+        result = generate_text(
+            model, tokenizer, prompt, tokens, temperature=temperature, seed=seed, chat=chat, on_text=write_text
+        )
+        write_text("\n")
+        _LOG.info(summary(model, result))

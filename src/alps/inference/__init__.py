@@ -1,1 +1,1 @@
-"""Packed models that run: layers that stay packed, and the kernel that multiplies with them."""
+"""Inference with packed models: layers that stay packed in memory, and the kernels that multiply with them."""

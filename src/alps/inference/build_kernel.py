@@ -1,8 +1,8 @@
-"""Builds the kernel with the system's C compiler, at installation or by `python -m alps.inference.build_kernel`.
+"""Compile the CPU kernel with the system's C compiler, at installation or by `python -m alps.inference.build_kernel`.
 
-Every instruction set is a file with flags of its own; a file that this compiler cannot build is left out, and so is the
-whole library where there is no compiler. This file imports nothing but the standard library: the package's build loads
-it alone.
+Each instruction set is one source file with its own compiler flags. A file that the compiler cannot build is left out.
+Without a compiler there is no library, and torch multiplies instead. This module imports only the standard library,
+because the build of the package loads it on its own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
 LIBRARY_NAME = "_kernel.so"
 _COMMON = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra")
-_NEEDED = ("portable.c", "threads.c")
+_REQUIRED = ("portable.c", "threads.c")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _AVX512BF16 = (*_AVX512, "-mavx512vbmi2", "-mavx512bf16")
-# In this order: a later file may use what an earlier one has.
+# The order matters: a file may use functions of the files before it.
 _X86 = {
     "avx2.c": _AVX2,
     "avx512.c": _AVX512,
@@ -38,12 +38,12 @@ def compile_library(target: Path, compiler: list[str] | None = None, flags: tupl
     """Build the library.
 
     Args:
-        target: the file to write; it appears whole or not at all.
-        compiler: the command; None for $CC, or the first of cc, gcc and clang.
-        flags: for every file and for linking.
+        target: file to write, atomically.
+        compiler: command of the compiler; None for $CC, or else the first of cc, gcc and clang.
+        flags: additional flags for every file and for linking.
 
     Returns:
-        None, or why there is no library.
+        None on success, or the reason for which there is no library.
     """
     command = compiler or _compiler()
     if command is None:
@@ -52,7 +52,7 @@ def compile_library(target: Path, compiler: list[str] | None = None, flags: tupl
         folder = Path(temporary)
         try:
             objects, defined = _compile_paths(command, flags, folder)
-            for name in _NEEDED:
+            for name in _REQUIRED:
                 objects.append(_compile(command, (*flags,), SOURCES / name, folder))
             objects.append(_compile(command, (*flags, *defined), SOURCES / "dispatch.c", folder))
             _run([*command, *flags, "-shared", "-o", str(folder / LIBRARY_NAME), *map(str, objects), "-pthread"])
@@ -63,11 +63,11 @@ def compile_library(target: Path, compiler: list[str] | None = None, flags: tupl
 
 
 def _compile_paths(command: list[str], flags: tuple[str, ...], folder: Path) -> tuple[list[Path], list[str]]:
-    """Objects of the instruction sets that could be built, and what tells the dispatch of them."""
+    """Return the objects of the instruction sets that could be built, and the defines that dispatch.c needs."""
     objects, defined = [], []
-    for name, own in _candidates(command).items():
+    for name, own_flags in _candidates(command).items():
         try:
-            objects.append(_compile(command, (*flags, *own), SOURCES / name, folder))
+            objects.append(_compile(command, (*flags, *own_flags), SOURCES / name, folder))
         except subprocess.CalledProcessError:
             break
         defined.append(f"-DALPS_{Path(name).stem.upper()}")
@@ -75,9 +75,9 @@ def _compile_paths(command: list[str], flags: tuple[str, ...], folder: Path) -> 
 
 
 def _candidates(command: list[str]) -> dict[str, tuple[str, ...]]:
-    """Files for the machine that the compiler builds for, which need not be this one."""
-    done = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
-    machine = (done.stdout or platform.machine()).lower()
+    """Return the source files, with flags, for the target machine of the compiler, which may differ from this one."""
+    result = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
+    machine = (result.stdout or platform.machine()).lower()
     if machine.startswith(("x86_64", "amd64")):
         return _X86
     return _ARM if machine.startswith(("aarch64", "arm64")) else {}
@@ -94,19 +94,19 @@ def _run(command: list[str]) -> None:
 
 
 def _compiler() -> list[str] | None:
-    if own := shlex.split(os.environ.get("CC", "")):
-        return own
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    return None if found is None else [found]
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    return None if compiler is None else [compiler]
 
 
 def _reason(error: Exception) -> str:
-    said = str(getattr(error, "stderr", "") or "").strip().splitlines()
+    lines = str(getattr(error, "stderr", "") or "").strip().splitlines()
     code = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
-    return f"the C compiler failed ({said[0] if said else code})"
+    return f"the C compiler failed ({lines[0] if lines else code})"
 
 
 if __name__ == "__main__":
-    failed = compile_library(FOLDER / LIBRARY_NAME)
-    print(f"No kernel: {failed}." if failed else f"Built {FOLDER / LIBRARY_NAME}.")
-    sys.exit(failed is not None)
+    failure = compile_library(FOLDER / LIBRARY_NAME)
+    print(f"No kernel: {failure}." if failure else f"Built {FOLDER / LIBRARY_NAME}.")
+    sys.exit(failure is not None)

@@ -1,7 +1,7 @@
-"""The compiled library: found, loaded, and asked which instruction sets this processor has.
+"""CPU backend: load the compiled library, and choose an instruction set of this processor.
 
-It is plain C, called through ctypes, which lets other Python threads run meanwhile; it knows nothing of torch but the
-threads, which are torch's own (csrc/threads.c says why).
+The library is plain C and is called through ctypes, so that other Python threads run during a call. It does not depend
+on torch, but it runs on torch's OpenMP threads; csrc/threads.c explains why.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from alps.checkpoints.bitmask_codec import PackedMatrix, check_layout
 from alps.inference.build_kernel import LIBRARY_NAME
 
 VERSION = 1  # ALPS_VERSION of kernel.h
-# Dtypes of the values that it multiplies.
+# Dtypes of the values that the library multiplies, with their number in kernel.h.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
-# With so many vectors of bfloat16 torch's own product catches up, unpacking included.
-_FEW = {"amx": sys.maxsize, "avx512bf16": 128}
+# Up to this many vectors of bfloat16 the packed product is faster than unpacking followed by torch's own product.
+_MAX_PACKED_BATCH = {"amx": sys.maxsize, "avx512bf16": 128}
 
 
 class _Matrix(ctypes.Structure):
@@ -44,48 +44,55 @@ class _Matrix(ctypes.Structure):
 
 
 class Matrix:
-    """A packed matrix as the library takes it, with the tensors that it points into.
+    """A packed matrix in the form of the library, with references to the tensors that it points into.
 
     Args:
-        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.PackedMatrix`, contiguous, on the CPU.
-        columns: of the matrix.
-        bias: (rows) in the dtype of the values, or None.
+        kernel: the library.
+        packed: matrix with contiguous tensors on the CPU.
+        bias: shape (rows,) in the dtype of the values, or None.
 
     Raises:
-        ValueError: when they contradict each other.
+        ValueError: if the tensors do not fit together.
     """
 
-    def __init__(
-        self, kernel: Kernel, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None
-    ) -> None:
-        check_layout(PackedMatrix(mask, values, offsets, columns), bias, KINDS)
+    def __init__(self, kernel: Kernel, packed: PackedMatrix, bias: Tensor | None) -> None:
+        check_layout(packed, bias, KINDS)
+        mask, values, offsets = packed.mask, packed.values, packed.offsets
         if not values.is_cpu:
-            raise ValueError("the library reads matrices on the CPU alone")
+            raise ValueError("the library only reads matrices on the CPU")
         self.tensors = (mask, values, offsets, bias)
         rows, words = mask.shape
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
-        wide = offsets.dtype == torch.int64
-        self.fields = _Matrix(*pointers, rows, columns, words, len(values), wide, KINDS[values.dtype])
+        self.fields = _Matrix(
+            mask=mask.data_ptr(),
+            values=values.data_ptr(),
+            offsets=offsets.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            rows=rows,
+            columns=packed.columns,
+            words=words,
+            kept=len(values),
+            wide=offsets.dtype == torch.int64,
+            kind=KINDS[values.dtype],
+        )
         self.pointer = byref(self.fields)
         if not kernel.library.alps_is_sound(self.pointer):
             raise ValueError("mask, offsets and values do not fit together")
 
 
 class Kernel:
-    """The library with one instruction set chosen.
+    """The library with a chosen instruction set.
 
     Attributes:
-        path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512`, `avx512bf16` or
-            `amx`.
-        paths: all that this processor has, the best last.
+        path: name of the instruction set: `portable`, `neon`, `avx2`, `avx512`, `avx512bf16` or `amx`.
+        paths: all instruction sets of this processor, from slow to fast.
 
     Args:
         file: the library.
-        path: the instruction set; None for the best.
+        path: the instruction set; None for the fastest.
 
     Raises:
-        OSError: when the file cannot be loaded, or another version of the sources made it.
-        ValueError: when the processor lacks `path`.
+        OSError: if the file cannot be loaded, or was built from another version of the sources.
+        ValueError: if the processor does not have the instruction set `path`.
     """
 
     def __init__(self, file: Path, path: str | None = None) -> None:
@@ -101,34 +108,34 @@ class Kernel:
         self.index = names.index(self.path)
         self.multiply = self.library.alps_multiply
 
-    def bind(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, bias: Tensor | None) -> Matrix:
-        """The matrix for the other methods; see `Matrix`."""
-        return Matrix(self, mask, values, offsets, columns, bias)
+    def bind(self, packed: PackedMatrix, bias: Tensor | None) -> Matrix:
+        """Prepare a packed matrix with its bias for the other methods; see `Matrix`."""
+        return Matrix(self, packed, bias)
 
-    def few(self, dtype: torch.dtype) -> int:
-        """Up to so many vectors are multiplied with a packed matrix faster than with one unpacked for them."""
-        if dtype == torch.bfloat16 and self.path in _FEW:
-            return _FEW[self.path]
-        return 16 if self.path in _FEW or (self.path == "avx2" and dtype != torch.float32) else 8
+    def max_packed_batch(self, dtype: torch.dtype) -> int:
+        """Return the largest number of vectors that are multiplied faster packed than after unpacking the matrix."""
+        if dtype == torch.bfloat16 and self.path in _MAX_PACKED_BATCH:
+            return _MAX_PACKED_BATCH[self.path]
+        return 16 if self.path in _MAX_PACKED_BATCH or (self.path == "avx2" and dtype != torch.float32) else 8
 
     def linear(self, matrix: Matrix, x: Tensor, out: Tensor, tokens: int) -> None:
         """Write x (tokens, columns) times the transposed matrix, plus its bias, into out (tokens, rows).
 
-        Both are contiguous, in the matrix's dtype and of any leading shape; nothing here checks it.
+        Both tensors must be contiguous and in the dtype of the matrix, with any leading shape. This is not checked.
         """
         threads = torch.get_num_threads()
         if self.multiply(matrix.pointer, x.data_ptr(), out.data_ptr(), tokens, threads, self.index):
             raise MemoryError
 
     def unpack(self, matrix: Matrix, first: int, out: Tensor) -> None:
-        """Write rows `first` to `first + len(out)` into `out`, contiguous and in the matrix's dtype."""
+        """Write rows `first` to `first + len(out)` into `out`, which is contiguous and in the dtype of the matrix."""
         pointer, threads = out.data_ptr(), torch.get_num_threads()
         self.library.alps_unpack(matrix.pointer, first, first + len(out), pointer, threads, self.index)
 
 
 @functools.cache
 def find_kernel() -> Kernel | None:
-    """The library beside this file with the best instruction set, or None where it was not built or does not load."""
+    """Return the library with the fastest instruction set, or None if it was not built or cannot be loaded."""
     file = Path(__file__).parent / LIBRARY_NAME
     try:
         return Kernel(file) if file.is_file() else None
@@ -137,8 +144,8 @@ def find_kernel() -> Kernel | None:
 
 
 def describe(kernel: Kernel | None) -> str:
-    """In words what multiplies on a CPU."""
-    return "torch alone, the kernel was not built" if kernel is None else f"kernel {kernel.path}"
+    """Describe in words how packed layers are multiplied on a CPU."""
+    return "torch only, the kernel was not built" if kernel is None else f"kernel {kernel.path}"
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -153,7 +160,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _openmp() -> c_void_p | None:
-    """The entry of torch's own OpenMP runtime, looked up among what its library was linked to."""
+    """Return the entry of the OpenMP runtime that torch is linked to; None if there is none."""
     for file in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
             return ctypes.cast(ctypes.CDLL(str(file)).GOMP_parallel, c_void_p)

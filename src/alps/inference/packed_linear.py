@@ -1,4 +1,4 @@
-"""A linear layer that keeps its weight packed: what is not zero is read, the rest is never there."""
+"""Linear layer with a packed weight: only the nonzero weights are in memory and are read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from alps.inference.cpu_backend import KINDS, find_kernel
 from alps.inference.torch_backend import unpack_rows
 from alps.inference.triton_backend import find_gpu_kernel
 
-# Rows that are unpacked at once for a dense product. On a CPU they are small enough to stay in the cache until then. A
-# GPU needs many for its own product to be fast: most layers are unpacked whole.
+# Bytes of the rows that are unpacked at a time for a dense product. On a CPU they fit into the cache. A GPU needs many
+# rows for its product to be fast, so that most layers are unpacked whole.
 _TILE_BYTES = 2**21
 _GPU_TILE_BYTES = 2**28
 
@@ -27,25 +27,35 @@ class Multiplier(Protocol):
     """Interface of `cpu_backend.Kernel` and `triton_backend.GpuKernel`."""
 
     @property
-    def bind(self) -> Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Any]:
-        """Make sure that a packed matrix is one, and prepare it."""
+    def bind(self) -> Callable[[PackedMatrix, Tensor | None], Any]:
+        """Check and prepare a packed matrix with its bias."""
 
     @property
-    def few(self) -> Callable[[torch.dtype], int]:
-        """Up to so many vectors are multiplied with the packed matrix as it is."""
+    def max_packed_batch(self) -> Callable[[torch.dtype], int]:
+        """Return the largest number of vectors that are multiplied faster packed than after unpacking the matrix."""
 
     @property
     def linear(self) -> Callable[[Any, Tensor, Tensor, int], None]:
-        """Multiply so many vectors into a tensor."""
+        """Multiply a number of vectors with the matrix into a tensor."""
 
     @property
     def unpack(self) -> Callable[[Any, int, Tensor], None]:
-        """Write dense rows, from a first one on, into a tensor."""
+        """Write dense rows, starting at a given row, into a tensor."""
 
 
 @dataclass
-class _Bound:
-    """The kernel on the very tensors that a layer had when it was bound; None where torch has to do."""
+class _Binding:
+    """A kernel bound to the tensors that a layer had at that time.
+
+    Attributes:
+        tensors: mask, values, offsets and bias.
+        dtype: dtype of the values.
+        device: device of the values.
+        kind: type of the device.
+        kernel: the kernel; None if torch multiplies.
+        matrix: the matrix prepared for the kernel.
+        max_packed_batch: largest number of vectors for the packed product.
+    """
 
     tensors: tuple[Tensor | None, ...]
     dtype: torch.dtype
@@ -53,23 +63,26 @@ class _Bound:
     kind: str
     kernel: Multiplier | None = None
     matrix: Any = None
-    few: int = 0
+    max_packed_batch: int = 0
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + b` with W packed as in docs/format.md; for inference, W is not a parameter and cannot be trained.
+    """`y = x W^T + b` with W packed as in docs/format.md.
 
-    On a CPU the compiled kernel multiplies, where there is one, and on a GPU those in Triton; anywhere else, and where
-    gradients with respect to the input are asked for, rows are unpacked by torch, some at a time, and multiplied
-    densely: correct, and slower.
+    The layer is for inference: W is not a parameter and cannot be trained. The compiled kernel multiplies on a CPU, and
+    kernels in Triton on a GPU. Without a kernel, or if gradients with respect to the input are required, torch unpacks
+    some rows at a time and multiplies them densely, which is slower.
 
     Args:
-        packed: the weight (out, in), of bfloat16, float16 or float32 for the kernel.
-        bias: (out), or None.
+        packed: the weight (out, in); kernels need bfloat16, float16 or float32.
+        bias: shape (out,), or None.
 
     Attributes:
-        mask, values, offsets: the packed weight, as buffers; they move and are cast with the module.
-        in_features, out_features: as of `nn.Linear`.
+        mask: mask of the packed weight, a buffer.
+        values: nonzero weights, a buffer; it is cast with the module.
+        offsets: offsets of the rows in `values`, a buffer.
+        in_features: number of inputs, as in `nn.Linear`.
+        out_features: number of outputs, as in `nn.Linear`.
     """
 
     mask: Tensor
@@ -84,16 +97,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("values", packed.values.contiguous())
         self.register_buffer("offsets", packed.offsets.contiguous())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._bound: _Bound | None = None
+        self._bound: _Binding | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype of the values."""
-        # Few calls and no attribute lookups through the module: small layers take ten microseconds in all.
-        bound = self._binding()
+        """Map x (..., in) to (..., out), in the dtype of the values."""
+        # Calls and attribute lookups through the module are avoided: small layers take only ten microseconds.
+        bound = self._current_binding()
         kernel, matrix = bound.kernel, bound.matrix
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
-            raise RuntimeError(f"the input is of shape {tuple(shape)}, the layer takes {self.in_features} features")
+            raise RuntimeError(f"the input has shape {tuple(shape)}, but the layer takes {self.in_features} features")
         if (
             kernel is None
             or input.dtype is not bound.dtype
@@ -101,19 +114,19 @@ class PackedLinear(nn.Module):
             or torch.is_autocast_enabled(bound.kind)
             or (torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()))
         ):
-            return self._by_torch(input)
+            return self._multiply_with_torch(input)
         x = input if input.is_contiguous() else input.contiguous()
         tokens = x.numel() // self.in_features
         out = x.new_empty((*shape[:-1], self.out_features))
-        if tokens <= bound.few:
+        if tokens <= bound.max_packed_batch:
             kernel.linear(matrix, x, out, tokens)
         else:
-            self._by_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
+            self._multiply_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
         return out
 
     def to_dense(self) -> Tensor:
-        """The weight (out, in), on the layer's device: a copy, to the bit."""
-        bound = self._binding()
+        """Return a dense copy of the weight (out, in) on the layer's device, equal to the bit."""
+        bound = self._current_binding()
         if bound.kernel is None:
             return torch.cat(list(self._tiles())) if self.out_features else self.values.new_empty(0, self.in_features)
         dense = self.values.new_empty(self.out_features, self.in_features)
@@ -121,30 +134,30 @@ class PackedLinear(nn.Module):
         return dense
 
     def check(self) -> None:
-        """Make sure that mask, values and offsets fit together, which products take for granted.
+        """Check that mask, values and offsets fit together, which products rely on.
 
         Raises:
-            ValueError: when they do not.
+            ValueError: if they do not.
         """
-        if self._binding().kernel is None:
-            check_packed(PackedMatrix(self.mask, self.values, self.offsets, self.in_features))
+        if self._current_binding().kernel is None:
+            check_packed(self._packed())
 
     def extra_repr(self) -> str:
-        """What is printed of the layer."""
+        """Describe the layer for `repr`."""
         weights = self.in_features * self.out_features
         kept = f"{len(self.values) / weights:.2%} kept" if weights else "empty"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
-    def _by_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor) -> None:
-        """Many vectors: rows are unpacked into one buffer again and again, and multiplied as dense ones.
+    def _multiply_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor) -> None:
+        """Multiply many vectors: unpack some rows at a time into one buffer, and multiply them densely.
 
-        On a GPU torch's allocator gives every layer the same memory for it, in the order of the stream and within CUDA
-        graphs; a buffer of our own would have to be kept apart by streams, and would stay when nobody needs it.
+        On a GPU torch's allocator reuses the memory of the buffer for every layer, in stream order and in CUDA graphs.
+        A permanent buffer would need one copy per stream, and would occupy memory between calls.
         """
         count = self._tile_rows()
         tile = x.new_empty(min(count, self.out_features), self.in_features)
         if multiplies_by_float32(x.dtype, x.device):
-            self._by_wide_tiles(kernel, matrix, x.float(), out, tile)
+            self._multiply_tiles_in_float32(kernel, matrix, x.float(), out=out, tile=tile)
             return
         for first in range(0, self.out_features, count):
             rows = tile[: self.out_features - first]
@@ -155,8 +168,10 @@ class PackedLinear(nn.Module):
             else:
                 torch.addmm(self.bias[first : first + len(rows)], x, rows.t(), out=part)
 
-    def _by_wide_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor, tile: Tensor) -> None:
-        """Multiply in float32 and round once, on processors without half-precision instructions."""
+    def _multiply_tiles_in_float32(
+        self, kernel: Multiplier, matrix: Any, x: Tensor, *, out: Tensor, tile: Tensor
+    ) -> None:
+        """Multiply in float32 and round once, for processors without half-precision instructions."""
         wide, product = torch.empty_like(tile, dtype=torch.float32), x.new_empty(len(x), len(tile))
         for first in range(0, self.out_features, len(tile)):
             count = min(len(tile), self.out_features - first)
@@ -167,7 +182,7 @@ class PackedLinear(nn.Module):
                 part += self.bias[first : first + count]
             out[:, first : first + count] = part
 
-    def _by_torch(self, input: Tensor) -> Tensor:
+    def _multiply_with_torch(self, input: Tensor) -> Tensor:
         if not self.out_features:
             return input.new_empty(*input.shape[:-1], 0)
         biases = itertools.repeat(None) if self.bias is None else torch.split(self.bias, self._tile_rows())
@@ -175,20 +190,23 @@ class PackedLinear(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def _tiles(self) -> Iterator[Tensor]:
+        """Yield the dense rows in tiles, unpacked by torch."""
         count = self._tile_rows()
         for first in range(0, self.out_features, count):
-            last = min(first + count, self.out_features)
-            yield unpack_rows(self.mask, self.values, self.offsets, self.in_features, first, last)
+            yield unpack_rows(self._packed(), first, min(first + count, self.out_features))
+
+    def _packed(self) -> PackedMatrix:
+        return PackedMatrix(self.mask, self.values, self.offsets, self.in_features)
 
     def _trains_bias(self) -> bool:
         return self.bias is not None and self.bias.requires_grad
 
     def _tile_rows(self) -> int:
-        most = _GPU_TILE_BYTES if self.values.is_cuda else _TILE_BYTES
-        return max(most // (self.in_features * self.values.element_size()), 1)
+        tile_bytes = _GPU_TILE_BYTES if self.values.is_cuda else _TILE_BYTES
+        return max(tile_bytes // (self.in_features * self.values.element_size()), 1)
 
-    def _binding(self) -> _Bound:
-        """The kernel on the tensors that are here now: they may have been moved, cast or replaced."""
+    def _current_binding(self) -> _Binding:
+        """Return the binding, renewed if the tensors have been moved, cast or replaced."""
         bound, buffers = self._bound, self._buffers
         if bound is not None:
             mask, values, offsets, bias = bound.tensors
@@ -202,18 +220,19 @@ class PackedLinear(nn.Module):
         self._bound = self._bind()
         return self._bound
 
-    def _bind(self) -> _Bound:
-        mask, values, offsets, bias = tensors = (self.mask, self.values, self.offsets, self.bias)
-        bound = _Bound(tensors, values.dtype, values.device, values.device.type)
+    def _bind(self) -> _Binding:
+        values, bias = self.values, self.bias
+        tensors = (self.mask, values, self.offsets, bias)
+        bound = _Binding(tensors, values.dtype, values.device, values.device.type)
         kernel: Multiplier | None = find_kernel() if values.is_cpu else find_gpu_kernel(values.device)
         if kernel is None or values.dtype not in KINDS or (bias is not None and bias.dtype != values.dtype):
             return bound
-        bound.kernel, bound.few = kernel, kernel.few(values.dtype)
-        bound.matrix = kernel.bind(mask, values, offsets, self.in_features, bias)
+        bound.kernel, bound.max_packed_batch = kernel, kernel.max_packed_batch(values.dtype)
+        bound.matrix = kernel.bind(self._packed(), bias)
         return bound
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
-        # A parameter may get other memory and stay the same object.
+        # A parameter may receive new memory and remain the same object.
         self._bound = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -1,4 +1,4 @@
-"""Layers pruned to 2:4 as torch's semi-structured tensors, for the sparse tensor cores of NVIDIA's GPUs."""
+"""Convert 2:4 layers to torch's semi-structured tensors, for the sparse tensor cores of NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from alps.core.errors import ConfigError
-from alps.inference.convert import packed_modules, put
+from alps.inference.convert import packed_modules, set_module
 from alps.inference.packed_linear import PackedLinear
 
-# What both of torch's libraries, cuSPARSELt and CUTLASS, take.
+# Both libraries of torch, cuSPARSELt and CUTLASS, take multiples of these sizes, and these dtypes.
 _ROWS, _COLUMNS = 32, 64
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class SemiStructuredLinear(nn.Module):
-    """`y = x W^T + b` with W 2:4 as torch keeps it, in 0.5625 of the dense bytes; torch chooses the library.
+    """`y = x W^T + b` with a 2:4 weight in torch's semi-structured format, in 0.5625 of the dense bytes.
 
     Args:
-        layer: a packed layer that `suits`, on a GPU. Its weight is dense for a moment.
+        layer: a packed layer on a GPU for which `is_2_4_compatible` is true. Its weight is unpacked temporarily.
     """
 
     def __init__(self, layer: PackedLinear) -> None:
@@ -30,52 +30,52 @@ class SemiStructuredLinear(nn.Module):
         self.register_parameter("bias", layer.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Map x (..., in) to (..., out)."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         return F.linear(input.contiguous(), self.weight, bias)
 
 
-def semi_structure(model: nn.Module) -> int:
-    """Put a `SemiStructuredLinear` in the place of every packed layer that suits; returns how many.
+def convert_to_semi_structured(model: nn.Module) -> int:
+    """Replace every compatible packed layer by a `SemiStructuredLinear`, and return the number of replaced layers.
 
     Raises:
-        ConfigError: when none does.
+        ConfigError: if no layer is compatible.
     """
     count = 0
     for name, layer in list(packed_modules(model)):
-        if suits(layer):
-            put(model, name, SemiStructuredLinear(layer))
+        if is_2_4_compatible(layer):
+            set_module(model, name, SemiStructuredLinear(layer))
             count += 1
     if not count:
         raise ConfigError(
-            "No layer has 2 of every 4 inputs in bfloat16 or float16, and sizes that semi-structured tensors take: "
-            "prune with --pattern 2:4, or leave semi_structured out."
+            "No layer is 2:4 in bfloat16 or float16, with sizes that semi-structured tensors support: prune with "
+            "--pattern 2:4, or leave semi_structured out."
         )
     return count
 
 
-def suits(layer: PackedLinear) -> bool:
-    """Whether a layer's weight is 2:4 along its inputs, in a dtype and of sizes that sparse tensor cores take."""
-    sizes = layer.out_features % _ROWS == 0 and layer.in_features % _COLUMNS == 0 and layer.out_features > 0
-    return sizes and layer.values.dtype in _DTYPES and has_2_of_4(layer.mask)
+def is_2_4_compatible(layer: PackedLinear) -> bool:
+    """Return whether a weight is 2:4 along its inputs, with a dtype and sizes that sparse tensor cores support."""
+    sizes_fit = layer.out_features % _ROWS == 0 and layer.in_features % _COLUMNS == 0 and layer.out_features > 0
+    return sizes_fit and layer.values.dtype in _DTYPES and has_2_of_4(layer.mask)
 
 
 def has_2_of_4(mask: Tensor) -> bool:
-    """Whether every four columns, counted from the first, have two bits or fewer in a mask of int32 words."""
+    """Return whether every group of four columns of a mask of int32 words has at most two bits."""
     pairs = mask - ((mask >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    # Counts of 0 to 4, each in 4 bits of its own: with 5 added the highest one tells 3 and 4 apart from the rest.
+    # Each group of 4 bits holds a count from 0 to 4. After adding 5, its highest bit is set for counts of 3 and 4.
     return not bool(((fours + 0x55555555) & -0x77777778).any())
 
 
 def check_device(device: torch.device) -> None:
-    """Make sure that a device has sparse tensor cores.
+    """Check that a device has sparse tensor cores.
 
     Raises:
-        ConfigError: when it has none.
+        ConfigError: if it has none.
     """
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
-            f"Semi-structured layers need a GPU of NVIDIA's of compute capability 8.0 or newer, which '{device}' is "
-            "not: leave semi_structured out."
+            f"Semi-structured layers need an NVIDIA GPU of compute capability 8.0 or newer, which '{device}' is not: "
+            "leave semi_structured out."
         )

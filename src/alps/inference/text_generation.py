@@ -1,4 +1,4 @@
-"""Text from a model as it is generated, and how fast it came."""
+"""Generate text with a model, and measure the speed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What was generated.
+    """Generated text with its speed.
 
     Attributes:
-        text: without the prompt.
-        prompt_tokens, tokens: in the prompt, and generated.
-        first_seconds: until the first token, prompt included.
-        tokens_per_second: of those after the first; None where there are none.
-        weight_bytes: of all parameters and buffers.
+        text: generated text, without the prompt.
+        prompt_tokens: number of tokens of the prompt.
+        tokens: number of generated tokens.
+        first_seconds: time to the first token, processing of the prompt included.
+        tokens_per_second: rate after the first token; None if there is only one token.
+        weight_bytes: bytes of all parameters and buffers.
     """
 
     text: str
@@ -40,14 +41,14 @@ class GenerationResult:
     weight_bytes: int
 
 
-class _Timed(TextStreamer):  # type: ignore[misc]
-    """Passes on text word by word, and notes when tokens came."""
+class _TimedStreamer(TextStreamer):  # type: ignore[misc]
+    """Streamer that passes text on word by word, and records the time of every token."""
 
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.texts: list[str] = []
         self.times: list[float] = []
-        self._emit = emit
+        self._on_text = on_text
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
@@ -55,72 +56,75 @@ class _Timed(TextStreamer):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         self.texts.append(text)
-        self._emit(text)
+        self._on_text(text)
 
 
-def write(
+def generate_text(
     model: nn.Module,
     tokenizer: Any,
     prompt: str,
     tokens: int,
+    *,
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    emit: Callable[[str], None] = lambda _: None,
+    on_text: Callable[[str], None] = lambda _: None,
 ) -> GenerationResult:
     """Continue a prompt.
 
     Args:
-        model, tokenizer: of transformers.
-        prompt: text; with `chat`, what a user says.
-        tokens: at most so many are generated.
-        temperature: 0 for the most likely token each time.
-        seed: of the sampling; the global generator is left as it was.
-        chat: put the prompt into the tokenizer's chat template.
-        emit: is given text as it comes.
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        prompt: text to continue; with `chat`, the message of a user.
+        tokens: largest number of tokens to generate.
+        temperature: sampling temperature; 0 always takes the most likely token.
+        seed: seed of the sampling; the state of torch's global generator is restored afterwards.
+        chat: apply the tokenizer's chat template to the prompt.
+        on_text: called with each piece of text when it is generated.
 
     Raises:
-        ConfigError: for a prompt without tokens, or `chat` without a template.
+        ConfigError: if the prompt has no tokens, or the tokenizer has no chat template and `chat` is set.
     """
     device = next(model.parameters()).device
-    ids = _ids(tokenizer, prompt, chat).to(device)
-    streamer = _Timed(tokenizer, emit)
+    ids = _token_ids(tokenizer, prompt, chat).to(device)
+    streamer = _TimedStreamer(tokenizer, on_text)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
     if not temperature:
-        # A model's own sampling settings would be warned of.
+        # Without this, transformers warns about sampling settings in the model's configuration.
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     generate: Any = model.generate
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         start = time.perf_counter()
         out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=streamer, **sampling)
-    # The streamer is given the prompt first.
+    # The first call of the streamer has the prompt.
     times, count = streamer.times[1:], out.shape[1] - ids.shape[1]
     rate = (count - 1) / (times[-1] - times[0]) if count > 1 else None
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return GenerationResult("".join(streamer.texts), ids.shape[1], count, times[0] - start, rate, size)
 
 
-def summary(model: nn.Module, written: GenerationResult) -> str:
-    """How fast text came, in how much memory, and by what."""
+def summary(model: nn.Module, result: GenerationResult) -> str:
+    """Describe in one line the speed, the memory and the kernels of a generation."""
     layers = [layer for _, layer in packed_modules(model)]
-    speed = "" if written.tokens_per_second is None else f", then {written.tokens_per_second:.1f} tokens/s"
-    how = f"{len(layers)} packed layers by {_multiplier(layers[0])}" if layers else "no packed layers"
+    speed = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.1f} tokens/s"
+    kernels = f"{len(layers)} packed layers by {_describe_kernel(layers[0])}" if layers else "no packed layers"
     return (
-        f"{written.tokens} tokens after {written.prompt_tokens}: the first in {written.first_seconds:.2f} s{speed}; "
-        f"weights {format_gib(written.weight_bytes, 3)}, peak memory {format_gib(peak_host_bytes())}; {how}, "
+        f"{result.tokens} tokens after {result.prompt_tokens}: the first in {result.first_seconds:.2f} s{speed}; "
+        f"weights {format_gib(result.weight_bytes, 3)}, peak memory {format_gib(peak_host_bytes())}; {kernels}, "
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}."
     )
 
 
-def _multiplier(layer: PackedLinear) -> str:
+def _describe_kernel(layer: PackedLinear) -> str:
     device = layer.values.device
     return describe_gpu(find_gpu_kernel(device)) if device.type == "cuda" else describe(find_kernel())
 
 
-def _ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+def _token_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Return the token ids of a prompt, shape (1, tokens)."""
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("The model's tokenizer has no chat template: leave --chat out.")

@@ -1,25 +1,26 @@
-"""Rows of a packed matrix as dense ones, with torch alone: on any device, and where the kernel was not built."""
+"""Torch backend: unpack rows of a packed matrix on any device, without a compiled kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from alps.checkpoints.bitmask_codec import BIT_DTYPES
+from alps.checkpoints.bitmask_codec import BIT_DTYPES, PackedMatrix
 
 
-def unpack_rows(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: int, last: int) -> Tensor:
-    """Rows `first` to `last` (rows, columns) of a sound packed matrix, to the bit.
+def unpack_rows(packed: PackedMatrix, first: int, last: int) -> Tensor:
+    """Return dense rows of a packed matrix, shape (last - first, columns), equal to the bit.
 
     Args:
-        mask, values, offsets: as in `alps.checkpoints.bitmask_codec.PackedMatrix`, all on one device.
-        columns: of the matrix.
-        first, last: the first row, and the one behind the last.
+        packed: a consistent matrix, with all tensors on one device.
+        first: first row.
+        last: row after the last one.
     """
+    mask, values, offsets = packed.mask, packed.values, packed.offsets
     octets = mask[first:last].contiguous().view(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    there = (octets.unsqueeze(-1) >> places & 1).view(last - first, -1)[:, :columns].bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    is_kept = (octets.unsqueeze(-1) >> shifts & 1).view(last - first, -1)[:, : packed.columns].bool()
     begin, end = int(offsets[first]), int(offsets[last])
-    bits = BIT_DTYPES[values.element_size()]
-    dense = torch.zeros(there.shape, dtype=bits, device=values.device)
-    return dense.masked_scatter_(there, values[begin:end].view(bits)).view(values.dtype)
+    int_dtype = BIT_DTYPES[values.element_size()]
+    dense = torch.zeros(is_kept.shape, dtype=int_dtype, device=values.device)
+    return dense.masked_scatter_(is_kept, values[begin:end].view(int_dtype)).view(values.dtype)

@@ -1,13 +1,13 @@
-"""The kernels for GPUs, on the packed format as it is; imported only where triton is installed and needed.
+"""Triton kernels that read the packed format directly; imported only if triton is installed and needed.
 
-Every element of a tile is an octet: 8 columns of one row, 8 bits of the mask. Where its values begin is the row's
-offset, plus the row's entry in `starts` (see `triton_backend.py`), plus the bits of the mask between the two. From
-there on they follow each other, so that a thread walks its octet with a pointer that moves on by one at every bit
-that is set. The 32 threads of a warp have 32 neighbouring octets of a row: at 70 % zeros their values are some 150
-neighbouring bytes. Threads hold several rows, whose loads do not depend on each other.
+Every element of a tile is an octet: 8 columns of one row, which are 8 bits of the mask. The position of its first value
+is the row's offset, plus the row's entry in `starts` (see `triton_backend.py`), plus the number of set mask bits
+between that entry's column and the octet. The values of an octet are contiguous, so that a thread reads them with a
+pointer that advances by one at every set bit. The 32 threads of a warp have 32 neighbouring octets of a row: at 70 %
+zeros their values are about 150 neighbouring bytes. Threads hold several rows, whose loads are independent.
 
-`tl.where` and `tl.load` in the places where they are, and the mask doubled, are what LLVM and ptxas turn into the
-fewest instructions for a bit: `and` with a predicate, a load, and a 64-bit sum.
+The placement of `tl.where` and `tl.load`, and the doubled mask bits, let LLVM and ptxas generate the fewest
+instructions for a bit: an `and` with a predicate, a load, and a 64-bit sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def count_bits(word):
-    """Bits that are set in each uint32; LLVM knows the pattern and makes one instruction of it."""
+    """Count the set bits of each uint32; LLVM recognises the pattern and compiles it to one instruction."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -27,19 +27,19 @@ def count_bits(word):
 
 @triton.jit
 def fetch(mask, starts, row, octet, words, segments):
-    """The two words of the mask around octets (rows, octets), and where the values of the first one begin."""
+    """Load the two mask words around each octet (rows, octets), and the position of their first value in the row."""
     segment = octet // 8
-    there = (2 * segment < words)[None, :]
-    start = tl.load(starts + row[:, None] * segments + segment[None, :], mask=there, other=0).to(tl.int32)
+    is_kept = (2 * segment < words)[None, :]
+    start = tl.load(starts + row[:, None] * segments + segment[None, :], mask=is_kept, other=0).to(tl.int32)
     first = mask + row[:, None] * words + (2 * segment)[None, :]
-    low = tl.load(first, mask=there, other=0).to(tl.uint32, bitcast=True)
+    low = tl.load(first, mask=is_kept, other=0).to(tl.uint32, bitcast=True)
     high = tl.load(first + 1, mask=(2 * segment + 1 < words)[None, :], other=0).to(tl.uint32, bitcast=True)
     return start, low, high
 
 
 @triton.jit
 def locate(start, low, high, octet):
-    """The bits of octets, and the place of their first value within the row."""
+    """Return the mask bits of octets, and the position of their first value in the row."""
     lower = (octet % 8 < 4)[None, :]
     shift = (8 * (octet % 4)).to(tl.uint32)[None, :]
     below = (tl.full((1, 1), 1, tl.uint32) << shift) - 1
@@ -47,7 +47,7 @@ def locate(start, low, high, octet):
     return (tl.where(lower, low, high) >> shift) & 255, start + before.to(tl.int32)
 
 
-# No kernel is compiled anew for numbers that it does not gain by.
+# Sizes that do not make the code faster are not specialised, which avoids compiling variants for them.
 @triton.jit(do_not_specialize=["rows", "words", "segments"])
 def multiply_one(
     mask,
@@ -65,55 +65,55 @@ def multiply_one(
     OCTETS: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """out (tokens, rows) = x (tokens, columns) W^T + bias, one token a program."""
+    """Compute out (tokens, rows) = x (tokens, columns) W^T + bias, with one token per program."""
     token = tl.program_id(1).to(tl.int64)
     x += token * columns
-    here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(here, rows - 1).to(tl.int64)
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(out_row, rows - 1).to(tl.int64)
     begin = (values + tl.load(offsets + row))[:, None]
     lane = tl.arange(0, OCTETS)
     total = tl.zeros((ROWS, OCTETS), tl.float32)
     start, low, high = fetch(mask, starts, row, lane, words, segments)
     for step in range(tl.cdiv(columns, 8 * OCTETS)):
         octet = step * OCTETS + lane
-        bits, place = locate(start, low, high, octet)
-        # Words of the next step are on their way while this one's values are read.
+        bits, position = locate(start, low, high, octet)
+        # The words of the next step are loaded while the values of this step are read.
         start, low, high = fetch(mask, starts, row, octet + OCTETS, words, segments)
-        # Each bit twice: for a test of one bit LLVM would shift, for this it does not.
+        # Each bit is doubled: LLVM would compile the test of one bit to a shift, but not the test of two.
         bits = bits * 0x101
-        value = begin + place
+        value = begin + position
         for bit in tl.static_range(8):
-            there = (bits & (0x101 << bit)) != 0
-            weight = tl.load(value, mask=there).to(tl.float32)
-            # Past the last column no bit is set, and what is read does not count.
+            is_kept = (bits & (0x101 << bit)) != 0
+            weight = tl.load(value, mask=is_kept).to(tl.float32)
+            # Past the last column no bit is set, so that the value read there is not used.
             other = tl.load(x + tl.minimum(8 * octet + bit, columns - 1)).to(tl.float32)
-            total = tl.where(there, total + weight * other[None, :], total)
-            value = tl.where(there, value + 1, value)
-    found = tl.sum(total, axis=1)
+            total = tl.where(is_kept, total + weight * other[None, :], total)
+            value = tl.where(is_kept, value + 1, value)
+    sums = tl.sum(total, axis=1)
     if BIASED:
-        found += tl.load(bias + row).to(tl.float32)
-    tl.store(out + token * rows + here, found.to(out.dtype.element_ty), mask=here < rows)
+        sums += tl.load(bias + row).to(tl.float32)
+    tl.store(out + token * rows + out_row, sums.to(out.dtype.element_ty), mask=out_row < rows)
 
 
 @triton.jit
-def take(begin, place, bits, bit: tl.constexpr):
-    """The weights at one bit of every octet, zeros included, and where the next ones are."""
-    there = bits & (1 << bit)
-    return tl.load(begin + place, mask=there != 0, other=0), place + (there >> bit).to(tl.int32)
+def load_bit(begin, position, bits, bit: tl.constexpr):
+    """Return the weights at one bit of every octet, zeros included, and the positions of the next values."""
+    is_kept = bits & (1 << bit)
+    return tl.load(begin + position, mask=is_kept != 0, other=0), position + (is_kept >> bit).to(tl.int32)
 
 
 @triton.jit
-def expand(begin, place, bits, ROWS: tl.constexpr, OCTETS: tl.constexpr):
-    """The dense tile (rows, 8 octets): every thread has its 8 neighbours together, and stores them at once."""
-    zeroth, place = take(begin, place, bits, 0)
-    first, place = take(begin, place, bits, 1)
-    second, place = take(begin, place, bits, 2)
-    third, place = take(begin, place, bits, 3)
-    fourth, place = take(begin, place, bits, 4)
-    fifth, place = take(begin, place, bits, 5)
-    sixth, place = take(begin, place, bits, 6)
-    seventh, place = take(begin, place, bits, 7)
-    # A new last dimension with every join: the first one becomes the slowest.
+def expand(begin, position, bits, ROWS: tl.constexpr, OCTETS: tl.constexpr):
+    """Return the dense tile (rows, 8 * octets), in which each thread holds 8 neighbours and stores them at once."""
+    zeroth, position = load_bit(begin, position, bits, 0)
+    first, position = load_bit(begin, position, bits, 1)
+    second, position = load_bit(begin, position, bits, 2)
+    third, position = load_bit(begin, position, bits, 3)
+    fourth, position = load_bit(begin, position, bits, 4)
+    fifth, position = load_bit(begin, position, bits, 5)
+    sixth, position = load_bit(begin, position, bits, 6)
+    seventh, position = load_bit(begin, position, bits, 7)
+    # Every join adds a new last dimension, so that the first join becomes the slowest dimension.
     even = tl.join(tl.join(zeroth, fourth), tl.join(second, sixth))
     odd = tl.join(tl.join(first, fifth), tl.join(third, seventh))
     return tl.reshape(tl.join(even, odd), (ROWS, 8 * OCTETS))
@@ -138,28 +138,31 @@ def multiply_few(
     TOKENS: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """The same for up to TOKENS tokens at once: dense tiles for the tensor cores, one expansion for all of them."""
-    here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(here, rows - 1).to(tl.int64)
+    """Compute out (tokens, rows) = x (tokens, columns) W^T + bias for up to TOKENS tokens, with tensor cores.
+
+    Each dense tile is expanded once for all tokens.
+    """
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(out_row, rows - 1).to(tl.int64)
     begin = (values + tl.load(offsets + row))[:, None]
     lane = tl.arange(0, OCTETS)
     token = tl.arange(0, TOKENS)
-    wanted = (token < tokens)[:, None]
+    is_token = (token < tokens)[:, None]
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for step in range(tl.cdiv(columns, 8 * OCTETS)):
         octet = step * OCTETS + lane
         start, low, high = fetch(mask, starts, row, octet, words, segments)
-        bits, place = locate(start, low, high, octet)
-        tile = expand(begin, place, bits, ROWS, OCTETS)
+        bits, position = locate(start, low, high, octet)
+        tile = expand(begin, position, bits, ROWS, OCTETS)
         column = step * (8 * OCTETS) + tl.arange(0, 8 * OCTETS)
         other = tl.load(
-            x + token[:, None] * columns + column[None, :], mask=wanted & (column < columns)[None, :], other=0
+            x + token[:, None] * columns + column[None, :], mask=is_token & (column < columns)[None, :], other=0
         )
         total = tl.dot(other, tl.trans(tile), total)
     if BIASED:
         total += tl.load(bias + row).to(tl.float32)[None, :]
-    places = out + token[:, None] * rows + here[None, :]
-    tl.store(places, total.to(out.dtype.element_ty), mask=wanted & (here < rows)[None, :])
+    targets = out + token[:, None] * rows + out_row[None, :]
+    tl.store(targets, total.to(out.dtype.element_ty), mask=is_token & (out_row < rows)[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "last", "words", "segments"])
@@ -177,14 +180,14 @@ def unpack(
     ROWS: tl.constexpr,
     OCTETS: tl.constexpr,
 ):
-    """Rows `first` to `last` into out (rows, columns), to the bit: nothing is converted."""
-    here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(first + here, last - 1).to(tl.int64)
+    """Write rows `first` to `last` into out (rows, columns) without conversion, equal to the bit."""
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(first + out_row, last - 1).to(tl.int64)
     begin = (values + tl.load(offsets + row))[:, None]
     octet = tl.program_id(1) * OCTETS + tl.arange(0, OCTETS)
     start, low, high = fetch(mask, starts, row, octet, words, segments)
-    bits, place = locate(start, low, high, octet)
-    tile = expand(begin, place, bits, ROWS, OCTETS)
+    bits, position = locate(start, low, high, octet)
+    tile = expand(begin, position, bits, ROWS, OCTETS)
     column = tl.program_id(1) * (8 * OCTETS) + tl.arange(0, 8 * OCTETS)
-    places = out + here.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(places, tile, mask=(first + here < last)[:, None] & (column < columns)[None, :])
+    targets = out + out_row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(targets, tile, mask=(first + out_row < last)[:, None] & (column < columns)[None, :])

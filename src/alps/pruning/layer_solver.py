@@ -163,7 +163,7 @@ def _by_rows(method: Method, aim: Tensor, state: Any, pattern: Pattern, rows: Ro
     assert isinstance(method, Alps)
     bounds = [len(aim) * rank // rows.size for rank in range(rows.size + 1)]
     mine = slice(bounds[rows.rank], bounds[rows.rank + 1])
-    solution = method.solve_rows(aim[mine], state, pattern, aim.numel(), rows)
+    solution = method.solve_rows(aim[mine], state, pattern, entries=aim.numel(), rows=rows)
     whole = torch.zeros_like(aim)
     whole[mine] = solution.weight
     solution.weight = rows.all_reduce_sum(whole)

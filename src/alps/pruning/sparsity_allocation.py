@@ -25,7 +25,7 @@ from alps.models.blocks import Block
 from alps.pruning.sensitivity import SiteProfile, profile_sites, sensitivities
 from alps.solvers.error_curve import POINTS, ErrorCurve
 from alps.solvers.patterns import Pattern, Unstructured
-from alps.solvers.topk import capped
+from alps.solvers.topk import redistribute
 
 ALLOCATIONS = ("uniform", "owl", "error", "sensitivity")
 _OWL_RANGE = 0.08
@@ -152,7 +152,7 @@ def plan(
     if respect_zeros:
         sizes = torch.tensor([r.curve.entries for r in readings])
         room = sizes - torch.tensor([r.zeros for r in readings])
-        counts = (sizes - capped(sizes - torch.tensor(counts), room)).tolist()
+        counts = (sizes - redistribute(sizes - torch.tensor(counts), room)).tolist()
     return {r.site.name: Unstructured(k / r.curve.entries) for r, k in zip(readings, counts, strict=True)}
 
 

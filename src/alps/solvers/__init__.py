@@ -1,4 +1,7 @@
-"""Pruning methods: torch and statistics in, pruned matrices and records out. No files, no printing."""
+"""Pruning methods: they take input statistics and weights, and return pruned weights and records.
+
+The package reads no files and prints nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +29,23 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 def get_method(name: str, refit: bool = False, effort: str = "normal") -> Method:
-    """The method of that name with its published defaults, followed by a refit of its weights if asked.
+    """Create a method with its published defaults.
 
     Args:
-        name: one of `METHODS`.
-        refit: optimal weights on the method's support.
-        effort: one of `admm.EFFORTS`; for ALPS alone, whose penalty may grow more slowly.
+        name: a key of `METHODS`.
+        refit: follow the method by a refit of its weights on its support.
+        effort: a key of `admm.EFFORTS`. `high` lets the penalty of ALPS grow more slowly; other methods only have
+            `normal`.
 
     Raises:
-        ConfigError: for a name or an effort that does not exist, or what the method does not know.
+        ConfigError: if the name or the effort does not exist, or the method does not have the effort.
     """
     check_choice("Method", name, METHODS)
     method = METHODS[name]()
     check_choice("Effort", effort, EFFORTS)
     if effort != "normal":
         if not isinstance(method, Alps):
-            raise ConfigError(
-                f"Method '{name}' knows no --effort {effort}: use it with --method alps, or leave it out."
-            )
+            raise ConfigError(f"Method '{name}' has no --effort {effort}: use --method alps, or leave --effort out.")
         method = replace(method, admm=EFFORTS[effort])
     return Refitted(method) if refit else method
 

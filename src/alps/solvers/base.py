@@ -1,4 +1,7 @@
-"""What every pruning method is, and what it answers: `prepare` once per input, `solve` once per site."""
+"""Interface of the pruning methods, and the results that they return.
+
+A method calls `prepare` once per input and `solve` once per layer that reads this input.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,25 @@ from alps.solvers.patterns import MaskedPattern, Pattern
 
 
 class Status(StrEnum):
-    """How a solve ended."""
+    """Reason for which a solve ended."""
 
-    DIRECT = "direct"  # a method without iterations: there is nothing to converge
-    UNCHANGED = "unchanged"  # the pattern keeps everything, every weight is zero already, or zeros enough are there
+    DIRECT = "direct"  # the method has no iterations
+    UNCHANGED = "unchanged"  # the pattern keeps everything, the weight is zero, or it has enough zeros already
     CONVERGED = "converged"  # the support did not change between two checks
-    SETTLED = "settled"  # it still changed, by less than the method's tolerance
-    MAX_ITERATIONS = "max_iterations"  # the support was still moving when the iterations ran out
+    SETTLED = "settled"  # the support still changed, by less than the method's tolerance
+    MAX_ITERATIONS = "max_iterations"  # the support was still changing at the iteration limit
 
 
 @dataclass
 class TracePoint:
-    """One check of an iterative solve: iteration, penalty, support entries changed, relative ||W - D||.
+    """One check of the support during an iterative solve.
 
-    `error` is the relative reconstruction error of D in the problem that is solved; None unless the method is `traced`.
+    Attributes:
+        iteration: number of the iteration, from 1.
+        rho: penalty of this iteration.
+        support_change: entries by which the support changed since the last check.
+        gap: ||W - D||_F / ||W||_F.
+        error: relative reconstruction error of D in the solved problem; None unless the method is `traced`.
     """
 
     iteration: int
@@ -44,20 +52,21 @@ class TracePoint:
 
 @dataclass
 class SolveInfo:
-    """The record of one solve.
+    """Record of one solve.
 
     Attributes:
-        status: how it ended.
+        status: reason for which it ended.
         iterations: iterations of the main loop, restarts included; 0 for direct methods.
-        restarts: how often the loop began anew with a smaller penalty.
+        restarts: number of times the loop started over with a smaller penalty.
         trace: one point for every check of the support (ALPS only).
-        gap: ||W - D||_F / ||W||_F at the end: how far the two copies of the weights are apart (ALPS only).
-        damping: the absolute lambda added to the diagonal of X^T X; 0 where none is used.
-        error_before_refit, error_after_refit: relative reconstruction error around the refit, where one ran.
+        gap: ||W - D||_F / ||W||_F at the end, the distance between the two copies of the weights (ALPS only).
+        damping: the absolute lambda added to the diagonal of X^T X; 0 if none is used.
+        error_before_refit: relative reconstruction error before the refit; None without a refit.
+        error_after_refit: relative reconstruction error after the refit; None without a refit.
         refit_steps: conjugate-gradient steps taken.
         refit_residual: largest relative masked residual of a row after the refit.
         seconds: wall time by phase.
-        notes: anything a user should see, such as damping that had to be raised.
+        notes: remarks for the user, such as damping that had to be raised.
     """
 
     status: Status = Status.DIRECT
@@ -83,7 +92,13 @@ class SolveInfo:
 
 @dataclass
 class Solution:
-    """The pruned weight (out, in) in float32 with +0.0 where pruned, its support, and the record."""
+    """Result of one solve.
+
+    Attributes:
+        weight: pruned weight, shape (out, in), float32, +0.0 where pruned.
+        mask: its support, shape (out, in), boolean, True = kept.
+        info: record of the solve.
+    """
 
     weight: Tensor
     mask: Tensor
@@ -91,34 +106,33 @@ class Solution:
 
 
 class Method(ABC):
-    """A pruning method: a frozen dataclass of its own hyper-parameters.
+    """A pruning method: a frozen dataclass of its own hyperparameters.
 
-    Every method depends on the statistics only up to their scale: twice the tokens of the same
-    distribution change nothing.
+    No method depends on the scale of the statistics: twice the tokens of the same distribution change nothing.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name under which users ask for the method."""
+        """Name of the method, as users write it."""
 
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What `prepare` reads of the statistics."""
+        """Statistics that `prepare` reads."""
 
     @property
     def by_rows(self) -> bool:
-        """Whether an unstructured pattern is held by every row, so that no zero moves from one to another."""
+        """True if every row satisfies an unstructured pattern, so that no zero moves from one row to another."""
         return False
 
     def traced(self) -> Method:
-        """The same method, with the same answers to the bit, that notes more of its iterations at some cost."""
+        """Return this method with a more detailed trace of its iterations; the weights are the same to the bit."""
         return self
 
     @abstractmethod
     def prepare(self, stats: InputStats) -> Any:
-        """Turn the statistics of one input into what every site fed by it shares (a factor, say)."""
+        """Compute from the statistics of one input what all layers that read it share, such as a factorisation."""
 
     @abstractmethod
     def _solve(self, weight: Tensor, state: Any, pattern: Pattern) -> Solution:
@@ -129,11 +143,11 @@ class Method(ABC):
 
         Args:
             weight: dense weights, shape (out, in), any float dtype.
-            state: what `prepare` returned for the inputs of this matrix.
-            pattern: what must be kept; its group must divide the number of inputs.
+            state: result of `prepare` for the inputs of this matrix.
+            pattern: the sparsity pattern; its group must divide the number of inputs.
 
         Raises:
-            SolveFailed: when the weights, or the answer, are not finite.
+            SolveFailed: if the dense or the pruned weights are not finite.
         """
         assert weight.ndim == 2 and pattern.fits(weight.shape[1])
         dense = weight.detach().to(torch.float32)
@@ -141,14 +155,14 @@ class Method(ABC):
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
         if pattern.keeps_all:
             return Solution(dense.clone(), torch.ones_like(dense, dtype=torch.bool), SolveInfo(Status.UNCHANGED))
-        if isinstance(pattern, MaskedPattern) and pattern.settled and not bool((dense != 0)[~pattern.allowed].any()):
-            # Nothing is to be chosen, and the weight is its own best approximation.
+        if isinstance(pattern, MaskedPattern) and pattern.is_satisfied and not bool(dense[~pattern.allowed].any()):
+            # There is nothing to choose, and the weight is its own best approximation.
             info = SolveInfo(Status.UNCHANGED)
             return Solution(torch.where(pattern.allowed, dense, 0.0), pattern.allowed.clone(), info)
         solution = self._solve(dense, state, pattern)
         kept = int(solution.mask.sum())
         assert kept == dense.numel() - pattern.pruned_count(dense.numel()), (self.name, str(pattern), kept)
-        # where() rather than a product: a pruned weight is +0.0, never -0.0 or NaN * 0.
+        # where() instead of a product: a pruned weight is +0.0, never -0.0 or NaN * 0.
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
         if not bool(torch.isfinite(solution.weight).all()):
             raise SolveFailed(

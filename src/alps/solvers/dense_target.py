@@ -1,4 +1,4 @@
-"""What a site is asked to reproduce: its dense weight on its inputs, or the dense model's own outputs.
+"""Dense target: let a layer reproduce the dense model's outputs in place of its own dense weight's outputs.
 
 legend  W      dense weight                                             (out, in)
         X      inputs from the pruned prefix, X_d from the dense model  (tokens, in)
@@ -8,11 +8,10 @@ legend  W      dense weight                                             (out, in
         t      share of the dense target, 0 to 1                        scalar
         W*     minimiser of the layer problem without a pattern         (out, in)
 The problem is min ||X W_hat^T - Y||^2 + lam ||W_hat - W||^2 with Y = X W^T + t (X_d - X) W^T. Its right-hand side is
-C = W H + t W (X_d - X)^T X, and up to a constant its objective is ||W_hat - W*||_H^2 with W* = C H^{-1}: the problem
-that every method solves for its dense weight, with W* in the dense weight's place. W* is made with a larger damping,
-`target_damping`, than that of the method which then prunes it: what few tokens say of it needs more. t = 0 is ALPS
-(arXiv 2406.07831); fitting the dense outputs from the pruned inputs is done in GPTAQ (arXiv 2504.02692) and
-DuoGPT (arXiv 2506.20194).
+C = W H + t W (X_d - X)^T X. Up to a constant its objective is ||W_hat - W*||_H^2 with W* = C H^{-1}. Every method can
+therefore solve it by pruning W* in place of the dense weight. W* is computed with a larger damping, `target_damping`,
+than that of the pruning method, because an estimate of W* from few tokens is noisy. t = 0 is ALPS (arXiv 2406.07831).
+GPTAQ (arXiv 2504.02692) and DuoGPT (arXiv 2506.20194) fit the dense outputs from the pruned inputs, too.
 """
 
 from __future__ import annotations
@@ -26,51 +25,56 @@ from alps.core.errors import ConfigError, SolveFailed
 from alps.core.statistics import InputStats
 from alps.solvers.hessian import damped
 
-# Chosen on held-back text at 16 k tokens, where a hundredth of it predicts the text no better, and copied tokens worse:
-# docs/experiments.md, "What a dense target costs".
+# Chosen on held-back text at 16 k tokens. A hundredth of it gives no better perplexity there, and predicts copied
+# tokens worse: docs/experiments.md, "What a dense target costs".
 PRIOR_TOKENS = 16_384
-_LEAST = 0.01
+_MIN_TARGET_DAMPING = 0.01
 
 
 def target_damping(tokens: float) -> float:
-    """The damping of a target as a fraction of the Gram's mean diagonal, for sums over so many tokens.
+    """Return the damping of a target, as a fraction of the Gram's mean diagonal, for a number of calibration tokens.
 
-    It is what 16,384 more tokens would add that are white, of the mean energy, and the same in both models. Directions
-    in which the inputs hardly vary then stay as they are in the dense weight, unless many tokens speak for a change.
+    It has the effect of 16,384 more tokens of white inputs that have the mean energy and are equal in both models. In
+    directions in which the inputs have little variance, the target then stays close to the dense weight unless there
+    are many tokens.
     """
-    return max(PRIOR_TOKENS / max(tokens, 1), _LEAST)
+    return max(PRIOR_TOKENS / max(tokens, 1), _MIN_TARGET_DAMPING)
 
 
 def target_shift(stats: InputStats, share: float, fraction: float) -> Tensor:
-    """t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all sites of one input.
+    """Compute t (X_d - X)^T X H^{-1}, shape (in, in) in float32, for all layers of one input.
 
     Args:
-        stats: sums of the inputs with their drift.
-        share: t.
+        stats: input statistics with the shift from the dense model.
+        share: share t of the dense target.
         fraction: damping as a fraction of the Gram's mean diagonal; it draws W* towards the dense weight.
 
     Raises:
-        SolveFailed: when the Hessian is not positive definite.
+        SolveFailed: if the Hessian is not positive definite.
     """
     assert stats.input_shift is not None, "the input shift was not collected"
     hessian, _ = damped(stats, fraction)
-    # float64: rounding grows with the condition number of H, and an outlier among the inputs makes that huge.
+    # In float64, because rounding grows with the condition number of H, and outliers among the inputs make it huge.
     factor, failed = torch.linalg.cholesky_ex(hessian.double())
     if int(failed):
-        raise SolveFailed("the Hessian is not positive definite: raise the damping, or use --target pruned")
+        raise SolveFailed("the Hessian is not positive definite: raise the damping, or use no dense target")
     return share * torch.cholesky_solve(stats.input_shift.double().T, factor).T.float()
 
 
 def shifted_weight(weight: Tensor, shift: Tensor) -> Tensor:
-    """W* for a dense weight (out, in) and the `target_shift` (in, in) of its inputs."""
+    """Return W* for a dense weight (out, in) and the `target_shift` (in, in) of its inputs."""
     return torch.addmm(weight, weight, shift)
 
 
 def parse_target(target: str | float, name: str = "target") -> float:
-    """Share of the dense target for what a user wrote as the value of a setting.
+    """Parse the share of the dense target from the value of a setting.
+
+    Args:
+        target: `pruned`, `dense` or a number from 0 to 1.
+        name: name of the setting, for the error message.
 
     Raises:
-        ConfigError: for anything but `pruned`, `dense` or a number between 0 and 1.
+        ConfigError: if the value is none of these.
     """
     try:
         share = {"pruned": 0.0, "dense": 1.0}.get(str(target), math.nan)
@@ -78,6 +82,6 @@ def parse_target(target: str | float, name: str = "target") -> float:
     except ValueError:
         share = math.nan
     if not 0 <= share <= 1:
-        what = name.replace("_", " ").capitalize()
-        raise ConfigError(f"{what} '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
+        setting = name.replace("_", " ").capitalize()
+        raise ConfigError(f"{setting} '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
     return share

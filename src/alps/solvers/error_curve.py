@@ -1,11 +1,11 @@
-"""How much a site loses at every sparsity, predicted without pruning it.
+"""Predicted reconstruction error of a layer at every sparsity, without pruning it.
 
 legend  W    dense weight                                               (out, in)
         H    damped Gram of its inputs, X^T X + lam I                   (in, in)
-        s    cost of removing one weight, the others then corrected     (out, in)
-Optimal brain surgery (Hassibi, Stork 1992): s_ij = W_ij^2 / [H^{-1}]_jj. The sum of the smallest scores is what
-pruning costs as long as removals do not interact; on real sites it is within a fifth of ALPS's error from 50 to 85 %
-(docs/allocation.md).
+        s    cost of removing one weight and correcting the others      (out, in)
+Optimal brain surgery (Hassibi, Stork 1992): s_ij = W_ij^2 / [H^{-1}]_jj. The sum of the smallest costs is the error of
+pruning as long as removals do not interact. On real layers it is within a fifth of ALPS's error from 50 to 85 %
+sparsity (docs/allocation.md).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from alps.core.statistics import InputStats
 from alps.solvers.hessian import damped
 
-# Sparsities at which a curve is kept; between them it is a straight line.
+# Number of sparsities at which a curve is stored; it is linear between them.
 POINTS = 201
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Predicted relative reconstruction error of one site over sparsity.
+    """Predicted relative reconstruction error of one layer as a function of sparsity.
 
     Attributes:
-        entries: weights of the site.
-        errors: at `POINTS` sparsities from 0 to 1, evenly spaced; float64, never falling, and convex
-            up to the rounding of counts; on the CPU.
+        entries: number of weights of the layer.
+        errors: errors at `POINTS` evenly spaced sparsities from 0 to 1, float64 on the CPU; never decreasing, and
+            convex up to the rounding of counts.
     """
 
     entries: int
@@ -37,27 +37,32 @@ class ErrorCurve:
 
 
 def removal_costs(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
-    """W_ij^2 / [H^{-1}]_jj, shape (out, in)."""
+    """Return the removal costs W_ij^2 / [H^{-1}]_jj, shape (out, in)."""
     return weight.square() / inverse_diagonal
 
 
 def inverse_diagonal(stats: InputStats, fraction: float) -> Tensor:
-    """Diagonal of H^{-1}, shape (in,), float32, computed in float64; `fraction` of the mean diagonal damps."""
+    """Return the diagonal of H^{-1}, shape (in,), float32, computed in float64.
+
+    Args:
+        stats: input statistics with a Gram.
+        fraction: damping as a fraction of the Gram's mean diagonal.
+    """
     hessian, _ = damped(stats, fraction)
     factor = torch.linalg.cholesky(hessian.double())
     return torch.cholesky_inverse(factor).diagonal().float()
 
 
 def error_curve(weight: Tensor, costs: Tensor, stats: InputStats) -> ErrorCurve:
-    """The curve of one site.
+    """Return the error curve of one layer.
 
     Args:
         weight: dense weight, shape (out, in), float32.
-        costs: its `removal_costs`.
-        stats: sums of its inputs, with a Gram.
+        costs: result of `removal_costs` for the weight, shape (out, in).
+        stats: input statistics with a Gram.
     """
-    ordered = costs.flatten().sort().values.to(torch.float64).cumsum(0)
+    cumulative = costs.flatten().sort().values.to(torch.float64).cumsum(0)
     counts = torch.linspace(0, 1, POINTS, dtype=torch.float64, device=weight.device) * weight.numel()
-    at = torch.cat([ordered.new_zeros(1), ordered])[counts.round().long()]
+    errors = torch.cat([cumulative.new_zeros(1), cumulative])[counts.round().long()]
     reference = stats.energy(weight)
-    return ErrorCurve(weight.numel(), (at / reference if reference > 0 else at * 0).cpu())
+    return ErrorCurve(weight.numel(), (errors / reference if reference > 0 else errors * 0).cpu())

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a site go, the others stay as they are.
+"""Magnitude pruning: remove the smallest weights of a layer, and leave the others unchanged.
 
 Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015,
 arXiv 1506.02626, with one threshold for each matrix.
@@ -17,7 +17,7 @@ from alps.solvers.patterns import Pattern, keep_largest
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Keep the entries of largest |W|, over the whole matrix."""
+    """Keep the entries with the largest |W|, compared over the whole matrix."""
 
     @property
     def name(self) -> str:
@@ -27,7 +27,7 @@ class Magnitude(Method):
     def needs(self) -> Needs:
         return Needs.NOTHING
 
-    def prepare(self, stats: InputStats) -> None:  # noqa: ARG002 - nothing of the inputs is used
+    def prepare(self, stats: InputStats) -> None:  # noqa: ARG002 - the method does not read the inputs
         return None
 
     def _solve(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:  # noqa: ARG002

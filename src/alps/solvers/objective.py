@@ -1,4 +1,4 @@
-"""The layer objective: how far a pruned map's outputs are from the dense ones, from the Gram alone.
+"""Relative reconstruction error of a pruned layer, computed from the Gram of its inputs.
 
 legend  W      dense weight                     (out, in)
         W_hat  pruned weight                    (out, in)
@@ -17,11 +17,11 @@ from alps.core.statistics import InputStats
 
 
 def relative_errors(pruned: Sequence[Tensor], dense: Tensor, stats: InputStats) -> list[float]:
-    """Relative reconstruction errors of `pruned` against `dense`, all (out, in); 0 when the dense output is 0."""
+    """Return the relative reconstruction error of each pruned weight, all (out, in); 0 if the dense output is 0."""
     reference = stats.energy(dense)
-    return [stats.energy(one - dense) / reference if reference > 0 else 0.0 for one in pruned]
+    return [stats.energy(weight - dense) / reference if reference > 0 else 0.0 for weight in pruned]
 
 
 def relative_error(pruned: Tensor, dense: Tensor, stats: InputStats) -> float:
-    """`relative_errors` of one matrix."""
+    """Return the relative reconstruction error of one pruned weight; 0 if the dense output is 0."""
     return relative_errors([pruned], dense, stats)[0]

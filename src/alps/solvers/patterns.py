@@ -1,7 +1,7 @@
-"""Which weights may stay: sparsity patterns, and the selection of the best entries under one.
+"""Sparsity patterns, and the selection of the entries with the largest scores under a pattern.
 
-Everything here is exact in count. Entries are selected by rank, with ties broken by position, never by
-comparing against a threshold alone: a ratio of 0.7 prunes exactly round(0.7 n) entries.
+All counts are exact: a sparsity of 0.7 prunes exactly round(0.7 n) entries. Entries are selected by rank, and ties are
+broken by position. A comparison with a threshold alone would not be exact.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ import torch
 from torch import Tensor
 
 from alps.core.errors import ConfigError
-from alps.solvers.topk import capped, topk_in_groups, topk_in_rows
+from alps.solvers.topk import redistribute, topk_in_groups, topk_in_rows
 from alps.solvers.topk import topk_mask as topk_mask
 
 Scope = Literal["matrix", "row"]
 
 
-class _Anywhere:
-    """Defaults for patterns that may keep any entry of a matrix; `MaskedPattern` overrides them."""
+class _PatternDefaults:
+    """Defaults for patterns that may keep any entry of a matrix; `MaskedPattern` has its own versions."""
 
     @property
     def base(self) -> Self:
-        """The pattern itself."""
+        """The pattern itself; of a `MaskedPattern`, the pattern without the mask."""
         return self
 
     def part(self, rows: slice, columns: slice) -> Self:  # noqa: ARG002 - part of the shared interface
-        """The pattern on some rows and some columns of the matrix."""
+        """Return the pattern on some rows and some columns of the matrix."""
         return self
 
-    def limited(self, scores: Tensor) -> Tensor:
-        """The scores, -inf where an entry must not stay."""
+    def mask_scores(self, scores: Tensor) -> Tensor:
+        """Return the scores, with -inf at entries that must be pruned."""
         return scores
 
-    def free(self, mask: Tensor) -> Tensor:
-        """Entries outside a support that may enter it."""
+    def addable(self, mask: Tensor) -> Tensor:
+        """Return the mask of the entries outside a support that may be added to it."""
         return ~mask
 
 
 @dataclass(frozen=True)
-class Unstructured(_Anywhere):
-    """Prune a fraction of a site's weights, wherever they are.
+class Unstructured(_PatternDefaults):
+    """Prune a fraction of a layer's weights, at any positions.
 
     Attributes:
         sparsity: fraction of zeros, in [0, 1).
 
     Raises:
-        ConfigError: when the fraction lies outside [0, 1).
+        ConfigError: if the fraction is outside [0, 1).
     """
 
     sparsity: float
@@ -65,21 +65,21 @@ class Unstructured(_Anywhere):
         return f"{100 * self.sparsity:g}%"
 
     def pruned_count(self, entries: int) -> int:
-        """How many of `entries` weights become zero: round(sparsity * entries)."""
+        """Return how many of `entries` weights become zero: round(sparsity * entries)."""
         return round(self.sparsity * entries)
 
     def fits(self, in_size: int) -> bool:  # noqa: ARG002 - part of the shared interface
-        """Whether rows of `in_size` weights can take this pattern."""
+        """Return True: rows of any length can have this pattern."""
         return True
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is to be pruned."""
+        """True if the pattern prunes nothing."""
         return self.sparsity == 0
 
 
 @dataclass(frozen=True)
-class SemiStructured(_Anywhere):
+class SemiStructured(_PatternDefaults):
     """Keep `keep` of every `group` consecutive inputs of a row (N:M; 2:4 keeps two of four).
 
     Raises:
@@ -105,28 +105,28 @@ class SemiStructured(_Anywhere):
         return 1 - self.keep / self.group
 
     def pruned_count(self, entries: int) -> int:
-        """How many of `entries` weights (a multiple of the group) become zero."""
+        """Return how many of `entries` weights, a multiple of the group, become zero."""
         return entries // self.group * (self.group - self.keep)
 
     def fits(self, in_size: int) -> bool:
-        """Whether rows of `in_size` weights split into whole groups."""
+        """Return whether rows of `in_size` weights split into whole groups."""
         return in_size % self.group == 0
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is to be pruned: never, for N < M."""
+        """False: with N < M something is always pruned."""
         return False
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedPattern:
-    """A pattern on one matrix of which some entries are zero already, stay so, and count as pruned.
+    """A pattern on one matrix whose zeros must stay zero and count as pruned.
 
-    Where no more entries may stay than the pattern keeps, in the matrix or in a group, all of them stay.
+    If the matrix, or a group, has no more nonzeros than the pattern keeps, all of them are kept.
 
     Attributes:
-        base: the pattern.
-        allowed: entries that may stay, shape (out, in), boolean.
+        base: the pattern without the mask.
+        allowed: entries that may be kept, shape (out, in), boolean.
     """
 
     base: Unstructured | SemiStructured
@@ -142,41 +142,41 @@ class MaskedPattern:
 
     @cached_property
     def kept(self) -> int:
-        """How many entries stay."""
+        """Number of entries that are kept."""
         entries = self.allowed.numel()
         if isinstance(self.base, SemiStructured):
             return int(self.allowed.reshape(-1, self.base.group).sum(dim=1).clamp_max(self.base.keep).sum())
         return min(entries - self.base.pruned_count(entries), int(self.allowed.sum()))
 
     def pruned_count(self, entries: int) -> int:
-        """How many of the matrix's weights are zero in the end."""
+        """Return how many weights of the matrix are zero after pruning."""
         assert entries == self.allowed.numel()
         return entries - self.kept
 
     def fits(self, in_size: int) -> bool:
-        """Whether rows of `in_size` weights can take this pattern."""
+        """Return whether rows of `in_size` weights can have this pattern."""
         return self.allowed.shape[1] == in_size and self.base.fits(in_size)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is to be pruned: never, where something must stay zero."""
+        """False: some entries must stay zero."""
         return False
 
     @property
-    def settled(self) -> bool:
-        """Whether there are zeros enough, so that all that may stay does."""
+    def is_satisfied(self) -> bool:
+        """True if the matrix has enough zeros already, so that every nonzero is kept."""
         return self.kept == int(self.allowed.sum())
 
     def part(self, rows: slice, columns: slice) -> MaskedPattern:
-        """The pattern on some rows and some columns of the matrix."""
+        """Return the pattern on some rows and some columns of the matrix."""
         return MaskedPattern(self.base, self.allowed[rows, columns])
 
-    def limited(self, scores: Tensor) -> Tensor:
-        """The scores, -inf where an entry must not stay."""
+    def mask_scores(self, scores: Tensor) -> Tensor:
+        """Return the scores, with -inf at entries that must be pruned."""
         return scores.masked_fill(~self.allowed, -float("inf"))
 
-    def free(self, mask: Tensor) -> Tensor:
-        """Entries outside a support that may enter it."""
+    def addable(self, mask: Tensor) -> Tensor:
+        """Return the mask of the entries outside a support that may be added to it."""
         return self.allowed & ~mask
 
 
@@ -184,16 +184,16 @@ Pattern = Unstructured | SemiStructured | MaskedPattern
 
 
 def restrict_to_nonzeros(pattern: Unstructured | SemiStructured, weight: Tensor) -> Pattern:
-    """A pattern under which the zeros of a weight (out, in) stay zero; the pattern itself where it has none."""
+    """Return a pattern under which the zeros of a weight (out, in) stay zero; `pattern` itself if there are none."""
     allowed = weight != 0
     return pattern if bool(allowed.all()) else MaskedPattern(pattern, allowed)
 
 
 def parse_pattern(text: str) -> Unstructured | SemiStructured:
-    """Read `0.7`, `70%` or `2:4`.
+    """Parse a pattern written as `0.7`, `70%` or `2:4`.
 
     Raises:
-        ConfigError: when the text is none of these or its numbers are out of range.
+        ConfigError: if the text has none of these forms, or a number is out of range.
     """
     if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
         return SemiStructured(int(match[1]), int(match[2]))
@@ -206,19 +206,19 @@ def parse_pattern(text: str) -> Unstructured | SemiStructured:
 
 
 def keep_largest(scores: Tensor, pattern: Pattern, scope: Scope = "matrix") -> Tensor:
-    """Select the entries with the largest scores that the pattern lets stay.
+    """Select the entries with the largest scores under a pattern.
 
     Args:
         scores: shape (out, in), any float dtype, no NaN.
-        pattern: what must be kept; an N:M pattern ignores `scope`.
-        scope: whether an unstructured budget is one for the whole matrix or one for every row. Row budgets
-            differ by at most one entry, so that the total is that of the matrix to the entry.
+        pattern: the sparsity pattern; an N:M pattern ignores `scope`.
+        scope: `matrix` compares all entries of the matrix, `row` those of each row. Numbers of kept entries per row
+            differ by at most one, so that their sum is exactly that of the matrix.
 
     Returns:
         Boolean mask, shape (out, in), True = kept; exactly `pattern.pruned_count` entries are False.
     """
     assert scores.ndim == 2
-    scores = pattern.limited(scores)
+    scores = pattern.mask_scores(scores)
     if isinstance(base := pattern.base, SemiStructured):
         mask = topk_in_groups(scores, base.keep, base.group)
         return mask.logical_and_(pattern.allowed) if isinstance(pattern, MaskedPattern) else mask
@@ -229,18 +229,22 @@ def keep_largest(scores: Tensor, pattern: Pattern, scope: Scope = "matrix") -> T
 
 
 def _row_counts(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Return the number of entries to keep in each row, shape (rows,)."""
     rows, columns = scores.shape
     pruned = pattern.base.pruned_count(scores.numel())
     kept = columns - (torch.arange(rows + 1, device=scores.device) * pruned // rows).diff()
-    return capped(kept, pattern.allowed.sum(dim=1)) if isinstance(pattern, MaskedPattern) else kept
+    return redistribute(kept, pattern.allowed.sum(dim=1)) if isinstance(pattern, MaskedPattern) else kept
 
 
-# Patterns looked for in a directory that has no report of its own.
+# N:M patterns searched for in a directory without a report.
 USUAL_PATTERNS = (SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4), SemiStructured(8, 16))
 
 
 def group_violations(weight: Tensor, pattern: SemiStructured) -> tuple[int, int]:
-    """Groups of a weight (out, in), and those with too many nonzeros; a width that does not divide counts whole."""
+    """Count the groups of a weight (out, in), and those with too many nonzeros.
+
+    If the group does not divide the number of inputs, all groups count as violations.
+    """
     rows, columns = weight.shape
     if not pattern.fits(columns):
         groups = rows * -(-columns // pattern.group)

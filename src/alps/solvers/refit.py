@@ -1,4 +1,4 @@
-"""The best weights on another method's support: any method, followed by conjugate gradients."""
+"""Refit of another method's weights: optimal values on its support, by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from alps.solvers.pcg import refit
 
 @dataclass(frozen=True)
 class Refitted(Method):
-    """`base`, then weights that are optimal on its support (ALPS, arXiv 2406.07831, Tables 1 and 7).
+    """Another method, followed by a refit on its support (ALPS, arXiv 2406.07831, Tables 1 and 7).
 
-    A foreign support starts further from its optimum than ALPS's own, so the steps go on until the masked
-    residual is small.
+    Weights of other methods are further from the optimum on their support than those of ALPS. The steps therefore
+    continue until the masked residual is small.
 
     Attributes:
-        base: the method that chooses the support.
-        damping: as in ALPS.
-        max_steps, tolerance: stopping rule of the conjugate gradients, see `pcg.refit`.
+        base: method that chooses the support.
+        damping: ridge towards the dense weight, as a fraction of the Gram's mean diagonal.
+        max_steps: largest number of conjugate-gradient steps.
+        tolerance: stop when every row's masked residual is below this fraction of its masked right-hand side.
     """
 
     base: Method
@@ -51,13 +52,14 @@ class Refitted(Method):
         return self.base.prepare(stats), scaled(stats, self.damping)
 
     def _solve(self, weight: Tensor, state: tuple[Any, ScaledHessian], pattern: Pattern) -> Solution:
-        inner, hessian = state
-        solution = self.base.solve(weight, inner, pattern)
+        base_state, hessian = state
+        solution = self.base.solve(weight, base_state, pattern)
         W = weight / hessian.scale
         start = solution.weight / hessian.scale
         info = solution.info
         with info.timed("refit"):
-            refined = refit(hessian.matrix, W @ hessian.matrix, solution.mask, start, self.max_steps, self.tolerance)
+            H, M = hessian.matrix, solution.mask
+            refined = refit(H, W @ H, M, start, max_steps=self.max_steps, tolerance=self.tolerance)
         reference = hessian.undamped_energy(W) or 1.0
         if info.error_before_refit is None:
             info.error_before_refit = hessian.undamped_energy(start - W) / reference

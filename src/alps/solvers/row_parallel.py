@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alps.core.errors import SolveFailed
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
-from alps.solvers.scores import Scores
+from alps.solvers.topk import Scores
 
 _HALF = 16
 _INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number

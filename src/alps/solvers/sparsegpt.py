@@ -1,6 +1,6 @@
-"""SparseGPT: prune column by column, correcting the columns to the right by optimal brain surgery.
+"""SparseGPT: prune column by column, and correct the columns to the right by optimal brain surgery.
 
-legend  W  weight, corrected as the sweep goes on              (out, in)
+legend  W  weight, corrected during the sweep                  (out, in)
         U  upper Cholesky factor of H^{-1}, U^T U = H^{-1}     (in, in)
         Q  error of a column divided by its U_jj               (out, block)
 Frantar, Alistarh: SparseGPT, ICML 2023, arXiv 2301.00774: Algorithm 1 (sweep), Section 3.2 (adaptive mask, one
@@ -17,18 +17,9 @@ from torch import Tensor
 from alps.core.errors import ConfigError
 from alps.core.statistics import InputStats, Needs
 from alps.solvers.base import Method, Solution, SolveInfo
-from alps.solvers.hessian import inverse_factor
+from alps.solvers.hessian import InverseFactor, inverse_factor
 from alps.solvers.patterns import MaskedPattern, Pattern, SemiStructured, Unstructured, keep_largest
-from alps.solvers.topk import capped, topk_mask
-
-
-@dataclass(frozen=True)
-class InverseFactor:
-    """Upper Cholesky factor of the inverse Hessian (in, in), the damping used, and notes."""
-
-    upper: Tensor
-    damping: float
-    notes: list[str]
+from alps.solvers.topk import redistribute, topk_mask
 
 
 @dataclass(frozen=True)
@@ -36,8 +27,11 @@ class SparseGPT(Method):
     """SparseGPT with the defaults of its paper.
 
     Attributes:
-        damping: as a fraction of the Gram's mean diagonal.
+        damping: ridge on the Gram, as a fraction of its mean diagonal.
         block: columns per mask selection and per lazy update; rounded down to whole groups for N:M.
+
+    Raises:
+        ConfigError: if `block` is less than 1.
     """
 
     damping: float = 0.01
@@ -45,7 +39,7 @@ class SparseGPT(Method):
 
     def __post_init__(self) -> None:
         if self.block < 1:
-            raise ConfigError("SparseGPT's block needs at least 1 column.")
+            raise ConfigError("SparseGPT's block size must be at least 1 column.")
 
     @property
     def name(self) -> str:
@@ -56,7 +50,7 @@ class SparseGPT(Method):
         return Needs.GRAM
 
     def prepare(self, stats: InputStats) -> InverseFactor:
-        return InverseFactor(*inverse_factor(stats, self.damping))
+        return inverse_factor(stats, self.damping)
 
     def _solve(self, weight: Tensor, state: InverseFactor, pattern: Pattern) -> Solution:
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
@@ -65,13 +59,18 @@ class SparseGPT(Method):
         with info.timed("sweep"):
             blocks = self._blocks(W.shape[1], pattern)
             for (start, stop), kept in zip(blocks, _kept_counts(W, blocks, pattern), strict=True):
-                inside = pattern.part(slice(None), slice(start, stop))
-                keep = mask[:, start:stop]
-                Q = _sweep_block(W[:, start:stop], U[start:stop, start:stop], keep, kept, inside)
+                Q = _sweep_block(
+                    W[:, start:stop],
+                    U[start:stop, start:stop],
+                    mask=mask[:, start:stop],
+                    kept=kept,
+                    pattern=pattern.part(slice(None), slice(start, stop)),
+                )
                 W[:, stop:].addmm_(Q, U[start:stop, stop:], alpha=-1)
         return Solution(W, mask, info)
 
     def _blocks(self, columns: int, pattern: Pattern) -> list[tuple[int, int]]:
+        """Return first and last + 1 of the columns of every block."""
         width = self.block
         if isinstance(pattern.base, SemiStructured):
             width = max(width // pattern.base.group, 1) * pattern.base.group
@@ -79,41 +78,41 @@ class SparseGPT(Method):
 
 
 def _kept_counts(W: Tensor, blocks: list[tuple[int, int]], pattern: Pattern) -> list[int]:
-    """Entries that stay in every block of columns: they share the matrix's count so that it is met exactly."""
+    """Return the number of entries to keep in every block of columns; their sum is exactly that of the matrix."""
     rows, columns = W.shape
     total = pattern.base.pruned_count(rows * columns)
     kept = [rows * (stop - start) - total * stop // columns + total * start // columns for start, stop in blocks]
     if isinstance(pattern, MaskedPattern):
         room = torch.stack([pattern.allowed[:, start:stop].sum() for start, stop in blocks])
-        return [int(count) for count in capped(torch.tensor(kept), room.cpu())]
+        return [int(count) for count in redistribute(torch.tensor(kept), room.cpu())]
     return kept
 
 
-def _sweep_block(W: Tensor, U: Tensor, keep: Tensor, kept: int, pattern: Pattern) -> Tensor:
-    """Prune the columns of W (a view, corrected in place) from left to right.
+def _sweep_block(W: Tensor, U: Tensor, *, mask: Tensor, kept: int, pattern: Pattern) -> Tensor:
+    """Prune the columns of a block from left to right.
 
     Args:
-        W: weights of the block, shape (out, block).
-        U: its part of the factor, shape (block, block).
-        keep: its part of the mask, shape (out, block); filled.
-        kept: how many entries of it stay, for an unstructured pattern.
-        pattern: on these columns.
+        W: weights of the block, shape (out, block); a view, corrected in place.
+        U: diagonal block of the factor, shape (block, block).
+        mask: receives the mask of the block, shape (out, block).
+        kept: number of entries to keep in the block; only read for an unstructured pattern.
+        pattern: pattern on the columns of the block.
 
     Returns:
-        The scaled errors Q (out, block), with which all later columns are corrected at once.
+        The scaled errors Q (out, block), from which the caller corrects all later columns at once.
     """
-    base, everything = pattern.base, slice(None)
+    base, all_rows = pattern.base, slice(None)
     Q = torch.empty_like(W)
     diagonal = U.diagonal()
     if isinstance(base, Unstructured):
-        scores = pattern.limited(W.square() / diagonal.square())
-        keep.copy_(topk_mask(scores.reshape(-1), kept).reshape(scores.shape))
+        scores = pattern.mask_scores(W.square() / diagonal.square())
+        mask.copy_(topk_mask(scores.reshape(-1), kept).reshape(scores.shape))
     for j in range(W.shape[1]):
         if isinstance(base, SemiStructured) and j % base.group == 0:
             group = slice(j, j + base.group)
             scores = W[:, group].square() / diagonal[group].square()
-            keep[:, group] = keep_largest(scores, pattern.part(everything, group))
-        pruned = torch.where(keep[:, j], W[:, j], 0.0)
+            mask[:, group] = keep_largest(scores, pattern.part(all_rows, group))
+        pruned = torch.where(mask[:, j], W[:, j], 0.0)
         torch.div(W[:, j] - pruned, diagonal[j], out=Q[:, j])
         W[:, j] = pruned
         W[:, j + 1 :].addr_(Q[:, j], U[j, j + 1 :], alpha=-1)

@@ -1,48 +1,109 @@
-"""The k largest entries of a vector, of every row or of every group, exactly.
+"""Exact selection of the k largest entries of a vector, of every row or of every group.
 
-On a CPU a comparison is fast only where its answer is a float, and a pass is fast only where its operands are still
-in the cache: hence the float comparisons and the chunks below.
+On a CPU a comparison is fast only if its result is a float, and a pass is fast only if its operands are still in the
+cache. This is why the code compares in floats and works in chunks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from alps.core.errors import SolveFailed
-from alps.solvers.scores import Scores
 
-# Entries handled at a time on a CPU; a GPU takes many at once. At most 2^24, up to which float32 counts exactly.
-_COUNTABLE = 2**24
-_CPU_CHUNK, _GPU_CHUNK = 2**18, _COUNTABLE
-# Entries that are looked at together when a few of many are picked out.
-_GROUP = 32
-# Below this size a plain selection is fast enough.
-_SAMPLED_FROM = 2**16
-# Strides of the sample: primes, so that it never walks along a column; the largest that leaves enough entries.
-_STRIDES, _SAMPLE = (4093, 1021, 251, 61), 2**11
+# Up to this number float32 counts exactly.
+_MAX_EXACT_COUNT = 2**24
+# Entries handled at a time; a GPU is faster with many.
+_CPU_CHUNK, _GPU_CHUNK = 2**18, _MAX_EXACT_COUNT
+# Entries examined together when the few entries inside a bracket are collected.
+_BRACKET_GROUP = 32
+# Vectors shorter than this are selected from directly, without a sample.
+_MIN_SAMPLED_SIZE = 2**16
+# Strides of the sample are primes, so that it never runs along a column. The largest stride that gives the minimum
+# sample size is used.
+_STRIDES, _MIN_SAMPLE_SIZE = (4093, 1021, 251, 61), 2**11
+# Cuts tried before the approximate search falls back to an exact selection, which costs about as much as ten cuts.
+_MAX_CUTS = 12
 
 
-def chunk_of(values: Tensor) -> int:
-    """How many entries of a tensor to handle at a time."""
+class Scores(Protocol):
+    """A float32 vector of scores without NaN, of which this rank may hold a shard."""
+
+    @property
+    def values(self) -> Tensor:
+        """The scores on this rank."""
+
+    @property
+    def entries(self) -> int:
+        """The length of the whole vector."""
+
+    def sample(self, stride: int) -> Tensor:
+        """Return every `stride`-th entry of the whole vector."""
+
+    def total(self, count: int) -> int:
+        """Return the sum of `count` over all ranks."""
+
+    def top(self, kept: int) -> Tensor:
+        """Return the mask of the values on this rank that are among the `kept` largest of the whole vector."""
+
+
+@dataclass(frozen=True)
+class LocalScores:
+    """A vector of scores that this rank holds whole; implements `Scores`."""
+
+    values: Tensor
+
+    @property
+    def entries(self) -> int:
+        """The length of the vector."""
+        return self.values.numel()
+
+    def sample(self, stride: int) -> Tensor:
+        """Return every `stride`-th entry."""
+        return self.values[::stride].contiguous()
+
+    def total(self, count: int) -> int:
+        """Return `count`: no other rank adds to it."""
+        return count
+
+    def top(self, kept: int) -> Tensor:
+        """Return the mask of the `kept` largest entries."""
+        return topk_mask(self.values, kept)
+
+
+class _Bracket(NamedTuple):
+    """Interval of scores around the k-th largest, and the number of entries per unit of score in it."""
+
+    low: float
+    high: float
+    density: float
+
+    @property
+    def has_density(self) -> bool:
+        return 0 < self.density < float("inf")
+
+
+def chunk_size(values: Tensor) -> int:
+    """Return the number of entries of a tensor to handle at a time, which depends on its device."""
     return _CPU_CHUNK if values.device.type == "cpu" else _GPU_CHUNK
 
 
 def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` where `mask`, zero elsewhere; -0.0 where a negative value was.
+    """Return `values` with zeros where `mask` is False; negative values leave -0.0.
 
-    On a CPU `torch.where` on a boolean mask is some ten times slower than this product.
+    On a CPU this product is about ten times faster than `torch.where` with a boolean mask.
     """
     return mask.view(torch.uint8).to(values.dtype).mul_(values)
 
 
 def topk_mask(scores: Tensor, kept: int) -> Tensor:
-    """Mask of exactly the `kept` largest of a vector of scores; among equals the first ones win.
+    """Return the mask of exactly the `kept` largest entries of a vector; among equal entries the first are kept.
 
     Raises:
-        SolveFailed: when scores are NaN, which finite weights and inputs only are where their products overflow.
+        SolveFailed: if scores are NaN, which happens for finite weights and inputs only if their products overflow.
     """
     size = scores.numel()
     if kept <= 0 or kept >= size:
@@ -51,8 +112,9 @@ def topk_mask(scores: Tensor, kept: int) -> Tensor:
     if bool(cut.isnan()):
         raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
     mask = torch.empty_like(scores, dtype=torch.bool)
-    for part, answer in zip(torch.split(scores, chunk_of(scores)), torch.split(mask, chunk_of(scores)), strict=True):
-        answer.copy_(torch.ge(part, cut, out=torch.empty_like(part)))
+    chunk = chunk_size(scores)
+    for part, part_mask in zip(torch.split(scores, chunk), torch.split(mask, chunk), strict=True):
+        part_mask.copy_(torch.ge(part, cut, out=torch.empty_like(part)))
     surplus = int(torch.count_nonzero(mask)) - kept
     if surplus:
         ties = (scores == cut).nonzero().squeeze(1)
@@ -61,29 +123,36 @@ def topk_mask(scores: Tensor, kept: int) -> Tensor:
 
 
 def topk_in_rows(scores: Tensor, kept: Tensor) -> Tensor:
-    """Mask of the largest entries of every row of scores (rows, columns), `kept` (rows,) of each; first ones win."""
+    """Return the mask of the largest entries of every row; among equal entries the first are kept.
+
+    Args:
+        scores: shape (rows, columns).
+        kept: number of entries to keep in each row, shape (rows,).
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
     inside = torch.arange(scores.shape[1], device=scores.device) < kept[:, None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, inside)
 
 
-def capped(counts: Tensor, room: Tensor) -> Tensor:
-    """Counts that fit in: what one has too many goes to the others in equal parts, as far as they have room.
+def redistribute(counts: Tensor, room: Tensor) -> Tensor:
+    """Limit counts to the room there is, and spread the surplus in equal parts over the others.
+
+    The sum stays the same as long as the total room allows it.
 
     Args:
-        counts: how many are wanted, int64.
-        room: how many there may be at most.
+        counts: preferred counts, int64.
+        room: largest possible counts, int64.
     """
-    wanted = min(int(counts.sum()), int(room.sum()))
+    total = min(int(counts.sum()), int(room.sum()))
     low, high = 0, int(room.max())
     while low < high:
         middle = (low + high) // 2
-        if int(torch.minimum(counts + middle, room).sum()) < wanted:
+        if int(torch.minimum(counts + middle, room).sum()) < total:
             low = middle + 1
         else:
             high = middle
     raised = torch.minimum(counts + low, room)
-    surplus = int(raised.sum()) - wanted
+    surplus = int(raised.sum()) - total
     if surplus:
         last = (raised > torch.minimum(counts + low - 1, room)).nonzero().squeeze(1)
         raised[last[len(last) - surplus :]] -= 1
@@ -91,73 +160,55 @@ def capped(counts: Tensor, room: Tensor) -> Tensor:
 
 
 def topk_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
-    """Mask of the `keep` largest of every `group` consecutive scores of a row; among equals the first ones win."""
+    """Return the mask of the `keep` largest of every `group` consecutive scores of a row.
+
+    Among equal entries the first are kept. The group must divide the length of a row.
+    """
     assert scores.shape[1] % group == 0
     groups = scores.reshape(-1, group)
     mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
-    size = max(chunk_of(scores) // group, 1)
-    for part, answer in zip(torch.split(groups, size), torch.split(mask, size), strict=True):
-        # One contiguous row for each place in a group, so that every comparison runs over whole rows.
-        answer.copy_(_ranks(part.T.contiguous()).lt_(keep).T)
+    size = max(chunk_size(scores) // group, 1)
+    for part, part_mask in zip(torch.split(groups, size), torch.split(mask, size), strict=True):
+        # One contiguous row for each position in a group, so that every comparison runs over whole rows.
+        part_mask.copy_(_ranks(part.T.contiguous()).lt_(keep).T)
     return mask.reshape(scores.shape)
 
 
-def _ranks(places: Tensor) -> Tensor:
-    """How many other places of its group beat each entry of `places` (group, groups); equals lose to their left."""
-    group = len(places)
-    # Until it is compared, a place counts as beaten by every place to its right.
-    rank = torch.arange(group - 1, -1, -1, device=places.device, dtype=torch.float32)[:, None]
-    rank = rank.repeat(1, places.shape[1])
+def _ranks(scores: Tensor) -> Tensor:
+    """Count, for each entry of `scores` (group, groups), the entries of its group that rank above it.
+
+    Of two equal entries the left one ranks above the right one.
+    """
+    group = len(scores)
+    # Before the comparisons, each position counts as beaten by every position to its right.
+    rank = torch.arange(group - 1, -1, -1, device=scores.device, dtype=torch.float32)[:, None]
+    rank = rank.repeat(1, scores.shape[1])
     loses = torch.empty_like(rank[0])
     for i in range(group):
         for j in range(i):
-            torch.ge(places[j], places[i], out=loses)
+            torch.ge(scores[j], scores[i], out=loses)
             rank[i].add_(loses)
             rank[j].sub_(loses)
     return rank
 
 
-# Counts after which the search for a cut gives up and selects exactly, which takes as long as some ten of them.
-_COUNTS = 12
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A vector that this process holds alone."""
-
-    values: Tensor
-
-    @property
-    def entries(self) -> int:
-        return self.values.numel()
-
-    def sample(self, stride: int) -> Tensor:
-        return self.values[::stride].contiguous()
-
-    def total(self, count: int) -> int:
-        return count
-
-    def top(self, kept: int) -> Tensor:
-        return topk_mask(self.values, kept)
-
-
 def approx_topk_mask(scores: Scores, kept: int, slack: float, out: Tensor) -> Tensor:
-    """Ones at the largest scores, zeros elsewhere: `kept` of them to within the fraction `slack`, by one cut.
+    """Write ones at the largest scores and zeros elsewhere, by one cut that keeps approximately `kept` entries.
 
-    What an iteration needs whose answer is not final. A sample gives the first cut, and a secant search on the number
-    of scores above it the next ones, at one comparison and one sum each.
+    Iterations whose result is not final use this. A sample gives the first cut. A secant search on the number of scores
+    above the cut gives the next ones, each for one comparison and one sum.
 
     Args:
-        scores: all of them, wherever they are.
-        kept: how many, 1 <= kept < entries.
-        slack: by how much of `kept` the number may be off.
-        out: where the answer for this process's values goes, like them.
+        scores: the whole vector, on one rank or on several.
+        kept: number of entries to keep, 1 <= kept < entries.
+        slack: largest error of the number of kept entries, as a fraction of `kept`.
+        out: receives the mask of the values on this rank; has their shape and dtype.
     """
-    if scores.entries >= _SAMPLED_FROM:
-        low, high, density = _sampled(scores, kept)
+    if scores.entries >= _MIN_SAMPLED_SIZE:
+        low, high, density = bracket = _sampled_bracket(scores, kept)
         cut, below, above = (low + high) / 2, -float("inf"), float("inf")
         last_cut, last_surplus = cut, 0
-        for _ in range(_COUNTS if 0 < density < float("inf") else 0):
+        for _ in range(_MAX_CUTS if bracket.has_density else 0):
             surplus = scores.total(_count(torch.ge(scores.values, cut, out=out))) - kept
             if abs(surplus) <= slack * kept:
                 return out
@@ -172,64 +223,66 @@ def approx_topk_mask(scores: Scores, kept: int, slack: float, out: Tensor) -> Te
 
 
 def _count(ones: Tensor) -> int:
-    return _total([part.sum() for part in torch.split(ones, _COUNTABLE)])
+    """Sum a vector of ones and zeros exactly."""
+    return _exact_sum([part.sum() for part in torch.split(ones, _MAX_EXACT_COUNT)])
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest entry, 1 <= k <= size, exactly.
+    """Return the k-th largest entry exactly, 1 <= k <= size.
 
-    A large vector is narrowed down first (Floyd and Rivest, Communications of the ACM 18(3), 1975): a sample says
-    about where the entry is, the count above that place says how far off, and only what lies around the corrected
-    place is searched. A bracket that misses costs time, never correctness.
+    Large vectors are narrowed down first (Floyd and Rivest, Communications of the ACM 18(3), 1975). A sample estimates
+    the entry, the count above the estimate corrects it, and only the entries near the corrected estimate are searched.
+    A bracket that misses costs time, never correctness.
     """
-    if scores.numel() >= _SAMPLED_FROM:
-        low, high, density = _sampled(Whole(scores), k)
-        for bracket in (_corrected(scores, k, low, high, density), (low, high)):
-            above, inside = _bracketed(scores, *bracket)
+    if scores.numel() >= _MIN_SAMPLED_SIZE:
+        wide = _sampled_bracket(LocalScores(scores), k)
+        for bracket in (_corrected_bracket(scores, k, wide), wide):
+            above, inside = _split_by_bracket(scores, bracket)
             if above < k <= above + len(inside):
                 return inside.kthvalue(len(inside) - (k - above) + 1).values
     return scores.kthvalue(scores.numel() - k + 1).values
 
 
-def _sampled(scores: Scores, k: int) -> tuple[float, float, float]:
-    """A bracket of four standard deviations around the k-th entry, and the entries per unit of score in it."""
-    stride = next((stride for stride in _STRIDES if scores.entries // stride >= _SAMPLE), _STRIDES[-1])
+def _sampled_bracket(scores: Scores, k: int) -> _Bracket:
+    """Return a bracket of four standard deviations around the k-th largest entry of a sample."""
+    stride = next((stride for stride in _STRIDES if scores.entries // stride >= _MIN_SAMPLE_SIZE), _STRIDES[-1])
     sample, share = scores.sample(stride), k / scores.entries
     margin = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 1
-    wanted = (share * len(sample) + margin + 1, share * len(sample) - margin)
-    ranks = [min(max(int(rank), 0), len(sample) - 1) for rank in wanted]
+    bounds = (share * len(sample) + margin + 1, share * len(sample) - margin)
+    ranks = [min(max(int(rank), 0), len(sample) - 1) for rank in bounds]
     low, high = (float(sample.kthvalue(len(sample) - rank).values) for rank in ranks)
-    return low, high, (ranks[0] - ranks[1]) * stride / (high - low) if high > low else 0.0
+    return _Bracket(low, high, (ranks[0] - ranks[1]) * stride / (high - low) if high > low else 0.0)
 
 
-def _corrected(scores: Tensor, k: int, low: float, high: float, density: float) -> tuple[float, float]:
-    """A much narrower bracket, from the count of entries above the middle of the sampled one."""
-    if not 0 < density < float("inf"):
-        return low, high
+def _corrected_bracket(scores: Tensor, k: int, wide: _Bracket) -> _Bracket:
+    """Return a much narrower bracket, from the count of entries above the middle of the sampled one."""
+    low, high, density = wide
+    if not wide.has_density:
+        return wide
     middle = (low + high) / 2
-    parts = torch.split(scores, chunk_of(scores))
-    above = _total([torch.gt(part, middle, out=torch.empty_like(part)).sum(dtype=torch.float32) for part in parts])
-    # A fifth of the step, for a density that is not the sample's, and as much as uneven spacing may need.
+    parts = torch.split(scores, chunk_size(scores))
+    above = _exact_sum([torch.gt(part, middle, out=torch.empty_like(part)).sum(dtype=torch.float32) for part in parts])
+    # A fifth of the step, in case the density differs from the sample's, and a term for uneven spacing.
     margin = (abs(above - k) / 5 + scores.numel() ** 0.5 / 10) / density
     middle += (above - k) / density
-    return middle - margin, middle + margin
+    return _Bracket(middle - margin, middle + margin, density)
 
 
-def _bracketed(scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """How many entries are above `high`, and the entries from `low` to `high`."""
+def _split_by_bracket(scores: Tensor, bracket: _Bracket) -> tuple[int, Tensor]:
+    """Return the number of entries above the bracket, and the entries inside it, bounds included."""
     above, inside = [], []
-    for part in torch.split(scores, chunk_of(scores)):
-        over = torch.gt(part, high, out=torch.empty_like(part))
+    for part in torch.split(scores, chunk_size(scores)):
+        over = torch.gt(part, bracket.high, out=torch.empty_like(part))
         above.append(over.sum(dtype=torch.float32))
-        within = torch.ge(part, low, out=torch.empty_like(part)).sub_(over)
-        if len(part) % _GROUP == 0:
-            # Few groups hold anything: finding those first is cheaper than looking at every entry.
-            groups = within.view(_GROUP, -1)
+        within = torch.ge(part, bracket.low, out=torch.empty_like(part)).sub_(over)
+        if len(part) % _BRACKET_GROUP == 0:
+            # Few groups have an entry inside the bracket, and finding those groups is cheaper than testing every entry.
+            groups = within.view(_BRACKET_GROUP, -1)
             hit = groups.amax(dim=0).nonzero().squeeze(1)
-            within, part = groups[:, hit], part.view(_GROUP, -1)[:, hit]
+            within, part = groups[:, hit], part.view(_BRACKET_GROUP, -1)[:, hit]
         inside.append(part[within.bool()])
-    return _total(above), torch.cat(inside)
+    return _exact_sum(above), torch.cat(inside)
 
 
-def _total(counts: list[Tensor]) -> int:
+def _exact_sum(counts: list[Tensor]) -> int:
     return int(torch.stack(counts).sum(dtype=torch.float64))

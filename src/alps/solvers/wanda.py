@@ -1,8 +1,8 @@
-"""Wanda: keep the weights of largest |W_ij| ||X_j||, compared within each output row.
+"""Wanda: keep the weights with the largest |W_ij| ||X_j||, compared within each output row.
 
 Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024,
 arXiv 2306.11695, Equation 1 (score) and Section 3 (comparison group: one output). Kept weights are unchanged.
-Rows prune the same number of entries, or differ by one where the matrix total asks for it.
+Numbers of pruned entries per row differ by at most one, so that the total of the matrix is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alps.solvers.patterns import Pattern, keep_largest
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Keep the entries of largest |W_ij| ||X_j||, row by row."""
+    """Keep the entries with the largest |W_ij| ||X_j|| of each row."""
 
     @property
     def name(self) -> str:

@@ -1,12 +1,12 @@
-/* AMX with BF16 (Sapphire Rapids and later): sixteen rows and sixteen vectors at once, of bfloat16.
+/* AMX with BF16 (Sapphire Rapids and later): products of sixteen rows and sixteen vectors at a time, in bfloat16.
 
-   Words of the mask are expanded as in avx512bf16.c, but into memory: a word of sixteen rows is a tile of 16 x 32, and one
-   instruction multiplies it with as many columns of up to sixteen vectors. That costs a third of the expansion and runs
-   beside it, so that a batch of 32 takes hardly twice as long as one vector. One vector is amx_one.h's; other types are
-   avx512.c's.
+   Words of the mask are expanded as in avx512bf16.c, but into memory. A word of sixteen rows is a tile of 16 x 32, and one
+   instruction multiplies it with the same columns of up to sixteen vectors. The product takes a third of the time of the
+   expansion and overlaps with it, so that a batch of 32 takes less than twice as long as one vector. amx_one.h multiplies
+   single vectors, and avx512.c other types.
 
-   A tile of vectors has a row for every pair of columns: `arrange` brings them into this order, sixteen vectors side by
-   side. Tiles 0 to 3 are sums, 4 and 5 have weights, 6 and 7 vectors. */
+   A tile of vectors has a row for every pair of columns; `arrange` brings sixteen vectors at a time into this order. Tiles
+   0 to 3 hold sums, tiles 4 and 5 weights, tiles 6 and 7 vectors. */
 
 #include "amx_tiles.h"
 #include "amx_one.h"
@@ -14,8 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { BLOCK = 8, CHUNK = 64, LIMIT = 512 };          /* of multiply_many: tiles of rows, words, vectors */
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
+enum { BLOCK = 8, CHUNK = 64, LIMIT = 512 };          /* multiply_many: tiles of rows, words, vectors */
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* for arch_prctl */
 
 #define CLEAR_SUMS() \
     do {             \
@@ -25,13 +25,13 @@ enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
         CLEAR(3);    \
     } while (0)
 
-/* Up to 32 vectors: a row of their tiles, of which the second may be missing. */
+/* Up to 32 vectors in one or two tiles; other_bytes is 0 without a second tile. */
 typedef struct {
     const char *first, *others;
     int64_t bytes, other_bytes;
 } vectors;
 
-/* Word `w`, at `tile`; products by turns with one sum or the other. */
+/* Multiply the expanded word `w` at `tile` with the vectors. Callers alternate between two pairs of sums. */
 #define MULTIPLY(x, tile, w, sum, other_sum, weights)                                   \
     do {                                                                                \
         LOAD(weights, tile, WIDTH);                                                     \
@@ -48,7 +48,7 @@ static void add(sums *even, const sums *odd) {
         for (int t = 0; t < TILE; t++) (*even)[r][t] += (*odd)[r][t];
 }
 
-/* Up to 32 vectors, `others` of them in the second tile: a panel is expanded while the last one is multiplied. */
+/* Multiply up to 32 vectors, `others` of them in the second tile. A panel is expanded while the last one is multiplied. */
 static void multiply_few(const alps_matrix *matrix, int64_t row, int64_t to, const vectors *x, uint16_t *out, int tokens,
                          int others) {
     panel panels[2] __attribute__((aligned(64)));
@@ -79,20 +79,20 @@ static void multiply_few(const alps_matrix *matrix, int64_t row, int64_t to, con
     write_out(matrix, row, task.rows, &even, out + TILE * matrix->rows, others);
 }
 
-/* Two tiles of rows with two of vectors, `words` words of them: added to the sums, or the first of them. */
-static void multiply_chunk(panel *left, int64_t words, const char *x, int64_t stride, sums *found, int first) {
+/* Multiply `words` words of two tiles of rows with two tiles of vectors. With `first`, sums start at zero. */
+static void multiply_chunk(panel *left, int64_t words, const char *x, int64_t stride, sums *sum_tiles, int first) {
     panel *right = left + CHUNK / DEPTH;
     const char *more = x + stride * TILE * 2;
     if (first) {
         CLEAR_SUMS();
     } else {
-        LOAD(0, found, WIDTH);
-        LOAD(1, found + 1, WIDTH);
-        LOAD(2, found + BLOCK, WIDTH);
-        LOAD(3, found + BLOCK + 1, WIDTH);
+        LOAD(0, sum_tiles, WIDTH);
+        LOAD(1, sum_tiles + 1, WIDTH);
+        LOAD(2, sum_tiles + BLOCK, WIDTH);
+        LOAD(3, sum_tiles + BLOCK + 1, WIDTH);
     }
     for (int64_t w = 0; w < words; w++) {
-        for (int line = 0; line < TILE; line++) { /* vectors come from farther away than rows */
+        for (int line = 0; line < TILE; line++) { /* vectors are farther away in the caches than rows */
             __builtin_prefetch(x + ((w + 2) * TILE + line) * WIDTH, 0, 3);
             __builtin_prefetch(more + ((w + 2) * TILE + line) * WIDTH, 0, 3);
         }
@@ -105,22 +105,22 @@ static void multiply_chunk(panel *left, int64_t words, const char *x, int64_t st
         PRODUCT(2, 4, 7);
         PRODUCT(3, 5, 7);
     }
-    STORE(0, found, WIDTH);
-    STORE(1, found + 1, WIDTH);
-    STORE(2, found + BLOCK, WIDTH);
-    STORE(3, found + BLOCK + 1, WIDTH);
+    STORE(0, sum_tiles, WIDTH);
+    STORE(1, sum_tiles + 1, WIDTH);
+    STORE(2, sum_tiles + BLOCK, WIDTH);
+    STORE(3, sum_tiles + BLOCK + 1, WIDTH);
 }
 
-/* Tiles of vectors where there are many: an even number, so that they go two by two. */
+/* Number of tiles of many vectors; even, because two are multiplied at a time. */
 ALPS_INLINE int groups_of(int tokens) { return (tokens + MOST - 1) / MOST * 2; }
 
-/* Many vectors and up to eight tiles of rows, which are expanded a chunk of their columns at a time: a thread's cache holds
-   that and the same columns of 32 vectors. The sums wait in memory meanwhile. */
+/* Multiply many vectors with up to eight tiles of rows. A chunk of columns is expanded at a time; it fits into a thread's
+   cache together with the same columns of 32 vectors. Sums are kept in memory. */
 static void multiply_many(const alps_matrix *matrix, int64_t row, int64_t to, const char *x, int64_t stride, uint16_t *out,
                           int tokens, void *room) {
     const int tiles = to - row < BLOCK * TILE ? (int)((to - row + TILE - 1) / TILE) : BLOCK, groups = groups_of(tokens);
     panel *panels = room;
-    sums *found = (sums *)(panels + BLOCK * CHUNK / DEPTH);
+    sums *sum_tiles = (sums *)(panels + BLOCK * CHUNK / DEPTH);
     task tasks[BLOCK];
     for (int i = 0; i < tiles; i++) tasks[i] = begin(matrix, row + i * TILE, to);
     for (int64_t w = 0; w < matrix->words; w += CHUNK) {
@@ -132,11 +132,11 @@ static void multiply_many(const alps_matrix *matrix, int64_t row, int64_t to, co
         for (int group = 0; group < groups; group += 2)
             for (int i = 0; i < tiles; i += 2)
                 multiply_chunk(panels + i * CHUNK / DEPTH, end, x + (group * stride + w * ALPS_WORD) * TILE * 2, stride,
-                               found + group * BLOCK + i, !w);
+                               sum_tiles + group * BLOCK + i, !w);
     }
     for (int group = 0; group < groups; group++)
         for (int i = 0; i < tiles; i++)
-            write_out(matrix, row + i * TILE, tasks[i].rows, found + group * BLOCK + i,
+            write_out(matrix, row + i * TILE, tasks[i].rows, sum_tiles + group * BLOCK + i,
                       out + group * TILE * matrix->rows, tokens - group * TILE);
 }
 
@@ -151,7 +151,7 @@ static void bf16_multiply(const alps_matrix *matrix, int64_t from, int64_t to, c
     own.bytes[0] = own.bytes[1] = own.bytes[6] = (uint16_t)(4 * first);
     own.bytes[2] = own.bytes[3] = own.bytes[7] = (uint16_t)(4 * (!others || tokens > MOST ? TILE : others));
     const vectors both = {x, (const char *)x + stride * 2 * first, 4 * first, 4 * others};
-    /* torch's own products leave their shapes for the next one to find. */
+    /* torch's own products rely on the tile configuration of the last product, so it is saved and restored. */
     __asm__ volatile("sttilecfg %0" : "=m"(saved));
     CONFIGURE(own);
     for (int64_t row = from; tokens > MOST && row < to; row += BLOCK * TILE)
@@ -164,8 +164,8 @@ static void bf16_multiply(const alps_matrix *matrix, int64_t from, int64_t to, c
         __asm__ volatile("tilerelease" ::: "memory");
 }
 
-/* Pairs of columns of up to sixteen vectors side by side, then those of the next sixteen. The last of many are filled up
-   with zeros. */
+/* Store pairs of columns of up to sixteen vectors next to each other, then those of the next sixteen vectors. If there are
+   many vectors, the last tiles are filled with zeros. */
 static void arrange(const void *x, void *out, int64_t stride, int tokens) {
     const int64_t pairs = stride / 2;
     const int all = tokens > MOST ? groups_of(tokens) * TILE : tokens;
@@ -188,7 +188,7 @@ static void arrange(const void *x, void *out, int64_t stride, int tokens) {
     }
 }
 
-/* Panels and sums of many vectors. */
+/* Bytes for the panels and sums of many vectors. */
 static size_t room(const alps_matrix *matrix, int tokens) {
     (void)matrix;
     return tokens > MOST ? BLOCK * (CHUNK / DEPTH * sizeof(panel) + (size_t)groups_of(tokens) * sizeof(sums)) : 0;

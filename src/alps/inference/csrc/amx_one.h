@@ -1,5 +1,5 @@
-/* One vector on a processor with AMX: products in float32 of the even columns of a word, then of the odd ones. Its
-   vdpbf16ps takes as long as what it stands for, and from the port that expands. */
+/* Products with one vector on a processor with AMX: in float32, first the even columns of a word, then the odd ones.
+   vdpbf16ps is no faster here than the instructions that it replaces, and it occupies the port of the expansion. */
 
 #ifndef ALPS_AMX_ONE_H
 #define ALPS_AMX_ONE_H
@@ -30,7 +30,7 @@ ALPS_INLINE uint16_t one_narrow(float number) { return alps_to_bf16(number); }
 ALPS_INLINE float one_wide(uint16_t half) { return alps_from_bf16(half); }
 #include "row_loops.h"
 
-/* The even columns of every word and then the odd ones, in float32. */
+/* Store the even columns of every word and then the odd ones, in float32. */
 static void one_arrange(const uint16_t *x, float *out, int64_t stride) {
     for (int64_t at = 0; at < stride; at += ALPS_WORD) {
         const __m512i pairs = _mm512_loadu_si512(x + at);

@@ -1,4 +1,4 @@
-/* What amx.c is made of: tiles, rows that are expanded into them, and sums that are written out. */
+/* Building blocks of amx.c: tile instructions, expansion of rows into tiles, and output of sums. */
 
 #ifndef ALPS_AMX_TILES_H
 #define ALPS_AMX_TILES_H
@@ -15,11 +15,11 @@ typedef struct {
     uint8_t rows[16];
 } shapes;
 
-/* DEPTH words of sixteen rows. In the place of rows that are not there may stand anything: rows have their own sums. */
+/* DEPTH words of sixteen rows. Rows past the last one are undefined, which is harmless because rows have separate sums. */
 typedef uint16_t panel[DEPTH][TILE][ALPS_WORD];
 typedef float sums[TILE][TILE];
 
-/* Loaded before it is expanded, as in avx512bf16.c; what the register held before does not matter to these processors. */
+/* Load before expanding, as in avx512bf16.c. On these processors there is no dependency on the register's old value. */
 ALPS_INLINE __m512i expand_loaded(__m512i packed, uint32_t bits) {
     __asm__("" : "+v"(packed));
     return _mm512_maskz_expand_epi16(bits, packed);
@@ -28,7 +28,7 @@ ALPS_INLINE __m512i load_last(const uint16_t *values, unsigned count) {
     return _mm512_maskz_loadu_epi16(_bzhi_u32(UINT32_MAX, count), values);
 }
 
-/* The compiler's own functions do not tell it that they read memory. */
+/* Inline assembly, because the compiler assumes that its intrinsics for tiles do not read memory. */
 #define CONFIGURE(shapes) __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory")
 #define LOAD(tile, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
@@ -38,7 +38,7 @@ ALPS_INLINE __m512i load_last(const uint16_t *values, unsigned count) {
     __asm__ volatile("tdpbf16ps %%tmm" #vectors ", %%tmm" #weights ", %%tmm" #sum ::: "memory")
 #define CLEAR(tile) __asm__ volatile("tilezero %%tmm" #tile ::: "memory")
 
-/* What is left of up to sixteen rows. */
+/* The unread rest of up to sixteen rows. */
 typedef struct {
     const uint32_t *mask;
     const uint16_t *values[TILE];
@@ -46,7 +46,7 @@ typedef struct {
     int rows, last;
 } task;
 
-/* Words `w` to `w + depth` of row `r`. */
+/* Expand words `w` to `w + depth` of row `r`. */
 ALPS_INLINE void expand(task *task, int r, int64_t w, panel *out, const int depth, const int last) {
     const uint16_t *values = task->values[r];
     const uint32_t *mask = task->mask + r * task->words + w;
@@ -63,7 +63,7 @@ ALPS_INLINE void expand(task *task, int r, int64_t w, panel *out, const int dept
     task->values[r] = values;
 }
 
-/* A quarter of the rows, DEPTH words of each from `w` on, as far as there are any. */
+/* Expand up to DEPTH words, from `w` on, of a quarter of the rows. */
 ALPS_INLINE void expand_quarter(task *task, int quarter, int64_t w, panel *out) {
     const int first = quarter * QUARTER;
     if (w + DEPTH <= task->words && first + QUARTER <= task->rows && !task->last) {
@@ -75,7 +75,7 @@ ALPS_INLINE void expand_quarter(task *task, int quarter, int64_t w, panel *out) 
     for (int r = first; r < first + QUARTER && r < task->rows; r++) expand(task, r, w, out, depth, 1);
 }
 
-/* Up to sixteen rows from `row` on; none from `to` on. */
+/* Start with up to sixteen rows from `row` to `to`. */
 static task begin(const alps_matrix *matrix, int64_t row, int64_t to) {
     task task = {.mask = matrix->mask + row * matrix->words, .words = matrix->words};
     if (row >= to) return task;
@@ -88,7 +88,7 @@ static task begin(const alps_matrix *matrix, int64_t row, int64_t to) {
     return task;
 }
 
-/* Columns for rows of 16 x 16 numbers of 32 bits: within quarters of registers, then quarters among registers. */
+/* Transpose 16 x 16 numbers of 32 bits: within quarters of registers, then quarters between registers. */
 ALPS_INLINE void transpose(__m512i at[TILE]) {
     __m512i by[TILE];
     for (int i = 0; i < TILE; i += 2) {
@@ -113,8 +113,8 @@ ALPS_INLINE void transpose(__m512i at[TILE]) {
     for (int i = 0; i < TILE; i++) at[i] = by[i];
 }
 
-/* The sums of `tokens` vectors, a column each, as rows of out. */
-static void write_out(const alps_matrix *matrix, int64_t row, int rows, sums *found, uint16_t *out, int tokens) {
+/* Write the sums of `tokens` vectors, which are columns, with the bias as rows of out. */
+static void write_out(const alps_matrix *matrix, int64_t row, int rows, sums *totals, uint16_t *out, int tokens) {
     const __mmask16 some = (__mmask16)((1u << rows) - 1);
     __m512 bias = _mm512_setzero_ps();
     __m512i at[TILE];
@@ -122,7 +122,7 @@ static void write_out(const alps_matrix *matrix, int64_t row, int rows, sums *fo
         const __m256i half = _mm256_maskz_loadu_epi16(some, (const uint16_t *)matrix->bias + row);
         bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
-    for (int r = 0; r < TILE; r++) at[r] = _mm512_load_si512((*found)[r]);
+    for (int r = 0; r < TILE; r++) at[r] = _mm512_load_si512((*totals)[r]);
     transpose(at);
     for (int t = 0; t < tokens && t < TILE; t++) {
         const __m512 total = _mm512_add_ps(_mm512_castsi512_ps(at[t]), bias);

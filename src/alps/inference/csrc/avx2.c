@@ -1,5 +1,5 @@
-/* AVX2 with FMA and F16C: 8 columns a step. There is no expansion: a byte of the mask is looked up in a table of byte
-   shuffles for elements of 16 bits, of lane permutations for those of 32. Sums are in float32. */
+/* AVX2 with FMA and F16C: 8 columns per step. AVX2 has no expand instruction. Instead a byte of the mask selects a byte
+   shuffle from a table for elements of 16 bits, or a lane permutation for those of 32. Sums are in float32. */
 
 #include "kernel.h"
 
@@ -9,17 +9,17 @@
 #define SUMS 8
 
 static _Alignas(64) uint8_t shuffles[256][16];
-/* The lane to take in the low bits, the sign bit where one is to be taken. */
+/* Low bits: source lane. Sign bit: set if the column is kept. */
 static _Alignas(64) uint32_t lanes[256][8];
 
 static void start(void) {
     for (int bits = 0; bits < 256; bits++)
-        for (int column = 0, found = 0; column < 8; column++) {
-            const int there = bits >> column & 1;
-            shuffles[bits][2 * column] = there ? (uint8_t)(2 * found) : 0x80;
-            shuffles[bits][2 * column + 1] = there ? (uint8_t)(2 * found + 1) : 0x80;
-            lanes[bits][column] = there ? 0x80000000u | (uint32_t)found : 0;
-            found += there;
+        for (int column = 0, position = 0; column < 8; column++) {
+            const int is_kept = bits >> column & 1;
+            shuffles[bits][2 * column] = is_kept ? (uint8_t)(2 * position) : 0x80;
+            shuffles[bits][2 * column + 1] = is_kept ? (uint8_t)(2 * position + 1) : 0x80;
+            lanes[bits][column] = is_kept ? 0x80000000u | (uint32_t)position : 0;
+            position += is_kept;
         }
 }
 

@@ -1,5 +1,5 @@
-/* AVX-512 F, BW, VL and DQ (Skylake-X on): 16 columns a step, widened to float32, expanded by vexpandps under 16 bits
-   of the mask, multiplied and added in float32. */
+/* AVX-512 F, BW, VL and DQ (Skylake-X and later): 16 columns per step, widened to float32, expanded by vexpandps with 16
+   bits of the mask, then multiplied and added in float32. */
 
 #include "kernel.h"
 
@@ -8,8 +8,8 @@
 #define ROWS 2
 #define SUMS 16
 
-/* An expansion waits for what its register held before, even where it zeroes it: a fresh one breaks the chain. And one
-   of a memory operand takes several times as long as a load before it. */
+/* An expansion depends on the old value of its target register, even if it zeroes it; a zeroed register breaks this
+   dependency. An expansion of a memory operand takes several times as long as a load followed by an expansion. */
 ALPS_INLINE __m512i expand32(__m512i packed, uint32_t bits) {
     __m512i fresh = _mm512_setzero_si512();
     __asm__("" : "+v"(packed), "+v"(fresh));

@@ -1,7 +1,7 @@
-/* AVX-512 with VBMI2 and BF16 (Zen 4, Ice Lake's expansion with Cooper Lake's product: Sapphire Rapids and later).
+/* AVX-512 with VBMI2 and BF16 (Zen 4, Sapphire Rapids and later).
 
-   32 columns a step: vpexpandw puts the kept values under the bits of a word of the mask, vdpbf16ps multiplies pairs of
-   bfloat16 exactly and adds them in float32. What has no instruction of its own here is taken from avx512.c. */
+   32 columns per step: vpexpandw expands the kept values by a word of the mask, vdpbf16ps multiplies pairs of bfloat16
+   exactly and adds them in float32. Other types use the functions of avx512.c. */
 
 #include "kernel.h"
 
@@ -10,8 +10,8 @@
 #define ROWS 2
 #define SUMS 16
 
-/* An expansion waits for what its register held before, even where it zeroes it: a fresh one breaks the chain. And one
-   of a memory operand takes several times as long as a load before it. */
+/* An expansion depends on the old value of its target register, even if it zeroes it; a zeroed register breaks this
+   dependency. An expansion of a memory operand takes several times as long as a load followed by an expansion. */
 ALPS_INLINE __m512i expand(__m512i packed, uint32_t bits) {
     __m512i fresh = _mm512_setzero_si512();
     __asm__("" : "+v"(packed), "+v"(fresh));
@@ -41,10 +41,10 @@ ALPS_INLINE uint16_t bf16_narrow(float number) { return alps_to_bf16(number); }
 ALPS_INLINE float bf16_wide(uint16_t half) { return alps_from_bf16(half); }
 #include "row_loops.h"
 
-/* More vectors than share an expansion in registers: four rows are expanded into memory first. */
+/* If there are too many vectors for one expansion in registers, four rows are expanded into memory first. */
 enum { FOUR = 4, LIMIT = 64 };
 
-/* The totals of sixteen registers, in their order. */
+/* Return the sum of each of sixteen registers, in order. */
 ALPS_INLINE __m512 totals(__m512 at[16]) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -59,7 +59,7 @@ ALPS_INLINE __m512 totals(__m512 at[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-/* Four expanded rows, which lie one after the other, with `tokens` vectors: the rows' sums for the first, for the second... */
+/* Multiply four consecutive expanded rows with `tokens` vectors; returns the four sums of each vector in turn. */
 ALPS_INLINE __m512 multiply_four(const uint16_t *rows, const uint16_t *x, int64_t stride, const int tokens) {
     __m512 sums[16];
 #pragma GCC unroll 16
@@ -78,10 +78,10 @@ ALPS_INLINE __m512 multiply_four(const uint16_t *rows, const uint16_t *x, int64_
     return totals(sums);
 }
 
-static void many_multiply(const alps_matrix *matrix, int64_t from, int64_t to, const void *given, int64_t stride, void *to_fill,
-                          int tokens, void *room) {
-    const uint16_t *x = given;
-    uint16_t *out = to_fill, *rows = room;
+static void many_multiply(const alps_matrix *matrix, int64_t from, int64_t to, const void *prepared, int64_t stride,
+                          void *target, int tokens, void *room) {
+    const uint16_t *x = prepared;
+    uint16_t *out = target, *rows = room;
     alps_matrix padded = *matrix;
     padded.columns = stride;
     if (tokens <= ALPS_TOKENS) {

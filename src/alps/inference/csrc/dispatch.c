@@ -1,5 +1,5 @@
-/* What Python calls: the choice of an instruction set, and rows shared out among threads by their bytes, so that every
-   thread has as much to read. A row's result does not depend on who computes it. */
+/* The functions that Python calls: they choose an instruction set, and distribute rows over threads such that all threads
+   read about the same number of bytes. The result of a row does not depend on the thread that computes it. */
 
 #include "kernel.h"
 
@@ -8,12 +8,12 @@
 #include <cpuid.h>
 #endif
 
-/* Shares per thread, what is worth a thread, and a multiple of all ROWS. */
-enum { SHARES = 4, LEAST_BYTES = 1 << 16, TOGETHER = 16 };
+/* Shares per thread, minimum bytes per thread, and a common multiple of all ROWS. */
+enum { SHARES = 4, MIN_BYTES = 1 << 16, TOGETHER = 16 };
 
 static const size_t sizes[ALPS_KINDS] = {2, 2, 4};
 
-/* Best last. */
+/* From slow to fast. */
 static const alps_path *const paths[] = {
     &alps_portable,
 #ifdef ALPS_NEON
@@ -67,7 +67,7 @@ static int available(const alps_path *path) {
     return path != 0;
 }
 
-/* To be called once, before anything else. `parallel`: GOMP_parallel, or NULL. */
+/* Initialise the library; must be called before all other functions. `parallel`: GOMP_parallel, or NULL. */
 int alps_start(void *parallel) {
     alps_use_openmp(parallel);
     for (int i = 0; i < PATHS; i++)
@@ -75,13 +75,13 @@ int alps_start(void *parallel) {
     return ALPS_VERSION;
 }
 
-/* The name of path `i`, the best last; NULL past the end; an empty name where the processor lacks it. */
+/* Return the name of path `i`, from slow to fast; empty if the processor lacks it, NULL past the last path. */
 const char *alps_path_name(int i) {
     if (i >= PATHS) return 0;
     return available(paths[i]) ? paths[i]->name : "";
 }
 
-/* Whether mask, offsets and `kept` belong together, which all functions below take for granted. */
+/* Return whether mask, offsets and `kept` are consistent, on which all functions below rely. */
 int alps_is_sound(const alps_matrix *matrix) {
     const int spare = (int)(matrix->words * ALPS_WORD - matrix->columns);
     if (alps_offset(matrix, 0)) return 0;
@@ -110,8 +110,8 @@ static int64_t cost(const alps_matrix *matrix, int64_t row) {
     return alps_offset(matrix, row) * (int64_t)sizes[matrix->kind] + 4 * row * matrix->words;
 }
 
-/* The first row of a share: about that at which so much of all bytes is behind, and a multiple of TOGETHER, so that the
-   same rows are multiplied together, and summed in the same order, however many threads there are. */
+/* Return the first row of a share. Shares have about the same number of bytes. The row is a multiple of TOGETHER, so that
+   the same rows are multiplied together, and summed in the same order, with any number of threads. */
 static int64_t boundary(const job *job, int share) {
     const int64_t begin = cost(job->matrix, job->from), all = cost(job->matrix, job->to) - begin;
     int64_t low = job->from, high = job->to;
@@ -127,8 +127,8 @@ static int64_t boundary(const job *job, int share) {
     return low > job->from ? low : job->from;
 }
 
-static void work(void *given) {
-    job *job = given;
+static void work(void *argument) {
+    job *job = argument;
     const alps_matrix *matrix = job->matrix;
     const size_t size = sizes[matrix->kind];
     void *room = job->rooms + job->room * (size_t)__atomic_fetch_add(&job->threads, 1, __ATOMIC_RELAXED);
@@ -143,14 +143,14 @@ static void work(void *given) {
 }
 
 static void share_out(job *job, int threads) {
-    const int64_t worth = (cost(job->matrix, job->to) - cost(job->matrix, job->from)) / LEAST_BYTES + 1;
+    const int64_t worth = (cost(job->matrix, job->to) - cost(job->matrix, job->from)) / MIN_BYTES + 1;
     if (threads > worth) threads = (int)worth;
     job->shares = threads > 1 ? threads * SHARES : 1;
     job->next = job->threads = 0;
     alps_team(work, job, threads);
 }
 
-/* x as the path's functions take it, in `room` if it has to be another array. Halves may be copied and then arranged. */
+/* Return x in the form that the path multiplies, stored in `room` if it differs from x. */
 static const void *prepare(const alps_matrix *matrix, const alps_path *path, const void *x, char *room, int tokens) {
     const int64_t stride = matrix->words * ALPS_WORD, columns = matrix->columns;
     const alps_widen widen = path->widen[matrix->kind];
@@ -173,8 +173,8 @@ static const void *prepare(const alps_matrix *matrix, const alps_path *path, con
     return room;
 }
 
-/* out (tokens, rows) = x (tokens, columns) times the matrix, transposed, plus the bias; all in the matrix's type.
-   Returns 0, or 1 without memory. */
+/* Compute out (tokens, rows) = x (tokens, columns) times the transposed matrix, plus the bias, all in the matrix's type.
+   Returns 0, or 1 if memory is exhausted. */
 int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t tokens, int threads, int path) {
     const size_t size = sizes[matrix->kind];
     const alps_path *chosen = paths[path];
@@ -182,7 +182,7 @@ int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t t
     const int64_t stride = matrix->words * ALPS_WORD, limit = chosen->tokens ? chosen->tokens : ALPS_TOKENS;
     const int64_t most = tokens < limit ? tokens : limit;
     const int as_it_is = !chosen->widen[matrix->kind] && !chosen->arrange && stride == matrix->columns;
-    /* Twice halves or once floats, and no more than 31 vectors of zeros or one of floats where they are arranged. */
+    /* Two copies in 16 bits or one in float32; `arrange` adds up to 31 vectors of zeros, or one vector in float32. */
     const size_t prepared = as_it_is ? 0 : (size_t)((most + 16) * stride) * sizeof(float);
     const size_t own = chosen->room ? chosen->room(matrix, (int)most) : 0;
     void *room = 0;
@@ -200,7 +200,7 @@ int alps_multiply(const alps_matrix *matrix, const void *x, void *out, int64_t t
     return 0;
 }
 
-/* Rows `from` to `to` as a dense matrix at `out`. */
+/* Write rows `from` to `to` as a dense matrix to `out`. */
 void alps_unpack(const alps_matrix *matrix, int64_t from, int64_t to, void *out, int threads, int path) {
     const alps_path *chosen = paths[path];
     while (!chosen->unpack[matrix->kind]) chosen = chosen->below;

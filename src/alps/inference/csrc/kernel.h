@@ -1,7 +1,7 @@
-/* What all files of the kernel share: a packed matrix, an instruction set's functions, and conversions of one number.
+/* Common declarations: the packed matrix, the functions of an instruction set, and conversions of single numbers.
 
    A packed matrix is described in docs/format.md: a word of the mask for every 32 columns of a row, and the kept
-   values of all rows one after the other. Nothing here reads a byte outside of these arrays. */
+   values of all rows one after the other. No function reads a byte outside of these arrays. */
 
 #ifndef ALPS_KERNEL_H
 #define ALPS_KERNEL_H
@@ -16,7 +16,7 @@
 
 #define ALPS_VERSION 1
 #define ALPS_WORD 32
-#define ALPS_TOKENS 8 /* products with that many vectors at once, of one expansion */
+#define ALPS_TOKENS 8 /* largest number of vectors that share one expansion */
 #define ALPS_INLINE static inline __attribute__((always_inline))
 
 enum { ALPS_BF16, ALPS_F16, ALPS_F32, ALPS_KINDS };
@@ -27,43 +27,43 @@ typedef struct {
     const void *offsets;  /* rows + 1, of 32 or 64 bits */
     const void *bias;     /* rows, in the values' type; or NULL */
     int64_t rows, columns, words, kept;
-    int wide; /* whether offsets have 64 bits */
+    int wide; /* 1 if offsets have 64 bits */
     int kind;
 } alps_matrix;
 
-/* out (tokens, rows) = x (tokens, stride) times rows `from` to `to` of the matrix, up to ALPS_TOKENS tokens, or
-   what the path says. x was prepared: zeros behind the last column up to a whole word, in float32 unless the path takes it
-   as it is, and arranged if it does that. `room` is the thread's own, aligned to 64 bytes. */
+/* Compute out (tokens, rows) = x (tokens, stride) times rows `from` to `to` of the matrix, for up to ALPS_TOKENS tokens or
+   the path's own limit. x is prepared: padded with zeros to a whole word, widened to float32 if the path has `widen`, and
+   reordered if it has `arrange`. `room` is memory of this thread, aligned to 64 bytes. */
 typedef void (*alps_multiply_rows)(const alps_matrix *, int64_t from, int64_t to, const void *x, int64_t stride,
                                    void *out, int tokens, void *room);
 
-/* Rows `from` to `to` as a dense matrix, the first of them at `out`. */
+/* Write rows `from` to `to` as a dense matrix to `out`. */
 typedef void (*alps_unpack_rows)(const alps_matrix *, int64_t from, int64_t to, void *out);
 
-/* `count` numbers in the matrix's type as float32. */
+/* Convert `count` numbers from the matrix's type to float32. */
 typedef void (*alps_widen)(const void *from, float *to, int64_t count);
 
-/* Prepared vectors of `stride` numbers in the order that a path multiplies them in. */
+/* Reorder padded vectors of `stride` numbers for the path's products. */
 typedef void (*alps_arrange)(const void *x, void *out, int64_t stride, int tokens);
 
 typedef struct alps_path {
     const char *name;
     void (*start)(void);            /* fills tables, once; or NULL */
-    const struct alps_path *below;  /* has the functions that are NULL here */
+    const struct alps_path *below;  /* provides the functions that are NULL here */
     alps_multiply_rows multiply[ALPS_KINDS];
     alps_unpack_rows unpack[ALPS_KINDS];
-    alps_widen widen[ALPS_KINDS];   /* goes with multiply; NULL where that takes x as it is */
-    alps_arrange arrange;           /* goes with multiply; or NULL */
-    int tokens;                     /* that multiply takes at most; 0 for ALPS_TOKENS */
+    alps_widen widen[ALPS_KINDS];   /* for multiply; NULL if that takes x in its own type */
+    alps_arrange arrange;           /* for multiply; or NULL */
+    int tokens;                     /* limit of multiply; 0 for ALPS_TOKENS */
     size_t (*room)(const alps_matrix *, int tokens); /* bytes that multiply needs in each thread; or NULL */
 } alps_path;
 
 extern const alps_path alps_portable, alps_avx2, alps_avx512, alps_avx512bf16, alps_amx, alps_neon;
 
-/* Whether the system lets this process use tiles, which has to be asked for. */
+/* Request the system's permission to use tiles, and return whether it was granted. */
 int alps_amx_permitted(void);
 
-/* Runs work(job) on up to `threads` threads at once, this one among them; returns when all have returned. */
+/* Run work(job) on up to `threads` threads at once, including this one, and return when all have returned. */
 void alps_team(void (*work)(void *), void *job, int threads);
 void alps_use_openmp(void *parallel);
 
@@ -83,13 +83,13 @@ ALPS_INLINE float alps_float(uint32_t bits) {
     return number;
 }
 
-/* Element types: the numbers' own, and how one of them becomes a float and back, rounded to nearest even. */
+/* Conversions of each element type to and from float, rounded to nearest even. */
 
 ALPS_INLINE float alps_from_bf16(uint16_t half) { return alps_float((uint32_t)half << 16); }
 
 ALPS_INLINE uint16_t alps_to_bf16(float number) {
     uint32_t bits = alps_bits(number);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

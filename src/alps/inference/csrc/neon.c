@@ -1,5 +1,5 @@
-/* NEON of 64-bit ARM: 8 columns a step for elements of 16 bits, 4 for those of 32. A byte or half a byte of the mask is
-   looked up in a table of byte shuffles; where an index is out of range, the shuffle gives zero. Sums are in float32. */
+/* NEON of 64-bit ARM: 8 columns per step for elements of 16 bits, 4 for those of 32. A byte or half a byte of the mask
+   selects a byte shuffle from a table; an index out of range gives zero. Sums are in float32. */
 
 #include "kernel.h"
 
@@ -12,10 +12,10 @@ static _Alignas(64) uint8_t shuffles16[256][16];
 static _Alignas(64) uint8_t shuffles32[16][16];
 
 static void fill(uint8_t *shuffle, int bits, int columns, int bytes) {
-    for (int column = 0, found = 0; column < columns; column++) {
-        const int there = bits >> column & 1;
-        for (int k = 0; k < bytes; k++) shuffle[bytes * column + k] = there ? (uint8_t)(bytes * found + k) : 0xff;
-        found += there;
+    for (int column = 0, position = 0; column < columns; column++) {
+        const int is_kept = bits >> column & 1;
+        for (int k = 0; k < bytes; k++) shuffle[bytes * column + k] = is_kept ? (uint8_t)(bytes * position + k) : 0xff;
+        position += is_kept;
     }
 }
 

@@ -1,4 +1,4 @@
-/* C for any processor: the set bits of a word one after the other, products and sums in float32. */
+/* Portable C: visits the set bits of a word one by one, with products and sums in float32. */
 
 #include "kernel.h"
 

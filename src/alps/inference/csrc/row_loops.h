@@ -1,14 +1,14 @@
-/* The loops over rows, once for all instruction sets with registers: a file defines the names below for one element
-   type and includes this, which defines NAME(multiply) and NAME(unpack).
+/* Loops over rows for all instruction sets with vector registers. A source file defines the names below for one element
+   type and includes this file, which defines NAME(multiply) and NAME(unpack).
 
    STEP                 columns that one expansion fills; divides 32
    ELEMENT, INPUT       type of a value, and of a prepared x
    VECTOR, SUM          an expanded register, and sums in float32
-   ROWS, SUMS           rows at once, and registers for sums at most: defined once for a file
-   NAME(f)              gives every function its own name
+   ROWS, SUMS           limits on rows at a time and on registers for sums; defined once per source file
+   NAME(f)              adds the prefix of the element type to a function name
    NAME(expand)         ELEMENT *values, bits -> VECTOR: values at the set bits, zeros elsewhere; reads STEP values
-   NAME(expand_last)    the same, reads no more values than there are bits
-   NAME(store)          ELEMENT *out, VECTOR: all STEP elements
+   NAME(expand_last)    as NAME(expand), but reads only as many values as there are set bits
+   NAME(store)          ELEMENT *out, VECTOR: stores STEP elements
    NAME(zero), NAME(add), NAME(total)    a SUM of zeros; SUM, VECTOR, INPUT *x -> SUM; SUM -> float
    NAME(narrow), NAME(wide)    float -> ELEMENT, and back */
 
@@ -21,16 +21,16 @@ ALPS_INLINE VECTOR NAME(chunk)(const ELEMENT **values, uint32_t word, int chunk,
     return vector;
 }
 
-/* `rows` rows with `tokens` vectors: rows share the loads of x, vectors the expansions. Several sums for each product hide
-   the latency of an addition where there are few of them. `last` for rows so near the end of all values that a whole
-   register would be read past it. */
+/* Multiply `rows` rows with `tokens` vectors. Rows share the loads of x, and vectors share the expansions. With few products,
+   each has several sums to hide the latency of additions. `last` is set for rows so close to the end of all values that
+   loading a whole register would read past it. */
 ALPS_INLINE void NAME(block)(const alps_matrix *matrix, int64_t row, const INPUT *x, int64_t stride, ELEMENT *out,
                              const int rows, const int tokens, const int last) {
     const int ways = rows * tokens == 1 ? 4 : rows * tokens <= 3 ? 2 : 1;
     const int group = ways > NAME(PER_WORD) ? ways / NAME(PER_WORD) : 1;
     const int64_t words = matrix->words;
-    /* Every row fetches for the row that will be in its place, and all for the next masks: hardware alone comes too
-       late for so many streams. */
+    /* Every row prefetches the values and mask of the row that follows it in the same slot, because the hardware
+       prefetcher is too late with this many streams. */
     const int64_t ahead = (alps_offset(matrix, row + rows) - alps_offset(matrix, row)) * (int64_t)sizeof(ELEMENT);
     const uint32_t *mask = matrix->mask + row * words;
     const ELEMENT *values[ROWS];

@@ -1,9 +1,9 @@
-/* Several threads on one job.
+/* Runs one job on several threads.
 
-   The threads are those of the OpenMP runtime that torch itself has loaded, by the entry that compiled code calls
-   (GOMP_parallel; LLVM's and Intel's runtimes have it, too). A pool of our own beside it would fight for the cores with
-   torch's threads, which spin for a while after every operation, and a second copy of a runtime would do the same.
-   Without that entry, threads are started for each job and joined: nothing idles, nothing survives a fork. */
+   The threads belong to the OpenMP runtime that torch has loaded. They are reached through GOMP_parallel, the entry that
+   compiled code calls; LLVM's and Intel's runtimes have it, too. Torch's threads spin for a while after every operation. A
+   second pool of threads, or a second copy of the runtime, would compete with them for the cores. Without the entry,
+   threads are created and joined for each job, so that none is idle and none has to survive a fork. */
 
 #include "kernel.h"
 
@@ -18,9 +18,9 @@ typedef struct {
     void *job;
 } task;
 
-static void *run(void *given) {
-    task *mine = given;
-    mine->work(mine->job);
+static void *run(void *argument) {
+    task *shared = argument;
+    shared->work(shared->job);
     return 0;
 }
 
@@ -34,7 +34,7 @@ void alps_team(void (*work)(void *), void *job, int threads) {
         parallel(work, job, (unsigned)threads, 0);
         return;
     }
-    /* Where a thread cannot be started, the others do its share. */
+    /* If a thread cannot be created, the others do its share. */
     while (count < threads - 1 && count < MOST && !pthread_create(&started[count], 0, run, &shared)) count++;
     work(job);
     while (count) pthread_join(started[--count], 0);
