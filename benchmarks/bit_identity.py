@@ -84,22 +84,22 @@ PATTERNS = {"0.7": "--sparsity 0.7", "2:4": "--pattern 2:4"}
 OPTIONS = {
     "preset-fast": "--preset fast",
     "preset-best": "--preset best",
-    "order-sequential": "--order sequential",
-    "order-sequential-wanda": "--order sequential --method wanda",
-    "target-dense": "--target dense",
-    "target-share": "--target 0.4",
-    "channels-block": "--channels block-output",
-    "budget-owl": "--budget owl",
-    "budget-error": "--budget error",
-    "budget-loss": "--budget sensitivity",
-    "match": "--match 1",
-    "match-target": "--match 2 --match-target pruned --order sequential",
+    "order-sequential": "--true-sequential",
+    "order-sequential-wanda": "--true-sequential --method wanda",
+    "target-dense": "--dense-target 1",
+    "target-share": "--dense-target 0.4",
+    "channels-block": "--row-weights block-output",
+    "budget-owl": "--allocation owl",
+    "budget-error": "--allocation error",
+    "budget-loss": "--allocation sensitivity",
+    "match": "--reconstruct-epochs 1",
+    "match-target": "--reconstruct-epochs 2 --reconstruct-target 0 --true-sequential",
     "keep-dense": "--keep-dense 'model.layers.0.*,*.down_proj'",
     "overrides": "--config $overrides",
     "offload": "--offload --activation-memory 0",
     "offload-best": "--offload --activation-memory 0 --preset best",
-    "no-errors": "--no-errors --method wanda",
-    "bfloat16": "--dtype bfloat16 --order sequential --target 0.4",
+    "no-errors": "--no-measure-error --method wanda",
+    "bfloat16": "--dtype bfloat16 --true-sequential --dense-target 0.4",
 }
 CALIBRATIONS = {"calibration-mix": "$text:0.5,self:0.5", "calibration-self": "self"}
 ARCHITECTURES = {
@@ -119,11 +119,11 @@ CASES: dict[str, list[str]] = {
     },
     **{name: [f"alps prune $model out --sparsity 0.7 {option} $small"] for name, option in OPTIONS.items()},
     "preset-best-2:4": ["alps prune $model out --pattern 2:4 --preset best $small"],
-    "budget-error-wanda": ["alps prune $model out --sparsity 0.7 --budget error --method wanda $small"],
+    "budget-error-wanda": ["alps prune $model out --sparsity 0.7 --allocation error --method wanda $small"],
     "respect-zeros": [
         "alps prune $model first --sparsity 0.3 --method magnitude $small",
-        "alps prune first out --sparsity 0.7 --respect-zeros $small",
-        "alps prune first wanda --pattern 2:4 --respect-zeros --method wanda $small",
+        "alps prune first out --sparsity 0.7 --keep-zeros $small",
+        "alps prune first wanda --pattern 2:4 --keep-zeros --method wanda $small",
     ],
     **{
         name: [f"alps prune $model out --sparsity 0.7 --calibration {text} $shape"]
@@ -141,12 +141,12 @@ CASES: dict[str, list[str]] = {
     "two-processes-best": ["torchrun prune $model out --sparsity 0.7 --preset best $small"],
     "match-command": [
         "alps prune $model pruned --sparsity 0.7 --method wanda $small",
-        "alps match $model pruned out --epochs 2 $small",
-        "alps match $model pruned mixed --epochs 1 --target 0.5 --rate 1e-3 $small",
+        "alps reconstruct $model pruned out --epochs 2 $small",
+        "alps reconstruct $model pruned mixed --epochs 1 --target 0.5 --lr 1e-3 $small",
     ],
     "recover-command": [
         "alps prune $model pruned --sparsity 0.7 --method wanda $small",
-        "alps recover $model pruned out --steps 4 --batch-tokens 128 $small",
+        "alps distill $model pruned out --steps 4 --batch-tokens 128 $small",
     ],
     "pack": [
         "alps prune $model pruned --sparsity 0.7 --method wanda $small",
@@ -172,7 +172,7 @@ CASES: dict[str, list[str]] = {
         "alps prune $model out --sparsity 0.7 --preset best $small --resume",
     ],
     "compare": [
-        "alps compare $model --out out --methods sparsegpt,wanda+refit --sparsity 0.7 --pattern 2:4 $small "
+        "alps compare $model out --methods sparsegpt,wanda+refit --sparsity 0.7 --pattern 2:4 $small "
         "--text $text --eval-seqlen 64 --windows 4"
     ],
     "eval": [
@@ -195,18 +195,18 @@ SAME = {
 
 # Arguments of `alps.prune` after the model; token ids and tokenizer are given beside them.
 API: dict[str, dict[str, Any]] = {
-    "plain": {"pattern": 0.7},
+    "plain": {"sparsity": 0.7},
     "steps": {
-        "pattern": 0.7,
-        "order": "sequential",
-        "target": 0.4,
-        "match": 1,
-        "match_target": "pruned",
-        "budget": "sensitivity",
-        "channels": "block-output",
+        "sparsity": 0.7,
+        "true_sequential": True,
+        "dense_target": 0.4,
+        "reconstruct_epochs": 1,
+        "reconstruct_target": 0.0,
+        "allocation": "sensitivity",
+        "row_weights": "block-output",
         "keep_dense": "*.layers.0.*",
         "overrides": {"*.down_proj": 0.6},
-        "respect_zeros": True,
+        "keep_zeros": True,
     },
 }
 
@@ -219,7 +219,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FINISHED = "*.partial/block-*.json"
 
 # Parts of the paths of figures, joined by slashes, that have got another name since the file was recorded; None for
-# what is gone. Such as {"match_runs": "reconstructions", "settings/order": None}.
+# what is gone. Such as {"sites": "layers", "exchanges": None}.
 RENAMED_KEYS: dict[str, str | None] = {
     "sites": "layers",
     "matches": "reconstructions",
@@ -230,9 +230,11 @@ RENAMED_KEYS: dict[str, str | None] = {
     "rate": "lr",
     "exchanges": None,
     "exchange_rounds": None,
+    "settings/match": "settings/reconstruct_epochs",
+    "settings/match_target": "settings/reconstruct_target",
 }
 # Parts that are new since: their figures are not compared.
-NEW_KEYS: tuple[str, ...] = ()
+NEW_KEYS: tuple[str, ...] = ("settings/dense_target",)
 
 # Parts of paths below which nothing is a result: times, peaks of memory, dates, versions. Of packed.json also hashes of
 # whole files: report.json, copied along, holds times, and safetensors writes the metadata of a file in any order.

@@ -1,11 +1,11 @@
 """Perplexity, divergence from the dense model and layer errors of every method: one JSON line a run, then tables.
 
 A method may also be a preset of ALPS (paper, fast, best), and settings of `alps prune` may follow either, each after a
-plus: `alps+order=sequential+target=0.4`, `best+match=0`, `wanda+refit`. A run that is already in the results file is
-not done again, so that the script can be stopped and started. Example:
+plus: `alps+true_sequential+dense_target=0.4`, `best+reconstruct_epochs=0`, `wanda+refit`. A run that is already in the
+results file is not done again, so that the script can be stopped and started. Example:
 
     python benchmarks/quality.py --calibration c4.jsonl --text wikitext2:test.txt --text c4-validation.jsonl \
-        --methods alps,best,sparsegpt+target=0.4 --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
+        --methods alps,best,sparsegpt+dense_target=0.4 --patterns 0.7,2:4 --seeds 0,1,2 --results quality.jsonl
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     alone, beside = (_pieces(options, processes) for processes in (1, 2))
     fixed = {}
     for processes in (1, 2):
-        ran = prune(options, processes if processes > 1 else 0, ["--method", "magnitude", "--no-errors"])
+        ran = prune(options, processes if processes > 1 else 0, ["--method", "magnitude", "--no-measure-error"])
         spent = ran["seconds"]
         seconds = ran["wall"] - sum(spent.get(phase, 0.0) for phase in ("prepare", "solve", "journal", "communication"))
         fixed[str(processes)] = {"start": seconds, "keep": spent["journal"]}

@@ -102,7 +102,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 def prune(model: Path, out: Path, options: argparse.Namespace) -> tuple[int, int]:
     """Run the command under the limit; returns the largest address space and the largest resident size in bytes."""
     limit = int(options.limit * 1e9)
-    settings = ["--sparsity", "0.5", "--method", options.method, "--calibration", options.text, "--no-errors"]
+    settings = ["--sparsity", "0.5", "--method", options.method, "--calibration", options.text, "--no-measure-error"]
     sizes = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
     command = [sys.executable, "-m", "alps", "prune", str(model), str(out), *settings, *sizes, "--device", "cpu"]
     # glibc returns freed memory, but not its addresses, which the limit counts: large pieces get some of their own.

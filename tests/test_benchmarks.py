@@ -211,22 +211,37 @@ def test_quality_prints_the_divergence_and_lines_without_it(tmp_path: Path, stor
     old = {"method": "dense", "pattern": "2:4", "seed": 0, "perplexity": {"english.txt": 9.04}}
     results.write_text(json.dumps(old) + "\n")
     options = ["--model", stories, "--calibration", english_file, "--text", english_file, "--results", results]
-    options += ["--methods", "dense,magnitude,best,best+match=0+budget=uniform", "--save", tmp_path.parent / "kept"]
+    options += [
+        "--methods",
+        "dense,magnitude,best,best+reconstruct_epochs=0+allocation=uniform",
+        "--save",
+        tmp_path.parent / "kept",
+    ]
     sizes = "--patterns 0.5 --samples 2 --seqlen 32 --windows 3 --eval-seqlen 64"
     rows = run(tmp_path, "quality.py", *map(str, options), *sizes.split())
     heads, divergence = rows[0], rows[0].index("KL english.txt")
     assert heads[5:7] == ["english.txt", "KL english.txt"] and len({len(row) for row in rows}) == 1
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     *_, best, last = lines
-    names = ["method", "---", "dense", "method", "---", "dense", "magnitude", "best", "best+match=0+budget=uniform"]
+    names = [
+        "method",
+        "---",
+        "dense",
+        "method",
+        "---",
+        "dense",
+        "magnitude",
+        "best",
+        "best+reconstruct_epochs=0+allocation=uniform",
+    ]
     assert [row[0] for row in rows] == names
     assert rows[2][divergence] == rows[5][divergence] == "" and rows[2][5] == "9.0"
     assert lines[0] == old and lines[1]["kl"] == {} and lines[2]["method"] == "magnitude"
     assert lines[2]["kl"]["english.txt"] > 0.01 and 0 < lines[2]["agreement"]["english.txt"] < 1
     assert rows[6][divergence] == f"{lines[2]['kl']['english.txt']:.3f}"
     assert float(rows[6][5]) > float(rows[5][5]) > 1
-    assert best["sparsity"] == lines[2]["sparsity"] and {"budget", "match"} <= set(best["seconds"])
-    assert not {"budget", "match"} & set(last["seconds"])
+    assert best["sparsity"] == lines[2]["sparsity"] and {"allocation", "reconstruct"} <= set(best["seconds"])
+    assert not {"allocation", "reconstruct"} & set(last["seconds"])
     kept = {folder.name for folder in (tmp_path.parent / "kept").iterdir()}
     assert kept == {f"{name}-0.5-0" for name in names[6:]}
     assert rows[7][heads.index("CPU s")] == f"{best['cpu_seconds']:.0f}"

@@ -49,7 +49,19 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
     # One thread everywhere: bits depend on their number.
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     lines = [line for line in commands() if line.startswith("alps ")]
-    named = ["prune", "inspect", "eval", "prune", "compare", "report", "recover", "match", "pack", "unpack", "generate"]
+    named = [
+        "prune",
+        "inspect",
+        "eval",
+        "prune",
+        "compare",
+        "report",
+        "distill",
+        "reconstruct",
+        "pack",
+        "unpack",
+        "generate",
+    ]
     assert [line.split()[1] for line in lines] == named
     for i, line in enumerate(lines):
         shell = shrink(line, short_stories)
@@ -72,7 +84,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
 
 
 def test_options_named_in_the_readme_exist() -> None:
-    names = ("prune", "eval", "demo", "recover", "match", "pack")
+    names = ("prune", "eval", "demo", "distill", "reconstruct", "pack")
     helped = "".join(CliRunner().invoke(app, [name, "--help"]).output for name in names)
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in helped, option

@@ -278,7 +278,7 @@ def test_pages_that_processes_share_are_counted_once(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_memory_of_both_processes_of_a_run_is_measured(stories: Path, tmp_path: Path) -> None:
     options = Namespace(model=str(stories), sparsity=0.6, dtype="float32", folder=str(tmp_path))
-    measured = scaling_runs.prune(options, 2, ["--method", "magnitude", "--no-errors"])
+    measured = scaling_runs.prune(options, 2, ["--method", "magnitude", "--no-measure-error"])
     assert abs(measured["sparsity"] - 0.6) < 1e-3 and measured["wall"] > measured["seconds"]["total"]
     assert len(measured["resident_bytes"]) == 2 and list(tmp_path.iterdir()) == []
     assert max(measured["resident_bytes"]) < measured["together_bytes"] < sum(measured["resident_bytes"])

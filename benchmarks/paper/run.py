@@ -19,7 +19,7 @@ from alps.cli.console import console_output
 from alps.core.device import exact_float32
 from alps.core.errors import AlpsError, ConfigError
 from alps.core.yaml_io import read_yaml
-from alps.evaluation.compare import compare
+from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import load_compare_config
 from layers import Problem, layer_problems, origin
 from paper.dependence import dependence
@@ -77,7 +77,7 @@ def whole_models(options: argparse.Namespace) -> str:
     evaluation |= {"tasks": options.task, "task_data": options.task_data, "limit": options.limit}
     asked = load_compare_config(Path(options.recipe), {**_shared(options), **evaluation, "seeds": options.seeds})
     with console_output() as (_, progress):
-        return beside_the_paper(compare(asked, Path(options.out), progress))
+        return beside_the_paper(run_comparison(asked, Path(options.out), progress))
 
 
 def _shared(options: argparse.Namespace) -> dict[str, object]:

@@ -7,9 +7,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alps.checkpoints.api import pack, unpack
     from alps.core.errors import AlpsError
     from alps.data.calibration import LoadedModel
-    from alps.evaluation.api import evaluate, evaluate_tasks
+    from alps.evaluation.api import compare, evaluate, evaluate_tasks
+    from alps.evaluation.inspect import inspect
+    from alps.finetuning.api import distill, reconstruct
     from alps.inference.convert import pack_linears
     from alps.inference.load import load
     from alps.pruning.api import prune
@@ -31,11 +34,17 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "__version__",
+    "compare",
+    "distill",
     "evaluate",
     "evaluate_tasks",
+    "inspect",
     "load",
+    "pack",
     "pack_linears",
     "prune",
+    "reconstruct",
+    "unpack",
 ]
 
 # The module of each name, imported on first access: `alps --help` needs neither torch nor transformers.
@@ -51,11 +60,17 @@ _LAZY_EXPORTS = {
     "SparseGPT": "alps.solvers",
     "Unstructured": "alps.solvers.patterns",
     "Wanda": "alps.solvers",
+    "compare": "alps.evaluation.api",
+    "distill": "alps.finetuning.api",
     "evaluate": "alps.evaluation.api",
     "evaluate_tasks": "alps.evaluation.api",
+    "inspect": "alps.evaluation.inspect",
     "load": "alps.inference.load",
+    "pack": "alps.checkpoints.api",
     "pack_linears": "alps.inference.convert",
     "prune": "alps.pruning.api",
+    "reconstruct": "alps.finetuning.api",
+    "unpack": "alps.checkpoints.api",
 }
 
 

@@ -20,9 +20,10 @@ from alps.cli.main import app
 from alps.cli.tables import prune_summary
 from alps.core.errors import UnsupportedModel
 from alps.core.progress import NoProgress
+from alps.core.settings import ARGUMENTS, make_config
 from alps.core.statistics import InputStats, Needs
 from alps.data.calibration import LoadedModel
-from alps.finetuning.distillation import distill, load_distill_config
+from alps.finetuning.distillation import DistillConfig, distill_model
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
 from alps.pruning.sparsity_allocation import plan
@@ -173,7 +174,7 @@ def test_an_expert_without_a_token_gets_the_pool_alone(many: Tensor) -> None:
         pool = everything[one.sites[0].name]
         assert one.stats.tokens == one.pooled_tokens == MIN_TOKENS_PER_INPUT * pool.shape[1]
         _assert_sums(one.stats, _sums(pool[:0], pool))
-    report = alps.prune(model, 0.6, calibration=many, order="sequential")
+    report = alps.prune(model, sparsity=0.6, calibration=many, true_sequential=True)
     records = {site.name: site for site in report.layers}
     assert records[f"{prefix}.down_proj.3"].tokens == 0 and all(
         s.zeros == round(0.6 * s.entries) for s in report.layers
@@ -212,7 +213,7 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
 ) -> None:
     """With a dense target, too: it holds for the maps of all tokens only."""
     pruned, prefix = decoder("mixtral"), decoder("mixtral")
-    report = alps.prune(pruned, 0.6, method, calibration=many, target=target)
+    report = alps.prune(pruned, sparsity=0.6, method=method, calibration=many, dense_target=target)
     solver: Method = get_method(method)
     records = {site.name: site for site in report.layers}
     answers = {site.name: site.read() for block in find_blocks(pruned) for site in block.sites}
@@ -238,7 +239,7 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
 
 def test_sequential_order_prunes_second_maps_on_what_pruned_first_ones_make(many: Tensor) -> None:
     pruned, prefix = decoder("mixtral"), decoder("mixtral")
-    report = alps.prune(pruned, 0.6, "magnitude", calibration=many, order="sequential")
+    report = alps.prune(pruned, sparsity=0.6, method="magnitude", calibration=many, true_sequential=True)
     mine = [site for site in report.layers if site.block == 0 and site.expert is not None]
     assert [site.kind for site in mine] == ["experts.gate_up_proj"] * 4 + ["experts.down_proj"] * 4
     answers, dense = _slices(pruned), _slices(prefix)
@@ -267,7 +268,7 @@ def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
     # The first window is one token all along: most experts see none of it.
     many[0] = 7
     first = {one.sites[0].name for one in _seen(decoder("qwen3_moe"), many[:1], needs=Needs.MOMENTS) if not one.tokens}
-    report = alps.prune(model, 0.5, "wanda", calibration=many, order=order)
+    report = alps.prune(model, sparsity=0.5, method="wanda", calibration=many, true_sequential=order == "sequential")
     records = {site.name: site for site in report.layers}
     assert first and all(records[name].tokens for name in first) and len(report.layers) == 48
     for block in range(4):
@@ -279,7 +280,7 @@ def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
 @pytest.mark.parametrize("kind", MOE)
 def test_magnitude_needs_no_tokens(kind: str) -> None:
     model, dense = decoder(kind), _slices(decoder(kind))
-    report = alps.prune(model, 0.5, "magnitude", measure_errors=False)
+    report = alps.prune(model, sparsity=0.5, method="magnitude", measure_error=False)
     assert all(site.tokens is None and site.pooled_tokens == 0 for site in report.layers)
     for name, site in _slices(model).items():
         before = dense[name].read()
@@ -290,7 +291,7 @@ def test_magnitude_needs_no_tokens(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mixtral", *_INPUTS_FIRST, "jetmoe"])
 def test_groups_of_a_pattern_run_along_the_inputs_of_every_slice(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
-    alps.prune(model, "2:4", calibration=ids)
+    alps.prune(model, pattern="2:4", calibration=ids)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:
             weight = parameter.transpose(1, 2) if kind in _INPUTS_FIRST else parameter
@@ -302,8 +303,8 @@ def test_groups_of_a_pattern_run_along_the_inputs_of_every_slice(kind: str, ids:
 def test_matching_tunes_experts_and_leaves_zeros_and_routers_alone(kind: str, many: Tensor) -> None:
     settings: dict[str, Any] = {"calibration": many, "method": "wanda"}
     before, plain, matched = decoder(kind), decoder(kind), decoder(kind)
-    alps.prune(plain, 0.5, **settings)
-    report = alps.prune(matched, 0.5, match=1, **settings)
+    alps.prune(plain, sparsity=0.5, **settings)
+    report = alps.prune(matched, sparsity=0.5, reconstruct_epochs=1, **settings)
     assert any(row.after < row.before for row in report.reconstructions)
     first = find_blocks(plain)[0].name
     tuned = 0
@@ -323,7 +324,7 @@ def test_observing_leaves_no_trace(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits
-    report = alps.prune(model, 0.0, calibration=ids)
+    report = alps.prune(model, sparsity=0.0, calibration=ids)
     assert report.zeros == 0
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
@@ -346,7 +347,7 @@ def test_budgets_read_experts_and_leave_them_as_they_were(many: Tensor) -> None:
 @pytest.mark.parametrize("kind", ["qwen3_moe", *_INPUTS_FIRST])
 def test_half_precision_experts_get_exact_zeros(kind: str, dtype: torch.dtype, many: Tensor) -> None:
     model, dense = decoder(kind, dtype), _slices(decoder(kind, dtype))
-    report = alps.prune(model, 0.6, calibration=many, order="sequential")
+    report = alps.prune(model, sparsity=0.6, calibration=many, true_sequential=True)
     for name, site in _slices(model).items():
         assert site.dtype == dtype and int((site.read() == 0).sum()) == round(0.6 * site.entries), name
         assert bool(site.read().isfinite().all()) and not torch.equal(site.read(), dense[name].read())
@@ -393,14 +394,14 @@ def test_experts_multiplied_from_the_other_side_are_refused(ids: Tensor) -> None
 
 def test_patterns_that_do_not_divide_a_slice_name_it(ids: Tensor) -> None:
     with pytest.raises(alps.core.errors.ConfigError, match=r"experts\.down_proj\.0 \(48\)"):
-        alps.prune(decoder("mixtral"), parse_pattern("9:32"), calibration=ids)
+        alps.prune(decoder("mixtral"), pattern=parse_pattern("9:32"), calibration=ids)
 
 
 def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path: Path) -> None:
     model = decoder("gpt_oss")
     with torch.no_grad():
         model.model.layers[1].mlp.router.bias[3] = -1e4
-    report = alps.prune(model, 0.6, "wanda", calibration=many, target=0.4)
+    report = alps.prune(model, sparsity=0.6, method="wanda", calibration=many, dense_target=0.4)
     lines = prune_summary(report, tmp_path).plain.splitlines()
     (warning,) = [line for line in lines if line.startswith("WARNING")]
     starving = {
@@ -414,11 +415,11 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
         f"WARNING: {len(starving)} of 16 experts received too few calibration tokens, the worst 0 "
     )
     assert "0 for 32 inputs (model.layers.1.mlp.experts.gate_up_proj.3)" in warning
-    assert any(line.startswith("Note: the experts were pruned with --target pruned") for line in lines)
+    assert any(line.startswith("Note: the experts were pruned with --dense-target 0") for line in lines)
     noted = {site.name for site in report.layers if any("were routed here" in note for note in site.solve["notes"])}
     assert noted == {site.name for site in report.layers if site.pooled_tokens}
 
-    augment_undersampled = alps.prune(decoder("gpt_oss"), 0.6, "wanda", calibration=many.repeat(20, 1))
+    augment_undersampled = alps.prune(decoder("gpt_oss"), sparsity=0.6, method="wanda", calibration=many.repeat(20, 1))
     assert (
         not any(site.pooled_tokens for site in augment_undersampled.layers)
         and "WARNING" not in prune_summary(augment_undersampled, tmp_path).plain
@@ -427,11 +428,11 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
 
 def test_recovery_trains_experts_and_leaves_zeros_and_routers_alone(word_tokenizer: Any, english_file: Path) -> None:
     dense, model = decoder("gpt_oss"), decoder("gpt_oss")
-    alps.prune(model, 0.5, "magnitude", measure_errors=False)
+    alps.prune(model, sparsity=0.5, method="magnitude", measure_error=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     given = {"calibration": str(english_file), "samples": 16, "seqlen": 32, "batch_tokens": 128, "lr": 2e-3, "steps": 4}
     teacher, student = LoadedModel("dense", dense, word_tokenizer), LoadedModel("pruned", model, word_tokenizer)
-    record = distill(teacher, student, load_distill_config(given), NoProgress())
+    record = distill_model(teacher, student, make_config(DistillConfig, given, ARGUMENTS), NoProgress())
     assert record.kl_after < record.kl_before
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:

@@ -95,7 +95,7 @@ def test_inspect_counts_broken_groups(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
 ) -> None:
     out = text.parent / "pruned"
-    arguments = ["--pattern", "2:4", "--method", "magnitude", "--no-errors"]
+    arguments = ["--pattern", "2:4", "--method", "magnitude", "--no-measure-error"]
     assert run_alps(monkeypatch, "prune", stories, out, *arguments) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     weight = model.model.layers[1].mlp.up_proj.weight
@@ -267,16 +267,19 @@ def test_inspecting_a_dense_model_says_so(
     assert "Dense: 16 more, see --json" in capsys.readouterr().out
 
 
-def test_recover_keeps_the_zeros_that_inspect_counts(
+def test_distill_keeps_the_zeros_that_inspect_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
 ) -> None:
     pruned, out = text.parent / "pruned", text.parent / "recovered"
     assert (
-        run_alps(monkeypatch, "prune", stories, pruned, "--sparsity", 0.7, "--method", "magnitude", "--no-errors") == 0
+        run_alps(
+            monkeypatch, "prune", stories, pruned, "--sparsity", 0.7, "--method", "magnitude", "--no-measure-error"
+        )
+        == 0
     )
     sizes = ["--calibration", text, "--samples", 16, "--seqlen", 32, "--batch-tokens", 128, "--lr", 0.002]
     capsys.readouterr()
-    assert run_alps(monkeypatch, "recover", stories, pruned, out, "--steps", 12, *sizes) == 0
+    assert run_alps(monkeypatch, "distill", stories, pruned, out, "--steps", 12, *sizes) == 0
     printed = capsys.readouterr()
     assert "Recovered by distillation, not one-shot: 12 steps, 1,536 tokens, lr 0.002" in printed.out
     assert "158,600 of 226,560 weights are zero" in printed.out
@@ -314,7 +317,7 @@ def test_wrong_recoveries_are_one_sentence_and_write_nothing(
 ) -> None:
     before = contents(text.parent)
     filled = [word.format(model=stories, tmp=text.parent) for word in arguments]
-    assert run_alps(monkeypatch, "recover", *filled[:3], "--calibration", text, *filled[3:]) == 2
+    assert run_alps(monkeypatch, "distill", *filled[:3], "--calibration", text, *filled[3:]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1
     assert contents(text.parent) == before

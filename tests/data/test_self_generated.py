@@ -244,7 +244,14 @@ def test_a_text_in_a_mix_needs_a_tokenizer(tiny: LoadedModel, english_file: Path
 def test_pruning_in_memory_samples_the_dense_model(tiny: LoadedModel, tiny_model: Callable[..., Any]) -> None:
     expected = windows(LoadedModel("tiny", tiny_model("llama"), tiny.tokenizer), 4, 16, 2)
     report = alps.prune(
-        tiny.model, 0.5, "wanda", calibration="self", tokenizer=tiny.tokenizer, samples=4, seqlen=16, seed=2
+        tiny.model,
+        sparsity=0.5,
+        method="wanda",
+        calibration="self",
+        tokenizer=tiny.tokenizer,
+        samples=4,
+        seqlen=16,
+        seed=2,
     )
     assert report.calibration is not None and report.calibration.seed == 2
     assert report.calibration.sha256 == Windows(expected, "self", 4).sha256

@@ -19,7 +19,7 @@ from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.evaluation.cached_reference import CachedReferenceModel
-from alps.evaluation.compare import compare
+from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig, load_compare_config
 from alps.pruning import run as running
 from alps.pruning.config import PruneConfig
@@ -33,7 +33,7 @@ from helpers.log_messages import log_messages
 
 
 def settings(short_stories: Path, text: Path, **more: Any) -> CompareConfig:
-    chosen: dict[str, Any] = {"methods": ["wanda", "alps+order=sequential+target=0.4"], "sparsity": [0.5]}
+    chosen: dict[str, Any] = {"methods": ["wanda", "alps+true_sequential+dense_target=0.4"], "sparsity": [0.5]}
     sizes = {"samples": 4, "seqlen": 32, "eval_seqlen": 64, "windows": 3}
     files = {"model": str(short_stories), "calibration": str(text), "texts": [str(text)]}
     return CompareConfig.model_validate({**files, **sizes, **chosen, **more})
@@ -41,7 +41,7 @@ def settings(short_stories: Path, text: Path, **more: Any) -> CompareConfig:
 
 def go(asked: CompareConfig, out: Path) -> tuple[list[Result], list[str]]:
     with log_messages() as messages:
-        return compare(asked, out, NoProgress()), messages
+        return run_comparison(asked, out, NoProgress()), messages
 
 
 def figures(result: Result) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def figures(result: Result) -> dict[str, Any]:
 def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, short_stories: Path, english_file: Path) -> None:
     asked = settings(short_stories, english_file, pattern=["2:4"], seeds=2, prompts=["Once upon a time"])
     results, messages = go(asked, tmp_path / "all")
-    names = ["wanda", "alps+order=sequential+target=0.4"]
+    names = ["wanda", "alps+true_sequential+dense_target=0.4"]
     keys = [(m, p, s) for s in (0, 1) for p in ("0.5", "2:4") for m in names]
     assert [result.key for result in results] == [("dense", "", None), *keys]
     assert next(line for line in messages if line.startswith("Run")).startswith("Run 1 of 8: wanda 0.5, seed 0 ")
@@ -158,7 +158,7 @@ def test_other_conditions_are_refused_in_words(
     changes, complaint = CHANGES[change]
     with pytest.raises(CheckpointError) as caught:
         go(settings(short_stories, english_file, methods=["wanda"], **changes), out)
-    assert complaint in str(caught.value) and "another --out" in str(caught.value)
+    assert complaint in str(caught.value) and "another OUT" in str(caught.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -190,7 +190,7 @@ def test_a_kill_costs_one_run(tmp_path: Path, short_stories: Path, english_file:
     asked = settings(short_stories, english_file, methods=["magnitude", "wanda", "sparsegpt"], sparsity=[0.5, 0.6, 0.7])
     config, out = tmp_path / "c.yaml", tmp_path / "killed"
     config.write_text(asked.to_yaml())
-    command = ("compare", "--config", config, "--out", out)
+    command = ("compare", "--config", config, out)
     environment = {"COLUMNS": "200", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kept = 0
     for _ in range(3):
@@ -226,7 +226,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
             log_messages() as messages,
             pytest.raises(SolveFailed, match=r"1 of 3 runs failed, first sparsegpt 0\.5, seed 0: Site .*singular"),
         ):
-            compare(
+            run_comparison(
                 settings(short_stories, english_file, methods=["wanda", "sparsegpt", "magnitude"]),
                 tmp_path / "all",
                 NoProgress(),
@@ -258,11 +258,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"sparsity": [0.5, 0.5]}, "asked for twice"),
     "method": ({"methods": ["wandaa"]}, "Did you mean 'wanda'"),
     "setting": ({"methods": ["wanda+refitt"]}, "Did you mean 'refit'"),
-    "value": ({"methods": ["alps+target=2"]}, "Target '2.0' is wrong"),
+    "value": ({"methods": ["alps+dense_target=2"]}, "Setting 'dense_target'"),
     "sparsity": ({"sparsity": [1.5]}, "1.5"),
     "pattern": ({"pattern": ["2-4"]}, "2-4"),
     "misfit": ({"pattern": ["2:4", "4:8"]}, "4:8 does not divide the number of inputs of model.layers.0.mlp.down_proj"),
-    "budget": ({"methods": ["alps+budget=loss"], "sparsity": [], "pattern": ["2:4"]}, "budget"),
+    "budget": ({"methods": ["alps+allocation=owl"], "sparsity": [], "pattern": ["2:4"]}, "Allocation 'owl'"),
     "task data": ({"task_data": "x"}, "--task-data has no effect"),
     "device": ({"device": "cuda:77"}, "cuda:77"),
     "samples": ({"samples": 10**6}, "enough for"),

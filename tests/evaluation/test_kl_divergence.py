@@ -60,7 +60,7 @@ def test_divergence_is_that_of_a_plain_loop(
 
 def test_perplexities_are_those_measured_alone(stories: Path, english_file: Path) -> None:
     dense, pruned = load(str(stories)), load(str(stories))
-    alps.prune(pruned.model, 0.5, "magnitude", measure_errors=False)
+    alps.prune(pruned.model, sparsity=0.5, method="magnitude", measure_error=False)
     # 20 windows of 150 tokens are two batches, and more rows than are in float32 at a time.
     found = _compare(pruned, dense, english_file, 150, 20)
     alone = [alps.evaluate(one, [str(english_file)], 150, 20)[0] for one in (pruned, dense)]

@@ -39,11 +39,9 @@ _TEXTS = '{"text": "Once upon a time."}\n{"text": "caf\\u00e9", "more": [1, 2.5,
 _PRUNE = (
     "model: a/b\nsparsity: 0.7\nmethod: alps\noptions:\n  damping: 0.02\n  admm: {rho: 0.3, growth: [[0.1, 1.3]]}\n"
 )
-_PRUNE += "samples: 16\nseqlen: 128\nseed: 3\ntarget: 0.4\noffload: true\ncalibration: 'c4:1,self:2'\n"
-_COMPARE = (
-    "model: a/b\nmethods: [wanda+refit, alps+target=0.4, best]\nsparsity: [0.5, 0.7]\npattern: ['2:4']\nseeds: 2\n"
-)
-_COMPARE += "texts: [wikitext2]\nprompts: [Once]\nwindows: null\nlimit: 3\ntasks: [piqa]\n"
+_PRUNE += "samples: 16\nseqlen: 128\nseed: 3\ndense_target: 0.4\noffload: true\ncalibration: 'c4:1,self:2'\n"
+_COMPARE = "model: a/b\nmethods: [wanda+refit, alps+dense_target=0.4, best]\nsparsity: [0.5, 0.7]\n"
+_COMPARE += "pattern: ['2:4']\nseeds: 2\ntexts: [wikitext2]\nprompts: [Once]\nwindows: null\nlimit: 3\ntasks: [piqa]\n"
 _RESULT = Result(
     model="m",
     model_sha256="0" * 64,
@@ -152,7 +150,7 @@ def _manifest(folder: Path, data: bytes) -> Any:
 def _settings(path: Path) -> Any:
     found = load_prune_config(path, {})
     assert load_prune_config(path, {}) == found or "nan" in str(found)
-    found.build_pattern(), found.build_method(), found.target_share(), found.to_yaml(), found.facts()
+    found.build_pattern(), found.build_method(), found.reconstruction(), found.to_yaml(), found.fingerprint_fields()
     return found
 
 

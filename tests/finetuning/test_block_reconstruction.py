@@ -64,7 +64,7 @@ def case(tiny_model: Callable[..., Any]) -> Callable[..., Case]:
         ids = torch.randint(2, 64, (24, 16), generator=torch.Generator().manual_seed(5))
         dense = tiny_model(kind, dtype)
         pruned = copy.deepcopy(dense)
-        alps.prune(pruned, 0.6, "magnitude", measure_errors=False)
+        alps.prune(pruned, sparsity=0.6, method="magnitude", measure_error=False)
         first = find_blocks(dense)
         targets = capture_block_inputs(dense, first, ids, 3)
         targets.advance(0, first[0].module, CPU)
@@ -233,8 +233,8 @@ def test_a_walk_aims_at_the_share_it_is_told(tiny_model: Callable[..., Any]) -> 
     before = []
     for share in (0.0, 0.3, 1.0):
         model = tiny_model("llama")
-        options: dict[str, Any] = {"match": 1, "match_target": share, "measure_errors": False}
-        report = alps.prune(model, 0.6, "magnitude", calibration=ids, **options)
+        options: dict[str, Any] = {"reconstruct_epochs": 1, "reconstruct_target": share, "measure_error": False}
+        report = alps.prune(model, sparsity=0.6, method="magnitude", calibration=ids, **options)
         before.append([match.before for match in report.reconstructions])
     first, second, _ = zip(*before, strict=True)
     # Both sides of the first block receive the same: all shares are one there.

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 import alps
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
+from alps.core.settings import ARGUMENTS, make_config
 from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import load_text
 from alps.evaluation.inspect import inspect
 from alps.finetuning import training_loop as distillation
-from alps.finetuning.distillation import DistillConfig, distill, distill_directory, load_distill_config
+from alps.finetuning.distillation import DistillConfig, distill_directory, distill_model
 from alps.finetuning.training_loop import rate_share
 from alps.models.blocks import find_blocks
 from alps.reporting.model_card import model_card
 from alps.reporting.run_report import RunReport
+from alps.solvers.patterns import parse_pattern
 from helpers.model_comparison import mean_kl, same, weights
 
 Settings = Callable[..., DistillConfig]
@@ -38,7 +40,7 @@ def dense(stories: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def pruned_once(dense: LoadedModel) -> LoadedModel:
     model = copy.deepcopy(dense.model)
-    alps.prune(model, 0.6, "magnitude", measure_errors=False)
+    alps.prune(model, sparsity=0.6, method="magnitude", measure_error=False)
     return LoadedModel("pruned", model, dense.tokenizer)
 
 
@@ -51,7 +53,7 @@ def pruned(pruned_once: LoadedModel) -> LoadedModel:
 def settings(english_file: Path) -> Settings:
     def build(**changes: Any) -> DistillConfig:
         given = {"calibration": str(english_file), "samples": 40, "seqlen": 64, "batch_tokens": 256, "lr": 2e-3}
-        return load_distill_config({**given, **changes})
+        return make_config(DistillConfig, {**given, **changes}, ARGUMENTS)
 
     return build
 
@@ -63,7 +65,7 @@ def test_the_divergence_falls_and_nothing_frozen_or_pruned_moves(
     run = settings(steps=40)
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 40, 64, 0)
     assert (start := mean_kl(dense.model, pruned.model, windows.ids[-5:])) > 0.5
-    report = distill(dense, pruned, run, NoProgress())
+    report = distill_model(dense, pruned, run, NoProgress())
     after = weights(pruned.model)
     assert same(weights(dense.model), teacher)
     assert report.kl_after < 0.7 * report.kl_before
@@ -102,7 +104,7 @@ def test_held_back_windows_are_never_trained_on_and_all_others_are(
     monkeypatch.setattr(distillation.Distillation, "_step", spy)
     run = settings(steps=6, samples=16, seqlen=16, batch_tokens=64)
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 16, 16, 0)
-    distill(dense, pruned, run, NoProgress())
+    distill_model(dense, pruned, run, NoProgress())
     everything = list(map(tuple, windows.ids.tolist()))
     assert len(trained) == 24 and set(trained) <= set(everything[:-2])
     # 14 windows give three batches of four before they are shuffled anew.
@@ -115,7 +117,7 @@ def test_equal_settings_give_equal_weights_and_another_seed_does_not(
     found = []
     for seed in (3, 3, 4):
         student = LoadedModel("pruned", copy.deepcopy(pruned_once.model), pruned_once.tokenizer)
-        distill(dense, student, settings(steps=4, seed=seed, samples=12), NoProgress())
+        distill_model(dense, student, settings(steps=4, seed=seed, samples=12), NoProgress())
         found.append(weights(student.model))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
@@ -126,7 +128,7 @@ def test_half_precision_weights_learn_and_keep_their_dtype(
 ) -> None:
     student = LoadedModel("pruned", copy.deepcopy(pruned_once.model).to(dtype), pruned_once.tokenizer)
     before = weights(student.model)
-    report = distill(dense, student, settings(steps=20), NoProgress())
+    report = distill_model(dense, student, settings(steps=20), NoProgress())
     after = weights(student.model)
     assert report.kl_after < 0.85 * report.kl_before and report.dtype == str(dtype).removeprefix("torch.")
     for name, weight in after.items():
@@ -140,11 +142,11 @@ def test_an_absurd_step_size_leaves_the_pruned_model_as_it_was(
     dense: LoadedModel, pruned: LoadedModel, settings: Settings
 ) -> None:
     before = weights(pruned.model)
-    report = distill(dense, pruned, settings(steps=60, lr=3.0), NoProgress())
+    report = distill_model(dense, pruned, settings(steps=60, lr=3.0), NoProgress())
     assert same(weights(pruned.model), before)
     assert (report.kl_after, report.best_step) == (report.kl_before, 0)
     assert report.stopped == "no improvement in 4 checks" and report.steps == 24
-    report = distill(dense, pruned, settings(steps=60, lr=1e38), NoProgress())
+    report = distill_model(dense, pruned, settings(steps=60, lr=1e38), NoProgress())
     assert same(weights(pruned.model), before) and report.kl_after == report.kl_before
     assert report.stopped == "loss or gradient not finite" and report.steps < 10
 
@@ -154,7 +156,7 @@ def test_the_best_state_is_kept_when_later_ones_are_worse(
 ) -> None:
     monkeypatch.setattr(distillation, "rate_share", lambda spent: 1.0 if spent < 0.4 else 1e4)
     run = settings(steps=30)
-    report = distill(dense, pruned, run, NoProgress())
+    report = distill_model(dense, pruned, run, NoProgress())
     values = [check.kl for check in report.checks if check.kl is not None]
     assert 0 < report.best_step < report.steps and report.kl_after == min(values) < values[-1]
     windows = pruned.calibration(load_text(run.calibration, "calibration"), 40, 64, 0)
@@ -170,7 +172,7 @@ def test_an_interrupt_leaves_the_best_state_and_a_usable_model(
 
     before = weights(pruned.model)
     with pytest.raises(KeyboardInterrupt):
-        distill(dense, pruned, settings(steps=50), Impatient())
+        distill_model(dense, pruned, settings(steps=50), Impatient())
     assert same(weights(pruned.model), before)
     assert all(parameter.requires_grad for parameter in pruned.model.parameters())
 
@@ -209,7 +211,7 @@ def test_a_time_is_kept_and_the_step_size_falls_to_its_end(
     clock, counter = Ticking(step_seconds), Counter()
     monkeypatch.setattr(distillation, "time", clock)
     monkeypatch.setattr(distillation, "rate_share", clock.rate_share)
-    report = distill(dense, pruned, settings(minutes=0.05, samples=16, seqlen=32, batch_tokens=64), counter)
+    report = distill_model(dense, pruned, settings(minutes=0.05, samples=16, seqlen=32, batch_tokens=64), counter)
     assert 3.0 - 1.5 * step_seconds < report.seconds <= 3.02 and report.minutes == 0.05
     assert report.steps == len(clock.shares) == (4 if step_seconds == 0.7 else report.steps)
     assert report.checks[-1].step == report.steps and len(report.checks) <= 12
@@ -230,9 +232,9 @@ def test_every_kind_of_model_keeps_its_zeros(
 ) -> None:
     dense = LoadedModel("dense", tiny_model(kind), word_tokenizer)
     student = LoadedModel("pruned", tiny_model(kind), word_tokenizer)
-    alps.prune(student.model, "2:4", "magnitude", measure_errors=False)
+    alps.prune(student.model, pattern="2:4", method="magnitude", measure_error=False)
     before = weights(student.model)
-    report = distill(dense, student, settings(steps=8, seqlen=32), NoProgress())
+    report = distill_model(dense, student, settings(steps=8, seqlen=32), NoProgress())
     assert report.kl_after < report.kl_before
     frozen = {"model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"}
     frozen |= {name for name in before if "embed" in name or "project" in name}
@@ -267,7 +269,7 @@ def test_models_that_do_not_belong_together(
 ) -> None:
     teacher, student, expected = _refusals(dense, pruned, tiny_model, word_tokenizer)[case]
     with pytest.raises(ConfigError) as refused:
-        distill(teacher, student, settings(steps=1), NoProgress())
+        distill_model(teacher, student, settings(steps=1), NoProgress())
     assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -292,7 +294,7 @@ def test_settings_that_cannot_be_used(
 ) -> None:
     before = weights(pruned.model)
     with pytest.raises(ConfigError, match=expected):
-        distill(dense, pruned, settings(**changes), NoProgress())
+        distill_model(dense, pruned, settings(**changes), NoProgress())
     assert same(weights(pruned.model), before)
 
 
@@ -301,14 +303,16 @@ def test_a_dense_model_with_nan_is_refused(dense: LoadedModel, pruned: LoadedMod
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.nan  # type: ignore[union-attr, operator]
     with pytest.raises(ConfigError, match="not finite"):
-        distill(LoadedModel("broken", broken, None), pruned, settings(steps=1), NoProgress())
+        distill_model(LoadedModel("broken", broken, None), pruned, settings(steps=1), NoProgress())
 
 
 def test_the_report_extends_that_of_the_pruned_directory(
     stories: Path, english_file: Path, tmp_path: Path, settings: Settings
 ) -> None:
     first, second, third = (tmp_path / name for name in ("pruned", "recovered", "again"))
-    earlier = alps.prune(stories, "2:4", "wanda", calibration=english_file, samples=4, seqlen=32, out=first)
+    earlier = alps.prune(
+        stories, pattern="2:4", method="wanda", calibration=english_file, samples=4, seqlen=32, out=first
+    )
     for source, target in ((first, second), (second, third)):
         distill_directory(str(stories), str(source), target, settings(steps=3, samples=16), NoProgress())
     report = RunReport.read(third)
@@ -329,7 +333,9 @@ def test_the_report_extends_that_of_the_pruned_directory(
 def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
     dense: LoadedModel, stories: Path, tmp_path: Path, settings: Settings, pattern: str | float, claimed: str
 ) -> None:
-    alps.prune(stories, pattern, "magnitude", measure_errors=False, out=tmp_path / "pruned")
+    alps.prune(
+        stories, pattern=parse_pattern(str(pattern)), method="magnitude", measure_error=False, out=tmp_path / "pruned"
+    )
     (tmp_path / "pruned" / "report.json").unlink()
     report = distill_directory(
         str(stories),

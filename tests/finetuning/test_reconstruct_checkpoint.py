@@ -1,4 +1,4 @@
-"""`alps match` on a real small model: it helps, nothing pruned or frozen moves, and the report keeps what it had."""
+"""`alps reconstruct` on a real small model: losses fall, zeros and frozen weights stay, and the report grows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import alps
 from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
+from alps.core.settings import ARGUMENTS, make_config
 from alps.data import calibration as loaded
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibration
@@ -26,7 +27,6 @@ from alps.finetuning import reconstruct_checkpoint as matched
 from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
 from alps.finetuning.reconstruct_checkpoint import (
     ReconstructConfig,
-    load_reconstruct_config,
     reconstruct_directory,
     reconstruct_model,
 )
@@ -38,8 +38,8 @@ from helpers.command_line import contents, run_alps
 from helpers.model_comparison import mean_kl, same, weights
 
 # Five batches of 32 windows, of which the last is held back.
-SETTINGS = ReconstructConfig(epochs=2, target="dense", rate=3e-3, samples=160, seqlen=64, device="cpu")
-SMALL = ReconstructConfig(epochs=1, rate=3e-3, samples=8, seqlen=32, device="cpu")
+SETTINGS = ReconstructConfig(epochs=2, target=1.0, lr=3e-3, samples=160, seqlen=64, device="cpu")
+SMALL = ReconstructConfig(epochs=1, lr=3e-3, samples=8, seqlen=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def dense(stories: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def pruned(dense: LoadedModel) -> LoadedModel:
     model = copy.deepcopy(dense.model)
-    alps.prune(model, 0.6, "magnitude", measure_errors=False)
+    alps.prune(model, sparsity=0.6, method="magnitude", measure_error=False)
     return LoadedModel("pruned", model, dense.tokenizer)
 
 
@@ -148,7 +148,7 @@ def test_few_windows_still_leave_some_to_hold_back(
 def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[..., Any], word_tokenizer: Any) -> None:
     dense = LoadedModel("dense", tiny_model(kind), word_tokenizer)
     student = LoadedModel("pruned", tiny_model(kind), None)
-    alps.prune(student.model, "2:4", "magnitude", measure_errors=False)
+    alps.prune(student.model, pattern="2:4", method="magnitude", measure_error=False)
     before = weights(student.model)
     text = CalibrationMix((CalibrationSource(Text("letters", ["the quick brown fox, and the lazy dog; " * 60])),))
     records, _ = reconstruct_model(
@@ -223,10 +223,12 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
     dense: LoadedModel, stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
     first, second, third = (tmp_path / name for name in ("pruned", "matched", "again"))
-    earlier = alps.prune(stories, "2:4", "wanda", calibration=english_file, samples=4, seqlen=32, out=first)
-    given = {"rate": 3e-3, "samples": 8, "seqlen": 32, "calibration": str(english_file)}
+    earlier = alps.prune(
+        stories, pattern="2:4", method="wanda", calibration=english_file, samples=4, seqlen=32, out=first
+    )
+    given = {"lr": 3e-3, "samples": 8, "seqlen": 32, "calibration": str(english_file)}
     for folder, target, seed in ((first, second, 0), (second, third, 7)):
-        settings = load_reconstruct_config({**given, "seed": seed})
+        settings = make_config(ReconstructConfig, {**given, "seed": seed}, ARGUMENTS)
         reconstruct_directory(str(stories), str(folder), target, settings, NoProgress())
     report = RunReport.read(third)
     assert report is not None
@@ -249,9 +251,9 @@ def test_the_report_of_the_pruned_directory_is_kept_and_extended(
 def test_a_directory_without_a_report_gets_one_of_what_its_weights_show(
     stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
-    alps.prune(stories, "2:4", "magnitude", measure_errors=False, out=tmp_path / "pruned")
+    alps.prune(stories, pattern="2:4", method="magnitude", measure_error=False, out=tmp_path / "pruned")
     (tmp_path / "pruned" / "report.json").unlink()
-    settings = load_reconstruct_config({"samples": 8, "seqlen": 32, "calibration": str(english_file)})
+    settings = ReconstructConfig(samples=8, seqlen=32, calibration=str(english_file))
     pair = (str(stories), str(tmp_path / "pruned"), tmp_path / "out")
     report = reconstruct_directory(*pair, settings, NoProgress())
     assert RunReport.read(tmp_path / "out") == report
@@ -263,12 +265,12 @@ def test_the_command_end_to_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, english_file: Path
 ) -> None:
     pruned, out = english_file.parent / "pruned", english_file.parent / "matched"
-    arguments = ["--sparsity", 0.6, "--method", "magnitude", "--no-errors"]
+    arguments = ["--sparsity", 0.6, "--method", "magnitude", "--no-measure-error"]
     assert run_alps(monkeypatch, "prune", stories, pruned, *arguments) == 0
     capsys.readouterr()
     sizes = ["--calibration", english_file, "--samples", 40, "--seqlen", 32]
-    steps = ["--rate", 0.003, "--epochs", 2, "--target", "pruned"]
-    assert run_alps(monkeypatch, "match", stories, pruned, out, *sizes, *steps) == 0
+    steps = ["--lr", 0.003, "--epochs", 2, "--target", 0]
+    assert run_alps(monkeypatch, "reconstruct", stories, pruned, out, *sizes, *steps) == 0
     printed = capsys.readouterr()
     assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err
@@ -292,9 +294,9 @@ def test_the_command_end_to_end(
         (["{tmp}/nowhere", "{model}", "{tmp}/out"], "does not exist"),
         (["{model}", "{model}", "{tmp}"], "not empty"),
         (["{model}", "{model}", "{tmp}/out", "--epochs", "0"], "Setting 'epochs'"),
-        (["{model}", "{model}", "{tmp}/out", "--rate", "0"], "Setting 'rate'"),
-        (["{model}", "{model}", "{tmp}/out", "--target", "1.5"], "Target '1.5' is wrong"),
-        (["{model}", "{model}", "{tmp}/out", "--rate", "nan"], "Setting 'rate'"),
+        (["{model}", "{model}", "{tmp}/out", "--lr", "0"], "Setting 'lr'"),
+        (["{model}", "{model}", "{tmp}/out", "--target", "1.5"], "Setting 'target'"),
+        (["{model}", "{model}", "{tmp}/out", "--lr", "nan"], "Setting 'lr'"),
         (["{model}", "{model}", "{tmp}/out", "--samples", "1"], "Setting 'samples'"),
         (["{model}", "{model}", "{tmp}/out", "--device", "quantum"], "cannot be used here"),
         (["{model}", "{model}", "{tmp}/out", "--dtype", "int3"], "is unknown"),
@@ -322,7 +324,7 @@ def test_wrong_inputs_are_one_sentence_and_write_nothing(
     before = contents(tmp)
     filled = [word.format(model=stories, tmp=tmp, text=english_file, pruned=tmp / "pruned") for word in arguments]
     sizes = ["--calibration", english_file, "--samples", 4, "--seqlen", 32]
-    assert run_alps(monkeypatch, "match", *filled[:3], *sizes, *filled[3:]) == 2
+    assert run_alps(monkeypatch, "reconstruct", *filled[:3], *sizes, *filled[3:]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1, printed.err
     assert contents(tmp) == before

@@ -103,7 +103,7 @@ def examine(kind: str) -> Row:
     parity = float((found - wanted).abs().max() / wanted.abs().max())
     assert parity < 1e-5, (kind, parity)
     start = time.perf_counter()
-    report = alps.prune(model, 0.6, calibration=ids)
+    report = alps.prune(model, sparsity=0.6, calibration=ids)
     seconds = time.perf_counter() - start
     assert all(site.zeros == round(0.6 * site.entries) for site in report.layers)
     names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.layers if site.expert is None)

@@ -77,7 +77,7 @@ def comparison(
                         settings={
                             "method": method,
                             "seed": seed,
-                            "budget": "sensitivity" if method == "best" else "uniform",
+                            "allocation": "sensitivity" if method == "best" else "uniform",
                         },
                         calibration=_calibration(seed),
                         sparsity=share,

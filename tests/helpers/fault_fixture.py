@@ -122,9 +122,9 @@ def arguments(scene: Scene, command: str, *more: object) -> list[str]:
         "inspect": [scene.model],
         "pack": [scene.model, scene.out],
         "unpack": [scene.folder / "packed", scene.out],
-        "recover": [scene.source, scene.model, scene.out, "--steps", 2, *small],
-        "match": [scene.source, scene.model, scene.out, *small],
-        "compare": [scene.model, "--out", scene.out, "--sparsity", 0.5, "--methods", "magnitude", *small],
+        "distill": [scene.source, scene.model, scene.out, "--steps", 2, *small],
+        "reconstruct": [scene.source, scene.model, scene.out, *small],
+        "compare": [scene.model, scene.out, "--sparsity", 0.5, "--methods", "magnitude", *small],
     }
     return [command, *map(str, [*words[command], *more])]
 

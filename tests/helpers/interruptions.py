@@ -25,7 +25,14 @@ from pathlib import Path
 
 import yaml
 
-_SETTINGS = {"sparsity": 0.7, "order": "sequential", "target": 0.4, "match": 2, "samples": 16, "seqlen": 64}
+_SETTINGS = {
+    "sparsity": 0.7,
+    "true_sequential": True,
+    "dense_target": 0.4,
+    "reconstruct_epochs": 2,
+    "samples": 16,
+    "seqlen": 64,
+}
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _BLOCKS = 2
 Command = list[str | Path]
@@ -51,7 +58,8 @@ class Bench:
         self.folder, self.out = folder, folder / "out"
         self._command: Command = [sys.executable, "-m", "alps", "prune", model]
         for key, value in {**_SETTINGS, "calibration": text}.items():
-            self._command += [f"--{key}", str(value)]
+            option = f"--{key.replace('_', '-')}"
+            self._command += [option] if value is True else [option, str(value)]
         self._finish(folder / "whole")
 
     def command(self, out: Path) -> Command:

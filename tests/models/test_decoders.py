@@ -60,7 +60,7 @@ def test_sums_do_not_depend_on_the_batches(kind: str) -> None:
 def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = alps.prune(model, 0.6, calibration=ids)
+    report = alps.prune(model, sparsity=0.6, calibration=ids)
     maps = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     inside = tuple(f"{block.name}." for block in find_blocks(model))
     pruned = {site.name for site in report.layers}
@@ -93,21 +93,29 @@ def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids:
 def test_the_best_preset_runs_on_mixtures_of_experts(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = alps.prune(model, 0.6, calibration=ids, order="sequential", target=0.4, match=1, budget="sensitivity")
+    report = alps.prune(
+        model,
+        sparsity=0.6,
+        calibration=ids,
+        true_sequential=True,
+        dense_target=0.4,
+        reconstruct_epochs=1,
+        allocation="sensitivity",
+    )
     assert report.zeros == sum(round(0.6 * site.entries) for site in report.layers)
     zeros = {site.name: site.zeros for site in report.layers}
     sites = [site for block in find_blocks(model) for site in block.sites]
     assert {site.name: int((site.read() == 0).sum()) for site in sites} == zeros
     routers = [name for name in before if "router" in name or ".gate." in name]
     assert routers and all(torch.equal(model.get_parameter(name), before[name]) for name in routers)
-    assert len(report.notes) == 1 and "experts were pruned with --target pruned" in report.notes[0]
+    assert len(report.notes) == 1 and "experts were pruned with --dense-target 0" in report.notes[0]
 
 
 @pytest.mark.parametrize("kind", MOE)
 def test_mixtures_of_experts_come_back_from_a_directory_to_the_bit(kind: str, ids: Tensor, tmp_path: Path) -> None:
     """On disk some keep every expert apart; transformers fuses them again."""
     model, out = decoder(kind), tmp_path / "pruned"
-    report = alps.prune(model, "2:4", "wanda", calibration=ids, out=out)
+    report = alps.prune(model, pattern="2:4", method="wanda", calibration=ids, out=out)
     again = AutoModelForCausalLM.from_pretrained(out)
     assert dict(again.named_parameters()).keys() == dict(model.named_parameters()).keys()
     for name, parameter in again.named_parameters():

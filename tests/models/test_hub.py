@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from helpers.command_line import run_alps
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_FLAGS = ("--sparsity", "0.5", "--method", "magnitude", "--no-errors")
+_FLAGS = ("--sparsity", "0.5", "--method", "magnitude", "--no-measure-error")
 
 
 def _cache(model: Path, root: Path, shards: bool) -> Path:

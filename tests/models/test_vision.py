@@ -41,14 +41,16 @@ def test_the_blocks_are_those_of_the_text_decoder_and_walk_like_the_model(kind: 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"order": "sequential", "target": 0.4, "match": 1, "budget": "sensitivity"}], ids=str
+    "settings",
+    [{}, {"true_sequential": True, "dense_target": 0.4, "reconstruct_epochs": 1, "allocation": "sensitivity"}],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", VISION)
 def test_the_text_decoder_is_pruned_exactly_and_all_else_keeps_its_bits(
     kind: str, settings: dict[str, Any], ids: Tensor
 ) -> None:
     model, dense, inside = vision_model(kind), vision_model(kind), f"{VISION[kind][1]}."
-    report = alps.prune(model, 0.6, calibration=ids.clamp_max(59), **settings)
+    report = alps.prune(model, sparsity=0.6, calibration=ids.clamp_max(59), **settings)
     assert report.zeros == sum(round(0.6 * record.entries) for record in report.layers) and len(report.layers) == 3 * 7
     assert all(record.name.startswith(inside) for record in report.layers)
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
@@ -103,7 +105,7 @@ def test_a_directory_goes_through_the_command_line(
 
 
 def test_the_text_decoder_samples_its_own_calibration() -> None:
-    report = alps.prune(vision_model("llava"), 0.5, "wanda", calibration="self", samples=2, seqlen=16)
+    report = alps.prune(vision_model("llava"), sparsity=0.5, method="wanda", calibration="self", samples=2, seqlen=16)
     assert report.calibration is not None and report.calibration.tokens == 32 and report.sparsity == 0.5
 
 
@@ -123,7 +125,7 @@ def test_a_text_decoder_with_two_kinds_of_layers_is_refused_though_its_tower_has
 
 def test_windows_longer_than_the_text_part_takes_are_refused(ids: Tensor) -> None:
     with pytest.raises(ConfigError, match="longer than the 128 this model takes"):
-        alps.prune(vision_model("llava"), 0.5, calibration=torch.zeros(1, 129, dtype=torch.int64))
+        alps.prune(vision_model("llava"), sparsity=0.5, calibration=torch.zeros(1, 129, dtype=torch.int64))
 
 
 def test_a_part_that_is_an_encoder_decoder_is_refused() -> None:

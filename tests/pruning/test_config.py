@@ -39,7 +39,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     )
     assert (settings.model, settings.sparsity, settings.pattern) == ("a/b", 0.7, None)
     assert (settings.samples, settings.offload, settings.calibration) == (16, True, "ünï.txt")
-    assert (settings.method, settings.seqlen, settings.seed, settings.errors) == ("alps", 2048, 0, True)
+    assert (settings.method, settings.seqlen, settings.seed, settings.measure_error) == ("alps", 2048, 0, True)
 
 
 def test_overrides_beat_the_file_and_none_is_no_override(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_wrong_methods_and_options_are_refused(method: str, options: dict[Any, A
 def test_what_is_saved_reads_back_as_the_same_settings(tmp_path: Path) -> None:
     for settings in (
         PruneConfig(model="a/b", sparsity=1e-5, samples=7, refit=True, calibration="é: [x"),
-        PruneConfig(model="./m", pattern="2:4", options={"admm": {"growth": [[0.1, 1.3]]}}, errors=False),
+        PruneConfig(model="./m", pattern="2:4", options={"admm": {"growth": [[0.1, 1.3]]}}, measure_error=False),
         PruneConfig(model="no", sparsity=0.3, method="dsnot", seed=2**40, dtype="bfloat16"),
     ):
         text = settings.to_yaml()

@@ -18,6 +18,7 @@ from alps.data.calibration import load
 from alps.models.blocks import find_blocks
 from alps.reporting.run_report import RunReport
 from alps.solvers import METHODS, get_method
+from alps.solvers.patterns import parse_pattern
 
 
 def _sites(model: nn.Module) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def text(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small trained model, pruned to 50 % by Wanda."""
     out: Path = tmp_path_factory.mktemp("half") / "out"
-    alps.prune(stories, 0.5, "wanda", calibration=text, samples=4, seqlen=64, out=out)
+    alps.prune(stories, sparsity=0.5, method="wanda", calibration=text, samples=4, seqlen=64, out=out)
     return out
 
 
@@ -47,7 +48,7 @@ def test_every_method_prunes_a_sparse_model_further(half: Path, text: Path, name
     base, _, extra = name.partition("+")
     method = get_method(base, refit=extra == "refit")
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
-    report = alps.prune(loaded.model, pattern, method, respect_zeros=True, **settings)
+    report = alps.prune(loaded.model, pattern=parse_pattern(str(pattern)), method=method, keep_zeros=True, **settings)
     records = {record.name: record for record in report.layers}
     for site, weight in _sites(loaded.model).items():
         zeros = weight == 0
@@ -66,15 +67,19 @@ def test_without_it_zeros_may_come_back(half: Path, text: Path) -> None:
     loaded = load(str(half))
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
     settings: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
-    report = alps.prune(loaded.model, 0.7, "alps", **settings)
+    report = alps.prune(loaded.model, sparsity=0.7, method="alps", **settings)
     assert any(bool((before[site] & (weight != 0)).any()) for site, weight in _sites(loaded.model).items())
     assert all(record.zeros_before is None for record in report.layers) and report.notes == []
 
 
-@pytest.mark.parametrize("settings", [{"order": "sequential", "target": 0.4, "match": 1}, {"target": "dense"}], ids=str)
-@pytest.mark.parametrize("budget", ["uniform", "owl", "error", "loss"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"true_sequential": True, "dense_target": 0.4, "reconstruct_epochs": 1}, {"dense_target": 1.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", ["uniform", "owl", "error", "sensitivity"])
 def test_zeros_stay_with_targets_matching_and_budgets(
-    half: Path, text: Path, settings: dict[str, Any], budget: str
+    half: Path, text: Path, settings: dict[str, Any], budget: Any
 ) -> None:
     """One site has more zeros than any budget would give it: they stay, and the others get fewer."""
     loaded = load(str(half))
@@ -82,7 +87,9 @@ def test_zeros_stay_with_targets_matching_and_budgets(
     first[:, : first.shape[1] * 95 // 100] = 0
     before = {site: weight == 0 for site, weight in _sites(copy.deepcopy(loaded.model)).items()}
     shared: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
-    report = alps.prune(loaded.model, 0.7, "alps", respect_zeros=True, budget=budget, **shared, **settings)
+    report = alps.prune(
+        loaded.model, sparsity=0.7, method="alps", keep_zeros=True, allocation=budget, **shared, **settings
+    )
     for site, weight in _sites(loaded.model).items():
         assert not bool((before[site] & (weight != 0)).any()), site
     zeros = {record.name: record.zeros for record in report.layers}
@@ -99,7 +106,7 @@ def test_a_model_with_zeros_enough_is_left_as_it_is(half: Path, text: Path) -> N
     loaded = load(str(half))
     dense = copy.deepcopy(loaded.model)
     shared: dict[str, Any] = {"calibration": text, "samples": 4, "seqlen": 64, "tokenizer": loaded.tokenizer}
-    report = alps.prune(loaded.model, 0.4, "alps", respect_zeros=True, **shared)
+    report = alps.prune(loaded.model, sparsity=0.4, method="alps", keep_zeros=True, **shared)
     assert {record.solve["status"] for record in report.layers} == {"unchanged"} and report.sparsity == 0.5
     for name, parameter in dense.named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), parameter), name
@@ -107,8 +114,8 @@ def test_a_model_with_zeros_enough_is_left_as_it_is(half: Path, text: Path) -> N
 
 def test_a_dense_model_is_pruned_as_without_it(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     models = [tiny_model("llama"), tiny_model("llama")]
-    alps.prune(models[0], 0.6, "wanda", calibration=ids)
-    report = alps.prune(models[1], 0.6, "wanda", calibration=ids, respect_zeros=True)
+    alps.prune(models[0], sparsity=0.6, method="wanda", calibration=ids)
+    report = alps.prune(models[1], sparsity=0.6, method="wanda", calibration=ids, keep_zeros=True)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert {record.zeros_before for record in report.layers} == {0}
 
@@ -116,7 +123,7 @@ def test_a_dense_model_is_pruned_as_without_it(tiny_model: Callable[..., Any], i
 def test_the_command_line_respects_zeros_and_rules(half: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sizes = ["--samples", "4", "--seqlen", "64", "--calibration", str(text)]
-    flags = ["--sparsity", "0.7", "--method", "sparsegpt", "--respect-zeros", "--keep-dense", "*.o_proj,lm_head"]
+    flags = ["--sparsity", "0.7", "--method", "sparsegpt", "--keep-zeros", "--keep-dense", "*.o_proj,lm_head"]
     result = CliRunner().invoke(app, ["prune", str(half), str(out), *flags, *sizes])
     assert result.exit_code == 0, result.output
     assert "were zero before, stay zero and are counted" in result.stdout

@@ -64,9 +64,15 @@ def test_a_rule_names_what_it_matches_and_all_inside(rule: str, name: str, expec
     "settings",
     [
         {"method": "alps"},
-        {"method": "alps", "order": "sequential", "target": 0.4, "match": 2, "budget": "sensitivity"},
-        {"method": "wanda", "budget": "owl"},
-        {"method": "magnitude", "measure_errors": False},
+        {
+            "method": "alps",
+            "true_sequential": True,
+            "dense_target": 0.4,
+            "reconstruct_epochs": 2,
+            "allocation": "sensitivity",
+        },
+        {"method": "wanda", "allocation": "owl"},
+        {"method": "magnitude", "measure_error": False},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -74,7 +80,7 @@ def test_kept_parts_keep_their_bits_and_are_not_counted(
     tiny_model: Callable[..., Any], ids: Tensor, settings: dict[str, Any]
 ) -> None:
     dense, model = tiny_model("llama"), tiny_model("llama")
-    report = alps.prune(model, 0.6, calibration=ids, keep_dense=[_KEPT, "*.v_proj"], **settings)
+    report = alps.prune(model, sparsity=0.6, calibration=ids, keep_dense=[_KEPT, "*.v_proj"], **settings)
     sites = [site for block in find_blocks(model) for site in block.sites]
     kept = {site.name for site in sites if site.name.startswith("model.layers.0.") or site.kind == "v_proj"}
     assert len(kept) == 9 and {record.name for record in report.layers} == {site.name for site in sites} - kept
@@ -82,7 +88,7 @@ def test_kept_parts_keep_their_bits_and_are_not_counted(
     for name, _ in dense.named_parameters():
         if name.startswith("model.layers.0.") or name.removesuffix(".weight") in kept:
             assert _unchanged(model, dense, name), name
-    if "match" in settings:
+    if "reconstruct_epochs" in settings:
         assert not _unchanged(model, dense, "model.layers.1.input_layernorm.weight")
     assert all(record.zeros == int((site.read() == 0).sum())
                for record in report.layers for site in sites if site.name == record.name)  # fmt: skip
@@ -102,8 +108,8 @@ def test_kept_parts_keep_their_bits_and_are_not_counted(
 def test_what_is_pruned_besides_is_what_it_would_be(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     """Block 0 comes first: whether q is kept there changes nothing in k, which reads the same inputs."""
     models = [tiny_model("llama"), tiny_model("llama")]
-    alps.prune(models[0], 0.6, calibration=ids)
-    alps.prune(models[1], 0.6, calibration=ids, keep_dense="*.q_proj, lm_head")
+    alps.prune(models[0], sparsity=0.6, calibration=ids)
+    alps.prune(models[1], sparsity=0.6, calibration=ids, keep_dense="*.q_proj, lm_head")
     name = "model.layers.0.self_attn.k_proj.weight"
     assert _unchanged(models[0], models[1], name)
     assert not _unchanged(models[0], models[1], name.replace("k_proj", "q_proj"))
@@ -113,7 +119,13 @@ def test_what_is_pruned_besides_is_what_it_would_be(tiny_model: Callable[..., An
 def test_single_experts_can_be_kept(kind: str) -> None:
     ids = torch.randint(2, 64, (24, 16), generator=torch.Generator().manual_seed(5))
     dense, model = decoder(kind), decoder(kind)
-    report = alps.prune(model, 0.6, calibration=ids, match=1, keep_dense=["*.experts.down_proj.2", "*.gate_up_proj"])
+    report = alps.prune(
+        model,
+        sparsity=0.6,
+        calibration=ids,
+        reconstruct_epochs=1,
+        keep_dense=["*.experts.down_proj.2", "*.gate_up_proj"],
+    )
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     before = {site.name: site for block in find_blocks(dense) for site in block.sites}
     kept = [name for name in sites if name.endswith("down_proj.2") or ".gate_up_proj." in name]
@@ -173,7 +185,7 @@ def test_rules_that_name_nothing_or_everything_are_refused(
 ) -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match=complaint):
-        alps.prune(model, 0.6, calibration=ids, keep_dense=rules)
+        alps.prune(model, sparsity=0.6, calibration=ids, keep_dense=rules)
     assert all(_unchanged(model, tiny_model("llama"), name) for name, _ in model.named_parameters())
 
 
@@ -191,10 +203,10 @@ def test_names_come_as_a_list_or_with_commas(tmp_path: Path) -> None:
     assert load_prune_config(tmp_path / "run.yaml", {}).keep_dense == ["lm_head", "*.o_proj"]
     assert load_prune_config(tmp_path / "run.yaml", {"keep_dense": ",a , b"}).keep_dense == ["a", "b"]
     assert PruneConfig(model="m").rules() == Rules()
-    assert method_settings("alps+keep_dense=*.o_proj+order=sequential") == {
+    assert method_settings("alps+keep_dense=*.o_proj+true_sequential") == {
         "method": "alps",
         "keep_dense": "*.o_proj",
-        "order": "sequential",
+        "true_sequential": True,
     }
     with pytest.raises(ConfigError, match="Setting 'keep_dense' in the command line is wrong"):
         load_prune_config(None, {"model": "m", **method_settings("alps+keep_dense")})
@@ -205,14 +217,14 @@ def _expected(name: str, entries: int, rules: dict[str, float], otherwise: float
     return round((shares[-1] if shares else otherwise) * entries)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "loss", "error", "owl"])
+@pytest.mark.parametrize("budget", ["uniform", "sensitivity", "error", "owl"])
 @pytest.mark.parametrize("method", ["alps", "wanda"])
 def test_the_last_override_that_names_a_site_holds(
-    tiny_model: Callable[..., Any], ids: Tensor, method: str, budget: str
+    tiny_model: Callable[..., Any], ids: Tensor, method: str, budget: Any
 ) -> None:
     model = tiny_model("llama")
     rules = {"*.down_proj": 0.6, "model.layers.0.*": 0.4, "model.layers.0.mlp.up_proj": 0.9, "*.k_proj": 0}
-    report = alps.prune(model, 0.7, method, calibration=ids, overrides=rules, budget=budget)
+    report = alps.prune(model, sparsity=0.7, method=method, calibration=ids, overrides=rules, allocation=budget)
     zeros = {site.name: int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites}
     ruled = [r for r in report.layers if any(matches(rule, r.name) for rule in rules)]
     free = [r for r in report.layers if r not in ruled]
@@ -253,9 +265,16 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
     loaded = load(str(stories))
     overrides: dict[str, Any] = {"*.mlp": alps.SemiStructured(2, 4), "*.v_proj": "1:4", "model.layers.1.*": 0.25}
     again = alps.prune(
-        loaded.model, 0.6, "wanda", calibration=english_file, tokenizer=loaded.tokenizer, samples=4, seqlen=32,
-        keep_dense="*.o_proj", overrides=overrides,
-    )  # fmt: skip
+        loaded.model,
+        sparsity=0.6,
+        method="wanda",
+        calibration=english_file,
+        tokenizer=loaded.tokenizer,
+        samples=4,
+        seqlen=32,
+        keep_dense="*.o_proj",
+        overrides=overrides,
+    )
     assert [(r.name, r.zeros, r.error) for r in again.layers] == [(r.name, r.zeros, r.error) for r in report.layers]
 
 
@@ -269,7 +288,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         ({"overrides": {"*.q_proj": 1.5}}, r"Override '\*\.q_proj': Sparsity 1\.5 is outside"),
         ({"overrides": {"*.q_proj": "two"}}, r"Override '\*\.q_proj': Pattern 'two' is not understood"),
         ({"overrides": {"*.down_proj": "4:8"}}, r"Pattern 4:8 does not divide .* model\.layers\.0\.mlp\.down_proj"),
-        ({"overrides": {"*": 0.5}, "budget": "sensitivity"}, "Budget 'sensitivity' has nothing to spread"),
+        ({"overrides": {"*": 0.5}, "allocation": "sensitivity"}, "Budget 'sensitivity' has nothing to spread"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -278,7 +297,7 @@ def test_overrides_that_cannot_be_are_refused(
 ) -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match=complaint):
-        alps.prune(model, 0.6, calibration=ids, **settings)
+        alps.prune(model, sparsity=0.6, calibration=ids, **settings)
     assert all(_unchanged(model, tiny_model("llama"), name) for name, _ in model.named_parameters())
 
 
@@ -303,8 +322,8 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
     stories: Path, english_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = PruneConfig(
-        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, budget="sensitivity",
-        method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, respect_zeros=True,
+        model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, allocation="sensitivity",
+        method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, keep_zeros=True,
     )  # fmt: skip
     whole = prune_directory(settings, tmp_path / "whole", NoProgress())
     keep = ResumableRun.keep

@@ -51,9 +51,9 @@ def settings(stories: Path, english_file: Path) -> dict[str, Any]:
         "model": str(stories),
         "sparsity": 0.7,
         "method": "sparsegpt",
-        "order": "sequential",
-        "target": 0.4,
-        "match": 1,
+        "true_sequential": True,
+        "dense_target": 0.4,
+        "reconstruct_epochs": 1,
         "calibration": str(english_file),
         "samples": 8,
         "seqlen": 32,
@@ -84,7 +84,11 @@ def _stop_after(blocks: int, error: BaseException, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("blocks", "changed"),
-    [(1, {}), (3, {"method": "alps", "budget": "sensitivity"}), (4, {"method": "magnitude", "match": 0})],
+    [
+        (1, {}),
+        (3, {"method": "alps", "allocation": "sensitivity"}),
+        (4, {"method": "magnitude", "reconstruct_epochs": 0}),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     blocks: int, changed: dict[str, Any], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +115,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = {"method": "magnitude", "budget": "sensitivity", "match": 0}
+    chosen = {"method": "magnitude", "allocation": "sensitivity", "reconstruct_epochs": 0}
     _prune(settings, tmp_path / "whole", **chosen)
     with monkeypatch.context() as patch:
         _stop_after(0, KeyboardInterrupt(), patch)
@@ -120,7 +124,7 @@ def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
         ):
             _prune(settings, tmp_path / "out", **chosen)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):  # nothing is kept where nothing was planned
-            _prune(settings, tmp_path / "uniform", method="magnitude", match=0)
+            _prune(settings, tmp_path / "uniform", method="magnitude", reconstruct_epochs=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
     monkeypatch.setattr("alps.pruning.pipeline.plan", Mock(side_effect=AssertionError("planned again")))
     with log_messages() as messages:
@@ -137,18 +141,20 @@ def test_python_goes_on_after_the_last_finished_block_too(
     windows = load(model).calibration(load_text(text, "calibration"), 6, 48, 0).ids
     chosen: dict[str, Any] = {"calibration": windows if given == "token ids" else text, "preset": "best", **sizes}
     # A method that is no dataclass, and so has no words of its own, is known again all the same.
-    whole = alps.prune(model, 0.6, _Plain(), out=tmp_path / "whole", **chosen)
+    whole = alps.prune(model, sparsity=0.6, method=_Plain(), out=tmp_path / "whole", **chosen)
     with monkeypatch.context() as patch:
         _stop_after(3, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt, match=r"3 finished blocks are kept in '.*out\.partial'"):
-            alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **chosen)
-    with pytest.raises(CheckpointError, match=re.escape(f"target was {PRESETS['best']['target']} and is 0.2")):
-        alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **{**chosen, "target": 0.2})
+            alps.prune(model, sparsity=0.6, method=_Plain(), out=tmp_path / "out", **chosen)
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"dense_target was {PRESETS['best']['dense_target']} and is 0.2")
+    ):
+        alps.prune(model, sparsity=0.6, method=_Plain(), out=tmp_path / "out", **{**chosen, "dense_target": 0.2})
     other = windows.flip(0) if given == "token ids" else text
     if given == "token ids":
-        with pytest.raises(CheckpointError, match="the calibration's hash was"):
-            alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **{**chosen, "calibration": other})
-    report = alps.prune(model, 0.6, _Plain(), out=tmp_path / "out", **chosen)
+        with pytest.raises(CheckpointError, match="calibration_sha256 was"):
+            alps.prune(model, sparsity=0.6, method=_Plain(), out=tmp_path / "out", **{**chosen, "calibration": other})
+    report = alps.prune(model, sparsity=0.6, method=_Plain(), out=tmp_path / "out", **chosen)
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
     assert report.reconstructions == whole.reconstructions and report.calibration == whole.calibration
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -157,7 +163,7 @@ def test_python_goes_on_after_the_last_finished_block_too(
 def test_finished_blocks_are_not_solved_again(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = {**settings, "method": "wanda", "match": 0}
+    chosen = {**settings, "method": "wanda", "reconstruct_epochs": 0}
     with monkeypatch.context() as patch:
         _stop_after(3, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
@@ -180,10 +186,10 @@ def test_finished_blocks_are_not_solved_again(
         (
             "alps.pruning.config.ReconstructionParameters",
             partial(ReconstructionParameters, rate=1e-3),
-            r"matching's steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
+            r"reconstruct_steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
         ),
-        ("alps.pruning.job.PRIOR_TOKENS", 1024, "target's damping was 16384 tokens and is 1024 tokens"),
-        ("alps.pruning.job.ROW_WEIGHT_TOKENS", 64, "weights of channels was of 4096 tokens and is of 64 tokens"),
+        ("alps.pruning.job.PRIOR_TOKENS", 1024, "dense_target_prior_tokens was 16384 and is 1024"),
+        ("alps.pruning.job.ROW_WEIGHT_TOKENS", 64, "row_weight_tokens was 4096 and is 64"),
     ],
 )
 def test_another_versions_constants_are_refused(
@@ -192,10 +198,10 @@ def test_another_versions_constants_are_refused(
     with monkeypatch.context() as patch:
         _stop_after(2, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):
-            _prune(settings, tmp_path / "out", channels="block-output")
+            _prune(settings, tmp_path / "out", row_weights="block-output")
     monkeypatch.setattr(constant, other)
     with pytest.raises(CheckpointError, match=words):
-        _prune(settings, tmp_path / "out", channels="block-output")
+        _prune(settings, tmp_path / "out", row_weights="block-output")
 
 
 def test_another_configuration_is_refused(
@@ -208,7 +214,7 @@ def test_another_configuration_is_refused(
     with pytest.raises(CheckpointError, match=r"sparsity was 0\.7 and is 0\.6, seed was 0 and is 3"):
         _prune(settings, tmp_path / "out", sparsity=0.6, seed=3)
     (tmp_path / "other.txt").write_text(english[::-1])
-    with pytest.raises(CheckpointError, match="the calibration's hash was"):
+    with pytest.raises(CheckpointError, match="calibration_sha256 was"):
         _prune(settings, tmp_path / "out", calibration=str(tmp_path / "other.txt"))
     assert len(list(journal_directory(tmp_path / "out").glob("block-*.json"))) == 2
     _prune(settings, tmp_path / "out", offload=True)  # computes the same
@@ -249,8 +255,11 @@ def test_kills_at_random_moments_lose_nothing(kills: int, settings: dict[str, An
 
 
 def _arguments(settings: dict[str, Any], out: Path) -> list[str]:
-    flags = [part for key, value in settings.items() if key != "model" for part in (f"--{key}", str(value))]
-    return ["prune", settings["model"], str(out), *flags]
+    options: list[str] = []
+    for key, value in settings.items():
+        if key != "model":
+            options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return ["prune", settings["model"], str(out), *options]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -258,7 +267,7 @@ def test_signals_end_a_run_in_a_sentence(
     number: signal.Signals, code: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     # Ten seconds if nothing stops it: the signal must not come after the end.
-    chosen = {**settings, "method": "alps", "samples": 32, "match": 60}
+    chosen = {**settings, "method": "alps", "samples": 32, "reconstruct_epochs": 60}
     running = started.start(*_arguments(chosen, tmp_path / "out"))
     place = journal_directory(tmp_path / "out")
     deadline = time.monotonic() + 120
@@ -293,8 +302,8 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(settings: dict[str, Any
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 
-def test_settings_that_change_nothing_are_no_facts() -> None:
+def test_settings_that_change_nothing_are_not_in_the_fingerprint() -> None:
     base = {"model": "m", "sparsity": 0.5}
-    one = load_prune_config(None, base).facts()
-    assert load_prune_config(None, {**base, "offload": True, "device": "cpu", "model": "n"}).facts() == one
-    assert load_prune_config(None, {**base, "preset": "fast"}).facts() != one
+    one = load_prune_config(None, base).fingerprint_fields()
+    assert load_prune_config(None, {**base, "offload": True, "device": "cpu", "model": "n"}).fingerprint_fields() == one
+    assert load_prune_config(None, {**base, "preset": "fast"}).fingerprint_fields() != one

@@ -18,7 +18,7 @@ from alps.models.blocks import find_blocks
 from alps.pruning.pipeline import BlockPruner
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS, _slopes, _windows, compute_row_weights
 from alps.solvers import get_method
-from alps.solvers.patterns import Unstructured
+from alps.solvers.patterns import Unstructured, parse_pattern
 from helpers.decoders import DENSE, MOE, decoder
 
 _CPU = torch.device("cpu")
@@ -171,9 +171,9 @@ def test_a_walk_loses_less_where_it_counts(method: str, tiny_model: Callable[...
     lost = []
     for channels in ("equal", "block-output"):
         model = tiny_model("llama")
-        report = alps.prune(model, 0.6, method, calibration=ids, channels=channels)
+        report = alps.prune(model, sparsity=0.6, method=method, calibration=ids, row_weights=channels)
         assert all(site.zeros == round(0.6 * site.entries) for site in report.layers)
-        assert ("channels" in report.seconds) == (channels == "block-output")
+        assert ("row_weights" in report.seconds) == (channels == "block-output")
         sites = zip(find_blocks(model)[0].sites, block.sites, strict=True)
         # The first input of the block is the same in both models.
         with torch.no_grad():
@@ -198,33 +198,48 @@ def test_what_moves_no_zero_is_refused(
     pattern: str | float, method: str, words: str, tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        alps.prune(tiny_model("llama"), pattern, method, calibration=ids, channels="block-output")
+        alps.prune(
+            tiny_model("llama"),
+            pattern=parse_pattern(str(pattern)),
+            method=method,
+            calibration=ids,
+            row_weights="block-output",
+        )
 
 
-def test_magnitude_needs_windows_then(tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="needs calibration text or token ids"):
-        alps.prune(tiny_model("llama"), 0.6, "magnitude", measure_errors=False, channels="block-output")
+def test_magnitude_reads_calibration_windows_then(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    options: dict[str, Any] = {"sparsity": 0.6, "method": "magnitude", "measure_error": False, "calibration": ids}
+    alps.prune(plain := tiny_model("llama"), **options)
+    alps.prune(weighted := tiny_model("llama"), row_weights="block-output", **options)
+    pairs = zip(plain.parameters(), weighted.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"channels": "blok-output"}, "Row weights 'blok-output' is unknown: .* Did you mean 'block-output'"),
-        ({"order": "sequentiel"}, "Order"),
+        (
+            {"row_weights": "blok-output"},
+            "Setting 'row_weights' in the arguments is wrong: 'blok-output' is unknown.* Did you mean 'block-output'",
+        ),
+        (
+            {"true_sequential": "yes"},
+            "Setting 'true_sequential' in the arguments is wrong: input should be a valid boolean",
+        ),
     ],
 )
 def test_python_refuses_what_is_no_choice(
     setting: dict[str, Any], words: str, tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        alps.prune(tiny_model("llama"), 0.6, calibration=ids, **setting)
+        alps.prune(tiny_model("llama"), sparsity=0.6, calibration=ids, **setting)
 
 
 def test_a_report_says_which_channels_count_alike(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
-    report = alps.prune(model, 0.6, "sparsegpt", calibration=ids, channels="block-output")
+    report = alps.prune(model, sparsity=0.6, method="sparsegpt", calibration=ids, row_weights="block-output")
     alike = [site.name for site in report.layers if "count alike" in str(site.solve.get("notes"))]
     assert alike == ["model.layers.0.mlp.up_proj"]
 

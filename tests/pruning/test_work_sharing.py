@@ -78,7 +78,7 @@ def _weights(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--sparsity", 0.8, "--preset", "best", "--channels", "block-output")], ids=["block", "best"]
+    "more", [(), ("--sparsity", 0.8, "--preset", "best", "--row-weights", "block-output")], ids=["block", "best"]
 )
 def test_any_number_of_processes_gives_the_same_bits(
     more: tuple[object, ...], short_stories: Path, options: list[object], tmp_path: Path

@@ -22,7 +22,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("page") / "report.html"
-    methods = ["magnitude", "wanda", "sparsegpt", "alps+order=sequential+target=0.4+calibration=self", "best"]
+    methods = ["magnitude", "wanda", "sparsegpt", "alps+true_sequential+dense_target=0.4+calibration=self", "best"]
     path.write_text(report_page(comparison(methods, prompts=["<b>Once</b>", "x" * 300])))
     return path
 

@@ -34,7 +34,9 @@ def result(method: str, pattern: str = "0.5", seed: int | None = 0, perplexity: 
 def test_a_result_keeps_the_traces_of_the_best_the_middle_and_the_worst_site(
     stories: Path, english_file: Path, tmp_path: Path
 ) -> None:
-    report = alps.prune(str(stories), 0.7, calibration=str(english_file), samples=4, seqlen=32, out=tmp_path / "out")
+    report = alps.prune(
+        str(stories), sparsity=0.7, calibration=str(english_file), samples=4, seqlen=32, out=tmp_path / "out"
+    )
     kept = Result.from_report(report, "mine", seed=3)
     assert (kept.method, kept.seed, kept.pattern, kept.model_sha256) == ("mine", 3, "70%", None)
     # Of five blocks the first, the middle and the last note their errors.

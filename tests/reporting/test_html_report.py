@@ -100,7 +100,7 @@ def test_the_tables_are_those_of_the_results(results: list[Result], text: str) -
     assert set(titles) < set(tables)
     assert tables["The dense model"][:2] == [["Perplexity on wikitext2", "24.5"], ["Perplexity on c4.jsonl", "31.5"]]
     assert tables["Settings in which the methods differ"] == [
-        ["", "method", "budget"], ["wanda", "wanda", "uniform"], ["alps", "alps", "uniform"],
+        ["", "method", "allocation"], ["wanda", "wanda", "uniform"], ["alps", "alps", "uniform"],
         ["best", "best", "sensitivity"],
     ]  # fmt: skip
 
@@ -276,7 +276,7 @@ def test_a_panel_needs_data() -> None:
 
 @pytest.mark.parametrize("methods", [1, 9, 20])
 def test_any_number_of_methods_is_told_apart(methods: int) -> None:
-    names = [f"alps+target=0.{i}" for i in range(methods)]
+    names = [f"alps+dense_target=0.{i}" for i in range(methods)]
     assert len({key.svg for key in line_keys(names)}) == len({key.svg for key in line_keys(names, False)}) == methods
     assert [key.name for key in line_keys(names)] == names
 

@@ -11,10 +11,11 @@ import pytest
 
 from alps.cli.main import run
 from alps.core.progress import NoProgress
-from alps.evaluation.compare import compare
+from alps.core.settings import ARGUMENTS, make_config
+from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig
-from alps.finetuning.distillation import distill_directory, load_distill_config
-from alps.finetuning.reconstruct_checkpoint import load_reconstruct_config, reconstruct_directory
+from alps.finetuning.distillation import DistillConfig, distill_directory
+from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_directory
 from alps.reporting import publish as published
@@ -52,7 +53,7 @@ def test_compare_leaves_a_page_that_can_be_made_again(
     out = tmp_path / "all"
     options = ["--methods", "wanda,alps", "--sparsity", "0.5,0.7", "--samples", 4, "--seqlen", 32, "--windows", 2]
     options += ["--calibration", english_file, "--text", english_file, "--eval-seqlen", 64, "--prompt", "Once <upon"]
-    assert alps(monkeypatch, "compare", stories, "--out", out, *options) == 0
+    assert alps(monkeypatch, "compare", stories, out, *options) == 0
     assert f"results.jsonl, table.md, {PAGE_NAME}." in capsys.readouterr().err
     first = (out / PAGE_NAME).read_text()
     assert "Once &lt;upon" in first and "english.txt: 2 windows of 64 tokens" in first
@@ -72,7 +73,10 @@ def test_checkpoints_have_pages_and_cards_that_name_them(stories: Path, english_
     rebuild_page(tmp_path / "pruned")
     assert (tmp_path / "pruned" / PAGE_NAME).read_text() == page
     sizes = {"samples": 4, "seqlen": 32, "calibration": str(english_file)}
-    steps = {"match": load_reconstruct_config(sizes), "recover": load_distill_config({**sizes, "steps": 1})}
+    steps = {
+        "match": make_config(ReconstructConfig, sizes, ARGUMENTS),
+        "recover": make_config(DistillConfig, {**sizes, "steps": 1}, ARGUMENTS),
+    }
     notes = {
         "match": "The blocks were reconstructed after pruning",
         "recover": "Distilled after pruning, so not one-shot",
@@ -116,7 +120,7 @@ def test_without_the_packages_everything_but_the_page_is_there(
         }
     )
     with log_messages() as messages:
-        assert len(compare(asked, tmp_path / "all", NoProgress())) == 2
+        assert len(run_comparison(asked, tmp_path / "all", NoProgress())) == 2
     assert sum(PAGE_NAME in line for line in messages) == 1 and INSTALL in messages[-1]
     assert alps(monkeypatch, "report", tmp_path / "all") == 2
     error = capsys.readouterr().err
@@ -133,7 +137,7 @@ def test_a_minimal_installation_works(stories: Path, tmp_path: Path) -> None:
         "sys.modules['matplotlib'] = sys.modules['jinja2'] = None\n"
         "from alps.cli.main import run\nrun()"
     )
-    options = [stories, "out", "--sparsity", 0.5, "--method", "magnitude", "--no-errors"]
+    options = [stories, "out", "--sparsity", 0.5, "--method", "magnitude", "--no-measure-error"]
     done = run_code(script, "prune", *options, cwd=tmp_path, environment={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("report.html is left out") == 1 and INSTALL in done.stderr

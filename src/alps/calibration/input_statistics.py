@@ -160,7 +160,7 @@ class _Collector:
         if call >= len(calls) or calls[call].shape != x.shape:
             raise UnsupportedModel(
                 f"Site {name} receives other tokens in the pruned model than in the dense one, so that their inputs "
-                "cannot be compared: use --target pruned."
+                "cannot be compared: use --dense-target 0."
             )
         return calls[call]
 

@@ -78,7 +78,7 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
         )
         loaded = load(DEMO_MODEL_NAME)
         windows = loaded.calibration(text, *CALIBRATION, settings.seed)
-        walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.place(), progress=progress)
+        walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.pick_device(), progress=progress)
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
         pruned = evaluate(loaded, [TEXT], seqlen, limit, device, progress)[0]

@@ -33,20 +33,20 @@ COMMANDS = {
         "inspect_command",
         "Sparsity by block and site, whether N:M groups hold, and what was left dense and why.",
     ),
-    "recover": (
+    "distill": (
         "distill",
-        "distill",
-        "Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; the zeros stay. Not one-shot.",
+        "distill_command",
+        "Train the kept weights of PRUNED towards DENSE by distillation, and write OUT; zeros stay zero. Not one-shot.",
     ),
-    "match": (
+    "reconstruct": (
         "distill",
-        "match_command",
-        "Tune the kept weights of PRUNED, block by block, to the outputs of DENSE's blocks, and write OUT; zeros stay.",
+        "reconstruct_command",
+        "Tune the kept weights of PRUNED, block by block, to DENSE's block outputs, and write OUT; zeros stay zero.",
     ),
     "compare": (
         "compare",
         "compare_command",
-        "Prune MODEL by every method to every pattern from the same weights, and measure all of them alike.",
+        "Prune MODEL by several methods to several patterns, and measure each of the pruned models.",
     ),
     "report": (
         "report",

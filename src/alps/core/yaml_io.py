@@ -51,6 +51,22 @@ def read_value(text: str, where: str) -> Any:
         ) from None
 
 
+def read_mapping(text: str, name: str) -> dict[str, Any]:
+    """Read a mapping from a text such as `{damping: 0.02}`.
+
+    Args:
+        text: YAML.
+        name: setting whose value it is, for error messages.
+
+    Raises:
+        ConfigError: for a text that is not a YAML mapping.
+    """
+    value = read_value(text, f"{name}={text}")
+    if not isinstance(value, dict):
+        raise ConfigError(f"Setting '{name}' is wrong: write a YAML mapping such as '{{name: value}}', not {text!r}.")
+    return value
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a file that holds a mapping.
 
@@ -100,6 +116,11 @@ def format_validation_error(error: ValidationError, where: str, keys: Iterable[s
     key = truncate(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"Setting '{key}' in {where} is unknown.{did_you_mean(key, keys)}"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        word = truncate(first["input"])
+        near = did_you_mean(word, choices)
+        return f"Setting '{key}' in {where} is wrong: '{word}' is unknown, choose one of {', '.join(choices)}.{near}"
     if first["type"] == "missing":
         return f"Setting '{key}' is missing in {where}."
     return f"Setting '{key}' in {where} is wrong: {first['msg'].lower()}, not {reprlib.repr(first['input'])}."

@@ -8,12 +8,24 @@ from pathlib import Path
 from alps.core.device import pick_device
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.progress import Progress
+from alps.core.progress import NoProgress, Progress
+from alps.core.settings import ARGUMENTS, make_config
 from alps.data.calibration import LoadedModel, load
+from alps.evaluation.compare import run_comparison
+from alps.evaluation.compare_config import CompareConfig
 from alps.evaluation.kl_divergence import measure_divergence
 from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
+from alps.reporting.compare_results import Result
+from alps.reporting.markdown_tables import summary
 from alps.reporting.records import EvaluationRecord, TaskRecord
+
+
+class ComparisonResults(list[Result]):
+    """Results of a comparison; a notebook shows them as a table."""
+
+    def __repr__(self) -> str:
+        return summary(self)
 
 
 def evaluate(
@@ -79,6 +91,77 @@ def evaluate_tasks(
     place = pick_device(device)
     found = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
     return score_tasks(_loaded(loaded), found, place, batch_size=batch_size)
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt", "dsnot", "alps"),
+    sparsity: Sequence[float] = (),
+    pattern: Sequence[str] = (),
+    seeds: int = 1,
+    calibration: str | Path = "c4",
+    samples: int = 128,
+    seqlen: int = 2048,
+    texts: Sequence[str | Path] = ("wikitext2", "c4"),
+    eval_seqlen: int = 2048,
+    windows: int | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    prompts: Sequence[str] = (),
+    prompt_tokens: int = 48,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> ComparisonResults:
+    """Prune a model by several methods to several patterns, and measure each of the pruned models.
+
+    An unfinished comparison in `out` is continued behind its last finished run.
+
+    Args:
+        model: what `alps prune` takes as MODEL.
+        out: directory for the results.
+        methods: methods and presets, with settings of `alps.prune` after plus signs: `alps+dense_target=0.4`.
+        sparsity, pattern: shares of the weights to remove, and N:M patterns; together at least one.
+        seeds: number of calibration draws.
+        calibration, samples, seqlen: calibration windows, as in `alps.prune`.
+        texts, eval_seqlen, windows: texts for perplexity and divergence, and their windows, as in `alps.evaluate`.
+        tasks, task_data, limit: zero-shot tasks, as in `alps.evaluate_tasks`.
+        prompts, prompt_tokens: prompts that every model continues, and the length of the continuations.
+        device, dtype: as in `alps.prune`.
+        progress: receives the steps of every run.
+
+    Returns:
+        All results, those of the dense model first.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: nothing was run.
+        SolveFailed: some runs failed; all others are done.
+    """
+    values = {
+        "model": str(model),
+        "methods": list(methods),
+        "sparsity": list(sparsity),
+        "pattern": list(pattern),
+        "seeds": seeds,
+        "calibration": str(calibration),
+        "samples": samples,
+        "seqlen": seqlen,
+        "texts": [str(text) for text in texts],
+        "eval_seqlen": eval_seqlen,
+        "windows": windows,
+        "tasks": list(tasks),
+        "task_data": None if task_data is None else str(task_data),
+        "limit": limit,
+        "prompts": list(prompts),
+        "prompt_tokens": prompt_tokens,
+        "device": device,
+        "dtype": dtype,
+    }
+    config = make_config(CompareConfig, values, ARGUMENTS)
+    return ComparisonResults(run_comparison(config, Path(out), progress or NoProgress()))
 
 
 def _loaded(model: LoadedModel | str | Path) -> LoadedModel:

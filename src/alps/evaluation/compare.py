@@ -45,7 +45,7 @@ _LOG = logging.getLogger("alps")
 _BATCH_SIZE = 8
 
 
-def compare(settings: CompareConfig, out: Path, progress: Progress) -> list[Result]:
+def run_comparison(settings: CompareConfig, out: Path, progress: Progress) -> list[Result]:
     """Do what is missing of a comparison in `out`, and return all of its results, the dense model's first.
 
     Args:
@@ -166,7 +166,7 @@ class _Bench:
                 changed = changed or (f"calibration '{used.source}'" if used.sha256 != windows.sha256 else None)
             if changed:
                 raise CheckpointError(
-                    f"'{out}' holds results with another {changed} under the same name: give another --out."
+                    f"'{out}' holds results with another {changed} under the same name: give another OUT."
                 )
 
     def dense_result(self) -> Result:

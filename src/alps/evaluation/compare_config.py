@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alps.core.errors import CheckpointError, ConfigError
-from alps.core.yaml_io import format_validation_error, read_value, read_yaml
-from alps.pruning.config import PruneConfig, load_prune_config
+from alps.core.settings import CALIBRATION, MEASUREMENTS, RESOURCES, WHAT, Setting, load_config
+from alps.core.yaml_io import read_value
+from alps.pruning.config import PruneConfig, load_prune_config, split_names
 from alps.pruning.presets import PRESETS
+from alps.solvers import METHODS
 
 COMPARISON_NAME = "compare.yaml"
 # A comparison may grow in these; everything else has to stay as it was for its runs to be comparable.
 _MAY_GROW = ("methods", "sparsity", "pattern", "seeds")
+
+
+def split_numbers(numbers: Any) -> Any:
+    """Split a text with commas into numbers; return anything else unchanged.
+
+    Raises:
+        ConfigError: for a part that is not a number.
+    """
+    if not isinstance(numbers, str):
+        return numbers
+    try:
+        return [float(word) for word in split_names(numbers)]
+    except ValueError:
+        raise ConfigError(f"Sparsities '{numbers}' are not numbers: write them as 0.5,0.7.") from None
 
 
 class Combination(BaseModel):
@@ -40,41 +56,65 @@ class Combination(BaseModel):
 
 
 class CompareConfig(BaseModel):
-    """Settings of `alps compare`. Unknown keys are refused.
-
-    Attributes:
-        model: directory, GGUF file, hub name, or `smollm2-135m`.
-        methods: each a method or a preset, with settings of `alps prune` after plus signs: `wanda+refit`,
-            `alps+order=sequential+target=0.4`.
-        sparsity, pattern: fractions of zeros, and N:M patterns; together at least one.
-        seeds: how many, counted from 0; each draws its own calibration windows.
-        calibration, samples, seqlen: as in `alps.pruning.config.PruneConfig`.
-        texts, eval_seqlen, windows: what perplexity and divergence are taken on, as for `alps eval`.
-        tasks, task_data, limit: zero-shot tasks, as for `alps eval`.
-        prompts, prompt_tokens: to be continued greedily by every model, and by how many tokens.
-        device, dtype: as in `alps.pruning.config.PruneConfig`.
-    """
+    """All settings of `alps compare`; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str
-    methods: list[str] = Field(default=["magnitude", "wanda", "sparsegpt", "dsnot", "alps"], min_length=1)
-    sparsity: list[float] = []
-    pattern: list[str] = []
-    seeds: int = Field(default=1, ge=1)
-    calibration: str = "c4"
-    samples: int = Field(default=128, ge=1)
-    seqlen: int = Field(default=2048, ge=2)
-    texts: list[str] = ["wikitext2", "c4"]
-    eval_seqlen: int = Field(default=2048, ge=2)
-    windows: int | None = Field(default=None, ge=1)
-    tasks: list[str] = []
-    task_data: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-    prompts: list[str] = []
-    prompt_tokens: int = Field(default=48, ge=1)
-    device: str = "auto"
-    dtype: str = "auto"
+    model: Annotated[str, Setting(WHAT)] = Field(
+        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
+    )
+    methods: Annotated[list[str], BeforeValidator(split_names), Setting(WHAT, "NAME,...")] = Field(
+        default=["magnitude", "wanda", "sparsegpt", "dsnot", "alps"],
+        min_length=1,
+        description=f"Methods and presets, of {', '.join([*METHODS, *PRESETS])}. Settings of `alps prune` may follow "
+        "each after plus signs, as in wanda+refit or alps+dense_target=0.4.",
+    )
+    sparsity: Annotated[list[float], BeforeValidator(split_numbers), Setting(WHAT, "SHARE,...")] = Field(
+        default=[], description="Shares of the weights to remove, such as 0.5,0.7."
+    )
+    pattern: Annotated[list[str], BeforeValidator(split_names), Setting(WHAT, "N:M,...")] = Field(
+        default=[], description="N:M patterns, such as 2:4,4:8."
+    )
+    seeds: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=1, ge=1, description="Number of calibration draws, for mean and deviation; the seeds count from 0."
+    )
+    calibration: Annotated[str, Setting(CALIBRATION, "TEXT")] = Field(
+        default="c4", description="Calibration text, as in `alps prune`."
+    )
+    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=128, ge=1, description="Calibration windows.")
+    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=2048, ge=2, description="Tokens per calibration window."
+    )
+    texts: Annotated[list[str], Setting(MEASUREMENTS, "TEXT", flag="text", repeated=True)] = Field(
+        default=["wikitext2", "c4"], description="Text for perplexity and divergence, as in `alps eval`; repeatable."
+    )
+    eval_seqlen: Annotated[int, Setting(MEASUREMENTS, "N")] = Field(
+        default=2048, ge=2, description="Tokens per window of such a text."
+    )
+    windows: Annotated[int | None, Setting(MEASUREMENTS, "N", default="all")] = Field(
+        default=None, ge=1, description="Use only the first N windows of each text."
+    )
+    tasks: Annotated[list[str], BeforeValidator(split_names), Setting(MEASUREMENTS, "NAME,...")] = Field(
+        default=[], description="Zero-shot tasks; they need the package lm-eval."
+    )
+    task_data: Annotated[str | None, Setting(MEASUREMENTS, "FOLDER", default="lm-eval's, from the hub")] = Field(
+        default=None, description="Folder of local items, TASK.jsonl each."
+    )
+    limit: Annotated[int | None, Setting(MEASUREMENTS, "N", default="all")] = Field(
+        default=None, ge=1, description="Score only the first N items of each task."
+    )
+    prompts: Annotated[list[str], Setting(MEASUREMENTS, "TEXT", flag="prompt", repeated=True)] = Field(
+        default=[], description="Prompt that every model continues greedily; repeatable."
+    )
+    prompt_tokens: Annotated[int, Setting(MEASUREMENTS, "N")] = Field(
+        default=48, ge=1, description="Tokens per continuation."
+    )
+    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Device to compute on: auto, cpu or cuda:N."
+    )
+    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
+    )
 
     def combinations(self) -> list[Combination]:
         """All runs: the first seed of everything first, so that an early table is a whole one.
@@ -122,7 +162,7 @@ class CompareConfig(BaseModel):
             if key not in _MAY_GROW and old != new:
                 raise CheckpointError(
                     f"'{folder}' holds a comparison with {key} {old!r}, and {new!r} is asked for: "
-                    "give the same settings to go on with it, or another --out."
+                    "give the same settings to go on with it, or another OUT."
                 )
 
     def to_yaml(self) -> str:
@@ -131,24 +171,18 @@ class CompareConfig(BaseModel):
 
 
 def load_compare_config(path: Path | None, overrides: dict[str, Any]) -> CompareConfig:
-    """Settings of a comparison from a YAML file, with every override that is not None on top.
+    """Make the config of a comparison from a YAML file, with every override that is not None on top.
 
     Raises:
         ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind.
     """
-    values = read_yaml(path) if path else {}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return CompareConfig.model_validate({**values, **given})
-    except ValidationError as error:
-        where = str(path) if path else "the command line"
-        raise ConfigError(format_validation_error(error, where, CompareConfig.model_fields)) from None
+    return load_config(CompareConfig, path, overrides)
 
 
 def method_settings(method: str) -> dict[str, Any]:
     """Settings of `alps prune` for a method or a preset and what follows it after plus signs.
 
-    `alps+order=sequential+target=0.4`; a key alone is true, as in `wanda+refit`.
+    `alps+true_sequential+dense_target=0.4`; a key alone is true, as in `wanda+refit`.
     """
     name, *words = method.split("+")
     return {"preset" if name in PRESETS else "method": name, **dict(map(_setting, words))}

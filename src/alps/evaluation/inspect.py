@@ -67,7 +67,7 @@ class Inspection(BaseModel):
         return sum(layer.zeros for layer in self.layers) / sum(layer.entries for layer in self.layers)
 
 
-def inspect(directory: str) -> Inspection:
+def inspect(directory: str | Path) -> Inspection:
     """Count zeros and check groups in a checkpoint.
 
     A report inside the directory only states which patterns to check, and why parameters were left dense. Every number
@@ -76,6 +76,7 @@ def inspect(directory: str) -> Inspection:
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: for a directory that is not a readable checkpoint.
     """
+    directory = str(directory)
     check_model_path(directory)
     if not Path(directory).is_dir():
         raise CheckpointError(f"'{directory}' is not a directory: give the folder of a checkpoint.")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from alps.checkpoints.atomic_io import check_target, new_directory
@@ -26,24 +23,6 @@ from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
 from alps.reporting.run_report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
 from alps.solvers.patterns import USUAL_PATTERNS, group_violations
-
-_Settings = TypeVar("_Settings", bound=BaseModel)
-
-
-def read_settings(kind: type[_Settings], given: dict[str, Any]) -> _Settings:
-    """Settings from the values that are not None.
-
-    Raises:
-        ConfigError: for a value of the wrong kind or range, or an unknown name.
-    """
-    try:
-        return kind.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"Setting '{key}' is wrong: {first['msg'].lower()}, not {reprlib.repr(first['input'])}."
-        ) from None
 
 
 def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -> RunReport | None:

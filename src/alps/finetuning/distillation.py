@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
 from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel, load
 from alps.data.text_sources import Text, load_text
@@ -30,7 +31,6 @@ from alps.finetuning.checkpoint_pair import (
     check_request,
     count_zeros,
     describe,
-    read_settings,
     write_changed,
 )
 from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
@@ -44,31 +44,43 @@ _MOST_HELD_BACK = 8
 
 
 class DistillConfig(BaseModel):
-    """What `alps recover` was asked to do. Unknown keys are refused.
-
-    Attributes:
-        minutes: wall time of training and checks, or None when `steps` is given.
-        steps: optimiser steps, or None when `minutes` is given; equal settings then give equal weights.
-        calibration: a text, see `alps.data.text_sources.load_text`.
-        samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. An eighth of them, and
-            at most 8, is held back.
-        batch_tokens: tokens in an optimiser step, rounded up to whole windows.
-        lr: Adam's step size at its largest.
-        device, dtype: `auto` takes the first GPU if any, and the checkpoints' dtypes.
-    """
+    """All settings of `alps distill`; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    steps: int | None = Field(default=None, ge=1)
-    calibration: str = "c4"
-    samples: int = Field(default=512, ge=2)
-    seqlen: int = Field(default=512, ge=2)
-    batch_tokens: int = Field(default=2048, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    device: str = "auto"
-    dtype: str = "auto"
+    minutes: Annotated[float | None, Setting(HOW, "MINUTES")] = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Train for this time, evaluations on held-back windows included.",
+    )
+    steps: Annotated[int | None, Setting(HOW, "N")] = Field(
+        default=None,
+        ge=1,
+        description="Train for this number of steps instead; equal settings then give equal weights.",
+    )
+    lr: Annotated[float, Setting(HOW, "RATE")] = Field(
+        default=3e-4, gt=0, allow_inf_nan=False, description="Largest learning rate of Adam."
+    )
+    batch_tokens: Annotated[int, Setting(HOW, "N")] = Field(
+        default=2048, ge=1, description="Tokens per step, rounded up to whole windows."
+    )
+    calibration: Annotated[str, Setting(CALIBRATION, "TEXT")] = Field(
+        default="c4", description="Training text: a text or .jsonl file, wikitext2, c4, ptb or python-docs."
+    )
+    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=512, ge=2, description="Windows; an eighth of them, at most 8, is held back to choose the best weights."
+    )
+    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=512, ge=2, description="Tokens per window.")
+    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the choice and the order of the windows."
+    )
+    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Device to compute on: auto, cpu or cuda:N."
+    )
+    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Data type of the weights: auto (the checkpoints'), float32, bfloat16 or float16."
+    )
 
     def schedule(self) -> Schedule:
         """Budget, batches and seed of the training.
@@ -88,15 +100,6 @@ class DistillConfig(BaseModel):
         return min(max(self.samples // 8, 1), _MOST_HELD_BACK)
 
 
-def load_distill_config(given: dict[str, Any]) -> DistillConfig:
-    """Settings from the values that are not None.
-
-    Raises:
-        ConfigError: for a value of the wrong kind or range, or an unknown name.
-    """
-    return read_settings(DistillConfig, given)
-
-
 def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress) -> RunReport:
     """Check everything that can be checked, then load both models, recover the pruned one and write it to `out`.
 
@@ -110,14 +113,14 @@ def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfi
     earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
     text = load_text(settings.calibration, "calibration")
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
-    record = distill(teacher, student, settings, progress, text)
+    record = distill_model(teacher, student, settings, progress, text)
     report = earlier or describe(student, dense, record.device)
     report.distillations.append(record)
     write_changed(student, report, out)
     return report
 
 
-def distill(
+def distill_model(
     dense: LoadedModel, pruned: LoadedModel, settings: DistillConfig, progress: Progress, text: Text | None = None
 ) -> DistillationReport:
     """Train a pruned model in place towards the dense one.

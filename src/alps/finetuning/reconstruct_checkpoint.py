@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
 from alps.core.text_format import dtype_name
 from alps.data.calibration import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
@@ -36,60 +37,58 @@ from alps.finetuning.checkpoint_pair import (
     check_request,
     count_zeros,
     describe,
-    read_settings,
     write_changed,
 )
 from alps.models.blocks import find_blocks, on_device
 from alps.reporting.records import ReconstructionRecord, ReconstructionRun, calibration_record
 from alps.reporting.run_report import RunReport
-from alps.solvers.dense_target import parse_target
 
 
 class ReconstructConfig(BaseModel):
-    """What `alps match` was asked to do. Unknown keys are refused.
-
-    Attributes:
-        epochs: passes over the windows that are not held back.
-        target: `pruned`, `dense` or a share between 0 and 1, see `ReconstructionParameters`.
-        rate: Adam's step size at its largest.
-        calibration: text, `self` (sampled from the dense model) or a mix, see `alps.data.mixture.load_calibration`.
-        samples, seqlen, seed: windows to draw, tokens in each, how they are drawn and shuffled. At least one of them is
-            held back.
-        device, dtype: `auto` takes the first GPU if any, and the checkpoints' dtypes.
-        offload: keep activations on the CPU between blocks.
-    """
+    """All settings of `alps reconstruct`; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    epochs: int = Field(default=1, ge=1)
-    target: str | float = DEFAULT_RECONSTRUCT_TARGET
-    rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    calibration: str = "c4"
-    samples: int = Field(default=128, ge=2)
-    seqlen: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"
-    dtype: str = "auto"
-    offload: bool = False
+    epochs: Annotated[int, Setting(HOW, "N")] = Field(
+        default=1, ge=1, description="Passes over the calibration windows."
+    )
+    target: Annotated[float, Setting(HOW, "SHARE")] = Field(
+        default=DEFAULT_RECONSTRUCT_TARGET,
+        ge=0,
+        le=1,
+        description="Share of the dense model's hidden states in the target, from 0 to 1; 0 takes the dense block's "
+        "output for the pruned model's inputs.",
+    )
+    lr: Annotated[float, Setting(HOW, "RATE")] = Field(
+        default=3e-4, gt=0, allow_inf_nan=False, description="Largest learning rate of Adam."
+    )
+    calibration: Annotated[str, Setting(CALIBRATION, "TEXT")] = Field(
+        default="c4", description="Calibration text, as in `alps prune`; self is sampled from the dense model."
+    )
+    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=128,
+        ge=2,
+        description="Calibration windows; at least one of them is held back to choose the best weights.",
+    )
+    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=2048, ge=2, description="Tokens per calibration window."
+    )
+    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the choice and the order of the calibration windows."
+    )
+    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Device to compute on: auto, cpu or cuda:N."
+    )
+    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Data type of the weights: auto (the checkpoints'), float32, bfloat16 or float16."
+    )
+    offload: Annotated[bool, Setting(RESOURCES)] = Field(
+        default=False, description="Keep activations in CPU memory between blocks."
+    )
 
-    def matching(self) -> ReconstructionParameters:
-        """How blocks are tuned.
-
-        Raises:
-            ConfigError: for a target that is none.
-        """
-        return ReconstructionParameters(epochs=self.epochs, target=parse_target(self.target), rate=self.rate)
-
-
-def load_reconstruct_config(given: dict[str, Any]) -> ReconstructConfig:
-    """Settings from the values that are not None.
-
-    Raises:
-        ConfigError: for a value of the wrong kind or range, or an unknown name.
-    """
-    settings = read_settings(ReconstructConfig, given)
-    settings.matching()  # refused here, before any model is loaded
-    return settings
+    def parameters(self) -> ReconstructionParameters:
+        """Return the parameters of the block reconstruction."""
+        return ReconstructionParameters(epochs=self.epochs, target=self.target, rate=self.lr)
 
 
 def reconstruct_directory(
@@ -161,8 +160,8 @@ def reconstruct_model(
         dense=dense.name,
         pruned=pruned.name,
         epochs=settings.epochs,
-        target=settings.matching().target,
-        lr=settings.rate,
+        target=settings.parameters().target,
+        lr=settings.lr,
         blocks=len(records),
         zeros=zeros,
         seconds=time.perf_counter() - start,
@@ -183,7 +182,7 @@ def _match_blocks(
     device: torch.device,
     progress: Progress,
 ) -> list[ReconstructionRecord]:
-    matching = settings.matching()
+    matching = settings.parameters()
     models, tuned = find_blocks(dense), find_blocks(pruned)
     # Two batches at least: one is held back.
     batch = max(min(matching.tokens // ids.shape[1], len(ids) // 2), 1)

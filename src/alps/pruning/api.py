@@ -1,140 +1,215 @@
-"""The same job as the command line's, for Python: prune a model in memory or on disk."""
+"""Pruning from Python, with the settings of `alps prune`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from alps.calibration.layer_order import Order
 from alps.checkpoints.atomic_io import check_target
-from alps.core.device import pick_device
-from alps.core.errors import ConfigError, check_choice
+from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
+from alps.core.settings import ARGUMENTS, make_config
 from alps.data.calibration import LoadedModel
-from alps.data.mixture import load_calibration
+from alps.data.mixture import CalibrationMix, load_calibration
 from alps.models.finite_check import check_finite
-from alps.pruning.config import make_reconstruction, split_names
+from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
-from alps.pruning.job import PruneJob, prune_job
-from alps.pruning.layer_rules import Rules, parse_overrides
+from alps.pruning.job import PruneJob, prune_directory, prune_job
 from alps.pruning.presets import PAPER, apply_preset
 from alps.pruning.recipe import PruneRecipe
-from alps.pruning.row_weights import RowWeights
 from alps.pruning.run import block_pruner, make_calibration_windows, run, write
 from alps.reporting.run_report import RunReport
-from alps.solvers import Method, get_method
-from alps.solvers.dense_target import parse_target
-from alps.solvers.patterns import Pattern, SemiStructured, parse_pattern
+from alps.solvers import Method, Refitted
+from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 
 
 def prune(
     model: nn.Module | str | Path,
-    pattern: Pattern | str | float,
-    method: Method | str = "alps",
     *,
-    calibration: str | Path | Tensor | None = None,
-    tokenizer: Any = None,
+    sparsity: float | None = None,
+    pattern: Pattern | str | None = None,
+    overrides: Mapping[str, Pattern | str | float] | str | None = None,
+    keep_dense: Sequence[str] | str = (),
+    keep_zeros: bool = False,
+    method: Method | str = "alps",
+    effort: str = "normal",
+    refit: bool = False,
+    options: Mapping[str, Any] | None = None,
+    preset: str = PAPER,
+    true_sequential: bool | None = None,
+    dense_target: float | None = None,
+    allocation: Literal["uniform", "owl", "error", "sensitivity"] | None = None,
+    row_weights: Literal["equal", "block-output"] | None = None,
+    reconstruct_epochs: int | None = None,
+    reconstruct_target: float | None = None,
+    measure_error: bool = True,
+    calibration: str | Path | Tensor = "c4",
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
-    out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
-    measure_errors: bool = True,
-    preset: str = PAPER,
-    order: Order | None = None,
-    target: str | float | None = None,
-    match: int | None = None,
-    match_target: str | float | None = None,
-    budget: str | None = None,
-    keep_dense: str | Sequence[str] = (),
-    overrides: Mapping[str, Pattern | str | float] | None = None,
-    respect_zeros: bool = False,
-    channels: RowWeights | None = None,
+    activation_memory: float | None = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:
     """Prune a causal language model.
 
-    A model given by name is pruned as `alps prune` does it: one block in memory at a time, and finished blocks kept
-    beside `out`, so that the same call goes on after the last of them when its process has died.
+    A model given by name is pruned as by `alps prune`: one block in memory at a time, with a journal beside `out`, so
+    that the same call continues an interrupted run. The settings are described in docs/settings.md.
 
     Args:
         model: a model in memory, which is pruned in place, or what `alps prune` takes as MODEL.
-        pattern: `Unstructured(0.7)`, `SemiStructured(2, 4)`, or 0.7, "2:4".
-        method: a method object or its name.
-        calibration: token ids (windows, tokens), or what `alps prune --calibration` takes (for a text, a model in
-            memory needs its `tokenizer`). None only for a method that reads no inputs, with `measure_errors` off.
-        tokenizer: of a model in memory; saved with it, too.
-        samples, seqlen, seed: windows to draw unless `calibration` is token ids.
-        out: directory to write; needed when `model` is a name, since the pruned model would be lost. It holds a page
-            of figures, report.html, where the packages of the extra `report` are installed.
-        device: where blocks are solved; `auto` is the first GPU, or the device a model in memory is on.
-        dtype: of the weights when `model` is a name; `auto` keeps the checkpoint's.
-        offload: keep activations on the CPU between blocks.
-        measure_errors: see `alps.pruning.pipeline.BlockPruner`.
-        preset, order, target, match, match_target, budget, channels, keep_dense, overrides, respect_zeros: as in
-            `alps.pruning.config.PruneConfig`; None for one of the first seven is as the preset says.
-        watcher: told after every site.
+        sparsity: share of the weights to remove from every linear layer; this or `pattern`.
+        pattern: N:M as text, or a pattern object such as `Unstructured(0.7)` or `SemiStructured(2, 4)`.
+        overrides: patterns of layers by name, with wildcards.
+        keep_dense: names of layers to leave dense, with wildcards.
+        keep_zeros: keep the zeros that the model already has, and count them.
+        method: name of a method, or a method object.
+        effort, options: iterations of ALPS, and hyper-parameters of a method given by name.
+        refit: compute the optimal weights on the method's mask.
+        preset: defaults for the six settings from `true_sequential` to `reconstruct_target`, where they are None.
+        true_sequential: prune the layers of a block one after the other.
+        dense_target: share of the dense model's outputs in what a layer is fitted to.
+        allocation: distribution of the zeros over the layers.
+        row_weights: weight of each output channel in a layer's error.
+        reconstruct_epochs, reconstruct_target: block reconstruction after the layers of a block are pruned.
+        measure_error: measure the reconstruction error of every layer.
+        calibration: text as in `alps prune`, or token ids of shape (windows, tokens). A model in memory needs its
+            `tokenizer` for a text.
+        samples, seqlen, seed: calibration windows to choose, unless `calibration` is token ids.
+        device: device to compute on; `auto` is the first GPU, or the device of a model in memory.
+        dtype: data type of the weights of a model given by name.
+        offload, activation_memory: keep activations in CPU memory, and at most so many GiB of them.
+        tokenizer: tokenizer of a model in memory; saved with it.
+        out: directory to write; required for a model given by name.
+        resume: fail when there is no unfinished run to continue.
+        progress: receives every layer.
+
+    Returns:
+        The report of the run, as written to `report.json` in `out`.
 
     Raises:
-        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then but
-            the finished blocks of a model given by name. A model in memory may be left partly pruned by `SolveFailed`.
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: `out` is not written then. A model in memory may
+            be left partly pruned by `SolveFailed`.
     """
-    wanted = parse_pattern(str(pattern)) if isinstance(pattern, str | float | int) else pattern
-    chosen = get_method(method) if isinstance(method, str) else method
-    said = {"order": order, "target": target, "match": match, "match_target": match_target, "budget": budget}
-    said |= {"channels": channels, "preset": preset}
-    given = {name: value for name, value in said.items() if value is not None}
-    steps = apply_preset(given, isinstance(wanted, SemiStructured), chosen.by_rows)
-    check_choice("Order", steps["order"], get_args(Order))
-    recipe = PruneRecipe(
-        method=chosen,
-        pattern=wanted,
-        rules=Rules(split_names(keep_dense), parse_overrides(overrides or {})),
-        keep_zeros=respect_zeros,
-        true_sequential=steps["order"] == "sequential",
-        dense_target=parse_target(steps["target"]),
-        allocation=steps["budget"],
-        row_weights=steps["channels"],
-        reconstruction=make_reconstruction(steps["match"], steps["match_target"]),
-        measure_error=measure_errors,
-    )
+    if isinstance(pattern, Unstructured | SemiStructured):
+        if sparsity is not None:
+            raise ConfigError("Give either a sparsity or a pattern, and not both.")
+        sparsity, pattern = (pattern.sparsity, None) if isinstance(pattern, Unstructured) else (None, str(pattern))
+    values: dict[str, Any] = {
+        "model": str(model) if isinstance(model, str | Path) else _name(model),
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "overrides": overrides if isinstance(overrides, str | None) else _plain_overrides(overrides),
+        "keep_dense": keep_dense if isinstance(keep_dense, str) else list(keep_dense),
+        "keep_zeros": keep_zeros,
+        "method": method if isinstance(method, str) else method.name,
+        "effort": effort,
+        "refit": refit,
+        "options": None if options is None else dict(options),
+        "preset": preset,
+        "true_sequential": true_sequential,
+        "dense_target": dense_target,
+        "allocation": allocation,
+        "row_weights": row_weights,
+        "reconstruct_epochs": reconstruct_epochs,
+        "reconstruct_target": reconstruct_target,
+        "measure_error": measure_error,
+        "calibration": None if isinstance(calibration, Tensor) else str(calibration),
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+        "activation_memory": activation_memory,
+    }
+    config = _make_config(values, method)
+    recipe = config.resolve(method=_method_object(method, config))
     if out is not None:
         check_target(Path(out))
     elif not isinstance(model, nn.Module):
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
-    context = RunContext(device=_place(model, device), progress=progress or NoProgress(), offload=offload)
-    walk = block_pruner(recipe, context)
-    source = calibration if calibration is None or torch.is_tensor(calibration) else str(calibration)
-    if not isinstance(model, nn.Module):
-        assert out is not None
-        job = PruneJob(str(model), walk, source, samples, seqlen, seed, device, dtype)
-        return prune_job(job, Path(out))
+    progress = progress or NoProgress()
+    if isinstance(model, nn.Module):
+        return _prune_in_memory(model, tokenizer, calibration, config, recipe, out, progress)
+    assert out is not None
+    if isinstance(method, str) and not isinstance(calibration, Tensor):
+        return prune_directory(config, Path(out), progress, resume)
+    context = RunContext(
+        device=config.pick_device(), progress=progress, offload=offload, activation_bytes=config.activation_bytes
+    )
+    source = calibration if isinstance(calibration, Tensor) else config.calibration
+    sizes = (config.samples, config.seqlen, config.seed)
+    job = PruneJob(config.model, block_pruner(recipe, context), source, *sizes, config.device, config.dtype)
+    return prune_job(job, Path(out), resume)
+
+
+def _prune_in_memory(
+    model: nn.Module,
+    tokenizer: Any,
+    calibration: str | Path | Tensor,
+    config: PruneConfig,
+    recipe: PruneRecipe,
+    out: str | Path | None,
+    progress: Progress,
+) -> RunReport:
     start = time.perf_counter()
-    loaded = _in_memory(model, tokenizer)
+    check_finite(model.named_parameters(), config.model)
+    loaded = LoadedModel(config.model, model, tokenizer)
     seconds = time.perf_counter() - start
-    drawn = load_calibration(source, samples) if isinstance(source, str) else source
-    windows = make_calibration_windows(loaded, drawn, samples, seqlen, seed, walk)
-    report = run(loaded, walk, windows, seed if isinstance(source, str) else None)
+    device = next(model.parameters()).device if config.device == "auto" else config.pick_device()
+    context = RunContext(
+        device=device, progress=progress, offload=config.offload, activation_bytes=config.activation_bytes
+    )
+    walk = block_pruner(recipe, context)
+    source: Tensor | CalibrationMix | None = None
+    if isinstance(calibration, Tensor):
+        source = calibration
+    elif recipe.reads_inputs:
+        source = load_calibration(config.calibration, config.samples)
+    windows = make_calibration_windows(loaded, source, config.samples, config.seqlen, config.seed, walk)
+    report = run(loaded, walk, windows, None if isinstance(calibration, Tensor) else config.seed)
     report.add_seconds("load", seconds)
     if out is not None:
         write(loaded, report, Path(out))
     return report
 
 
-def _place(model: nn.Module | str | Path, device: str) -> torch.device:
-    if isinstance(model, nn.Module) and device == "auto":
-        return next(model.parameters()).device
-    return pick_device(device)
+def _make_config(values: Mapping[str, Any], method: Method | str) -> PruneConfig:
+    """Make the config; the preset's row weights depend on a method object, which a config does not hold."""
+    explicit = {name: value for name, value in values.items() if value is not None}
+    if not isinstance(method, str):
+        explicit = apply_preset(explicit, semi_structured="pattern" in explicit, by_rows=method.by_rows)
+    return make_config(PruneConfig, explicit, ARGUMENTS)
 
 
-def _in_memory(model: nn.Module, tokenizer: Any) -> LoadedModel:
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
-    check_finite(model.named_parameters(), name)
-    return LoadedModel(name, model, tokenizer)
+def _method_object(method: Method | str, config: PruneConfig) -> Method | None:
+    if isinstance(method, str):
+        return None
+    if config.options or config.effort != "normal":
+        raise ConfigError("`options` and `effort` are for a method given by name: set them on the method object.")
+    return Refitted(method) if config.refit else method
+
+
+def _plain_overrides(overrides: Mapping[str, Pattern | str | float]) -> dict[str, str | float]:
+    """Return the patterns by rule as numbers and text."""
+    plain: dict[str, str | float] = {}
+    for rule, pattern in overrides.items():
+        if isinstance(pattern, Unstructured):
+            plain[rule] = pattern.sparsity
+        else:
+            plain[rule] = pattern if isinstance(pattern, str | float | int) else str(pattern)
+    return plain
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__

@@ -1,4 +1,4 @@
-"""The settings of a pruning run: validated, read from YAML, overridden by flags, saved beside the weights."""
+"""Settings of a pruning run: described once, for the command line, YAML files, `alps.prune` and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -11,88 +11,179 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError, did_you_mean, truncate
-from alps.core.yaml_io import format_validation_error, read_yaml
+from alps.core.settings import CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
+from alps.core.yaml_io import read_mapping
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
 from alps.pruning.layer_rules import Rules, parse_overrides
-from alps.pruning.presets import PAPER, apply_preset
+from alps.pruning.presets import PAPER, PRESETS, apply_preset
 from alps.pruning.recipe import PruneRecipe
 from alps.solvers import METHODS, Method, Refitted, get_method
-from alps.solvers.dense_target import parse_target
+from alps.solvers.admm import EFFORTS
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
 
 SETTINGS_NAME = "alps.yaml"
 
+_BY_PRESET = "by preset"
+
 
 def split_names(names: Any) -> Any:
-    """The names in a text with commas; anything else as it is."""
+    """Split a text with commas into names; return anything else unchanged."""
     return [name for part in names.split(",") if (name := part.strip())] if isinstance(names, str) else names
 
 
-class PruneConfig(BaseModel):
-    """What `alps prune` was asked to do. Unknown keys are refused.
+def split_overrides(overrides: Any) -> Any:
+    """Split `NAME=PATTERN,NAME=PATTERN` into a dictionary; return anything else unchanged.
 
-    Attributes:
-        model: directory, GGUF file, hub name, or `smollm2-135m`.
-        sparsity: fraction of every site's weights to remove, or None when `pattern` is given.
-        pattern: N:M with the number kept first, or None when `sparsity` is given.
-        method: a name of `alps.solvers.METHODS`.
-        options: hyper-parameters of the method by name; nested for ALPS's `admm`.
-        effort: `high` lets ALPS take several times as long for a smaller error; see `alps.solvers.admm.EFFORTS`.
-        refit: optimal weights on the method's support, by conjugate gradients.
-        preset: one of `alps.pruning.presets.PRESETS`; what it says holds where nothing else is said.
-        order: `block` or `sequential`, see `alps.pruning.pipeline.BlockPruner`.
-        target: `pruned`, `dense`, or a share of the dense target between 0 and 1; see `alps.solvers.dense_target`.
-        match: epochs of block matching, see `alps.finetuning.block_reconstruction`; 0 for none.
-        match_target: what it aims at: `pruned`, `dense`, or a share of the dense stream between 0 and 1.
-        budget: where the zeros go, one of `alps.pruning.sparsity_allocation.ALLOCATIONS`.
-        channels: what the rows of a site count: `equal`, or `block-output`, see `alps.pruning.row_weights`.
-        keep_dense: names with wildcards of what stays dense, see `alps.pruning.layer_rules`; one text with commas, too.
-        overrides: sparsity or N:M of the linear layers that a name with wildcards names, in place of the one above; of
-            several that name a layer the last one holds.
-        respect_zeros: zeros that the model has stay zero, and count towards the sparsity.
-        calibration: text, `self` or a mix, see `alps.data.mixture.load_calibration`.
-        samples, seqlen, seed: calibration windows, tokens in each, and how they are drawn.
-        device, dtype: `auto` takes the first GPU if any, and the checkpoint's dtype.
-        offload: keep activations on the CPU between blocks.
-        activation_memory: GiB of activations kept in memory between blocks; the rest goes to files beside the output.
-        errors: measure every site's reconstruction error, also for methods that do without the Gram.
+    Raises:
+        ConfigError: for a part without an equals sign.
+    """
+    if not isinstance(overrides, str):
+        return overrides
+    pairs = [part.rpartition("=") for part in split_names(overrides)]
+    for rule, _, pattern in pairs:
+        if not rule:
+            raise ConfigError(
+                f"Override '{truncate(pattern)}' names no layers: write NAME=PATTERN, such as *.k_proj=0.5."
+            )
+    return {rule.strip(): _override_value(value.strip()) for rule, _, value in pairs}
+
+
+def _override_value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_options(options: Any) -> Any:
+    """Read a mapping from a YAML text such as `{damping: 0.02}`; return anything else unchanged.
+
+    Raises:
+        ConfigError: for a text that is not a YAML mapping.
+    """
+    return read_mapping(options, "options") if isinstance(options, str) else options
+
+
+class PruneConfig(BaseModel):
+    """All settings of a pruning run; unknown keys are refused.
+
+    Settings that are not given take the values of the `preset`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str
-    sparsity: float | None = None
-    pattern: str | None = None
-    method: str = "alps"
-    effort: str = "normal"
-    options: dict[str, Any] = {}
-    refit: bool = False
-    preset: str = PAPER
-    order: Literal["block", "sequential"] = "block"
-    target: str | float = "pruned"
-    match: int = Field(default=0, ge=0)
-    match_target: str | float = DEFAULT_RECONSTRUCT_TARGET
-    budget: str = "uniform"
-    channels: Literal["equal", "block-output"] = "equal"
-    keep_dense: Annotated[list[str], BeforeValidator(split_names)] = []
-    overrides: dict[str, float | str] = {}
-    respect_zeros: bool = False
-    calibration: str = "c4"
-    samples: int = Field(default=128, ge=1)
-    seqlen: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"
-    dtype: str = "auto"
-    offload: bool = False
-    activation_memory: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    errors: bool = True
+    model: Annotated[str, Setting(WHAT, affects_weights=False)] = Field(
+        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
+    )
+    sparsity: Annotated[float | None, Setting(WHAT, "SHARE")] = Field(
+        default=None, description="Share of the weights to remove from every linear layer, such as 0.7."
+    )
+    pattern: Annotated[str | None, Setting(WHAT, "N:M")] = Field(
+        default=None, description="Keep N of every M consecutive inputs, such as 2:4."
+    )
+    overrides: Annotated[
+        dict[str, float | str], BeforeValidator(split_overrides), Setting(WHAT, "NAME=PATTERN,...")
+    ] = Field(
+        default={}, description="Own sparsity or pattern for layers by name, with *: '*.k_proj=0.5,*.v_proj=2:4'."
+    )
+    keep_dense: Annotated[list[str], BeforeValidator(split_names), Setting(WHAT, "NAME,...")] = Field(
+        default=[], description="Names of layers to leave dense, with *: 'model.layers.0.*,*.down_proj'."
+    )
+    keep_zeros: Annotated[bool, Setting(WHAT)] = Field(
+        default=False, description="Keep the zeros that the model already has, and count them towards the sparsity."
+    )
+    method: Annotated[str, Setting(HOW, "NAME", tuple(METHODS))] = Field(default="alps", description="Pruning method.")
+    effort: Annotated[str, Setting(HOW, "NAME", tuple(EFFORTS))] = Field(
+        default="normal",
+        description="Iterations of ALPS: high runs several times as many as normal, for a smaller error.",
+    )
+    refit: Annotated[bool, Setting(HOW)] = Field(
+        default=False, description="After any method, compute the optimal weights on its mask by conjugate gradients."
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(parse_options), Setting(HOW, "YAML")] = Field(
+        default={}, description="Hyper-parameters of the method, such as '{damping: 0.02, admm: {rho: 0.3}}'."
+    )
+    preset: Annotated[str, Setting(HOW, "NAME", tuple(PRESETS), affects_weights=False)] = Field(
+        default=PAPER,
+        description="Defaults for the settings marked 'by preset'; best needs 131,072 calibration tokens or more.",
+    )
+    true_sequential: Annotated[bool, Setting(HOW, default=_BY_PRESET)] = Field(
+        default=False,
+        description="Prune the layers of a block one after the other, each on inputs that the pruning has changed.",
+    )
+    dense_target: Annotated[float, Setting(HOW, "SHARE", default=_BY_PRESET)] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the dense model's outputs in what a layer is fitted to, from 0 to 1.",
+    )
+    allocation: Annotated[
+        Literal["uniform", "owl", "error", "sensitivity"], Setting(HOW, "NAME", default=_BY_PRESET)
+    ] = Field(default="uniform", description="Distribution of the zeros over the layers.")
+    row_weights: Annotated[Literal["equal", "block-output"], Setting(HOW, "NAME", default=_BY_PRESET)] = Field(
+        default="equal",
+        description="Weight of each output channel in a layer's error: by its effect on the block's output, or equal.",
+    )
+    reconstruct_epochs: Annotated[int, Setting(HOW, "N", default=_BY_PRESET)] = Field(
+        default=0,
+        ge=0,
+        description="Epochs of block reconstruction: tuning the kept weights to the dense block's outputs.",
+    )
+    reconstruct_target: Annotated[float, Setting(HOW, "SHARE", default=_BY_PRESET)] = Field(
+        default=DEFAULT_RECONSTRUCT_TARGET,
+        ge=0,
+        le=1,
+        description="Share of the dense model's hidden states in the target of block reconstruction, from 0 to 1.",
+    )
+    measure_error: Annotated[bool, Setting(HOW)] = Field(
+        default=True,
+        description="Measure the reconstruction error of every layer, also for methods that do not need it.",
+    )
+    calibration: Annotated[str, Setting(CALIBRATION, "TEXT", affects_weights=False)] = Field(
+        default="c4",
+        description="Calibration text: a text or .jsonl file, wikitext2, c4, ptb, python-docs, or self (sampled from "
+        "the model); a mix is written TEXT:WEIGHT,TEXT:WEIGHT.",
+    )
+    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=128, ge=1, description="Calibration windows.")
+    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=2048, ge=2, description="Tokens per calibration window."
+    )
+    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the choice of calibration windows."
+    )
+    device: Annotated[str, Setting(RESOURCES, "NAME", affects_weights=False)] = Field(
+        default="auto", description="Device to compute on: auto, cpu or cuda:N."
+    )
+    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
+    )
+    offload: Annotated[bool, Setting(RESOURCES, affects_weights=False)] = Field(
+        default=False, description="Keep activations in CPU memory between blocks."
+    )
+    activation_memory: Annotated[float | None, Setting(RESOURCES, "GIB", default="no limit", affects_weights=False)] = (
+        Field(
+            default=None,
+            ge=0,
+            allow_inf_nan=False,
+            description="GiB of activations to keep in memory; the others go to files beside OUT.",
+        )
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        method = METHODS.get(str(values.get("method", "alps")))
+        by_rows = method is not None and method().by_rows
+        return apply_preset(values, semi_structured=values.get("pattern") is not None, by_rows=by_rows)
 
     def build_pattern(self) -> Pattern:
-        """The pattern asked for.
+        """Return the pattern.
 
         Raises:
             ConfigError: when both or neither of `sparsity` and `pattern` are given, or one is out of range.
@@ -108,7 +199,7 @@ class PruneConfig(BaseModel):
         return pattern
 
     def build_method(self) -> Method:
-        """The method with its options.
+        """Return the method with its options.
 
         Raises:
             ConfigError: for an unknown method, effort or option, or an option of the wrong kind.
@@ -120,102 +211,98 @@ class PruneConfig(BaseModel):
         )
         return Refitted(base) if self.refit else base
 
-    def target_share(self) -> float:
-        """Share of the dense target; see `parse_target`."""
-        return parse_target(self.target)
-
-    def matching(self) -> ReconstructionParameters | None:
-        """Block matching, if it is asked for; see `make_reconstruction`."""
-        return make_reconstruction(self.match, self.match_target)
-
-    def rules(self) -> Rules:
-        """What is said of parts of the model by name.
+    def reconstruction(self) -> ReconstructionParameters | None:
+        """Return the parameters of block reconstruction, None for no epochs.
 
         Raises:
-            ConfigError: for an override that is no pattern.
+            ConfigError: for a target without epochs.
+        """
+        if self.reconstruct_epochs:
+            return ReconstructionParameters(epochs=self.reconstruct_epochs, target=self.reconstruct_target)
+        if self.reconstruct_target != DEFAULT_RECONSTRUCT_TARGET:
+            raise ConfigError(
+                f"A reconstruct target of {self.reconstruct_target:g} has no effect without block reconstruction: give "
+                "--reconstruct-epochs 1, or leave it out."
+            )
+        return None
+
+    def rules(self) -> Rules:
+        """Return the rules by layer name.
+
+        Raises:
+            ConfigError: for an override that is not a pattern.
         """
         return Rules(tuple(self.keep_dense), parse_overrides(self.overrides))
 
-    def resolve(self) -> PruneRecipe:
-        """Method, pattern and options as objects.
+    def resolve(self, *, method: Method | None = None) -> PruneRecipe:
+        """Return method, pattern and options as objects.
+
+        Args:
+            method: method object in place of the one named by `method`.
 
         Raises:
             ConfigError: for settings that do not exist or contradict each other.
         """
-        pattern = self.build_pattern()
         return PruneRecipe(
-            method=self.build_method(),
-            pattern=pattern,
+            method=method or self.build_method(),
+            pattern=self.build_pattern(),
             rules=self.rules(),
-            keep_zeros=self.respect_zeros,
-            true_sequential=self.order == "sequential",
-            dense_target=self.target_share(),
-            allocation=self.budget,
-            row_weights=self.channels,
-            reconstruction=self.matching(),
-            measure_error=self.errors,
+            keep_zeros=self.keep_zeros,
+            true_sequential=self.true_sequential,
+            dense_target=self.dense_target,
+            allocation=self.allocation,
+            row_weights=self.row_weights,
+            reconstruction=self.reconstruction(),
+            measure_error=self.measure_error,
         )
 
-    def place(self) -> torch.device:
-        """The device to run on.
+    @property
+    def activation_bytes(self) -> int | None:
+        """Limit of the activations in memory in bytes, None for no limit."""
+        return None if self.activation_memory is None else int(self.activation_memory * 2**30)
+
+    def pick_device(self) -> torch.device:
+        """Return the device to run on.
 
         Raises:
-            ConfigError: when it does not exist here.
+            ConfigError: when it does not exist on this machine.
         """
         return pick_device(self.device)
 
-    def facts(self) -> dict[str, str]:
-        """Every setting that the pruned weights depend on, by name; model and text are told by their content."""
-        apart = {"model", "calibration", "device", "offload", "activation_memory", "preset"}
-        values = self.model_dump(mode="json", exclude=apart)
+    def fingerprint_fields(self) -> dict[str, str]:
+        """Return every setting that the weights depend on, by name, as text.
+
+        Model and calibration text are left out: a run identifies them by their content.
+        """
+        names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
+        values = self.model_dump(mode="json", include=names)
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     def to_yaml(self) -> str:
-        """The resolved settings, one key a line."""
+        """Return the resolved settings as YAML, one key a line."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def make_reconstruction(epochs: int, target: str | float) -> ReconstructionParameters | None:
-    """Block matching of so many epochs, None for 0 of them.
-
-    Raises:
-        ConfigError: for a target that is none, or another than the default where nothing is matched.
-    """
-    share = parse_target(target, "match_target")
-    if not epochs and share != DEFAULT_RECONSTRUCT_TARGET:
-        raise ConfigError(
-            f"Match target '{target}' aims at nothing where nothing is matched: give --match 1, or leave it out."
-        )
-    return ReconstructionParameters(epochs=epochs, target=share) if epochs else None
-
-
 def load_prune_config(path: Path | None, overrides: dict[str, Any]) -> PruneConfig:
-    """Settings from a YAML file, with every override that is not None on top.
+    """Make a config from a YAML file, with every override that is not None on top.
 
     A `sparsity` override also clears the file's `pattern`, and the other way round.
 
     Raises:
         ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind.
     """
-    values = read_yaml(path) if path else {}
-    given = {key: value for key, value in overrides.items() if value is not None}
+    return load_config(PruneConfig, path, overrides, _merge)
+
+
+def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for key, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
-        if key in given and other not in given:
+        if key in overrides and other not in overrides:
             values.pop(other, None)
-    chosen = {**values, **given}
-    method = METHODS.get(str(chosen.get("method", "alps")))
-    by_rows = method is not None and method().by_rows
-    resolved = apply_preset(chosen, chosen.get("pattern") is not None, by_rows)
-    try:
-        return PruneConfig.model_validate(resolved)
-    except ValidationError as error:
-        raise ConfigError(
-            format_validation_error(error, str(path) if path else "the command line", PruneConfig.model_fields)
-        ) from None
+    return {**values, **overrides}
 
 
 def _with_options(method: Any, options: dict[str, Any], where: str) -> Any:
-    """A copy of a frozen dataclass with some of its fields replaced, checked against their types."""
+    """Return a frozen dataclass with some of its fields replaced, checked against their types."""
     fields = {field.name: field for field in dataclasses.fields(method)}
     changes = {}
     for key, value in options.items():

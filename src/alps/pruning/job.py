@@ -60,14 +60,14 @@ class PruneJob:
     facts: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        facts = self._described() if self.settings is None else dict(self.settings.facts())
+        facts = self._described() if self.settings is None else dict(self.settings.fingerprint_fields())
         if (matching := self.walk.matching) is not None:
             # They are no settings, and another version may take others.
-            facts["matching's steps"] = f"{matching.rate} on {matching.tokens} tokens"
+            facts["reconstruct_steps"] = f"{matching.rate} on {matching.tokens} tokens"
         if self.walk.target:
-            facts["target's damping"] = f"{PRIOR_TOKENS} tokens"
+            facts["dense_target_prior_tokens"] = str(PRIOR_TOKENS)
         if self.walk.channels != "equal":
-            facts["weights of channels"] = f"of {ROW_WEIGHT_TOKENS} tokens"
+            facts["row_weight_tokens"] = str(ROW_WEIGHT_TOKENS)
         object.__setattr__(self, "facts", facts)
 
     def _described(self) -> dict[str, str]:
@@ -76,14 +76,14 @@ class PruneJob:
         values = {
             "method": _method_in_words(walk.method),
             "pattern": walk.pattern,
-            "order": walk.order,
-            "target": walk.target,
-            "match": 0 if walk.matching is None else (walk.matching.epochs, walk.matching.target),
-            "budget": walk.budget,
-            "channels": walk.channels,
+            "true_sequential": walk.order,
+            "dense_target": walk.target,
+            "reconstruct_epochs": 0 if walk.matching is None else (walk.matching.epochs, walk.matching.target),
+            "allocation": walk.budget,
+            "row_weights": walk.channels,
             "rules": walk.rules,
-            "respect_zeros": walk.respect_zeros,
-            "measure_errors": walk.measure_errors,
+            "keep_zeros": walk.respect_zeros,
+            "measure_error": walk.measure_errors,
             "dtype": self.dtype,
             "windows": (self.samples, self.seqlen, self.seed) if drawn else "given",
         }
@@ -132,11 +132,11 @@ def prune_job(
     start = time.perf_counter()
     loaded = _opened(job, source)
     seconds = time.perf_counter() - start
-    facts = {**job.facts, "the model's weights": loaded.identity()}
+    facts = {**job.facts, "model_sha256": loaded.identity()}
     drawn = (source, job.samples, job.seqlen, job.seed, walk)
     windows: Windows | None = group.broadcast_from_main(lambda: make_calibration_windows(loaded, *drawn))
     if windows is not None:
-        facts["the calibration's hash"] = windows.sha256
+        facts["calibration_sha256"] = windows.sha256
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
     with _shared_journal(out, facts, group) as journal, _kept(journal):

@@ -1,4 +1,4 @@
-"""What one word asks for: the steps of a run beside its method, where nothing else is said."""
+"""Presets: named combinations of the settings that go beyond the method, used where a setting is not given."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET
 PAPER = "paper"
 
 _PLAIN = {
-    "target": "pruned",
-    "match": 0,
-    "match_target": DEFAULT_RECONSTRUCT_TARGET,
-    "budget": "uniform",
-    "channels": "equal",
+    "dense_target": 0.0,
+    "reconstruct_epochs": 0,
+    "reconstruct_target": DEFAULT_RECONSTRUCT_TARGET,
+    "allocation": "uniform",
+    "row_weights": "equal",
 }
 # docs/presets.md has the measurements behind them.
 PRESETS: dict[str, dict[str, Any]] = {
-    PAPER: {"order": "block", **_PLAIN},
-    "fast": {**_PLAIN, "order": "sequential", "target": 0.4},
+    PAPER: {"true_sequential": False, **_PLAIN},
+    "fast": {**_PLAIN, "true_sequential": True, "dense_target": 0.4},
     "best": {
-        "order": "sequential",
-        "target": 0.1,
-        "match": 1,
-        "match_target": 0.1,
-        "budget": "sensitivity",
-        "channels": "block-output",
+        "true_sequential": True,
+        "dense_target": 0.1,
+        "reconstruct_epochs": 1,
+        "reconstruct_target": 0.1,
+        "allocation": "sensitivity",
+        "row_weights": "block-output",
     },
 }
 
 
-def apply_preset(given: Mapping[str, Any], semi_structured: bool, by_rows: bool) -> dict[str, Any]:
-    """What is given, and for the rest of the steps what its `preset` says.
+def apply_preset(values: Mapping[str, Any], *, semi_structured: bool, by_rows: bool) -> dict[str, Any]:
+    """Return the values with those of their `preset` added where a setting is missing.
 
     Args:
-        given: settings by name, as in `alps.pruning.config.PruneConfig`, without those that were not said.
-        semi_structured: of N:M, which fixes the share of zeros of every group and leaves a budget nothing to move.
-        by_rows: of a method that prunes every row alike; like N:M it has no use for what channels count.
+        values: settings by name, as in `alps.pruning.config.PruneConfig`; only those that were given.
+        semi_structured: whether the pattern is N:M. It fixes the zeros of every group, so that neither allocation nor
+            row weights can move any; a preset then leaves both out.
+        by_rows: whether the method prunes every row to the same sparsity, so that row weights have no effect.
 
     Raises:
-        ConfigError: for a preset that is no name of `PRESETS`.
+        ConfigError: for a preset that is not in `PRESETS`.
     """
-    name = given.get("preset", PAPER)
+    name = values.get("preset", PAPER)
     check_choice("Preset", name, PRESETS)
-    steps = dict(PRESETS[name])
+    defaults = dict(PRESETS[name])
     if semi_structured:
-        steps["budget"] = "uniform"
+        defaults["allocation"] = "uniform"
     if semi_structured or by_rows:
-        steps["channels"] = "equal"
-    if given.get("match") == 0:
-        steps["match_target"] = DEFAULT_RECONSTRUCT_TARGET
-    return {**steps, **given}
+        defaults["row_weights"] = "equal"
+    if values.get("reconstruct_epochs") == 0:
+        defaults["reconstruct_target"] = DEFAULT_RECONSTRUCT_TARGET
+    return {**defaults, **values}

@@ -32,8 +32,8 @@ from alps.reporting.records import calibration_record
 from alps.reporting.run_report import REPORT_NAME, RunReport
 
 _PRUNED_TARGET = (
-    "the experts were pruned with --target pruned: a router may send them other tokens in the pruned model than in the "
-    "dense one, so that their inputs cannot be compared."
+    "the experts were pruned with --dense-target 0: a router may send them other tokens in the pruned model than in "
+    "the dense one, so that their inputs cannot be compared."
 )
 
 
@@ -43,14 +43,13 @@ def build_block_pruner(settings: PruneConfig, progress: Progress | None = None) 
     Raises:
         ConfigError: for settings that contradict each other or do not exist, or a device that is not here.
     """
-    limit = settings.activation_memory
     return block_pruner(
         settings.resolve(),
         RunContext(
-            device=settings.place(),
+            device=settings.pick_device(),
             progress=progress or NoProgress(),
             offload=settings.offload,
-            activation_bytes=None if limit is None else int(limit * 2**30),
+            activation_bytes=settings.activation_bytes,
         ),
     )
 

@@ -16,12 +16,10 @@ GPTAQ (arXiv 2504.02692) and DuoGPT (arXiv 2506.20194) fit the dense outputs fro
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from alps.core.errors import ConfigError, SolveFailed
+from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats
 from alps.solvers.hessian import damped
 
@@ -64,24 +62,3 @@ def target_shift(stats: InputStats, share: float, fraction: float) -> Tensor:
 def shifted_weight(weight: Tensor, shift: Tensor) -> Tensor:
     """Return W* for a dense weight (out, in) and the `target_shift` (in, in) of its inputs."""
     return torch.addmm(weight, weight, shift)
-
-
-def parse_target(target: str | float, name: str = "target") -> float:
-    """Parse the share of the dense target from the value of a setting.
-
-    Args:
-        target: `pruned`, `dense` or a number from 0 to 1.
-        name: name of the setting, for the error message.
-
-    Raises:
-        ConfigError: if the value is none of these.
-    """
-    try:
-        share = {"pruned": 0.0, "dense": 1.0}.get(str(target), math.nan)
-        share = float(target) if math.isnan(share) else share
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        setting = name.replace("_", " ").capitalize()
-        raise ConfigError(f"{setting} '{target}' is wrong: write pruned, dense, or a share between 0 and 1.")
-    return share

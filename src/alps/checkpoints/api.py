@@ -1,0 +1,42 @@
+"""Packing of checkpoints from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alps.checkpoints.manifest import Manifest
+from alps.checkpoints.pack import pack_directory
+from alps.checkpoints.unpack import unpack_directory
+
+
+def pack(directory: str | Path, out: str | Path, *, compress: bool = False) -> Manifest:
+    """Store a pruned checkpoint without its zeros.
+
+    Args:
+        directory: checkpoint directory with safetensors files.
+        out: directory to create.
+        compress: compress the files with zstd, for transport.
+
+    Returns:
+        The content of `out`, tensor by tensor.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be packed, or `out` cannot be written.
+    """
+    return pack_directory(Path(directory), Path(out), compress)
+
+
+def unpack(packed: str | Path, out: str | Path) -> Manifest:
+    """Write the checkpoint that was packed, with the same files and bytes.
+
+    Args:
+        packed: directory that `pack` wrote.
+        out: directory to create.
+
+    Returns:
+        The content of `packed`, tensor by tensor.
+
+    Raises:
+        CheckpointError: when a file is missing or damaged, or `out` cannot be written.
+    """
+    return unpack_directory(Path(packed), Path(out))

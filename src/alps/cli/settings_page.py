@@ -1,0 +1,50 @@
+"""The page docs/settings.md, made from the fields of the configs; `python -m alps.cli.settings_page` prints it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from alps.core.settings import describe_fields
+from alps.evaluation.compare_config import CompareConfig
+from alps.finetuning.distillation import DistillConfig
+from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
+from alps.pruning.config import PruneConfig
+
+_CONFIGS: dict[str, type[BaseModel]] = {
+    "prune": PruneConfig,
+    "compare": CompareConfig,
+    "reconstruct": ReconstructConfig,
+    "distill": DistillConfig,
+}
+_INTRODUCTION = """\
+# Settings
+
+Every setting of `alps prune`, `alps compare`, `alps reconstruct` and `alps distill`. A setting has one name: the key in
+a YAML file (`--config`, for the first two commands), the keyword argument of the Python function of the same name, and,
+with dashes, the option of the command line. A switch `--name` also has a form `--no-name`. *By preset* means that the
+value of `--preset` applies where the setting is not given ([presets](presets.md)).
+
+This page is generated from the code: `python -m alps.cli.settings_page > docs/settings.md`.
+"""
+
+
+def settings_page() -> str:
+    """Return the page as Markdown."""
+    return _INTRODUCTION + "".join(_section(command, config) for command, config in _CONFIGS.items())
+
+
+def _section(command: str, config: type[BaseModel]) -> str:
+    lines = [f"\n## alps {command}\n"]
+    fields = list(describe_fields(config))
+    for panel in dict.fromkeys(field.setting.panel for field in fields):
+        lines += [f"\n### {panel}\n", "\n| setting | option | default | meaning |\n", "|---|---|---|---|\n"]
+        for field in fields:
+            if field.setting.panel == panel:
+                option = f"`{field.option}`" if field.name != "model" else "`MODEL`"
+                help_text = field.help.replace("|", "\\|").replace("*", "\\*")
+                lines.append(f"| `{field.name}` | {option} | {field.default} | {help_text} |\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

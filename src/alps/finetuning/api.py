@@ -1,0 +1,113 @@
+"""Distillation and block reconstruction of a pruned checkpoint from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alps.core.progress import NoProgress, Progress
+from alps.core.settings import ARGUMENTS, make_config
+from alps.finetuning.distillation import DistillConfig, distill_directory
+from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
+from alps.reporting.run_report import RunReport
+
+
+def distill(
+    dense: str | Path,
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    lr: float = 3e-4,
+    batch_tokens: int = 2048,
+    calibration: str | Path = "c4",
+    samples: int = 512,
+    seqlen: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> RunReport:
+    """Train the kept weights of a pruned checkpoint towards the dense model by distillation; zeros stay zero.
+
+    Args:
+        dense: dense model, as MODEL of `alps prune`.
+        pruned: directory pruned from it, by any program.
+        out: directory to create.
+        minutes, steps: length of the training; exactly one of the two.
+        lr, batch_tokens: largest learning rate of Adam, and tokens per step.
+        calibration, samples, seqlen, seed: training windows, see `DistillConfig`.
+        device, dtype: `auto` is the first GPU if any, and the checkpoints' data types.
+        progress: receives every step.
+
+    Returns:
+        The report of the pruned directory with the distillation added, as written to `out`.
+
+    Raises:
+        ConfigError, UnsupportedModel, CheckpointError: `out` is not written then.
+    """
+    values = {
+        "minutes": minutes,
+        "steps": steps,
+        "lr": lr,
+        "batch_tokens": batch_tokens,
+        "calibration": str(calibration),
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    config = make_config(DistillConfig, values, ARGUMENTS)
+    return distill_directory(str(dense), str(pruned), Path(out), config, progress or NoProgress())
+
+
+def reconstruct(
+    dense: str | Path,
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    epochs: int = 1,
+    target: float = 1.0,
+    lr: float = 3e-4,
+    calibration: str | Path = "c4",
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Tune the kept weights of a pruned checkpoint, block by block, to the dense blocks' outputs; zeros stay zero.
+
+    Args:
+        dense: dense model, as MODEL of `alps prune`.
+        pruned: directory pruned from it, by any program.
+        out: directory to create.
+        epochs, target, lr: passes, share of the dense hidden states in the target, largest learning rate of Adam.
+        calibration, samples, seqlen, seed: calibration windows, see `ReconstructConfig`.
+        device, dtype: `auto` is the first GPU if any, and the checkpoints' data types.
+        offload: keep activations in CPU memory between blocks.
+        progress: receives every block.
+
+    Returns:
+        The report of the pruned directory with the reconstruction added, as written to `out`.
+
+    Raises:
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: `out` is not written then.
+    """
+    values = {
+        "epochs": epochs,
+        "target": target,
+        "lr": lr,
+        "calibration": str(calibration),
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+    }
+    config = make_config(ReconstructConfig, values, ARGUMENTS)
+    return reconstruct_directory(str(dense), str(pruned), Path(out), config, progress or NoProgress())

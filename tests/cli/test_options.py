@@ -1,0 +1,111 @@
+"""Options made from the fields of configs: one set of names on the command line, in YAML and in Python."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+import alps
+from alps.cli.main import app, imported
+from alps.cli.settings_page import settings_page
+from alps.core.settings import describe_fields
+from alps.evaluation.compare_config import CompareConfig
+from alps.finetuning.distillation import DistillConfig
+from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
+from alps.pruning.config import PruneConfig
+
+# What a command or a function takes beside the settings.
+_COMMAND = {"out", "dense", "pruned", "config", "dry_run", "resume"}
+_PYTHON = {"out", "dense", "pruned", "progress", "tokenizer", "resume"}
+_CASES: dict[str, tuple[type[BaseModel], Callable[[], Callable[..., Any]]]] = {
+    "prune": (PruneConfig, lambda: alps.prune),
+    "compare": (CompareConfig, lambda: alps.compare),
+    "reconstruct": (ReconstructConfig, lambda: alps.reconstruct),
+    "distill": (DistillConfig, lambda: alps.distill),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_command_python_and_yaml_have_the_same_settings(name: str) -> None:
+    config, function = _CASES[name]
+    settings = set(config.model_fields)
+    assert {parameter.name for parameter in imported(name).params} - _COMMAND - {"help"} == settings
+    assert set(inspect.signature(function()).parameters) - _PYTHON == settings
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_defaults_in_python_are_those_of_the_config(name: str) -> None:
+    config, function = _CASES[name]
+    parameters = inspect.signature(function()).parameters
+    for field in describe_fields(config):
+        info = config.model_fields[field.name]
+        given = parameters[field.name].default
+        if field.setting.default == "by preset" or info.is_required():
+            assert given in (None, inspect.Parameter.empty)
+        else:
+            empty = given in (None, ())
+            assert (list(given or []) if isinstance(info.default, list) else given) == info.default or (
+                empty and not info.default
+            ), field.name
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_options_are_the_names_with_dashes_and_say_their_default(name: str) -> None:
+    config, _ = _CASES[name]
+    options: dict[str, Any] = {parameter.name: parameter for parameter in imported(name).params}
+    for field in describe_fields(config):
+        if field.name == "model":
+            continue
+        option = options[field.name]
+        assert option.opts == [f"--{(field.setting.flag or field.name).replace('_', '-')}"]
+        switch = config.model_fields[field.name].annotation is bool
+        assert option.secondary_opts == ([f"--no-{field.name.replace('_', '-')}"] if switch else [])
+        assert option.default is None
+        assert field.default == "none" or option.help.endswith(f"(default: {field.default})")
+
+
+def test_defaults_are_printed_and_panels_are_in_order() -> None:
+    printed = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "200"}).output
+    assert "(default: alps)" in printed and "(default: by preset)" in printed
+    panels = ["What to prune", "How", "Calibration", "Resources", "Output"]
+    places = [printed.index(f"─ {panel} ─") for panel in panels]
+    assert places == sorted(places)
+
+
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), "run python -m alps.cli.settings_page > docs/settings.md"
+
+
+@pytest.mark.parametrize("config", [config for config, _ in _CASES.values()], ids=lambda config: config.__name__)
+def test_every_setting_is_described_in_a_sentence(config: type[BaseModel]) -> None:
+    for field in describe_fields(config):
+        assert field.help[0].isupper() and field.help.endswith("."), field.name
+        assert field.setting.panel != "Options", field.name
+
+
+def test_overrides_and_options_can_be_written_as_text() -> None:
+    values = {"model": "m", "sparsity": 0.5, "overrides": "*.k_proj=0.6, model.layers.1.*=2:4"}
+    config = PruneConfig.model_validate({**values, "options": "{damping: 0.02, admm: {rho: 0.3}}"})
+    assert config.overrides == {"*.k_proj": 0.6, "model.layers.1.*": "2:4"}
+    assert config.options == {"damping": 0.02, "admm": {"rho": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"overrides": "0.5"}, "Override '0.5' names no layers: write NAME=PATTERN"),
+        ({"options": "0.5"}, "Setting 'options' is wrong: write a YAML mapping"),
+        ({"options": "{a"}, "The value in 'options={a' is not valid YAML"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(alps.AlpsError) as caught:
+        PruneConfig.model_validate({"model": "m", "sparsity": 0.5, **values})
+    assert complaint in str(caught.value)
