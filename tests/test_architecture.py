@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import alps
+
 _SOURCE = Path(__file__).parent.parent / "src"
 _PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 _LONGEST = 500
@@ -210,6 +212,15 @@ def test_the_check_lets_pass_what_is_allowed() -> None:
     assert walls_broken({"alps.solvers.good": solver, "alps.core.statistics": "import torch"}) == []
     assert violations("from alps.cli.main import app", "alps.__main__") == []
     assert violations("\n" * 500, "alps.pruning.pipeline") == []
+
+
+def test_the_package_is_typed_and_its_typed_consumer_uses_every_public_name() -> None:
+    """`.ci/check-wheel` checks the consumer against the installed wheel."""
+    assert (_SOURCE / "alps" / "py.typed").read_text() == ""
+    consumer = ast.parse((_SOURCE.parent / "tests" / "wheel" / "consumer.py").read_text())
+    attributes = [node for node in ast.walk(consumer) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "alps"}
+    assert used == set(alps.__all__)
 
 
 _IMPORT_SCRIPT = """

@@ -272,6 +272,7 @@ def test_zeroshot_prints_every_checkpoint_and_scores_nothing_twice(tmp_path: Pat
     ]
 
 
+@pytest.mark.lm_eval
 def test_zeroshot_scores_a_checkpoint(tmp_path: Path, stories: Path, english_file: Path) -> None:
     pytest.importorskip("lm_eval")
     data = english_file.parent

@@ -27,7 +27,8 @@ from alps.reporting.records import TaskRecord
 from helpers.cli_process import run_group
 from helpers.fake_task_items import Row, made_up
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and its dependencies
+# Warnings of lm-eval and its dependencies.
+pytestmark = [pytest.mark.lm_eval, pytest.mark.filterwarnings("ignore")]
 
 TASKS = list(DEFINITIONS)
 ITEMS = 40
