@@ -23,7 +23,7 @@ from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.patterns import SemiStructured
 from helpers.decoders import DENSE, MOE, decoder
-from helpers.unusual_modules import Doubled, Strided, Writing
+from helpers.unusual_modules import DoublingAttention, InPlaceBlock, StridedMlp
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -127,7 +127,7 @@ def _walked_both_ways(change: Callable[[Any], None], ids: Tensor) -> tuple[nn.Mo
 def test_a_part_that_changes_what_its_last_site_gave_is_run_whole(ids: Tensor) -> None:
     def change(decoder: Any) -> None:
         for layer in decoder.layers:
-            layer.self_attn = Doubled(layer.self_attn)
+            layer.self_attn = DoublingAttention(layer.self_attn)
 
     assert _walked_both_ways(change, ids)[1] == ["down_proj"]
 
@@ -135,7 +135,7 @@ def test_a_part_that_changes_what_its_last_site_gave_is_run_whole(ids: Tensor) -
 def test_a_block_may_write_into_what_a_part_gave(ids: Tensor) -> None:
     def change(decoder: Any) -> None:
         for place, layer in enumerate(decoder.layers):
-            decoder.layers[place] = Writing(layer)
+            decoder.layers[place] = InPlaceBlock(layer)
 
     assert _walked_both_ways(change, ids)[1] == ["o_proj", "down_proj"]
 
@@ -143,7 +143,7 @@ def test_a_block_may_write_into_what_a_part_gave(ids: Tensor) -> None:
 def test_a_view_of_something_wider_is_not_kept(ids: Tensor) -> None:
     def change(decoder: Any) -> None:
         for layer in decoder.layers:
-            layer.mlp = Strided(layer.mlp)
+            layer.mlp = StridedMlp(layer.mlp)
 
     model, _ = _walked_both_ways(change, ids)
     blocks = find_blocks(model)

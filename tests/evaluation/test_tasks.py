@@ -25,7 +25,7 @@ from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.tasks import _record, find_tasks, local_task
 from alps.reporting.records import TaskRecord
 from helpers.cli_process import run_group
-from helpers.fake_task_items import Row, made_up
+from helpers.fake_task_items import Row, make_items
 
 # Warnings of lm-eval and its dependencies.
 pytestmark = [pytest.mark.lm_eval, pytest.mark.filterwarnings("ignore")]
@@ -76,9 +76,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (source / f"{task}.jsonl").exists():
             rows = [json.loads(line) for line in (source / f"{task}.jsonl").read_text().split("\n")[:ITEMS]]
         else:
-            rows = made_up(task, MMLU_ITEMS if task == "mmlu" else ITEMS)
+            rows = make_items(task, MMLU_ITEMS if task == "mmlu" else ITEMS)
         if task == "hellaswag":
-            rows = [*map(_raw_hellaswag, rows[: ITEMS // 2]), *made_up(task, ITEMS // 2)]
+            rows = [*map(_raw_hellaswag, rows[: ITEMS // 2]), *make_items(task, ITEMS // 2)]
             rows = [{"ind": None, **row} for row in rows]
         if task == "mmlu":
             own = (Path(lm_eval.tasks.__file__).parent / "mmlu" / "default").glob("mmlu_*.yaml")

@@ -1,8 +1,8 @@
-"""docs/models.md: every architecture that is proved, what is pruned and what stays dense, how exactly it is walked.
+"""Generator of docs/models.md: the tested architectures, what is pruned and what stays dense, and the parity of blocks.
 
     python tests/helpers/architectures.py > docs/models.md
 
-Runs every tiny model of `decoders.py`, which takes a minute. A test compares the page with new runs, but for the times.
+Runs every tiny model of `decoders.py`, which takes a minute. A test compares the page with new runs, except the times.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ python tests/helpers/architectures.py > docs/models.md
 
 @dataclass(frozen=True)
 class Row:
-    """What one architecture showed."""
+    """Row of the table: the results of one architecture."""
 
     kind: str
     architecture: str
@@ -72,7 +72,7 @@ class Row:
     seconds: float
 
     def __str__(self) -> str:
-        facts = (
+        cells = (
             self.kind,
             self.architecture,
             self.pruned,
@@ -80,27 +80,27 @@ class Row:
             f"{self.parity:.0e}" if self.parity else "0",
             f"{self.seconds:.1f}",
         )
-        return "| " + " | ".join(facts) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     @property
-    def facts(self) -> tuple[str, ...]:
-        """All that two runs have in common."""
+    def reproducible(self) -> tuple[str, ...]:
+        """Cells that are equal in every run."""
         return self.kind, self.architecture, self.pruned, self.dense
 
 
 def examine(kind: str) -> Row:
-    """Walk and prune one architecture; asserts parity and exact counts."""
+    """Run the blocks of one architecture and prune it, asserting parity and exact counts of zeros."""
     # The last tokens of vision-language models stand for images.
     ids = torch.randint(2, 60 if kind in VISION else 64, (7, 16), generator=torch.Generator().manual_seed(3))
     model = vision_model(kind) if kind in VISION else decoder(kind)
     blocks = find_blocks(model)
     with torch.no_grad():
-        wanted = model(input_ids=ids, use_cache=False).logits
+        expected = model(input_ids=ids, use_cache=False).logits
         inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
         for block in blocks:
             inputs.advance(block.index, block.module, torch.device("cpu"))
-        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
-    parity = float((found - wanted).abs().max() / wanted.abs().max())
+        logits = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+    parity = float((logits - expected).abs().max() / expected.abs().max())
     assert parity < 1e-5, (kind, parity)
     start = time.perf_counter()
     report = alps.prune(model, sparsity=0.6, calibration=ids)
@@ -108,22 +108,22 @@ def examine(kind: str) -> Row:
     assert all(site.zeros == round(0.6 * site.entries) for site in report.layers)
     names = Counter(re.sub(r"\.\d+$", "", site.kind) for site in report.layers if site.expert is None)
     experts = Counter(site.kind for site in report.layers if site.expert is not None)
-    parts = [f"`{name}`{_often(count, len(blocks))}" for name, count in names.items()]
+    parts = [f"`{name}`{_frequency(count, len(blocks))}" for name, count in names.items()]
     parts += [f"`{name}` of every expert" for name in experts]
     reasons = Counter(
-        (_short(row.name, kind), row.reason) for row in report.dense if row.reason != "embedding or output head"
+        (_short_name(row.name, kind), row.reason) for row in report.dense if row.reason != "embedding or output head"
     )
     dense = "; ".join(f"`{name.split('.N.')[-1]}`: {reason}" for name, reason in reasons) or "nothing"
     return Row(kind, type(model).__name__, ", ".join(parts), dense, parity, seconds)
 
 
-def _short(name: str, kind: str) -> str:
-    """A parameter's name without numbers; of a vision-language model the part that it belongs to."""
+def _short_name(name: str, kind: str) -> str:
+    """Return a parameter's name without numbers; of a vision-language model, the part of the model that it is in."""
     parts = name.removesuffix(".weight").split(".")
     return ".".join("N" if part.isdigit() else part for part in (parts[:2] if kind in VISION else parts))
 
 
-def _often(count: int, blocks: int) -> str:
+def _frequency(count: int, blocks: int) -> str:
     if count == blocks:
         return ""
     return f" ({count // blocks} in each)" if count % blocks == 0 else f" (in {count} places of {blocks} blocks)"

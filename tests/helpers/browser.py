@@ -1,4 +1,4 @@
-"""A headless Chromium to look at pages with, spoken to in its DevTools protocol over a pair of pipes."""
+"""Headless Chromium for tests of pages, controlled by the DevTools protocol over a pair of pipes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FLAGS = (
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--remote-debugging-pipe",
-    # Nothing outside this machine is reached, whatever a page asks for.
+    # A page cannot reach anything outside this machine.
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-_PATIENCE = 120.0
+_TIMEOUT = 120.0
 
 
-def found() -> str:
-    """Where the browser is; skips the test where there is none."""
+def find_browser() -> str:
+    """Return the path of the browser; skip the test when there is none."""
     for name in _NAMES:
         if path := shutil.which(name):
             return path
@@ -37,11 +37,11 @@ def found() -> str:
 
 
 class Browser:
-    """One page in one browser.
+    """One page in one browser, as a context.
 
     Attributes:
-        complaints: errors and warnings of the console, exceptions, and what the page's security policy refused.
-        requests: addresses that were asked for, the page's own first.
+        complaints: errors and warnings of the console, exceptions, and violations of the page's security policy.
+        requests: addresses that were requested, the page's own first.
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class Browser:
         self._unread = b""
 
     def __enter__(self) -> Browser:
-        browser = found()  # first: a skip leaves nothing open
+        browser = find_browser()  # first: a skip leaves nothing open
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_child, self._out = os.pipe()
         self._in, from_child = os.pipe()
-        # The protocol is spoken on file descriptors 3 and 4; not every sh knows numbers above 9.
+        # The protocol uses file descriptors 3 and 4; some shells accept none above 9.
         shell = f'exec "$@" 3<&{to_child} 4>&{from_child}'
         command = [browser, *_FLAGS, f"--user-data-dir={self._folder.name}"]
         self._process = subprocess.Popen(
@@ -95,7 +95,7 @@ class Browser:
         self._folder.cleanup()
 
     def ask(self, method: str, **parameters: Any) -> Any:
-        """One command of the protocol, and its answer."""
+        """Send a command of the protocol, and return its result."""
         self._number += 1
         session = {"sessionId": self._session} if self._session else {}
         message = {"id": self._number, "method": method, "params": parameters, **session}
@@ -107,7 +107,7 @@ class Browser:
                 return answer["result"]
 
     def open(self, path: Path, width: int = 1280, dark: bool = False) -> None:
-        """Load a file in a window of that width, and wait until everything in it has been loaded."""
+        """Load a file in a window of a width in pixels, and wait until everything in it is loaded."""
         self.complaints.clear()
         self.requests.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
@@ -117,19 +117,19 @@ class Browser:
         self.ask("Page.navigate", url=path.absolute().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._waiting):
             self._next()
-        # What is refused or fails just behind the load is told before this is answered.
+        # Refusals and errors right after the load arrive before the answer to this.
         time.sleep(0.3)
         self.run("1")
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Evaluate a JavaScript expression in the page, and return its value."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def _next(self) -> dict[str, Any]:
-        """The next message; events are noted."""
-        limit = time.monotonic() + _PATIENCE
+        """Return the next message; events are recorded, too."""
+        limit = time.monotonic() + _TIMEOUT
         while b"\0" not in self._unread:
             assert time.monotonic() < limit and self._process.poll() is None, "the browser does not answer"
             part = os.read(self._in, 1 << 20)

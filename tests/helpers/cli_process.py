@@ -1,7 +1,7 @@
-"""Processes of alps that start at once: forked from a server that has imported it, which takes seconds otherwise.
+"""Processes of alps that are forked from a server with all imports done, which saves seconds per process.
 
-They are processes in all else: arguments, environment, folder, exit code, signals, a session of their own. What must
-come from the installed command, torchrun or a new interpreter is started as users start it, by `subprocess`.
+They have arguments, environment, folder, exit code, signals and session of their own. Tests of the installed command,
+of torchrun or of a new interpreter use `subprocess`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alps.cli.main import COMMANDS
 from alps.reporting import publish
 from helpers.blank_page import write_blank_page
 
-# What commands, and a run on a LLaMA, import.
+# Modules that commands, and a run on a LLaMA, import.
 _SERVER = multiprocessing.get_context("forkserver")
 _COMMANDS = sorted({f"alps.cli.{module}" for module, _, _ in COMMANDS.values()})
 _SERVER.set_forkserver_preload([*_COMMANDS, "alps.reporting.publish", "transformers.models.llama.modeling_llama"])
@@ -31,8 +31,8 @@ _STREAMS = ("stdout", "stderr")
 _subprocess_run: Any = subprocess.run
 
 
-class Started:
-    """A process, as `subprocess.Popen` has it; its words are read when it has ended."""
+class ForkedProcess:
+    """Process with the interface of `subprocess.Popen`; its output can be read when it has ended."""
 
     def __init__(self, work: Callable[[], None], arguments: list[str], settings: dict[str, Any]) -> None:
         self.args = arguments
@@ -44,35 +44,35 @@ class Started:
 
     @property
     def returncode(self) -> int | None:
-        """Of a process that has ended; minus the signal that ended it."""
+        """Exit code, or minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same."""
+        """Return the exit code; None while it runs."""
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.returncode is None:
             os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = 280) -> tuple[str, str]:
-        """Wait for the end; what it printed, and what it said on stderr."""
+        """Wait for the end, and return stdout and stderr."""
         self._process.join(timeout)
         if self.returncode is None:
             os.kill(self.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *map(self._said, _STREAMS))
-        out, err = map(self._said, _STREAMS)
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *map(self._output, _STREAMS))
+        out, err = map(self._output, _STREAMS)
         shutil.rmtree(self._folder)
         return out, err
 
     def ended(self) -> subprocess.CompletedProcess[str]:
-        """Wait for the end."""
+        """Wait for the end, and return exit code and output."""
         out, err = self.communicate()
         assert self.returncode is not None
         return subprocess.CompletedProcess(self.args, self.returncode, out, err)
 
-    def _said(self, stream: str) -> str:
+    def _output(self, stream: str) -> str:
         path = self._folder / stream
         return path.read_text() if path.exists() else ""
 
@@ -84,39 +84,40 @@ def start(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
     page: bool = False,
-) -> Started:
-    """Begin `alps ARGUMENTS`.
+) -> ForkedProcess:
+    """Start `alps ARGUMENTS`.
 
     Args:
-        work: what to run in place of alps, with these arguments; of a module's top level, as `prepare` is.
-        cwd: folder, the present one by default.
-        environment: variables beside those of this process. Bits depend on the number of threads: one, unless
-            OMP_NUM_THREADS says another.
-        prepare: run first, in the new process.
+        *arguments: of the command line.
+        work: function at the top level of a module to run in place of alps, with these arguments.
+        cwd: folder; None for the present one.
+        environment: variables in addition to those of this process. The number of threads, on which bits depend, is one
+            unless OMP_NUM_THREADS is given.
+        prepare: function at the top level of a module to run first, in the new process.
         page: draw report.html, which is blank otherwise.
     """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     settings = {"cwd": str(cwd or Path.cwd()), "environment": variables, "prepare": prepare, "page": page}
-    return Started(work or _alps, list(map(str, arguments)), settings)
+    return ForkedProcess(work or _alps, list(map(str, arguments)), settings)
 
 
 def run(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Run `alps ARGUMENTS` to its end; see `start`."""
     return start(*arguments, **settings).ended()
 
 
 def run_script(path: Path, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """`python PATH ARGUMENTS`, to its end; nothing is compiled into files."""
+    """Run `python PATH ARGUMENTS` to its end, without writing bytecode files."""
     return run(path, *arguments, work=_script, **settings)
 
 
 def run_code(code: str, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """`python -c CODE ARGUMENTS`, to its end; torch and alps are imported already."""
+    """Run `python -c CODE ARGUMENTS` to its end, with torch and alps already imported."""
     return run(code, *arguments, work=_code, **settings)
 
 
-def start_group(size: int, *arguments: object, **settings: Any) -> list[Started]:
-    """Begin `alps ARGUMENTS` in several processes that meet as those of torchrun do; a single one is alone."""
+def start_group(size: int, *arguments: object, **settings: Any) -> list[ForkedProcess]:
+    """Start `alps ARGUMENTS` in several processes that form a group as under torchrun; one process forms none."""
     if size == 1:
         return [start(*arguments, **settings)]
     with socket.socket() as free:
@@ -131,7 +132,7 @@ def start_group(size: int, *arguments: object, **settings: Any) -> list[Started]
 
 
 def run_group(size: int, *arguments: object, **settings: Any) -> list[subprocess.CompletedProcess[str]]:
-    """Run `alps ARGUMENTS` in several processes, to their end; see `start_group`."""
+    """Run `alps ARGUMENTS` in several processes to their end; see `start_group`."""
     return [process.ended() for process in start_group(size, *arguments, **settings)]
 
 
@@ -167,7 +168,7 @@ def _alps() -> None:
 
 
 def _enter(work: Callable[[], None], arguments: list[str], folder: Path, settings: dict[str, Any]) -> None:
-    """Become the process that was asked for, and do its work."""
+    """Set up the forked process, and do its work."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(_STREAMS, start=1):
@@ -177,7 +178,7 @@ def _enter(work: Callable[[], None], arguments: list[str], folder: Path, setting
     os.chdir(settings["cwd"])
     import torch
 
-    # Read once by the server.
+    # The variable itself was read when the server imported torch.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if not settings["page"]:
         publish._write = write_blank_page

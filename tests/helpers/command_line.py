@@ -1,4 +1,4 @@
-"""Run the command line in the test's own process, and list what it wrote."""
+"""The command line run in the process of the test, and a list of the files that it wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alps.cli import main
 
 
 def run_alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `alps` with these arguments in this process; returns its exit code."""
+    """Run `alps` with these arguments in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["alps", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
         main.run()
@@ -20,5 +20,5 @@ def run_alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def contents(folder: Path) -> list[str]:
-    """Relative paths of everything below a folder, sorted."""
+    """Return the relative paths of everything below a folder, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

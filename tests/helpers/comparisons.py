@@ -1,4 +1,4 @@
-"""Comparisons as `alps compare` leaves them, made up: as large as asked for, and the same every time."""
+"""Synthetic results of `alps compare`, of any size, equal at every call."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def comparison(
     tasks: Sequence[str] = ("piqa",),
     **more: Any,
 ) -> list[Result]:
-    """Results of every method at every pattern with every seed, behind those of the dense model.
+    """Return results of the dense model, then of every method at every pattern with every seed.
 
-    Methods that begin with `alps` have traces, `best` has a budget that is not uniform.
+    Methods that begin with `alps` have traces; `best` has an allocation that is not uniform.
     """
     draw = random.Random(3)
     base: dict[str, Any] = {
@@ -56,11 +56,11 @@ def comparison(
         )
         for i, t in enumerate(texts)
     ]  # fmt: skip
-    said = [Continuation(prompt=prompt, text=f" {prompt.lower()} there was") for prompt in prompts]
+    continuations = [Continuation(prompt=prompt, text=f" {prompt.lower()} there was") for prompt in prompts]
     results = [
         Result(
             **base, method=DENSE, pattern="", seed=None, evaluations=records, tasks=_tasks(tasks, 0.7),
-            continuations=said,
+            continuations=continuations,
         )
     ]  # fmt: skip
     for seed in range(seeds):
@@ -86,7 +86,7 @@ def comparison(
                         layers=_sites(method, share, blocks, worse, draw),
                         evaluations=[_compared(record, worse) for record in records],
                         tasks=_tasks(tasks, 0.7 - share / 5),
-                        continuations=[c.model_copy(update={"text": f"{c.text} {method}"}) for c in said],
+                        continuations=[c.model_copy(update={"text": f"{c.text} {method}"}) for c in continuations],
                         seconds={"load": 2.0, "forward": 9.5, "gram": 4.0, "solve": 20.0, "admm": 14.5, "total": 36.0},
                         peak_host_bytes=3 * 2**30 + place * 2**28,
                         peak_device_bytes=5 * 2**30,
@@ -148,7 +148,7 @@ def _sites(method: str, share: float, blocks: int, worse: float, draw: random.Ra
 
 
 def _trace(restarts: bool, error: float) -> list[SupportCheck]:
-    """Checks every three iterations; the penalty grows, and with `restarts` begins anew once."""
+    """Return checks every three iterations with a growing penalty, which is reset once with `restarts`."""
     checks = []
     rho, change, gap = 0.1, 9000, 0.5
     for number in range(1, 31):

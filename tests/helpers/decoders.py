@@ -1,7 +1,7 @@
-"""Tiny random models of many architectures, from their configurations: the table that support is proved on.
+"""Tiny random models of many architectures, on which tests prove that they are supported.
 
-Every model has 64 tokens, a hidden size of 32 and few blocks, and none of the weights is trained. What an
-architecture varies from block to block (attention kinds, dense and sparse feed-forward) appears in it at least twice.
+Every model has 64 tokens, a hidden size of 32 and few blocks, and none of the weights is trained. Each kind of block of
+an architecture (kinds of attention, dense and sparse feed-forward) appears at least twice.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ MOE: dict[str, Callable[[], Any]] = {
 
 
 def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of that kind in evaluation mode; equal calls give equal weights."""
+    """Return a random model of that kind in evaluation mode; equal calls give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261125)
         try:
@@ -204,7 +204,7 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             pytest.skip(f"this transformers has no such architecture: {error}")
         model: nn.Module = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            # Fresh weights are too small for a block to matter, and norms and biases do nothing.
+            # Initial weights are too small for a block to matter, and initial norms and biases have no effect.
             for name, parameter in model.named_parameters():
                 scale = 0.2 if parameter.ndim > 1 else 0.1
                 shift = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
@@ -213,14 +213,14 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def check_walk(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
-    """Walking the blocks one by one, with nothing pruned, has to give the logits of the model."""
+    """Assert that running the unpruned blocks one by one gives the logits of the model."""
     with torch.no_grad():
-        wanted = model(input_ids=ids, use_cache=False).logits
+        expected = model(input_ids=ids, use_cache=False).logits
         inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
         for block in blocks:
             before = torch.cat(inputs.hidden)
             inputs.advance(block.index, block.module, torch.device("cpu"))
-            # A block that hardly mattered could be left out unnoticed.
+            # Leaving out a block of small effect would go unnoticed.
             assert float((torch.cat(inputs.hidden) - before).norm() / before.norm()) > 0.05, block.name
-        found = Head(model, blocks)(torch.cat(inputs.hidden), ids)
-    assert float((found - wanted).abs().max()) < 1e-5 * max(float(wanted.abs().max()), 1.0)
+        logits = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+    assert float((logits - expected).abs().max()) < 1e-5 * max(float(expected.abs().max()), 1.0)

@@ -1,4 +1,4 @@
-"""Items of the zero-shot tasks as published, made up: with quotes, brackets, blanks and line breaks where it hurts."""
+"""Synthetic items of zero-shot tasks in their published format, with quotes, brackets, blanks and line breaks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _TEXT = (
 )
 
 
-def made_up(task: str, count: int) -> list[Row]:
-    """`count` items of a task, equal at every call; MMLU's are all of one subject."""
+def make_items(task: str, count: int) -> list[Row]:
+    """Return items of a task, equal at every call; those of MMLU are all of one subject."""
     draw = random.Random(task)
     return [_MAKERS[task](draw, number) for number in range(count)]
 

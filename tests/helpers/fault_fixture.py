@@ -1,4 +1,4 @@
-"""What a fault is laid into: a copy of a small real model, a text, and the command line, all in one folder."""
+"""Scene of a fault: a folder with a copy of a small real model and a text, and the command line to run on them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PICKLES = "pytorch_model.bin"
 
 @dataclass
 class Scene:
-    """A folder with `model`, `text.txt`, and room for `out`.
+    """Folder with `model` and `text.txt`, in which a command creates `out`.
 
     Attributes:
-        folder: where everything lies.
-        source: the model that is copied.
-        during: holds for the time of the command.
+        folder: of the scene.
+        source: model that is copied.
+        during: context in which the command is run.
     """
 
     folder: Path
@@ -46,28 +46,32 @@ class Scene:
 
     @property
     def model(self) -> Path:
+        """Directory of the model."""
         return self.folder / "model"
 
     @property
     def text(self) -> Path:
+        """File of the text."""
         return self.folder / "text.txt"
 
     @property
     def out(self) -> Path:
+        """Output directory of the command."""
         return self.folder / "out"
 
     @property
     def weights(self) -> Path:
+        """Weight file of the model."""
         return self.model / "model.safetensors"
 
     def write(self, name: str, content: bytes | str) -> Path:
-        """A file of the folder."""
+        """Write a file into the folder, and return its path."""
         path = self.folder / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
     def header(self, change: Callable[[dict[str, Any]], None]) -> None:
-        """Rewrite the header of the weights."""
+        """Change the header of the weight file."""
         data = self.weights.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
@@ -76,45 +80,45 @@ class Scene:
         self.weights.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
     def tensors(self, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-        """Rewrite the weights."""
-        found = load_file(self.weights)
-        change(found)
-        save_file(found, self.weights, {"format": "pt"})
+        """Change the tensors of the weight file."""
+        tensors = load_file(self.weights)
+        change(tensors)
+        save_file(tensors, self.weights, {"format": "pt"})
 
     def settings(self, name: str, **changes: Any) -> None:
-        """Rewrite a JSON file of the model."""
+        """Change keys of a JSON file of the model."""
         path = self.model / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     def index(self, **changes: str) -> None:
-        """Name the weights as a shard of an index, but for some tensors that lie elsewhere."""
+        """Make the weight file a shard of an index, in which `changes` name other files for some tensors."""
         shard = "model-00001-of-00001.safetensors"
         names = dict.fromkeys(load_file(self.weights), shard)
         self.weights.rename(self.model / shard)
         (self.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**names, **changes}}))
 
     def contents(self) -> dict[str, int]:
-        """Every file and folder with its size, hidden ones too."""
+        """Return every file and folder with its size, including hidden ones."""
         return {str(path.relative_to(self.folder)): path.stat().st_size for path in self.folder.rglob("*")}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, what it printed, and what has changed on the disk."""
+    """Exit code and output of a command; `changed` is True if it left anything on the disk."""
 
     code: int
-    printed: str
-    told: str
+    stdout: str
+    stderr: str
     changed: bool
 
     @property
     def sentence(self) -> str:
-        """The last line on stderr."""
-        return (self.told.strip().splitlines() or [""])[-1]
+        """Last line on stderr."""
+        return (self.stderr.strip().splitlines() or [""])[-1]
 
 
 def arguments(scene: Scene, command: str, *more: object) -> list[str]:
-    """The words after `alps`, with defaults that make a run of a second; of `more` the last occurrence wins."""
+    """Return the arguments of `alps`, with defaults for a run of one second; options in `more` override them."""
     small = ["--calibration", scene.text, "--samples", 4, "--seqlen", 64]
     words: dict[str, list[object]] = {
         "prune": [scene.model, scene.out, "--sparsity", 0.5, *small],
@@ -129,26 +133,26 @@ def arguments(scene: Scene, command: str, *more: object) -> list[str]:
     return [command, *map(str, [*words[command], *more])]
 
 
-def attempt(scene: Scene, words: list[str]) -> Outcome:
+def run_in_scene(scene: Scene, words: list[str]) -> Outcome:
     """Run the command line in this process."""
-    printed, told, before = io.StringIO(), io.StringIO(), scene.contents()
+    stdout, stderr, before = io.StringIO(), io.StringIO(), scene.contents()
     with (
         patch.object(sys, "argv", ["alps", *words]),
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
         scene.during(),
-        _signals_kept(),
+        _restored_signal_handler(),
     ):
         try:
             cli.run()
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
-    return Outcome(code, printed.getvalue(), told.getvalue(), scene.contents() != before)
+    return Outcome(code, stdout.getvalue(), stderr.getvalue(), scene.contents() != before)
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
+def _restored_signal_handler() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

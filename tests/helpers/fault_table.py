@@ -1,9 +1,9 @@
-"""Faults of inputs and of the machine: how each is made, and the words that the one sentence about it holds.
+"""Table of faults of inputs and of the machine: how each is made, and the words that its message contains.
 
     python tests/helpers/fault_table.py MODEL > docs/reliability.md
 
-MODEL is the directory of a small LLaMA whose embedding is its output head, with a tokenizer of its own. Runs every
-fault in turn, which takes a minute. A test runs them again and compares the page with the table.
+MODEL is the directory of a small LLaMA with tied embeddings and a tokenizer. Runs every fault in turn, which takes a
+minute. A test runs them, too, and compares the page with the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from alps.checkpoints.pack import pack_directory
 from alps.solvers.alps import Alps
-from helpers.fault_fixture import PICKLES, Outcome, Scene, arguments, attempt
+from helpers.fault_fixture import PICKLES, Outcome, Scene, arguments, run_in_scene
 
 _UP = "model.layers.2.mlp.up_proj.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -37,44 +37,44 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """Fault of an input or of the machine.
 
     Attributes:
-        name: as it stands on the page.
-        words: that the sentence holds.
-        lay: puts it into a scene, and returns more arguments of the command.
-        command: that meets it.
-        early: nothing but the sentence is printed: no work was begun.
+        name: on the page.
+        words: part of the message.
+        create: creates the fault in a scene, and may return more arguments of the command.
+        command: that runs into it.
+        early: found before any work, so that nothing else is printed.
     """
 
     name: str
     words: str
-    lay: Callable[[Scene], list[object] | None]
+    create: Callable[[Scene], list[object] | None]
     command: str = "prune"
     early: bool = True
 
 
-def meet(fault: Fault, folder: Path, source: Path) -> Outcome:
-    """Lay a fault into an empty folder and run the command."""
+def run_fault(fault: Fault, folder: Path, source: Path) -> Outcome:
+    """Create a fault in an empty folder, and run the command."""
     scene = Scene(folder, source)
-    more = fault.lay(scene) or []
-    return attempt(scene, arguments(scene, fault.command, *more))
+    more = fault.create(scene) or []
+    return run_in_scene(scene, arguments(scene, fault.command, *more))
 
 
 def _cut(bytes_kept: int) -> Callable[[Scene], None]:
-    def lay(scene: Scene) -> None:
+    def create(scene: Scene) -> None:
         scene.weights.write_bytes(scene.weights.read_bytes()[:bytes_kept])
 
-    return lay
+    return create
 
 
 def _prefix(data: bytes) -> Callable[[Scene], None]:
-    """Other bytes in the place of the first ones."""
+    """Replace the first bytes of the weight file."""
 
-    def lay(scene: Scene) -> None:
+    def create(scene: Scene) -> None:
         scene.weights.write_bytes(data + scene.weights.read_bytes()[len(data) :])
 
-    return lay
+    return create
 
 
 def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Scene], None]:
@@ -90,7 +90,7 @@ def _config(**changes: Any) -> Callable[[Scene], None]:
 
 
 def _file(name: str, content: bytes | str, *option: str) -> Callable[[Scene], list[object]]:
-    """A file, and the option that is given it."""
+    """Write a file, and pass it to an option."""
     return lambda s: [*option, s.write(name, content)]
 
 
@@ -99,7 +99,7 @@ def _flags(*words: object) -> Callable[[Scene], list[object]]:
 
 
 class _Evil:
-    """What a pickle can do when it is believed: it creates a file beside the model."""
+    """Object whose pickle creates a file next to the model when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,9 +190,9 @@ FAULTS = [
     Fault("tensors whose bytes overlap", _BROKEN, _header(lambda h: h[_UP].update(data_offsets=[0, 44032]))),
     Fault("a dtype that does not exist", _BROKEN, _header(lambda h: h[_UP].update(dtype="F31"))),
     Fault("a shape that its bytes do not have", _BROKEN, _header(lambda h: h[_UP].update(shape=[172, 65]))),
-    Fault("a wrong shape, met by `alps eval`", _BROKEN, _header(lambda h: h[_UP].update(shape=[172, 65])), "eval"),
-    Fault("cut weights, met by `alps compare`", _BROKEN, _cut(500_000), "compare"),
-    Fault("cut weights, met by `alps pack`", _BROKEN, _cut(500_000), "pack"),
+    Fault("a wrong shape; `alps eval`", _BROKEN, _header(lambda h: h[_UP].update(shape=[172, 65])), "eval"),
+    Fault("cut weights; `alps compare`", _BROKEN, _cut(500_000), "compare"),
+    Fault("cut weights; `alps pack`", _BROKEN, _cut(500_000), "pack"),
     Fault("one bit of a packed checkpoint changed", "its sha256 is another", _damaged_pack, "unpack"),
     Fault("a missing shard", "model-00002-of-00002.safetensors' is missing, though the index names it", _no_shard),
     Fault(
@@ -206,7 +206,7 @@ FAULTS = [
     ),
     Fault("a shard by an absolute path", "names no files of its own directory", lambda s: s.index(a="/x.safetensors")),
     Fault(
-        "a shard outside, met by `alps eval`",
+        "a shard outside; `alps eval`",
         "names no files of its own directory",
         lambda s: s.index(a="../x.safetensors"),
         "eval",
@@ -231,12 +231,12 @@ FAULTS = [
     Fault("infinity in a linear layer", "holds NaN or infinite values", _value(_UP, -torch.inf)),
     Fault("NaN in the embedding", f"{_EMBEDDING} of ", _value(_EMBEDDING, torch.nan)),
     Fault("NaN in a norm", "model.norm.weight of ", _value("model.norm.weight", torch.nan)),
-    Fault("NaN, met by `alps distill`", _NAN, _value(_UP, torch.nan), "distill"),
-    Fault("NaN, met by `alps reconstruct`", _NAN, _value(_UP, torch.nan), "reconstruct"),
-    Fault("NaN, met by `alps eval`", _NAN, _value(_UP, torch.nan), "eval"),
-    Fault("NaN, met by `alps inspect`", _NAN, _value(_UP, torch.nan), "inspect"),
+    Fault("NaN; `alps distill`", _NAN, _value(_UP, torch.nan), "distill"),
+    Fault("NaN; `alps reconstruct`", _NAN, _value(_UP, torch.nan), "reconstruct"),
+    Fault("NaN; `alps eval`", _NAN, _value(_UP, torch.nan), "eval"),
+    Fault("NaN; `alps inspect`", _NAN, _value(_UP, torch.nan), "inspect"),
     Fault("a weight that --dtype float16 cannot hold", "overflows float16", _float16),
-    Fault("a pickle that runs code beside its tensors", "code in pickles is never run", _pickled),
+    Fault("a pickle that holds code besides tensors", "code in pickles is never run", _pickled),
     Fault("a pickle that is nothing but code", "cannot be loaded", _plain_pickle),
     Fault("a model that brings code of its own", "code of its own, which is never run", _own_code),
     Fault("a broken tokenizer", "cannot be loaded", lambda s: _model_file(s, "tokenizer.json", "{")),
@@ -323,10 +323,10 @@ def main() -> None:
     source = Path(sys.argv[1]).resolve()
     print(_HEAD, end="")
     for fault in FAULTS:
-        with tempfile.TemporaryDirectory() as place:
-            found = meet(fault, Path(place), source)
-            assert found.code == 2 and fault.words in found.sentence and not found.changed, (fault.name, found)
-        sentence = found.sentence.removeprefix("Error: ").replace(f"{place}/", "").replace("|", "\\|")
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = run_fault(fault, Path(folder), source)
+            assert outcome.code == 2 and fault.words in outcome.sentence and not outcome.changed, (fault.name, outcome)
+        sentence = outcome.sentence.removeprefix("Error: ").replace(f"{folder}/", "").replace("|", "\\|")
         print(f"| {fault.name} | {sentence} | nothing |", flush=True)
     print(_FOOT, end="")
 

@@ -1,10 +1,10 @@
-"""Prune in processes that are killed at random moments, begin again until one comes through, and say what happened.
+"""Prune in processes that are killed at random moments and resumed until the run is complete.
 
     python tests/helpers/kill_points.py MODEL FOLDER SETTINGS.yaml --kills 20 --seed 0
 
-Every process is forked from this one, which has pruned once and so imported everything: no time is lost. The moments
-are drawn over the time that an undisturbed run takes; every third kill waits for a file instead, and falls while it is
-written. Prints a line of JSON: kills by what was going on, and whether results equal the undisturbed run's to the bit.
+Every process is forked from this one, which has pruned once and so has imported everything. The moments are drawn over
+the time of an undisturbed run; every third kill instead falls while a file is written. Prints a line of JSON: kills by
+what they interrupted, and whether all results have the same bits as the undisturbed run's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from alps.pruning.job import prune_directory
 
 
 def main() -> None:
-    """Run the undisturbed one, then kill and go on."""
+    """Prune undisturbed, then with kills, and print the comparison."""
     options = _options()
     torch.set_num_threads(1)
     random.seed(options.seed)
@@ -38,10 +38,10 @@ def main() -> None:
     begun = time.monotonic()
     assert _wait(_start(options, "whole")) == 0
     whole = time.monotonic() - begun
-    happened: Counter[str] = Counter()
+    kills: Counter[str] = Counter()
     attempts = 0
-    while happened.total() < options.kills:
-        happened[_kill_once(options, whole, attempts)] += 1
+    while kills.total() < options.kills:
+        kills[_kill_once(options, whole, attempts)] += 1
         attempts += 1
         if (options.folder / "killed").exists():
             (options.folder / "killed").rename(options.folder / f"done-{attempts}")
@@ -51,9 +51,9 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "kills": dict(happened),
+                "kills": dict(kills),
                 "results": len(results),
-                "equal": all(_weights(one) == _weights(options.folder / "whole") for one in results),
+                "equal": all(_weights(result) == _weights(options.folder / "whole") for result in results),
                 "leftovers": leftovers,
                 "seconds": round(whole, 2),
             }
@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def _kill_once(options: argparse.Namespace, whole: float, attempt: int) -> str:
-    """Start, kill, and tell what the killed process was about: a file, a block, or nothing that it had kept."""
+    """Start a process, kill it, and return what the kill interrupted, in words."""
     while_writing = attempt % 3 == 2
-    place = journal_directory(options.folder / "killed")
-    before, stale = len(list(place.glob("block-*.json"))), _half_written(options.folder)
+    journal = journal_directory(options.folder / "killed")
+    before, stale = len(list(journal.glob("block-*.json"))), _half_written(options.folder)
     child = _start(options, "killed", slow=while_writing)
     if while_writing:
         skipped = random.randrange(4)
@@ -82,7 +82,7 @@ def _kill_once(options: argparse.Namespace, whole: float, attempt: int) -> str:
     os.kill(child, signal.SIGKILL)
     if _wait(child) == 0:
         return "after the end"
-    after = len(list(place.glob("block-*.json")))
+    after = len(list(journal.glob("block-*.json")))
     assert after >= before or (options.folder / "killed").exists()
     return "while a file was written" if writing else f"after {after} blocks"
 
@@ -95,7 +95,7 @@ def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
         real = os.fsync
 
         def slowly(handle: int) -> None:
-            time.sleep(0.05)  # long enough for a file to be met half-way
+            time.sleep(0.05)  # long enough for a kill to fall into it
             real(handle)
 
         shards.os.fsync = slowly  # type: ignore[attr-defined]
@@ -121,8 +121,8 @@ def _over(child: int) -> bool:
 
 
 def _half_written(folder: Path) -> set[Path]:
-    """Files of a block, or of the checkpoint, that have not got their names yet."""
-    with contextlib.suppress(FileNotFoundError):  # a folder may get its name, or go, while it is looked at
+    """Return the files of blocks and of the checkpoint that are not renamed into place yet."""
+    with contextlib.suppress(FileNotFoundError):  # a folder may be renamed or removed in between
         return {*folder.glob("killed.partial/.*.partial-*"), *folder.glob(".killed.partial-*/.*")}
     return set()
 

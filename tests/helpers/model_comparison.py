@@ -1,4 +1,4 @@
-"""Compare two models: their weights bit by bit, their predictions by the KL divergence."""
+"""Comparison of two models: weights bit by bit, predictions by the KL divergence."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters by name."""
+    """Return copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """True if the names and every bit of the tensors agree."""
+    """Check that the names and every bit of the tensors agree."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
@@ -21,7 +21,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def mean_kl(dense: nn.Module, pruned: nn.Module, ids: Tensor) -> float:
-    """Mean KL divergence of `pruned` from `dense` over the tokens, from its definition, in float64."""
+    """Return the mean KL divergence of `pruned` from `dense` over the tokens, from its definition, in float64."""
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (dense, pruned))
     return float((p.exp() * (p - q)).sum(-1).mean())

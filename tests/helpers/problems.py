@@ -1,7 +1,7 @@
-"""The table of small layer problems that every solver runs through, and float64 answers to compare with.
+"""Small layer problems for tests of solvers, and float64 solutions to compare with.
 
 A problem is a dense weight (out, in) and calibration inputs (tokens, in), both float32 and both seeded. The
-widths are multiples of 4, 5 and 8 where nothing else is the point, so that every N:M pattern fits.
+widths are multiples of 4, 5 and 8 unless the problem is about the width, so that every N:M pattern fits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Problem(NamedTuple):
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Seeded standard normal numbers, float32."""
+    """Return seeded standard normal numbers, float32."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated_inputs(seed: int, tokens: int, width: int) -> Tensor:
-    """Inputs with a few strong directions and uneven feature sizes, as the activations of a model have."""
+    """Return inputs with a few strong directions and uneven feature sizes, like the activations of a model."""
     factors = max(width // 4, 1)
     common = normal(seed, tokens, factors) @ normal(seed + 1, factors, width)
     return (common + 0.3 * normal(seed + 2, tokens, width)) * torch.exp(0.5 * normal(seed + 3, width))
@@ -83,7 +83,7 @@ def huge_token() -> Problem:
 
 
 def rounded_weight() -> Problem:
-    """Weights on bfloat16's grid and close together: many ties, as in a real checkpoint."""
+    """Return weights that are bfloat16 numbers close together, with many ties, as in a real checkpoint."""
     weight = (1 + 0.05 * normal(42, OUT, IN)).to(torch.bfloat16).float()
     return Problem(weight * normal(43, OUT, IN).sign(), correlated_inputs(44, TOKENS, IN))
 
@@ -116,13 +116,13 @@ WIDE = 64
 
 
 def twice_the_same_inputs() -> Problem:
-    """A singular Gram: every input has a double."""
+    """Return inputs that all occur twice, so that the Gram is singular."""
     inputs = correlated_inputs(100, 400, WIDE // 2)
     return Problem(normal(101, 24, WIDE), torch.cat([inputs, inputs], dim=1))
 
 
 def condition_1e12() -> Problem:
-    """Singular values of X from 1 to 1e-6, so that X^T X has a condition number of 1e12."""
+    """Return an X with singular values from 1 to 1e-6, so that X^T X has a condition number of 1e12."""
     left, _ = torch.linalg.qr(normal(5, 400, WIDE).double())
     right, _ = torch.linalg.qr(normal(6, WIDE, WIDE).double())
     return Problem(
@@ -137,7 +137,7 @@ def huge_input() -> Problem:
 
 
 def huge_activation() -> Problem:
-    """One number of all activations, 1e4 times as large as the rest."""
+    """Return activations of which a single one is 1e4 times as large as the others."""
     inputs = correlated_inputs(111, 400, WIDE)
     inputs[5, 9] *= 1e4
     return Problem(normal(104, 24, WIDE), inputs)
@@ -150,13 +150,13 @@ def outlier_channels() -> Problem:
 
 
 def outlier_channels_on_weak_inputs() -> Problem:
-    """The largest weights matter least."""
+    """Return a problem in which the largest weights matter least."""
     inputs = correlated_inputs(113, 400, WIDE)
     inputs[:, [3, 40]] /= 500
     return Problem(outlier_channels().weight, inputs)
 
 
-# What breaks numerics: `zero_inputs`, `dead_inputs`, `few_tokens`, `huge_range` and `huge_token` above are such, too.
+# Problems that are hard numerically; so are `zero_inputs`, `dead_inputs`, `few_tokens`, `huge_range` and `huge_token`.
 ADVERSARIAL: dict[str, Callable[[], Problem]] = {
     make.__name__: make
     for make in (
@@ -171,12 +171,12 @@ ADVERSARIAL: dict[str, Callable[[], Problem]] = {
 
 
 def random_mask(seed: int, rows: int, columns: int, share: float = 0.5) -> Tensor:
-    """A seeded boolean mask with about `share` of its entries True."""
+    """Return a seeded boolean mask with about `share` of its entries True."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < share
 
 
 def hessian64(inputs: Tensor, fraction: float = 0.01) -> tuple[Tensor, float]:
-    """X^T X + lam I in float64, and lam = fraction * mean(diag(X^T X)); lam = 1 for inputs of zeros."""
+    """Return X^T X + lam I in float64, and lam = fraction * mean(diag(X^T X)); lam = 1 for inputs of zeros."""
     gram = inputs.double().T @ inputs.double()
     mean = float(gram.diagonal().mean())
     damping = fraction * mean if mean > 0 else 1.0
@@ -184,17 +184,17 @@ def hessian64(inputs: Tensor, fraction: float = 0.01) -> tuple[Tensor, float]:
 
 
 def objective64(pruned: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
-    """tr(D H D^T) row by row for D = pruned - dense, in float64, shape (out,)."""
+    """Return tr(D H D^T) row by row for D = pruned - dense, in float64, shape (out,)."""
     delta = pruned.double() - dense.double()
     return ((delta @ hessian) * delta).sum(dim=1)
 
 
 def best_on_support(dense: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
-    """The weights (out, in) of least `objective64` that vanish off the mask: one float64 solve a row."""
-    answer = torch.zeros_like(dense, dtype=torch.float64)
+    """Return the weights (out, in) of least `objective64` that are zero off the mask, by one float64 solve a row."""
+    solution = torch.zeros_like(dense, dtype=torch.float64)
     target = dense.double() @ hessian
     for row in range(dense.shape[0]):
         kept = mask[row].nonzero().squeeze(1)
         if len(kept):
-            answer[row, kept] = torch.linalg.solve(hessian[kept][:, kept], target[row, kept])
-    return answer
+            solution[row, kept] = torch.linalg.solve(hessian[kept][:, kept], target[row, kept])
+    return solution

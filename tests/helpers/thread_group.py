@@ -1,4 +1,4 @@
-"""Threads that stand for processes: they sum tensors as the processes of a group do."""
+"""Threads that act as the ranks of a process group and sum tensors."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 
-class Process:
-    """One of several threads; see `alps.solvers.row_parallel.Rows`."""
+class ThreadRank:
+    """One of several threads, with the interface of `alps.solvers.row_parallel.Rows`."""
 
     def __init__(self, rank: int, size: int, box: list[Tensor], barrier: threading.Barrier) -> None:
         self.rank, self.size, self._box, self._barrier = rank, size, box, barrier
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sums over all threads."""
+        """Return the sums over all threads."""
         self._box[self.rank] = values.clone()
         self._barrier.wait(30)
-        found = torch.stack(self._box).sum(dim=0).to(values.dtype)
+        total = torch.stack(self._box).sum(dim=0).to(values.dtype)
         self._barrier.wait(30)
-        return found
+        return total
 
 
-def in_threads(size: int, work: Callable[[Process], Any]) -> list[Any]:
-    """What `work` returns in each of so many threads."""
-    box, barrier, found = [torch.zeros(())] * size, threading.Barrier(size), [None] * size
+def run_in_threads(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
+    """Run `work` in `size` threads, and return its results by rank."""
+    box, barrier, results = [torch.zeros(())] * size, threading.Barrier(size), [None] * size
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(Process(rank, size, box, barrier))
+            results[rank] = work(ThreadRank(rank, size, box, barrier))
         except BaseException:
             barrier.abort()
             raise
@@ -41,4 +41,4 @@ def in_threads(size: int, work: Callable[[Process], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""Prune a tiny random model of one kind in as many processes as torchrun starts, and print what became of every site.
+"""Prune a tiny random model of one kind in the processes that torchrun starts, and print the results of every layer.
 
     torchrun --nproc-per-node 2 tests/helpers/torchrun_worker.py KIND ORDER EPOCHS
 
@@ -24,7 +24,7 @@ from helpers.decoders import decoder
 
 
 def main() -> None:
-    """See above."""
+    """Prune and print."""
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
     matching = (

@@ -1,4 +1,4 @@
-"""Blocks and parts that do with hidden states what no decoder here does, and some other one may."""
+"""Modules that treat hidden states in ways that no tested architecture does, but others may."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Doubled(nn.Module):
-    """Attention that multiplies what its last site gave, in place: the tensor is the same, its values are not."""
+class DoublingAttention(nn.Module):
+    """Attention that doubles the output of its last layer in place: the tensor is the same, its values are not."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.inner(*args, **kwargs)
-        found[0].mul_(2)
-        return found
+        outputs = self.inner(*args, **kwargs)
+        outputs[0].mul_(2)
+        return outputs
 
 
-class Writing(nn.Module):
-    """A block that adds to what its attention gave, in place."""
+class InPlaceBlock(nn.Module):
+    """Block that adds the residual to the output of its attention in place."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class Writing(nn.Module):
         inner = self.block
         states = inner.self_attn(hidden_states=inner.input_layernorm(hidden), **kwargs)[0]
         states += hidden
-        found: Tensor = states + inner.mlp(inner.post_attention_layernorm(states))
-        return found
+        out: Tensor = states + inner.mlp(inner.post_attention_layernorm(states))
+        return out
 
 
-class Strided(nn.Module):
-    """A last site that receives every second entry of something wider."""
+class StridedMlp(nn.Module):
+    """MLP whose last layer receives every second entry of a wider tensor."""
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()

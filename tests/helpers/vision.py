@@ -1,4 +1,4 @@
-"""Tiny random vision-language models: a text decoder of three blocks beside a vision tower with more of them."""
+"""Tiny random vision-language models: a text decoder of three blocks, and a vision tower with more of them."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def _gemma3() -> Any:
 
 
 def _qwen2_vl() -> Any:
-    places = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
-    return Qwen2VLConfig(text_config={**_TEXT, "rope_parameters": _ROPE}, vision_config=_PATCHES, **places)
+    token_ids = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    return Qwen2VLConfig(text_config={**_TEXT, "rope_parameters": _ROPE}, vision_config=_PATCHES, **token_ids)
 
 
 def _idefics3(kind: Any) -> Any:
     return kind(vision_config=_VISION, text_config=LlamaConfig(**_TEXT), image_token_id=63, scale_factor=2)
 
 
-# The configuration, and where the text decoder's blocks are.
+# Configuration by kind, and the name of the text decoder's list of blocks.
 VISION: dict[str, tuple[Callable[[], Any], str]] = {
     "llava": (_llava, "model.language_model.layers"),
     "gemma3-vision": (_gemma3, "model.language_model.layers"),
@@ -84,7 +84,7 @@ VISION: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def vision_model(kind: str) -> Any:
-    """A random model of that kind in evaluation mode; equal calls give equal weights."""
+    """Return a random model of that kind in evaluation mode; equal calls give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261126)
         model: nn.Module = AutoModelForImageTextToText.from_config(VISION[kind][0]())
