@@ -30,7 +30,7 @@ _Config = TypeVar("_Config", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Setting:
-    """Metadata of a config field beside its type, default and description; used as `Annotated[type, Setting(...)]`.
+    """Metadata of a config field in addition to its type, default and description; used as `Annotated[type, Setting(...)]`.
 
     Attributes:
         panel: heading under which the command line and docs/settings.md list the field.
@@ -123,8 +123,8 @@ def load_config(
         ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind or range.
     """
     values = read_yaml(path) if path else {}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return make_config(config, merge(values, given), str(path) if path else COMMAND_LINE)
+    explicit = {name: value for name, value in overrides.items() if value is not None}
+    return make_config(config, merge(values, explicit), str(path) if path else COMMAND_LINE)
 
 
 def _literal_choices(annotation: Any) -> tuple[str, ...]:
