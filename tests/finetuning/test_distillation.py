@@ -286,7 +286,7 @@ def test_models_that_do_not_belong_together(
         ({"steps": 1, "rate": 1.0}, "Setting 'rate'"),
         ({"steps": 1, "seqlen": 1024}, "longer than the 512"),
         ({"steps": 1, "samples": 4000}, "enough for"),
-        ({"minutes": 1e-5}, "The time is up before a first step"),
+        ({"minutes": 1e-5}, "The time is too short for a first step"),
     ],
 )
 def test_settings_that_cannot_be_used(

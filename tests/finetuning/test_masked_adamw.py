@@ -88,11 +88,11 @@ def test_small_steps_add_up_below_the_precision_of_bfloat16() -> None:
 def test_a_kept_weight_that_reaches_zero_stays_out_of_the_count(stored: torch.dtype) -> None:
     layer, mask = _linear()
     tuned = TrainableParameter(layer.weight, mask, stored)
-    values = tuned.rounded(torch.zeros(int(mask.sum())))
+    values = tuned.round(torch.zeros(int(mask.sum())))
     assert values.dtype is stored and bool((values != 0).all()) and float(values.float().max()) < 1e-4
-    tuned.put(values)
+    tuned.scatter(values)
     assert torch.equal(layer.weight == 0, ~mask)
-    assert bool((TrainableParameter(layer.bias, None, stored).rounded(torch.zeros(5)) == 0).all())
+    assert bool((TrainableParameter(layer.bias, None, stored).round(torch.zeros(5)) == 0).all())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

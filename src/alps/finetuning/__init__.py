@@ -1,0 +1,1 @@
+"""Training of the kept weights of pruned models: block reconstruction and distillation."""

@@ -195,7 +195,7 @@ class _Tuning:
         for window in self._windows(batch):
             self.loss_of(batch, window).backward()  # type: ignore[no-untyped-call]
         if self.peers is not None:
-            masters.add_up(self.peers.all_reduce_sum)
+            masters.all_reduce_grads(self.peers.all_reduce_sum)
 
     def _windows(self, batch: int) -> range:
         return range(self.sizes[batch] if batch < len(self.sizes) else 0)

@@ -1,4 +1,4 @@
-"""A dense checkpoint and one pruned from it: whether they belong together, and what a job on both writes."""
+"""Pair of a dense checkpoint and one pruned from it: checks that they belong together, and output of jobs on both."""
 
 from __future__ import annotations
 
@@ -25,15 +25,22 @@ from alps.reporting.run_report import REPORT_NAME, DenseRecord, LayerRecord, Run
 from alps.solvers.patterns import USUAL_PATTERNS, group_violations
 
 
-def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -> RunReport | None:
-    """Check what can be checked before anything is loaded.
+def check_request(dense: str, pruned: str, out: Path, *, device: str, dtype: str) -> RunReport | None:
+    """Check device, dtype, models and output directory before anything is loaded.
+
+    Args:
+        dense: name of the dense model.
+        pruned: directory of the pruned model.
+        out: directory to write.
+        device: as the user gave it.
+        dtype: as the user gave it.
 
     Returns:
-        The report of the pruned directory; None when it has none.
+        The report of the pruned directory; None if there is none.
 
     Raises:
-        ConfigError, CheckpointError: for an unknown device or dtype, a model that is not there, a target that cannot be
-            written, or a file that is not such a report.
+        ConfigError: for an unknown device or dtype, or a model that does not exist.
+        CheckpointError: for an output directory that cannot be written, or a file that is not a report.
     """
     parse_dtype(dtype)
     pick_device(device)
@@ -45,12 +52,12 @@ def check_request(dense: str, pruned: str, out: Path, device: str, dtype: str) -
 
 
 def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
-    """Refuse two models that differ in more than the values of their weights, or a second one that is not pruned.
+    """Refuse models that differ in more than the values of their weights, or a second model that is not pruned.
 
     Raises:
         ConfigError: naming the first difference in class, parameters, shapes or vocabulary, or when `pruned` has no
             more zeros in its linear layers than `dense`.
-        UnsupportedModel: when decoder blocks cannot be found.
+        UnsupportedModel: when a model has no decoder blocks.
     """
     difference = _model_difference(dense.model, pruned.model) or _vocabulary_difference(dense, pruned)
     if difference:
@@ -66,12 +73,18 @@ def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
 
 
 def count_zeros(model: nn.Module) -> int:
-    """Zeros of all sites."""
+    """Count the zeros of all layers."""
     return sum(int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites)
 
 
 def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
-    """The report of a model that something else has pruned: the counts that its weights show, and nothing more."""
+    """Make the report of a model that another program has pruned, from counts of its weights alone.
+
+    Args:
+        pruned: the model.
+        dense: name of the dense model.
+        device: of the job.
+    """
     sites = [(block.index, site) for block in find_blocks(pruned.model) for site in block.sites]
     records = [
         LayerRecord(
@@ -88,7 +101,7 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
         )
         for index, site in sites
     ]
-    left = dense_parameters(pruned.model, {site.parameter_name for _, site in sites})
+    unpruned = dense_parameters(pruned.model, {site.parameter_name for _, site in sites})
     report = RunReport(
         model=dense,
         architecture=type(pruned.model).__name__,
@@ -98,7 +111,7 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
         device=device,
         calibration=None,
         layers=records,
-        dense=[DenseRecord(name=row.name, shape=row.shape, reason=row.reason) for row in left],
+        dense=[DenseRecord(name=row.name, shape=row.shape, reason=row.reason) for row in unpruned],
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(pick_device(device)),
         versions=provenance(),
@@ -107,9 +120,9 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
 
 
 def write_changed(pruned: LoadedModel, report: RunReport, out: Path) -> None:
-    """Write a changed model to `out`, which appears whole or not at all.
+    """Write a changed model to `out` atomically.
 
-    The times of the one-shot run stay its own: saving is not added to them.
+    The report keeps the times of the one-shot run; the time to save is not added.
     """
     check_result(pruned.model, str(out))
     with new_directory(out) as folder:
@@ -143,7 +156,7 @@ def _vocabulary_difference(dense: LoadedModel, pruned: LoadedModel) -> str | Non
 
 
 def _pattern(sites: list[Site], sparsity: float) -> str:
-    """The first of the usual N:M that holds in every group, else the share of zeros."""
+    """Return the first of the usual N:M patterns that holds in every group, else the sparsity in per cent."""
     for pattern in USUAL_PATTERNS:
         if all(group_violations(site.read(), pattern)[1] == 0 for site in sites):
             return str(pattern)

@@ -1,8 +1,8 @@
-"""Recovery: distil the dense model into the pruned one on calibration text, with every pruned weight held at zero.
+"""Distillation of the dense model into the pruned one on calibration text; every pruned weight stays zero.
 
-The loss is KL(dense || pruned) between the two models' next-token distributions at temperature 1, the mean over tokens.
-The kept weights of the pruned sites, norms and biases are trained; embeddings, the output head and everything else stay
-as they are. A few windows are held back: their KL is taken at intervals, and the best state is what remains.
+The loss is the mean over tokens of KL(dense || pruned) between the next-token distributions at temperature 1. The kept
+weights of the pruned layers, norms and biases are trained; embeddings, the output head and other parameters are not.
+The KL on a few held-back windows is measured at intervals, and the best state is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from alps.models.sites import routing_parameters
 from alps.reporting.records import DistillationReport, calibration_record
 from alps.reporting.run_report import RunReport
 
-_MOST_HELD_BACK = 8
+_MAX_HELD_BACK = 8
 
 
 class DistillConfig(BaseModel):
@@ -97,7 +97,7 @@ class DistillConfig(BaseModel):
     @property
     def held_back(self) -> int:
         """Windows that are not trained on."""
-        return min(max(self.samples // 8, 1), _MOST_HELD_BACK)
+        return min(max(self.samples // 8, 1), _MAX_HELD_BACK)
 
 
 def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress) -> RunReport:
@@ -110,7 +110,7 @@ def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfi
         ConfigError, UnsupportedModel, CheckpointError: one sentence each; nothing is written then.
     """
     settings.schedule()
-    earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
+    earlier = check_request(dense, pruned, out, device=settings.device, dtype=settings.dtype)
     text = load_text(settings.calibration, "calibration")
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     record = distill_model(teacher, student, settings, progress, text)
@@ -126,17 +126,17 @@ def distill_model(
     """Train a pruned model in place towards the dense one.
 
     Args:
-        dense: the teacher; moved to the device, otherwise untouched.
+        dense: the teacher; moved to the device, otherwise unchanged.
         pruned: the student; moved to the device. Its zeros, and all that is not trained, keep their bits.
         settings: see `DistillConfig`.
-        watcher: told after every step, or after every hundredth of the time.
-        text: calibration text when the caller has it already; else it is loaded as the settings say.
+        progress: counts steps, or hundredths of the time.
+        text: calibration text; None loads the one that the settings name.
 
     Returns:
-        What was done. The model is as it was when no check found a smaller divergence.
+        The record of the training. The model is unchanged if no check measured a smaller divergence.
 
     Raises:
-        ConfigError: for models that do not belong together, a text too short, or too little time for one step.
+        ConfigError: for models that do not belong together, a text too short, or too little time for a step.
         UnsupportedModel: when the models have no decoder blocks.
     """
     schedule = settings.schedule()
@@ -152,12 +152,20 @@ def distill_model(
             dense.model.to(device).eval()
             with (
                 half_matmul_in_float32(device, dense.model, pruned.model),
-                _computing(pruned.model.to(device).eval()) as tuned,
-                MaskedAdamW(pruned.model, tuned, settings.lr) as masters,
+                _trainable_in_float32(pruned.model.to(device).eval()) as trainable,
+                MaskedAdamW(pruned.model, trainable, settings.lr) as optimiser,
             ):
-                run = Distillation(dense.model, pruned.model, masters, windows.ids, schedule, device, progress)
+                run = Distillation(
+                    dense.model,
+                    pruned.model,
+                    optimiser,
+                    windows.ids,
+                    schedule=schedule,
+                    device=device,
+                    progress=progress,
+                )
                 run.train()
-                entries, seconds = masters.entries, run.clock.elapsed
+                entries, seconds = optimiser.entries, run.clock.elapsed
     finally:
         dense.model.train(training[0])
         pruned.model.train(training[1])
@@ -190,29 +198,29 @@ def distill_model(
 
 
 @contextmanager
-def _computing(model: nn.Module) -> Iterator[list[TrainableParameter]]:
-    """The parameters to train; for the time of the body a float16 model computes in float32."""
-    stored = {id(parameter): parameter.dtype for parameter in model.parameters()}
-    if torch.float16 in stored.values():
+def _trainable_in_float32(model: nn.Module) -> Iterator[list[TrainableParameter]]:
+    """Context with the parameters to train, in which a float16 model computes in float32."""
+    stored_dtypes = {id(parameter): parameter.dtype for parameter in model.parameters()}
+    if torch.float16 in stored_dtypes.values():
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
     try:
-        yield _tuned(model, stored)
+        yield _trainable(model, stored_dtypes)
     finally:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(stored[id(parameter)])
+            parameter.data = parameter.data.to(stored_dtypes[id(parameter)])
 
 
-def _tuned(model: nn.Module, stored: dict[int, torch.dtype]) -> list[TrainableParameter]:
-    """Sites that hold zeros, with their masks, and all vectors (norms, biases) but the output head's and routers'."""
+def _trainable(model: nn.Module, stored_dtypes: dict[int, torch.dtype]) -> list[TrainableParameter]:
+    """List layers that have zeros, with their masks, and the vectors (norms, biases) outside head and routers."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
     frozen |= routing_parameters(model)
     weights = {id(site.parameter) for block in find_blocks(model) for site in block.sites}
-    found = []
+    trainable = []
     for parameter in model.parameters():
         if id(parameter) in weights and not bool(parameter.all()):
-            found.append(TrainableParameter(parameter, parameter.detach() != 0, stored[id(parameter)]))
+            trainable.append(TrainableParameter(parameter, parameter.detach() != 0, stored_dtypes[id(parameter)]))
         elif parameter.ndim == 1 and id(parameter) not in frozen:
-            found.append(TrainableParameter(parameter, None, stored[id(parameter)]))
-    return found
+            trainable.append(TrainableParameter(parameter, None, stored_dtypes[id(parameter)]))
+    return trainable

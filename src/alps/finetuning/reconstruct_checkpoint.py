@@ -102,7 +102,7 @@ def reconstruct_directory(
     Raises:
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
     """
-    earlier = check_request(dense, pruned, out, settings.device, settings.dtype)
+    earlier = check_request(dense, pruned, out, device=settings.device, dtype=settings.dtype)
     source = load_calibration(settings.calibration, settings.samples)
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     records, run = reconstruct_model(teacher, student, settings, source, progress)

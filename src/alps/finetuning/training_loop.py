@@ -1,4 +1,4 @@
-"""The training loop of recovery: steps under a budget, checks on held-back windows, and the best state kept."""
+"""Training loop of the distillation: steps within a budget, checks on held-back windows, and the best state."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from alps.reporting.records import DistillationCheck
 
 # Tokens per forward and backward pass.
 _PASS_TOKENS = 1024
+# Share of the budget in which the step size rises.
 _WARM_UP = 0.05
+# Checks within the budget, and how many without an improvement end the training.
 _CHECKS = 10
 _PATIENCE = 4
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, and on what at a time.
+    """Budget and batches of a training.
 
     Attributes:
-        seconds, steps: the budget; exactly one is given.
+        seconds, steps: budget of wall time or of optimiser steps; exactly one is not None.
         batch: windows in a step.
-        held_back: windows, the last ones, that are only checked on.
-        seed: shuffles the others.
+        held_back: number of windows, the last ones, that only the checks use.
+        seed: shuffles the training windows.
     """
 
     seconds: float | None
@@ -43,7 +45,7 @@ class Schedule:
 
 @dataclass
 class _Clock:
-    """How much of the budget is spent: of the steps, or of the time before the last check."""
+    """Share of the budget that is spent: of the steps, or of the time before the last check."""
 
     schedule: Schedule
     started: float = field(default_factory=lambda: time.monotonic())
@@ -56,7 +58,7 @@ class _Clock:
         return time.monotonic() - self.started
 
     def spent(self, ahead: float = 0.0) -> float:
-        """Share of the budget that will be spent `ahead` steps from now."""
+        """Return the share of the budget that will be spent `ahead` steps from now."""
         if self.schedule.steps is not None:
             return (self.steps + ahead) / self.schedule.steps
         assert self.schedule.seconds is not None
@@ -64,18 +66,31 @@ class _Clock:
         return (self.elapsed + ahead * self.step_seconds) / before_last_check if before_last_check > 0 else math.inf
 
     @property
-    def over(self) -> bool:
-        """Whether one more step, and a check after it, do not fit."""
+    def is_over(self) -> bool:
+        """True if another step, with a check after it, exceeds the budget."""
         return self.spent(1.0) > 1.0
 
 
 @dataclass
 class Distillation:
-    """One training: the two models, the optimiser, the windows (windows, seqlen), and what has come of it so far."""
+    """Training of a pruned model towards the dense one, with its state.
+
+    Attributes:
+        dense, pruned: teacher and student, on `device`, in evaluation mode.
+        optimiser: of the student's parameters.
+        ids: token ids (windows, seqlen), the held-back windows last.
+        schedule: budget and batches.
+        device: of the models.
+        progress: counts steps, or hundredths of the time.
+        tokens: trained on so far.
+        best, best_step: least divergence on the held-back windows, nats per token, and its step.
+        stopped: reason for the end.
+        checks: so far.
+    """
 
     dense: nn.Module
     pruned: nn.Module
-    masters: MaskedAdamW
+    optimiser: MaskedAdamW
     ids: Tensor
     schedule: Schedule
     device: torch.device
@@ -88,77 +103,79 @@ class Distillation:
 
     def __post_init__(self) -> None:
         self._held_back = self.ids[len(self.ids) - self.schedule.held_back :]
-        self._texts = self.ids[: len(self.ids) - self.schedule.held_back]
+        self._training_windows = self.ids[: len(self.ids) - self.schedule.held_back]
         self.clock = _Clock(self.schedule)
 
     def train(self) -> None:
-        """Take steps until the budget is spent or nothing more is gained, and leave the best state in the model.
+        """Take steps until the budget is spent or the checks stop improving; leave the best state in the model.
 
         Raises:
-            ConfigError: when the budget leaves no time for a step, or the models answer with NaN or infinity.
+            ConfigError: when the budget leaves no time for a step, or the divergence is not finite.
         """
-        kept = self._check(None, [])
-        if not kept:
+        best_state = self._check(None, [])
+        if not best_state:
             raise ConfigError("The divergence of the two models is not finite: use --dtype bfloat16 or float32.")
-        self._guess_step()
-        if self.clock.over:
+        self._estimate_step()
+        if self.clock.is_over:
             raise ConfigError(
-                f"The time is up before a first step of about {self.clock.step_seconds:.1f} s and two checks of "
+                f"The time is too short for a first step of about {self.clock.step_seconds:.1f} s and two checks of "
                 f"{self.clock.check_seconds:.1f} s: give more --minutes, or lower --batch-tokens and --seqlen."
             )
-        self.progress.start("recovery", self.schedule.steps or 100)
+        self.progress.start("distillation", self.schedule.steps or 100)
         try:
-            kept = self._steps(kept)
+            best_state = self._run_steps(best_state)
         finally:
             self.progress.finish()
-            self.masters.restore(kept)
+            self.optimiser.restore(best_state)
 
-    def _steps(self, kept: list[Tensor]) -> list[Tensor]:
-        """The loop; returns the best state."""
-        batches, shown, due = self._batches(), 0, 1 / _CHECKS
-        while not self.clock.over:
+    def _run_steps(self, best_state: list[Tensor]) -> list[Tensor]:
+        """Run the loop; return the best state."""
+        batches, reported, next_check = self._batches(), 0, 1 / _CHECKS
+        while not self.clock.is_over:
             loss = self._step(next(batches))
             if not math.isfinite(loss):
                 self.stopped = "loss or gradient not finite"
                 break
             spent = self.clock.spent()
-            if spent >= due or self.clock.over:
-                due = math.floor(spent * _CHECKS + 1) / _CHECKS
-                kept = self._check(loss, kept)
+            if spent >= next_check or self.clock.is_over:
+                next_check = math.floor(spent * _CHECKS + 1) / _CHECKS
+                best_state = self._check(loss, best_state)
             ticks = self.clock.steps if self.schedule.steps else min(int(100 * spent), 100)
-            for _ in range(shown, ticks):
+            for _ in range(reported, ticks):
                 self.progress.step(f"KL {loss:.4f}, best held back {self.best:.4f}")
-            shown = ticks
+            reported = ticks
             if all(check.step > self.best_step for check in self.checks[-_PATIENCE:]):
                 self.stopped = f"no improvement in {_PATIENCE} checks"
                 break
-        return kept
+        return best_state
 
-    def _check(self, loss: float | None, kept: list[Tensor]) -> list[Tensor]:
-        """Take the divergence on the held-back windows; returns the best state so far."""
+    def _check(self, loss: float | None, best_state: list[Tensor]) -> list[Tensor]:
+        """Measure the divergence on the held-back windows; return the best state so far."""
         start = time.monotonic()
         with torch.no_grad():
-            parts = _parts(self._held_back)
-            now = sum(float(self._divergence(part, self._held_back.numel())) for part in parts)
-        finite = math.isfinite(now)
-        self.checks.append(DistillationCheck(step=self.clock.steps, kl=now if finite else None, training_kl=loss))
-        if finite and now < self.best:
-            self.best, self.best_step = now, self.clock.steps
-            kept = self.masters.snapshot()
+            parts = _split(self._held_back)
+            divergence = sum(float(self._divergence(part, self._held_back.numel())) for part in parts)
+        finite = math.isfinite(divergence)
+        self.checks.append(
+            DistillationCheck(step=self.clock.steps, kl=divergence if finite else None, training_kl=loss)
+        )
+        if finite and divergence < self.best:
+            self.best, self.best_step = divergence, self.clock.steps
+            best_state = self.optimiser.snapshot()
         self.clock.check_seconds = max(self.clock.check_seconds, time.monotonic() - start)
-        return kept
+        return best_state
 
     def _step(self, batch: Tensor) -> float:
-        """One optimiser step; returns the batch's divergence before it, NaN when the step could not be taken."""
+        """Take an optimiser step; return the batch's divergence before it, or NaN if the step could not be taken."""
         start = time.monotonic()
         spent = self.clock.spent(0.5)
         loss = 0.0
-        for part in _parts(batch):
+        for part in _split(batch):
             with torch.enable_grad():
                 divergence = self._divergence(part, batch.numel())
                 divergence.backward()  # type: ignore[no-untyped-call]
             loss += float(divergence.detach())
-        taken = self.masters.step(rate_share(spent))
+        taken = self.optimiser.step(rate_share(spent))
         self.tokens += batch.numel()
         self.clock.steps += 1
         if self.clock.steps == 1:
@@ -166,13 +183,16 @@ class Distillation:
         self.clock.step_seconds = max(self.clock.step_seconds, time.monotonic() - start)
         return loss if taken else math.nan
 
-    def _guess_step(self) -> None:
-        """Until a step is seen: a backward pass costs two forward ones, so that a token costs two checked ones."""
+    def _estimate_step(self) -> None:
+        """Estimate the time of the first step from the checks.
+
+        A backward pass costs two forward passes, so a trained token costs two checked ones.
+        """
         self.clock.step_seconds = 2 * self.clock.check_seconds * self._batch / len(self._held_back)
 
     @property
     def _batch(self) -> int:
-        return min(self.schedule.batch, len(self._texts))
+        return min(self.schedule.batch, len(self._training_windows))
 
     def _divergence(self, ids: Tensor, count: int) -> Tensor:
         ids = ids.to(self.device)
@@ -181,21 +201,21 @@ class Distillation:
         return kl_divergence(self.pruned(input_ids=ids, use_cache=False).logits.flatten(0, 1), target, count)
 
     def _batches(self) -> Iterator[Tensor]:
-        """Batches without end; the windows are shuffled anew whenever too few are left for one."""
+        """Yield batches endlessly; the windows are shuffled again whenever too few are left for a batch."""
         generator = torch.Generator().manual_seed(self.schedule.seed)
         while True:
-            order = torch.randperm(len(self._texts), generator=generator)
-            for chosen in torch.split(order, self._batch):
-                if len(chosen) == self._batch:
-                    yield self._texts[chosen]
+            order = torch.randperm(len(self._training_windows), generator=generator)
+            for indices in torch.split(order, self._batch):
+                if len(indices) == self._batch:
+                    yield self._training_windows[indices]
 
 
 def rate_share(spent: float) -> float:
-    """Share of the largest step size when this share of the budget is spent: a linear warm-up, then half a cosine."""
+    """Return the share of the largest step size at a spent share of the budget: linear warm-up, then half a cosine."""
     if spent < _WARM_UP:
         return spent / _WARM_UP
     return (1 + math.cos(math.pi * min((spent - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
 
 
-def _parts(windows: Tensor) -> tuple[Tensor, ...]:
+def _split(windows: Tensor) -> tuple[Tensor, ...]:
     return torch.split(windows, max(_PASS_TOKENS // windows.shape[1], 1))
