@@ -77,10 +77,19 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
 
     snippets = blocks("python")
     assert len(snippets) == 3
+    printed = ""
     for snippet in snippets:
         done = started.run_code(shrink(snippet, short_stories), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "50.00% zeros" in done.stdout
+        printed += done.stdout
+    assert "50.00% zeros" in printed
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    cells = [cell for line in lines if line.startswith("|") for cell in line.split("|")]
+    assert len(lines) <= 150
+    assert max(len(cell.split()) for cell in cells) <= 30
 
 
 def test_options_named_in_the_readme_exist() -> None:
