@@ -58,9 +58,9 @@ def test_a_block_without_its_record_is_not_finished(tmp_path: Path) -> None:
 def test_another_run_is_refused_in_words(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
     other = {**_FINGERPRINT, "sparsity": "0.5", "the model's weights": "b" * 64}
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError) as result:
         check_journal(tmp_path / "out", {"sparsity": "0.5"}, resume=False)
-    assert "sparsity was 0.7 and is 0.5" in str(found.value) and "weights" not in str(found.value)
+    assert "sparsity was 0.7 and is 0.5" in str(result.value) and "weights" not in str(result.value)
     words = r"the model's weights was a{12}\.\.\. and is b{12}\.\.\."
     with pytest.raises(CheckpointError, match=words), open_journal(tmp_path / "out", other):
         pass
@@ -116,11 +116,11 @@ def test_files_hold_what_was_written(
     write_tensors(path, [TensorToWrite(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()])  # type: ignore[misc]
     from safetensors.torch import load_file
 
-    found = load_file(path)
-    ours = {one.name: one for one in list_tensors(read_weight_file(path))}
-    assert found.keys() == tensors.keys() == ours.keys()
+    result = load_file(path)
+    ours = {item.name: item for item in list_tensors(read_weight_file(path))}
+    assert result.keys() == tensors.keys() == ours.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert result[name].dtype == tensor.dtype and torch.equal(result[name], tensor)
         assert torch.equal(ours[name].read(), tensor)
         mapped = ours[name].memory_map()
         assert mapped.dtype == tensor.dtype and torch.equal(mapped, tensor)

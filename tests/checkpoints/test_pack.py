@@ -200,8 +200,8 @@ def test_shards_keep_to_their_size_and_hold_all_parts_of_a_tensor(tmp_path: Path
     assert [record.stored_bytes for record in manifest.tensors.values()] == [64 + 4 * (512 - 358) + 36] * 9  # 716
     assert list(manifest.shards) == [f"packed-{n:05}-of-00005.safetensors" for n in range(1, 6)]
     for shard in manifest.shards:
-        mine = {name for name, record in manifest.tensors.items() if record.shard == shard}
-        expected = {f"{name}.{part}" for name in mine for part in ("mask", "values", "offsets")}
+        own = {name for name, record in manifest.tensors.items() if record.shard == shard}
+        expected = {f"{name}.{part}" for name in own for part in ("mask", "values", "offsets")}
         assert set(load_file(tmp_path / "packed" / shard)) == expected
     unpack_directory(tmp_path / "packed", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
@@ -229,12 +229,12 @@ def test_the_reader_of_the_documentation_reads_a_pack(checkpoint: Path, tmp_path
     exec(snippet, scope)
     assert not [line for line in snippet.splitlines() if "alps" in line and "import" in line]
     pack_directory(checkpoint, tmp_path / "packed", shard_bytes=20_000)
-    found = scope["read"](tmp_path / "packed")
+    result = scope["read"](tmp_path / "packed")
     expected = {name: w for path in checkpoint.glob("*.safetensors") for name, w in load_file(path).items()}
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for name, weight in expected.items():
-        assert found[name].shape == weight.shape and found[name].dtype == "<u2"
-        assert found[name].tobytes() == weight.view(torch.uint8).numpy().tobytes(), name
+        assert result[name].shape == weight.shape and result[name].dtype == "<u2"
+        assert result[name].tobytes() == weight.view(torch.uint8).numpy().tobytes(), name
 
 
 def flip(path: Path, position: int) -> None:

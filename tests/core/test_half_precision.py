@@ -28,7 +28,7 @@ def _products(dtype: torch.dtype) -> list[tuple[str, Callable[[], Tensor], Calla
     x, w, b = _numbers(70, 300, dtype=dtype), _numbers(90, 300, dtype=dtype), _numbers(90, dtype=dtype)
     several, others = _numbers(3, 70, 300, dtype=dtype), _numbers(3, 300, 90, dtype=dtype)
     added = _numbers(3, 70, 90, dtype=dtype)
-    X, W, B, S, T, A = (one.double() for one in (x, w, b, several, others, added))
+    X, W, B, S, T, A = (item.double() for item in (x, w, b, several, others, added))
     return [
         ("linear", lambda: F.linear(x, w), lambda: X @ W.T),
         ("linear with bias", lambda: F.linear(x, w, b), lambda: X @ W.T + B),
@@ -50,19 +50,19 @@ def test_products_are_those_of_float64_rounded_once(
     monkeypatch.setattr(halves, "_CHUNK_ENTRIES", 300 * 32)
     for name, product, exact in _products(dtype):
         with mode(), Float32MatmulMode():
-            found = product()
-        assert found.dtype == dtype, name
-        wanted = exact()
+            result = product()
+        assert result.dtype == dtype, name
+        expected = exact()
         # Sums of 300 terms in float32 err far less than the rounding of the answer: half a unit of its last place.
-        half = wanted.abs() * torch.finfo(dtype).eps / 2 + 1e-4
-        assert bool(((found.double() - wanted).abs() <= half * 1.01).all()), name
+        half = expected.abs() * torch.finfo(dtype).eps / 2 + 1e-4
+        assert bool(((result.double() - expected).abs() <= half * 1.01).all()), name
 
 
 def test_it_is_used_whether_or_not_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, ...]] = []
+    calls: list[tuple[int, ...]] = []
 
     def counted(left: Tensor, right: Tensor) -> Tensor:
-        asked.append((*left.shape, right.shape[1]))
+        calls.append((*left.shape, right.shape[1]))
         return (left.float() @ right.float()).to(left.dtype)
 
     monkeypatch.setitem(halves._UPCAST, torch.ops.aten.mm.default, counted)
@@ -72,10 +72,10 @@ def test_it_is_used_whether_or_not_gradients_are_asked_for(monkeypatch: pytest.M
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 layer(x.detach())
-        assert asked == [(128, 96, 64)] * 2
+        assert calls == [(128, 96, 64)] * 2
         layer(x).sum().backward()
     # Forward, then the gradients of the weight and of the input.
-    assert sorted(asked[2:]) == sorted([(128, 96, 64), (64, 128, 96), (128, 64, 96)])
+    assert sorted(calls[2:]) == sorted([(128, 96, 64), (64, 128, 96), (128, 64, 96)])
 
 
 def test_gradients_are_those_of_float32() -> None:
@@ -83,10 +83,10 @@ def test_gradients_are_those_of_float32() -> None:
     x, w = _numbers(80, 200, dtype=dtype), _numbers(60, 200, dtype=dtype)
     grads = []
     for wide in (False, True):
-        own = [one.float().requires_grad_() if wide else one.clone().requires_grad_() for one in (x, w)]
+        own = [item.float().requires_grad_() if wide else item.clone().requires_grad_() for item in (x, w)]
         with Float32MatmulMode():
             F.linear(*own).pow(2).mean().backward()  # type: ignore[no-untyped-call]
-        grads.append([one.grad.float() for one in own if one.grad is not None])
+        grads.append([item.grad.float() for item in own if item.grad is not None])
         assert len(grads[-1]) == 2
     for half, full in zip(*grads, strict=True):
         assert float((half - full).norm() / full.norm()) < 0.01
@@ -108,8 +108,8 @@ def _attended(dtype: torch.dtype, how: str) -> list[Tensor]:
         settings["is_causal"] = how == "causal"
     out = F.scaled_dot_product_attention(query, key, value, **settings)
     out.backward(_numbers(2, 4, 48, 16, dtype=torch.bfloat16).to(dtype))  # type: ignore[no-untyped-call]
-    grads = [one.grad for one in (query, key, value)]
-    return [out.detach().double(), *(one.double() for one in grads if one is not None)]
+    grads = [item.grad for item in (query, key, value)]
+    return [out.detach().double(), *(item.double() for item in grads if item is not None)]
 
 
 @pytest.mark.parametrize("how", ["causal", "whole", "masked", "grouped"])
@@ -117,20 +117,20 @@ def _attended(dtype: torch.dtype, how: str) -> list[Tensor]:
 def test_attention_and_its_gradients_go_by_float32(
     dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[bool, torch.dtype]] = []
+    calls: list[tuple[bool, torch.dtype]] = []
     real = halves._attention
 
     def counted(func: Any, *more: Any) -> tuple[Tensor, ...]:
-        asked.append((func is halves._ATTENTION_FORWARD, more[0][0].dtype))
+        calls.append((func is halves._ATTENTION_FORWARD, more[0][0].dtype))
         return real(func, *more)
 
     monkeypatch.setattr(halves, "_attention", counted)
     with Float32MatmulMode():
-        found = _attended(dtype, how)
-    assert asked == [(True, dtype)] * (dtype is torch.float16) + [(False, dtype)]
+        result = _attended(dtype, how)
+    assert calls == [(True, dtype)] * (dtype is torch.float16) + [(False, dtype)]
     exact, own = _attended(torch.float64, how), _attended(dtype, how)
-    for mine, torchs, wanted in zip(found, own, exact, strict=True):
-        error, theirs = (float((one - wanted).norm() / wanted.norm()) for one in (mine, torchs))
+    for ours, torchs, expected in zip(result, own, exact, strict=True):
+        error, theirs = (float((item - expected).norm() / expected.norm()) for item in (ours, torchs))
         assert error < 2 * torch.finfo(dtype).eps
         assert error <= theirs * 1.05
 
@@ -150,8 +150,8 @@ def test_small_products_and_other_dtypes_are_left_alone(monkeypatch: pytest.Monk
         factors = _numbers(rows, terms, dtype=dtype), _numbers(columns, terms, dtype=dtype)
         own = F.linear(*factors)
         with Float32MatmulMode(), torch.inference_mode():
-            found = F.linear(*factors)
-        assert found.dtype == dtype and torch.equal(found, own), (rows, terms, dtype)
+            result = F.linear(*factors)
+        assert result.dtype == dtype and torch.equal(result, own), (rows, terms, dtype)
 
 
 def test_only_halves_on_a_slow_cpu_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +186,8 @@ def test_packed_layers_multiply_many_vectors_by_float32(
     w[torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.7] = 0
     x, bias = _numbers(3, 20, 256, dtype=torch.bfloat16), _numbers(100, dtype=torch.bfloat16) if biased else None
     with torch.inference_mode():
-        found = linear.PackedLinear(pack(w), bias)(x)
+        result = linear.PackedLinear(pack(w), bias)(x)
     exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
     half = exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-4
-    assert found.shape == (3, 20, 100)
-    assert bool(((found.double() - exact).abs() <= half * 1.01).all())
+    assert result.shape == (3, 20, 100)
+    assert bool(((result.double() - exact).abs() <= half * 1.01).all())

@@ -15,7 +15,7 @@ WIDTHS = (1, 7, 255, 256, 257, 600)
 
 
 def integers(seed: int, *shape: int) -> Tensor:
-    """Small whole numbers: all their sums are exact in float32, so equality may be asked for."""
+    """Return small whole numbers: all their sums are exact in float32, so that tests can demand equality."""
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -204,12 +204,12 @@ def test_windows_add_up_to_the_same_bits_in_any_order_and_in_any_batches(sizes: 
             sums = part + sums
         return sums.to_stats()
 
-    one = added(list(range(len(windows))), [len(windows)])
+    item = added(list(range(len(windows))), [len(windows)])
     other = added(torch.randperm(len(windows), generator=generator).tolist(), sizes)
-    assert one.tokens == other.tokens == 12 * len(windows)
-    assert torch.equal(one.gram(), other.gram()) and torch.equal(one.total, other.total)
-    assert one.input_shift is not None and other.input_shift is not None
-    assert torch.equal(one.square, other.square) and torch.equal(one.input_shift, other.input_shift)
+    assert item.tokens == other.tokens == 12 * len(windows)
+    assert torch.equal(item.gram(), other.gram()) and torch.equal(item.total, other.total)
+    assert item.input_shift is not None and other.input_shift is not None
+    assert torch.equal(item.square, other.square) and torch.equal(item.input_shift, other.input_shift)
 
 
 def test_sums_are_let_go_of_when_they_are_released() -> None:

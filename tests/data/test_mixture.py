@@ -139,14 +139,14 @@ def test_windows_are_all_there_in_a_seeded_order() -> None:
         (CalibrationSource(Text("a", ["x"]), Fraction(7, 10)), CalibrationSource(None, Fraction(3, 10)))
     )
     drawn = [_windows("a", 0, 14), _windows("self", 1000, 6)]
-    one, again, other = (combine(mix, drawn, seed) for seed in (0, 0, 1))
-    assert one.source == "a:0.7,self:0.3" and one.parts == (("a", 14), ("self", 6)) and one.available == 200
-    assert torch.equal(one.ids, again.ids) and not torch.equal(one.ids, other.ids)
+    item, again, other = (combine(mix, drawn, seed) for seed in (0, 0, 1))
+    assert item.source == "a:0.7,self:0.3" and item.parts == (("a", 14), ("self", 6)) and item.available == 200
+    assert torch.equal(item.ids, again.ids) and not torch.equal(item.ids, other.ids)
     everything = torch.cat([windows.ids for windows in drawn])
-    for found in (one, other):
-        assert sorted(found.ids.tolist()) == everything.tolist() != found.ids.tolist()
+    for result in (item, other):
+        assert sorted(result.ids.tolist()) == everything.tolist() != result.ids.tolist()
     # Both kinds among the first and among the last ones: batches see them mixed.
-    kinds = (one.ids[:, 0] >= 1000).tolist()
+    kinds = (item.ids[:, 0] >= 1000).tolist()
     assert len(set(kinds[:8])) == len(set(kinds[-8:])) == 2
 
 

@@ -19,7 +19,7 @@ from alps.data.sampling import TemperatureSchedule, draw_tokens, sample_windows
 
 
 class Steps:
-    """Counts what a watcher is told."""
+    """Progress that records its calls."""
 
     def __init__(self) -> None:
         self.totals: list[int] = []
@@ -27,12 +27,15 @@ class Steps:
         self.finished = 0
 
     def start(self, title: str, total: int) -> None:
+        """Record the number of steps."""
         self.totals.append(total)
 
     def step(self, detail: str) -> None:
+        """Record the detail."""
         self.details.append(detail)
 
     def finish(self) -> None:
+        """Count the end."""
         self.finished += 1
 
 
@@ -66,10 +69,10 @@ def naive(model: Any, first: int, seqlen: int, numbers: list[float], temperature
 
 def test_the_cache_changes_nothing(story_model: Any) -> None:
     temperatures = [1.5 - i / 20 for i in range(10)] + [1.0] * 29
-    found = sample_windows(story_model, 1, samples=3, seqlen=40, seed=5)
-    assert found.dtype == torch.int64
+    result = sample_windows(story_model, 1, samples=3, seqlen=40, seed=5)
+    assert result.dtype == torch.int64
     for window in range(3):
-        assert found[window].tolist() == naive(story_model, 1, 40, uniforms(5, window, 39), temperatures)
+        assert result[window].tolist() == naive(story_model, 1, 40, uniforms(5, window, 39), temperatures)
 
 
 def test_probabilities_are_those_of_a_whole_forward(story_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,43 +90,43 @@ def test_probabilities_are_those_of_a_whole_forward(story_model: Any, monkeypatc
 
 
 def test_without_heat_the_most_likely_token_follows(story_model: Any) -> None:
-    found = sample_windows(story_model, 1, samples=2, seqlen=60, seed=0, schedule=TemperatureSchedule(1e-4, 1e-4, 1))
+    result = sample_windows(story_model, 1, samples=2, seqlen=60, seed=0, schedule=TemperatureSchedule(1e-4, 1e-4, 1))
     ids = [1]
     for _ in range(59):
         with torch.no_grad():
             ids.append(int(story_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    assert found.tolist() == [ids, ids]
+    assert result.tolist() == [ids, ids]
 
 
 def test_every_architecture_is_sampled_as_without_a_cache(tiny_model: Callable[..., Any], kind: str) -> None:
     model = tiny_model(kind)
-    found = sample_windows(model, 0, samples=2, seqlen=20, seed=1, schedule=TemperatureSchedule(1.0, 1.0, 1))
+    result = sample_windows(model, 0, samples=2, seqlen=20, seed=1, schedule=TemperatureSchedule(1.0, 1.0, 1))
     expected = [naive(model, 0, 20, uniforms(1, window, 19), [1.0] * 19) for window in range(2)]
-    assert found.tolist() == expected
+    assert result.tolist() == expected
 
 
 def test_seeds_repeat_and_differ_and_every_window_has_its_own_stream(story_model: Any) -> None:
-    one, again, other = (sample_windows(story_model, 1, samples=6, seqlen=32, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one, again)
-    rows = {tuple(row) for row in [*one.tolist(), *other.tolist()]}
+    item, again, other = (sample_windows(story_model, 1, samples=6, seqlen=32, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(item, again)
+    rows = {tuple(row) for row in [*item.tolist(), *other.tolist()]}
     assert len(rows) == 12
-    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=32, seed=0), one[:2])
+    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=32, seed=0), item[:2])
 
 
 def test_the_global_random_state_is_neither_read_nor_moved(story_model: Any) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = sample_windows(story_model, 1, samples=2, seqlen=16, seed=0)
+    item = sample_windows(story_model, 1, samples=2, seqlen=16, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=16, seed=0), one)
+    assert torch.equal(sample_windows(story_model, 1, samples=2, seqlen=16, seed=0), item)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5]), (9, [5])])
 def test_batches_do_not_change_the_tokens(story_model: Any, size: int, sizes: list[int]) -> None:
     steps = Steps()
-    found = sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=size, progress=steps)
-    assert torch.equal(found, sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=4))
+    result = sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=size, progress=steps)
+    assert torch.equal(result, sample_windows(story_model, 1, samples=5, seqlen=24, seed=3, batch_size=4))
     assert steps.details == [f"{count} at once" for count in sizes for _ in range(23)]
     assert steps.totals == [len(sizes) * 23] and steps.finished == 1
 
@@ -166,9 +169,9 @@ def test_draws_have_the_frequencies_of_the_softmax(temperature: float) -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0)) * 2
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    found = torch.bincount(draw_tokens(logits.expand(count, 9), grid, temperature), minlength=9)
+    result = torch.bincount(draw_tokens(logits.expand(count, 9), grid, temperature), minlength=9)
     weights = [2.718281828459045 ** (x / temperature) for x in logits.tolist()]
-    for hits, weight in zip(found.tolist(), weights, strict=True):
+    for hits, weight in zip(result.tolist(), weights, strict=True):
         assert abs(hits - count * weight / sum(weights)) < 1.01
 
 
@@ -181,18 +184,18 @@ def test_what_has_no_probability_is_never_drawn() -> None:
 def test_forbidden_tokens_do_not_occur(story_model: Any) -> None:
     free = sample_windows(story_model, 1, samples=4, seqlen=32, seed=0)
     forbidden = torch.tensor(sorted(set(free[:, 1:].flatten().tolist()))[::2])
-    found = sample_windows(story_model, 1, samples=4, seqlen=32, seed=0, forbidden=forbidden)
-    assert bool(torch.isin(free[:, 1:], forbidden).any()) and not bool(torch.isin(found[:, 1:], forbidden).any())
+    result = sample_windows(story_model, 1, samples=4, seqlen=32, seed=0, forbidden=forbidden)
+    assert bool(torch.isin(free[:, 1:], forbidden).any()) and not bool(torch.isin(result[:, 1:], forbidden).any())
 
 
 def test_the_end_of_a_text_is_a_token_like_others(story_model: Any) -> None:
     end = story_model.config.eos_token_id
     others = torch.tensor([i for i in range(story_model.config.vocab_size) if i not in (end, 5)])
-    found = sample_windows(
+    result = sample_windows(
         story_model, 1, samples=8, seqlen=40, seed=0, schedule=TemperatureSchedule(50.0, 50.0, 1), forbidden=others
     )
-    assert set(found[:, 1:].flatten().tolist()) == {end, 5} and found.shape == (8, 40)
-    after = found[:, 2:][found[:, 1:-1] == end]
+    assert set(result[:, 1:].flatten().tolist()) == {end, 5} and result.shape == (8, 40)
+    after = result[:, 2:][result[:, 1:-1] == end]
     assert 5 in after.tolist()
 
 
@@ -207,15 +210,17 @@ def test_the_model_comes_back_as_it_was(tiny_model: Callable[..., Any]) -> None:
 
 def test_bfloat16_is_sampled_from_float32_logits(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", torch.bfloat16)
-    found = sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)
-    assert torch.equal(found, sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)) and found.shape == (
+    result = sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)
+    assert torch.equal(
+        result, sample_windows(model, 0, samples=3, seqlen=16, seed=0, batch_size=3)
+    ) and result.shape == (
         3,
         16,
     )
 
 
 class _Odd(nn.Module):
-    """Answers as it is told."""
+    """Model whose forward returns what `answer` does."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         super().__init__()

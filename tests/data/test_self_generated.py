@@ -271,16 +271,16 @@ def test_the_commands_sample_and_mix(
         assert run_alps(monkeypatch, "prune", stories, tmp_path / out, *sizes, "--calibration", calibration) == 0
         return capsys.readouterr().err, json.loads((tmp_path / out / "report.json").read_text())["calibration"]
 
-    said, used = prune("own", "self")
-    assert said.count("Sampling 5 windows of 32 tokens") == 1 and "sampling calibration windows: 31/31" in said
+    lines, used = prune("own", "self")
+    assert lines.count("Sampling 5 windows of 32 tokens") == 1 and "sampling calibration windows: 31/31" in lines
     assert used["source"] == "self" and used["parts"] == [{"source": "self", "windows": 5}]
-    said, again = prune("again", "self")
-    assert "ampling" not in said and again == used
+    lines, again = prune("again", "self")
+    assert "ampling" not in lines and again == used
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("own", "again")]
     assert weights[0] == weights[1]
 
-    said, used = prune("mixed", f"{english_file}:0.5,self:0.5")
-    assert "Sampling 2 windows of 32 tokens" in said and used["windows"] == 5
+    lines, used = prune("mixed", f"{english_file}:0.5,self:0.5")
+    assert "Sampling 2 windows of 32 tokens" in lines and used["windows"] == 5
     assert used["source"] == "english.txt:0.5,self:0.5"
     assert used["parts"] == [{"source": "english.txt", "windows": 3}, {"source": "self", "windows": 2}]
     settings = tmp_path / "mixed" / "alps.yaml"

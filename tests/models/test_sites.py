@@ -107,7 +107,7 @@ def test_a_block_that_is_itself_a_linear_map_is_its_own_site() -> None:
 
 
 class _Experts(nn.Module):
-    """Three maps from 4 features to 6 in one parameter, and what is fused in no such way beside them."""
+    """Three maps from 4 features to 6 in one parameter, and parameters that are not fused in this way."""
 
     def __init__(self, turned: bool, attribute: str = "down_proj") -> None:
         super().__init__()
@@ -151,6 +151,6 @@ def test_weights_and_biases_of_routers_are_known() -> None:
             "other": nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 3)}), "gate": nn.Linear(4, 4)}),
         }
     )
-    known = routing_parameters(block)
-    names = {name for name, parameter in block.named_parameters() if id(parameter) in known}
+    routing = routing_parameters(block)
+    names = {name for name, parameter in block.named_parameters() if id(parameter) in routing}
     assert names == {f"{name}.{part}" for name in ("mlp.gate", "other.router.layer") for part in ("weight", "bias")}

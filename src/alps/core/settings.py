@@ -30,7 +30,7 @@ _Config = TypeVar("_Config", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Setting:
-    """Metadata of a config field in addition to its type, default and description; used as `Annotated[type, Setting(...)]`.
+    """Further metadata of a config field than type, default and description; used as `Annotated[type, Setting(...)]`.
 
     Attributes:
         panel: heading under which the command line and docs/settings.md list the field.
