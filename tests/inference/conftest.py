@@ -1,4 +1,4 @@
-"""The kernel, compiled for the tests from the sources as they are, so that no older build can pass for it."""
+"""Fixtures of the inference tests: the kernel is compiled from the current sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alps.inference.cpu_backend import Kernel
 
 @pytest.fixture(scope="session")
 def kernel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled library, one for all workers of pytest-xdist; skips without a compiler."""
+    """Compile the library once for all workers of pytest-xdist; skip the test without a compiler."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -32,7 +32,7 @@ def kernel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["kernel", "torch"])
 def multiplier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Packed layers multiply by the kernel, or by torch alone as where it was not built."""
+    """Let packed layers use the kernel, or torch only as if the kernel was not built."""
     name: str = request.param
     kernel = Kernel(request.getfixturevalue("kernel_file")) if name == "kernel" else None
     monkeypatch.setattr(linear, "find_kernel", lambda: kernel)
@@ -41,7 +41,7 @@ def multiplier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Torch's number of threads, back afterwards."""
+    """Restore torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

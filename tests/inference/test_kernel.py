@@ -1,4 +1,4 @@
-"""The compiled kernel: every instruction set of this machine against float64, within its memory, for any threads."""
+"""Tests of the compiled kernel: every instruction set against float64, memory bounds and numbers of threads."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def multiply(kernel: Kernel, packed: Matrix, x: Tensor) -> Tensor:
     return out
 
 
-def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Within one rounding to the dtype, and the error of float32 sums, of the exact answer."""
+def assert_close(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check that products are exact up to one rounding to the dtype and the error of float32 sums."""
     exact, most = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, most = exact + bias.double(), most + bias.double().abs()
     bound = DTYPES[weight.dtype] * exact.abs() + 2e-6 * most + (6e-8 if weight.dtype == torch.float16 else 0)
-    assert found.dtype == weight.dtype and bool(((found.double() - exact).abs() <= bound).all())
+    assert result.dtype == weight.dtype and bool(((result.double() - exact).abs() <= bound).all())
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,36 +84,36 @@ def test_results_do_not_depend_on_the_threads(kernel_file: Path, dtype: torch.dt
     for path in Kernel(kernel_file).paths:
         kernel = Kernel(kernel_file, path)
         packed = matrix(kernel, weight)
-        found = []
+        result = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             dense = torch.empty_like(weight)
             kernel.unpack(packed, 0, dense)
             assert torch.equal(dense, weight)
-            found.append(multiply(kernel, packed, x))
-        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), path
-        assert_close(found[0], x, weight, None)
+            result.append(multiply(kernel, packed, x))
+        assert torch.equal(result[0], result[1]) and torch.equal(result[0], result[2]), path
+        assert_close(result[0], x, weight, None)
 
 
-def test_products_of_torch_are_not_disturbed(kernel_file: Path) -> None:
-    """Torch's own products may leave registers configured for the next one, which the kernel configures otherwise."""
+def test_torch_products_are_unaffected(kernel_file: Path) -> None:
+    """Check torch's products after the kernel's, which configures the same registers in another way."""
     weight, x = sparse(64, 96, 0.5, torch.bfloat16, 3), torch.randn(33, 96).bfloat16()
     left, right = torch.randn(128, 256).bfloat16(), torch.randn(256, 192).bfloat16()
-    wanted = left @ right
+    expected = left @ right
     for path in Kernel(kernel_file).paths:
         kernel = Kernel(kernel_file, path)
         packed = matrix(kernel, weight)
         for tokens in (1, 5, 33):
             first = multiply(kernel, packed, x[:tokens])
-            assert torch.equal(left @ right, wanted), path
+            assert torch.equal(left @ right, expected), path
             assert torch.equal(multiply(kernel, packed, x[:tokens]), first), path
-            assert torch.equal(left @ right, wanted), path
+            assert torch.equal(left @ right, expected), path
             assert_close(first, x[:tokens], weight, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_of_any_kind_come_back(kernel_file: Path, dtype: torch.dtype) -> None:
-    """Negative zeros, subnormals, infinities and NaNs with their payloads."""
+def test_all_bit_patterns_are_restored(kernel_file: Path, dtype: torch.dtype) -> None:
+    """Include negative zeros, subnormals, infinities and NaNs with their payloads."""
     bits = BIT_DTYPES[dtype.itemsize]
     info = torch.iinfo(bits)
     there = torch.randint(info.min, info.max, (64, 100), generator=torch.Generator().manual_seed(1), dtype=bits)
@@ -125,14 +125,14 @@ def test_bits_of_any_kind_come_back(kernel_file: Path, dtype: torch.dtype) -> No
         assert torch.equal(out.view(bits), there), path
 
 
-def test_threads_are_those_of_torch(kernel_file: Path) -> None:
+def test_the_kernel_uses_torch_threads(kernel_file: Path) -> None:
     entry = native._openmp()
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[-1]:
         pytest.skip("this torch has no OpenMP")
     assert entry is not None and ctypes.cast(entry, ctypes.c_void_p).value
 
 
-def test_a_matrix_that_contradicts_itself_is_refused(kernel_file: Path) -> None:
+def test_inconsistent_matrices_are_rejected(kernel_file: Path) -> None:
     kernel, packed = Kernel(kernel_file), pack(sparse(8, 40, 0.5, torch.bfloat16, 0))
     mask, values, offsets = packed.mask, packed.values, packed.offsets
     spare, moved = mask.clone(), offsets.clone()
@@ -156,7 +156,7 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel_file: Path) -> None:
 
 
 def run_paths(library: Path, folder: Path, compiler: str, launcher: list[str]) -> list[str]:
-    """Run the program beside this file, which puts every array right before memory that may not be touched."""
+    """Run paths.c, which places every array directly before memory that must not be touched."""
     program = folder / "paths"
     command = [compiler, "-std=gnu11", "-O1", f"-I{SOURCES}", str(CHECK), str(library), "-o", str(program), "-lm"]
     subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], check=True)
@@ -165,7 +165,7 @@ def run_paths(library: Path, folder: Path, compiler: str, launcher: list[str]) -
     return done.stdout.split()
 
 
-def test_nothing_is_touched_past_the_arrays(kernel_file: Path, tmp_path: Path) -> None:
+def test_no_byte_is_touched_past_the_arrays(kernel_file: Path, tmp_path: Path) -> None:
     compiler = building._compiler()
     assert compiler is not None
     assert run_paths(kernel_file, tmp_path, compiler[0], []) == Kernel(kernel_file).paths
@@ -180,7 +180,7 @@ def test_the_arm_path_in_an_emulator(tmp_path: Path) -> None:
     assert run_paths(library, tmp_path, compiler, [emulator, "-L", "/usr/aarch64-linux-gnu"]) == ["portable", "neon"]
 
 
-def test_without_a_compiler_there_is_a_reason_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / LIBRARY_NAME
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -190,7 +190,7 @@ def test_without_a_compiler_there_is_a_reason_and_no_file(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_compiler_that_lacks_an_instruction_set_builds_the_rest(tmp_path: Path, kernel_file: Path) -> None:
+def test_unsupported_instruction_sets_are_left_out(tmp_path: Path, kernel_file: Path) -> None:
     if "avx2" not in Kernel(kernel_file).paths:
         pytest.skip("needs AVX2")
     wrapper = tmp_path / "cc"
@@ -201,14 +201,14 @@ def test_a_compiler_that_lacks_an_instruction_set_builds_the_rest(tmp_path: Path
     assert Kernel(tmp_path / LIBRARY_NAME).paths == ["portable", "avx2"]
 
 
-def test_a_library_of_other_sources_is_not_used(
+def test_a_library_of_another_version_is_not_used(
     kernel_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     assert native.find_kernel.__wrapped__() is None
     shutil.copy(kernel_file, tmp_path / LIBRARY_NAME)
-    found = native.find_kernel.__wrapped__()
-    assert found is not None and native.describe(found) == f"kernel {found.paths[-1]}"
+    result = native.find_kernel.__wrapped__()
+    assert result is not None and native.describe(result) == f"kernel {result.paths[-1]}"
     with pytest.raises(ValueError):
         Kernel(kernel_file, "none")
     monkeypatch.setattr(native, "VERSION", 99)

@@ -1,4 +1,4 @@
-"""A packed layer does what a dense one does, by the kernel and by torch alone, wherever and in whatever it is moved."""
+"""Tests of packed layers against dense ones, with the kernel and with torch only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 def layers(
     dtype: torch.dtype = torch.float32, out: int = 50, columns: int = 70, biased: bool = True
 ) -> tuple[PackedLinear, nn.Linear]:
-    """The same layer packed and dense."""
+    """Return a layer packed and dense."""
     generator = torch.Generator().manual_seed(out)
     dense = nn.Linear(columns, out, bias=biased)
     with torch.no_grad():
@@ -35,9 +35,9 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def assert_same(found: Tensor, wanted: Tensor) -> None:
-    tolerance = TOLERANCE[wanted.dtype]
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+def assert_same(result: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -46,13 +46,13 @@ def assert_same(found: Tensor, wanted: Tensor) -> None:
 def test_any_leading_shape(multiplier: str, dtype: torch.dtype, biased: bool, shape: tuple[int, ...]) -> None:
     packed, dense = layers(dtype, biased=biased)
     x = inputs(*shape, 70, dtype=dtype)
-    found = packed(x)
-    assert found.shape == (*shape, 50)
-    assert_same(found, dense(x))
+    result = packed(x)
+    assert result.shape == (*shape, 50)
+    assert_same(result, dense(x))
     assert torch.equal(packed.to_dense(), dense.weight)
 
 
-def test_many_vectors_go_tile_by_tile(multiplier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_vectors_are_multiplied_in_tiles(multiplier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_TILE_BYTES", 7 * 70 * 4)
     for biased in (False, True):
         packed, dense = layers(biased=biased)
@@ -60,13 +60,13 @@ def test_many_vectors_go_tile_by_tile(multiplier: str, monkeypatch: pytest.Monke
         assert torch.equal(packed.to_dense(), dense.weight)
 
 
-def test_inputs_that_are_not_contiguous(multiplier: str) -> None:
+def test_noncontiguous_inputs(multiplier: str) -> None:
     packed, dense = layers()
     for x in (inputs(70, 5).T, inputs(4, 3, 140)[..., ::2], inputs(1, 70).expand(6, 70)):
         assert_same(packed(x), dense(x))
 
 
-def test_a_layer_moves_and_is_cast(multiplier: str) -> None:
+def test_layers_can_be_moved_and_cast(multiplier: str) -> None:
     packed, dense = layers()
     x = inputs(3, 70)
     packed(x)
@@ -79,15 +79,15 @@ def test_a_layer_moves_and_is_cast(multiplier: str) -> None:
 def test_copies_and_replaced_tensors(multiplier: str) -> None:
     packed, dense = layers()
     x = inputs(3, 70)
-    wanted = packed(x)
+    expected = packed(x)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-        assert torch.equal(other(x), wanted)
+        assert torch.equal(other(x), expected)
     packed.bias = nn.Parameter(torch.zeros(50), requires_grad=False)
     assert_same(packed(x), F.linear(x, dense.weight))
     packed.values = 2 * packed.values
     assert_same(packed(x), F.linear(x, 2 * dense.weight))
     packed.load_state_dict(layers()[0].state_dict())
-    assert torch.equal(packed(x), wanted)
+    assert torch.equal(packed(x), expected)
     packed.values = packed.values[:-1].clone()
     if multiplier == "kernel":
         with pytest.raises(ValueError):
@@ -96,7 +96,7 @@ def test_copies_and_replaced_tensors(multiplier: str) -> None:
         packed.check()
 
 
-def test_the_input_and_the_bias_may_ask_for_gradients(multiplier: str) -> None:
+def test_gradients_of_the_input_and_the_bias(multiplier: str) -> None:
     packed, dense = layers()
     x = inputs(12, 70).requires_grad_()
     assert packed.bias is not None
@@ -107,14 +107,14 @@ def test_the_input_and_the_bias_may_ask_for_gradients(multiplier: str) -> None:
     torch.autograd.backward((F.linear(other, dense.weight, bias) ** 2).sum())
     assert x.grad is not None and other.grad is not None
     assert_same(x.grad, other.grad)
-    # The input may ask for none.
+    # Without a gradient of the input.
     packed.bias.grad = None
     torch.autograd.backward((packed(x.detach()) ** 2).sum())
     assert packed.bias.grad is not None and bias.grad is not None
     assert_same(packed.bias.grad, bias.grad)
 
 
-def test_what_a_dense_layer_refuses_is_refused(multiplier: str) -> None:
+def test_invalid_inputs_raise_as_for_a_dense_layer(multiplier: str) -> None:
     packed, dense = layers()
     for x in (inputs(3, 69), inputs(3, 71), inputs(3, 70).double()):
         for layer in (packed, dense):
@@ -125,9 +125,9 @@ def test_what_a_dense_layer_refuses_is_refused(multiplier: str) -> None:
 def test_autocast_casts_as_for_a_dense_layer(multiplier: str) -> None:
     packed, dense = layers()
     with torch.autocast("cpu", torch.bfloat16):
-        found, wanted = packed(inputs(3, 70)), dense(inputs(3, 70))
-    assert found.dtype == wanted.dtype == torch.bfloat16
-    assert_same(found, wanted)
+        result, expected = packed(inputs(3, 70)), dense(inputs(3, 70))
+    assert result.dtype == expected.dtype == torch.bfloat16
+    assert_same(result, expected)
 
 
 def test_empty_layers(multiplier: str) -> None:

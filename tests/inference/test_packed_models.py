@@ -1,4 +1,4 @@
-"""Packed directories load as models that answer like the unpacked ones, and are never dense in memory."""
+"""Tests of packed directories: models match the dense ones, and are never dense in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SITES = {"llama": 7, "opt": 6, "opt-postnorm": 6, "gpt2": 4}
 
 
 def prune(model: nn.Module, sparsity: float = 0.7) -> None:
-    """The smallest weights of every matrix outside embeddings and head become zero."""
+    """Set the smallest weights of every matrix outside embeddings and head to zero."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "emb" not in name and "head" not in name and "wte" not in name and "wpe" not in name:
             order = parameter.data.abs().float().flatten().argsort()
@@ -39,7 +39,7 @@ def prune(model: nn.Module, sparsity: float = 0.7) -> None:
 
 @pytest.fixture
 def packed_stories(stories: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A real trained model at 30 % of its weights in float32, dense and packed."""
+    """Return the directories of a trained model at 70 % sparsity in float32, dense and packed."""
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
     prune(model)
     model.save_pretrained(tmp_path / "dense")
@@ -50,13 +50,13 @@ def packed_stories(stories: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids).logits
-    return found
+        result: Tensor = model(input_ids=ids).logits
+    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compress", [False, True])
-def test_every_kind_answers_like_the_dense_one(
+def test_packed_models_match_dense_ones(
     multiplier: str,
     kind: str,
     dtype: torch.dtype,
@@ -82,17 +82,18 @@ def test_every_kind_answers_like_the_dense_one(
             assert torch.equal(dense.T if kind == "gpt2" else dense, weight), name
             assert len(layer.values) == int((weight != 0).sum())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
-    wanted = logits(model, ids)
-    torch.testing.assert_close(logits(packed, ids), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
-    # One token at a time, with the cache.
-    for one in (model, packed):
-        one.generation_config.eos_token_id = None
-    outputs = [one.generate(ids[:2], max_new_tokens=5, do_sample=False) for one in (model, packed)]
+    expected = logits(model, ids)
+    absolute = tolerance * float(expected.abs().max())
+    torch.testing.assert_close(logits(packed, ids), expected, rtol=tolerance, atol=absolute)
+    # Generate one token at a time with the cache.
+    for either in (model, packed):
+        either.generation_config.eos_token_id = None
+    outputs = [either.generate(ids[:2], max_new_tokens=5, do_sample=False) for either in (model, packed)]
     if dtype == torch.float32:
         assert torch.equal(*outputs)
 
 
-def test_the_same_greedy_tokens_and_perplexity(
+def test_greedy_tokens_and_perplexity_match_the_dense_model(
     multiplier: str, packed_stories: tuple[Path, Path], english_file: Path
 ) -> None:
     dense, packed = AutoModelForCausalLM.from_pretrained(packed_stories[0]), alps.load(packed_stories[1])
@@ -100,9 +101,9 @@ def test_the_same_greedy_tokens_and_perplexity(
     assert len(list(packed_modules(packed))) == 35
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
-    wanted = dense.generate(ids, **settings)
-    assert torch.equal(packed.generate(ids, **settings), wanted) and wanted.shape[1] == ids.shape[1] + 200
-    # A batch of prompts of different lengths, padded on the left, and beams.
+    expected = dense.generate(ids, **settings)
+    assert torch.equal(packed.generate(ids, **settings), expected) and expected.shape[1] == ids.shape[1] + 200
+    # Generate from a batch of prompts of different lengths, padded on the left, and with beam search.
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     batch = tokenizer(["Once upon a time there was", "Lily"], return_tensors="pt", padding=True)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -123,8 +124,8 @@ def test_dtypes(multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor)
         assert packed.dtype == dense.dtype and packed.config.dtype == dense.config.dtype
         layer = next(layer for _, layer in packed_modules(packed))
         assert layer.values.dtype == dense.dtype
-        wanted = logits(dense, ids)
-        torch.testing.assert_close(logits(packed, ids), wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+        expected = logits(dense, ids)
+        torch.testing.assert_close(logits(packed, ids), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
 
 
 _PEAK = """
@@ -133,7 +134,7 @@ import torch
 import alps
 from alps.core.memory import peak_host_bytes, reset_peak_memory
 for folder in sys.argv[1:]:
-    # The first, small model has all code in memory before the second one is measured.
+    # The small model loads all code before the second model is measured.
     reset_peak_memory(torch.device("cpu"))
     before = peak_host_bytes()
     model = alps.load(folder)
@@ -144,7 +145,7 @@ print(json.dumps({"grown": grown, "footprint": model.get_memory_footprint()}))
 
 
 def write_packed(folder: Path, width: int) -> int:
-    """Pack a random model with a tenth of its weights; returns the bytes of the dense one."""
+    """Pack a random model with a tenth of its weights, and return the bytes of the dense one."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4
     )
@@ -152,7 +153,7 @@ def write_packed(folder: Path, width: int) -> int:
     for name, parameter in model.named_parameters():
         if "proj" in name:
             parameter.data[torch.rand(parameter.shape) < 0.9] = 0
-    # All in one file: what is mapped of it, and what is read and packed no more, would count.
+    # One file: mapped parts, and tensors that are not freed after packing, would count.
     model.save_pretrained(folder.with_name("dense"))
     pack_directory(folder.with_name("dense"), folder)
     return sum(parameter.nbytes for parameter in model.parameters())
@@ -170,7 +171,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
     assert sizes["grown"] < 0.55 * dense, (sizes, dense)
 
 
-def test_an_ordinary_directory_is_dense_and_can_be_packed(
+def test_an_ordinary_directory_loads_dense_and_can_be_packed(
     multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor
 ) -> None:
     model, packed = alps.load(packed_stories[0]), alps.load(packed_stories[1])
@@ -195,7 +196,7 @@ def test_tied_and_sparse_embeddings_are_dense(tmp_path: Path, tiny_model: Callab
 
 
 def renamed(source: Path, target: Path, rename: Callable[[str], str | None]) -> Path:
-    """A copy of a checkpoint of one file with other names of tensors; None leaves one out."""
+    """Copy a checkpoint of one file with renamed tensors; None leaves a tensor out."""
     target.mkdir()
     tensors = load_file(source / "model.safetensors")
     new = {name: tensor for old, tensor in tensors.items() if (name := rename(old)) is not None}
@@ -213,7 +214,7 @@ def test_names_with_and_without_the_prefix(tmp_path: Path, tiny_model: Callable[
     torch.testing.assert_close(logits(alps.load(tmp_path / "packed"), ids), logits(model, ids))
 
 
-def test_directories_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_directories_that_do_not_fit_are_rejected(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     prune(model)
     model.save_pretrained(tmp_path / "dense")
@@ -240,7 +241,7 @@ def test_directories_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Cal
         alps.load(tmp_path / "damaged")
 
 
-def test_experts_under_other_names_are_refused(tmp_path: Path) -> None:
+def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -259,7 +260,7 @@ def test_experts_under_other_names_are_refused(tmp_path: Path) -> None:
         alps.load(tmp_path / "packed")
 
 
-def test_a_packed_model_is_not_saved(packed_stories: tuple[Path, Path], tmp_path: Path) -> None:
+def test_save_pretrained_is_rejected(packed_stories: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="save_pretrained"):
         alps.load(packed_stories[1]).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -269,18 +270,18 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
     dense, packed = map(str, packed_stories)
     runner = CliRunner()
     options = ("--prompt", "Once upon a time", "--tokens", "40")
-    found = runner.invoke(cli.app, ["generate", packed, *options])
-    assert found.exit_code == 0, found.output
+    result = runner.invoke(cli.app, ["generate", packed, *options])
+    assert result.exit_code == 0, result.output
     model, tokenizer = alps.load(dense), AutoTokenizer.from_pretrained(dense)
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    wanted = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
-    assert found.stdout.strip() == tokenizer.decode(wanted, skip_special_tokens=True).strip()
-    said = found.stderr.replace("\n", " ")
-    assert f"{len(wanted)} tokens after {ids.shape[1]}: the first in" in said and "tokens/s; weights" in said
-    assert "35 packed layers by" in said and "peak memory" in said
+    expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    assert result.stdout.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    message = result.stderr.replace("\n", " ")
+    assert f"{len(expected)} tokens after {ids.shape[1]}: the first in" in message and "tokens/s; weights" in message
+    assert "35 packed layers by" in message and "peak memory" in message
     written = generate_text(model, tokenizer, "Once upon a time", 1)
     assert written.tokens == 1 and written.tokens_per_second is None
-    # Sampled by a seed, and twice the same.
+    # Sampling with the same seed gives the same text.
     texts = [generate_text(model, tokenizer, "Once", 20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     refused = runner.invoke(cli.app, ["generate", packed, *options, "--chat"])
@@ -294,7 +295,7 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
     assert f"{measured[0]:.4g}" == f"{measured[1]:.4g}"
 
 
-def test_a_chat_template_is_used(packed_stories: tuple[Path, Path]) -> None:
+def test_the_chat_template_is_applied(packed_stories: tuple[Path, Path]) -> None:
     model, tokenizer = alps.load(packed_stories[1]), AutoTokenizer.from_pretrained(packed_stories[1])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Once"
     plain = generate_text(model, tokenizer, "Hello", 5)

@@ -1,4 +1,4 @@
-"""2:4 layers for torch's semi-structured tensors, as far as it goes without a GPU: which, what, and refusals."""
+"""Tests of the conversion to semi-structured tensors that run without a GPU."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) ->
 
 
 @pytest.mark.parametrize("columns", [4, 30, 32, 64, 100])
-def test_the_pattern_is_found_in_the_mask(columns: int) -> None:
-    """Each of the 16 patterns of 4 columns, at every place of a row, against a count of each four."""
+def test_the_pattern_is_detected_in_the_mask(columns: int) -> None:
+    """Test each of the 16 patterns of 4 columns, at every position of a row, against a count."""
     for pattern in range(16):
         for place in range(0, columns, 4):
             weight = torch.zeros(2, columns)
@@ -43,9 +43,9 @@ def test_the_pattern_is_found_in_the_mask(columns: int) -> None:
                 if pattern >> bit & 1 and place + bit < columns:
                     weight[1, place + bit] = 1
             padded = nn.functional.pad(weight, (0, -columns % 4))
-            wanted = bool((padded.view(2, -1, 4).sum(-1) <= 2).all())
-            assert has_2_of_4(pack(weight).mask) == wanted
-    # Two neighbouring fours with three neighbours between them, none with more than two.
+            expected = bool((padded.view(2, -1, 4).sum(-1) <= 2).all())
+            assert has_2_of_4(pack(weight).mask) == expected
+    # Three neighbours in two adjacent groups, neither of which has more than two.
     assert has_2_of_4(pack(torch.tensor([[0.0, 0, 1, 1, 1, 1, 0, 0]])).mask)
 
 
@@ -61,20 +61,20 @@ def test_the_pattern_is_found_in_the_mask(columns: int) -> None:
         (torch.zeros(0, 64, dtype=torch.bfloat16), False),
     ],
 )
-def test_which_layers_suit(weight: Tensor, wanted: bool) -> None:
+def test_compatible_layers_are_detected(weight: Tensor, wanted: bool) -> None:
     assert is_2_4_compatible(PackedLinear(pack(weight))) == wanted
 
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch compresses on the CPU, too, but for its check, and warns of its prototype."""
+    """Let torch compress on the CPU by removing its device check, and silence its prototype warning."""
     monkeypatch.setattr(SparseSemiStructuredTensor, "_PROTOTYPE_WARNING_SHOWN", True)
     monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_validate_device_dim_dtype_shape", lambda _: None)
     SparseSemiStructuredTensor._load_dispatch_table()
 
 
-def test_the_weights_are_those_that_were_packed(anywhere: None) -> None:
+def test_converted_layers_have_the_packed_weights(anywhere: None) -> None:
     weight, bias = two_of_four(64, 128), torch.randn(64).bfloat16()
     weight[:, :8] = 0
     made = SemiStructuredLinear(PackedLinear(pack(weight), bias))
@@ -84,7 +84,7 @@ def test_the_weights_are_those_that_were_packed(anywhere: None) -> None:
     assert held.packed.nbytes + held.meta.nbytes == 0.5625 * weight.nbytes
 
 
-def test_a_model_keeps_what_does_not_suit(anywhere: None) -> None:
+def test_incompatible_layers_stay_packed(anywhere: None) -> None:
     model = nn.Sequential(*(PackedLinear(pack(weight)) for weight in (two_of_four(32, 64), two_of_four(48, 64))))
     assert convert_to_semi_structured(model) == 1
     assert [type(layer) for layer in model] == [SemiStructuredLinear, PackedLinear]
@@ -92,8 +92,10 @@ def test_a_model_keeps_what_does_not_suit(anywhere: None) -> None:
         convert_to_semi_structured(model)
 
 
-def test_a_load_converts(anywhere: None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "check_device", lambda place: None)
+def test_load_converts_compatible_layers(
+    anywhere: None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "check_device", lambda device: None)
     model = alps.load(stories)
     for name, parameter in model.named_parameters():
         if "proj" in name and parameter.shape[1] == 64:
@@ -110,7 +112,7 @@ def test_a_load_converts(anywhere: None, stories: Path, tmp_path: Path, monkeypa
         alps.load(tmp_path / "dense", semi_structured=True)
 
 
-def test_devices_without_sparse_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_without_sparse_tensor_cores_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'cpu' is not: leave semi_structured out"):
         alps.load("nowhere", semi_structured=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -128,12 +130,12 @@ def test_products_on_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     weight = two_of_four(128, 256)
     layer = SemiStructuredLinear(PackedLinear(pack(weight), torch.ones(128).bfloat16()).cuda())
     x = torch.randn(2, tokens, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-    wanted = x.double() @ weight.double().T + 1
-    torch.testing.assert_close(layer(x.cuda()).cpu().double(), wanted, rtol=1e-2, atol=1e-1)
+    expected = x.double() @ weight.double().T + 1
+    torch.testing.assert_close(layer(x.cuda()).cpu().double(), expected, rtol=1e-2, atol=1e-1)
 
 
-def test_a_layer_asks_torch_for_the_product(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With contiguous inputs, which torch's tensors insist on."""
+def test_inputs_are_made_contiguous(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that inputs are made contiguous, which torch's semi-structured tensors require."""
     layer = SemiStructuredLinear(PackedLinear(pack(two_of_four(32, 64)), torch.zeros(32).bfloat16()))
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(functional, "linear", lambda *given: asked.append(given))

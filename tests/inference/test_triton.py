@@ -1,4 +1,4 @@
-"""The kernels for GPUs where there is none: run in triton's interpreter, and compiled for two generations of GPUs."""
+"""Tests of the GPU kernels without a GPU: in triton's interpreter, and compiled for two generations of GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def run_cases(interpret: str) -> str:
-    """triton_cases.py in a process of its own: triton is interpreted from its import on, or never."""
+    """Run triton_cases.py in a new process, because interpretation is chosen when triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parent.parent.parent)
@@ -38,8 +38,8 @@ def run_cases(interpret: str) -> str:
 
 @needs_triton
 def test_the_cases_in_the_interpreter() -> None:
-    found = re.search(r"(\d+) passed, 1 skipped", run_cases("1"))
-    assert found is not None and int(found[1]) >= 37
+    result = re.search(r"(\d+) passed, 1 skipped", run_cases("1"))
+    assert result is not None and int(result[1]) >= 37
 
 
 @needs_triton
@@ -49,7 +49,7 @@ def test_the_cases_compiled_on_a_gpu() -> None:
 
 
 class Launches:
-    """Stands for the module of kernels: what is launched is compiled instead, for a GPU that need not be there.
+    """Replacement for the module of kernels that compiles every launch, for a GPU that need not exist.
 
     Arguments, their types and alignments, and options are those of the launch.
     """
@@ -61,9 +61,9 @@ class Launches:
         from alps.inference import triton_kernels
 
         target = GPUTarget("cuda", capability, 32)
-        # triton keeps what it compiled by device.
-        here = {"get_current_device": lambda: capability, "get_current_stream": lambda _: 0}
-        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target, **here))
+        # Triton caches compiled kernels by device.
+        functions = {"get_current_device": lambda: capability, "get_current_stream": lambda _: 0}
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target, **functions))
         self._module = triton_kernels
         self.compiled: list[Any] = []
 
@@ -83,13 +83,13 @@ class Launches:
 
 @pytest.fixture
 def launches(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """For the compute capability that the test asks for by `capability`; nothing comes from triton's cache."""
+    """Compile for the test's compute capability, without triton's cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     return Launches(request.getfixturevalue("capability"), monkeypatch)
 
 
 def launch(launches: Launches, name: str, dtype: torch.dtype, columns: int = 256, first: int = 0) -> Any:
-    """What is compiled for a product or unpacking, of tensors that begin `first` elements into their memory."""
+    """Return the code compiled for a product or unpacking of tensors at `first` elements into their memory."""
     generator = torch.Generator().manual_seed(0)
     packed = pack((torch.rand(40, columns, generator=generator) > 0.7).to(dtype))
     memory = [
@@ -114,7 +114,7 @@ def launch(launches: Launches, name: str, dtype: torch.dtype, columns: int = 256
 
 
 def usage(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack and its spilled registers, by triton's own tool."""
+    """Return the registers of a thread, and the bytes of its stack and spilled registers, from triton's tool."""
     import triton
 
     file, tool = folder / "kernel.cubin", Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -139,21 +139,21 @@ def test_kernels_compile(name: str, dtype: torch.dtype, capability: int, launche
     kernel = launch(launches, name, dtype)
     code, used = kernel.asm["ptx"], usage(kernel.asm["cubin"], tmp_path)
     assert f".target sm_{capability}" in code
-    # Nothing is spilled, and of 65,536 registers 4 blocks of 4 warps (2 with tensor cores) have enough.
+    # No register is spilled, and 65,536 registers suffice for 4 blocks of 4 warps (2 with tensor cores).
     most = 192 if name == "multiply_few" else 128
     assert used["STACK"] == used["LOCAL"] == 0 and 16 < used["REG"] <= most, used
-    # The bits of a word are counted by one instruction, for two words around each octet of a thread.
+    # One instruction counts the bits of a word, for the two words around each octet of a thread.
     block = BLOCKS[name]
     octets = block["ROWS"] * block["OCTETS"] // (32 * block["num_warps"])
     assert code.count("popc.b32") == 2 * octets
-    # A predicated load for each bit: no lane reads a weight that it does not have.
+    # Every bit has a predicated load, so that no lane reads a weight that is not kept.
     loads = re.findall(rf"@%p\d+ ld\.global\.b{8 * dtype.itemsize} ", code)
     assert len(loads) >= 8 * octets
     if name == "unpack":
-        # 8 neighbours leave a thread together, 16 bytes at a time.
+        # A thread stores 8 neighbours together, 16 bytes at a time.
         assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * (octets * dtype.itemsize // 2)
     if name == "multiply_few":
-        # The vectors come 16 bytes at a time, ahead of their step, past the registers.
+        # Vectors are loaded asynchronously, 16 bytes at a time, without registers.
         assert "mma.sync" in code and re.search(
             r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ \d+ \], \[ %rd\d+ \+ 0 \], 0x10", code
         )
@@ -163,26 +163,26 @@ def test_kernels_compile(name: str, dtype: torch.dtype, capability: int, launche
 @pytest.mark.parametrize("capability", [90])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_other_launches_compile(name: str, capability: int, launches: Launches, tmp_path: Path) -> None:
-    """Odd sizes, addresses that are no multiples of 16, offsets of 64 bits, no bias."""
+    """Use odd sizes, unaligned addresses, offsets of 64 bits, and no bias."""
     used = usage(launch(launches, name, torch.bfloat16, columns=77, first=1).asm["cubin"], tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
 
 
-def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, there = torch.device("cuda:1"), {"capability": (8, 0), "triton": True}
+def test_the_gpu_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, machine = torch.device("cuda:1"), {"capability": (8, 0), "triton": True}
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: there["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
     kernel: Any = object()
     monkeypatch.setattr(gpu, "GpuKernel", lambda: kernel)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there["triton"] else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if machine["triton"] else None)
     monkeypatch.setattr(gpu, "_compiled_kernel", gpu._compiled_kernel.__wrapped__)
     assert find_gpu_kernel(device) is kernel
     assert find_gpu_kernel(torch.device("cpu")) is None and find_gpu_kernel(torch.device("meta")) is None
-    there["capability"] = (7, 5)
+    machine["capability"] = (7, 5)
     assert find_gpu_kernel(device) is None
-    there["capability"], there["triton"] = (12, 0), False
+    machine["capability"], machine["triton"] = (12, 0), False
     assert find_gpu_kernel(device) is None
-    there["triton"] = True
+    machine["triton"] = True
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert find_gpu_kernel(device) is None
     assert "torch only" in describe_gpu(None)
@@ -202,14 +202,14 @@ print("alps.inference.triton_kernels" in sys.modules)
 """
 
 
-def test_a_cpu_never_imports_the_kernels() -> None:
+def test_triton_is_not_imported_for_a_cpu() -> None:
     done = run_code(_LAZY)
     assert done.stdout.strip() == "False", done.stderr
 
 
 @needs_triton
-def test_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the summary of `alps generate` has it."""
+def test_the_backend_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the words in the summary of `alps generate`."""
     assert describe_gpu(GpuKernel()) == "kernels in Triton"
     layer: Any = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda:0")))
     for kernel, words in ((GpuKernel(), "kernels in Triton"), (None, "torch only, no triton for this GPU")):

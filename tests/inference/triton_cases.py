@@ -1,4 +1,4 @@
-"""The kernels for GPUs against float64, on a GPU as compiled, else in triton's interpreter on the CPU.
+"""Tests of the GPU kernels against float64, compiled on a GPU, or else in triton's interpreter on the CPU.
 
 Not collected by itself: test_triton.py runs it with TRITON_INTERPRET=1, which has to be set before triton is imported.
 With a GPU, `pytest tests/inference/triton_cases.py` is the check that the kernels do there what they should.
@@ -26,7 +26,7 @@ from alps.inference.triton_backend import MAX_PACKED_BATCH, GpuKernel, GpuMatrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# One rounding to the dtype. The interpreter cuts bfloat16 off.
+# One rounding to the dtype; the interpreter truncates to bfloat16.
 ROUNDING = {torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-6}
 
 
@@ -59,19 +59,19 @@ def unpacked(kernel: GpuKernel, matrix: GpuMatrix, first: int, last: int) -> Ten
     return out.cpu()
 
 
-def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Within one rounding to the dtype, and the error of float32 sums, of the exact answer."""
+def assert_close(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check that products are exact up to one rounding to the dtype and the error of float32 sums."""
     exact, most = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, most = exact + bias.double(), most + bias.double().abs()
     bound = ROUNDING[weight.dtype] * exact.abs() + 2e-6 * most + (6e-8 if weight.dtype == torch.float16 else 0)
-    assert found.dtype == weight.dtype and bool(((found.double() - exact).abs() <= bound).all())
+    assert result.dtype == weight.dtype and bool(((result.double() - exact).abs() <= bound).all())
 
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[GpuKernel]:
-    """The kernels as they are; in the interpreter with products of bfloat16, which it takes for integers."""
-    found = GpuKernel()
+    """Return the kernels; the interpreter takes bfloat16 for integers, so products are patched there."""
+    result = GpuKernel()
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             from triton.runtime import interpreter
@@ -82,7 +82,7 @@ def kernel() -> Iterator[GpuKernel]:
                 return plain(self, _widened(left), _widened(right), *rest)
 
             patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        yield found
+        yield result
 
 
 def _widened(operand: Any) -> Any:
@@ -139,8 +139,8 @@ def test_empty_and_full_rows(kernel: GpuKernel, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_bits_of_any_kind_come_back(kernel: GpuKernel, dtype: torch.dtype) -> None:
-    """Negative zeros, subnormals, infinities and NaNs with their payloads."""
+def test_all_bit_patterns_are_restored(kernel: GpuKernel, dtype: torch.dtype) -> None:
+    """Include negative zeros, subnormals, infinities and NaNs with their payloads."""
     bits = BIT_DTYPES[dtype.itemsize]
     info = torch.iinfo(bits)
     there = torch.randint(info.min, info.max, (20, 100), generator=torch.Generator().manual_seed(1), dtype=bits)
@@ -149,8 +149,8 @@ def test_bits_of_any_kind_come_back(kernel: GpuKernel, dtype: torch.dtype) -> No
     assert torch.equal(unpacked(kernel, bound(kernel, there.view(dtype)), 0, 20).view(bits), there)
 
 
-def test_offsets_and_places_beyond_16_bits(kernel: GpuKernel) -> None:
-    """Rows of more columns than int16 counts, and offsets of 64 bits as matrices of 2^31 weights have them."""
+def test_offsets_and_positions_beyond_16_bits(kernel: GpuKernel) -> None:
+    """Use rows with more columns than int16 can count, and offsets of 64 bits as for matrices of 2^31 weights."""
     weight, x = sparse(1, 2**15 + 77, 0.9, torch.float16, 5), random(1, 2**15 + 77, dtype=torch.float16)
     packed = pack(weight)
     parts = (packed.mask.to(DEVICE), packed.values.to(DEVICE), packed.offsets.long().to(DEVICE))
@@ -162,8 +162,8 @@ def test_offsets_and_places_beyond_16_bits(kernel: GpuKernel) -> None:
     assert narrow.starts.dtype == torch.int16 and torch.equal(narrow.starts.int(), matrix.starts[:, :512])
 
 
-def test_tensors_that_start_anywhere(kernel: GpuKernel) -> None:
-    """Tensors that begin at odd addresses, with memory around them that must stay as it is."""
+def test_tensors_at_odd_addresses(kernel: GpuKernel) -> None:
+    """Use tensors at odd addresses, and check that the memory around them does not change."""
     weight, x = sparse(19, 90, 0.4, torch.bfloat16, 8), random(5, 90, dtype=torch.bfloat16)
     packed = pack(weight)
     parts = [part.to(DEVICE) for part in vars_of(packed)]
@@ -185,7 +185,7 @@ def vars_of(packed: Any) -> tuple[Tensor, Tensor, Tensor]:
     return packed.mask, packed.values, packed.offsets
 
 
-def test_a_matrix_that_contradicts_itself_is_refused(kernel: GpuKernel) -> None:
+def test_inconsistent_matrices_are_rejected(kernel: GpuKernel) -> None:
     packed = pack(sparse(8, 40, 0.5, torch.bfloat16, 0))
     mask, values, offsets = (part.to(DEVICE) for part in vars_of(packed))
     spare, moved = mask.clone(), offsets.clone()
@@ -194,7 +194,7 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel: GpuKernel) -> None:
     bias = torch.zeros(8, dtype=torch.bfloat16, device=DEVICE)
     wider, more, further = (part.to(DEVICE) for part in vars_of(pack(sparse(8, 64, 0.5, torch.bfloat16, 0))))
     for wrong, bad_bias in (
-        (PackedMatrix(wider, more, further, 40), None),  # sound but for bits past the last column
+        (PackedMatrix(wider, more, further, 40), None),  # consistent except for bits past the last column
         (PackedMatrix(spare, values, offsets, 40), None),
         (PackedMatrix(mask, values, moved, 40), None),
         (PackedMatrix(mask, values, offsets + 1, 40), None),
@@ -213,7 +213,7 @@ def test_a_matrix_that_contradicts_itself_is_refused(kernel: GpuKernel) -> None:
 
 @pytest.fixture
 def layers(kernel: GpuKernel, monkeypatch: pytest.MonkeyPatch) -> tuple[PackedLinear, nn.Linear]:
-    """The same layer packed and dense, where the kernels multiply."""
+    """Return a layer packed and dense that multiplies with the kernels."""
     if INTERPRETED:
         monkeypatch.setattr(linear, "find_kernel", lambda: kernel)
     dense = nn.Linear(70, 50).to(torch.float16).requires_grad_(False)
@@ -232,14 +232,14 @@ def test_layers(
     for size in (2**21, 7 * 70 * 2):
         monkeypatch.setattr(linear, "_TILE_BYTES", size)
         monkeypatch.setattr(linear, "_GPU_TILE_BYTES", size)
-        found = packed(x)
-        assert found.shape == (*shape, 50)
-        torch.testing.assert_close(found, dense(x), rtol=2e-3, atol=2e-3)
+        result = packed(x)
+        assert result.shape == (*shape, 50)
+        torch.testing.assert_close(result, dense(x), rtol=2e-3, atol=2e-3)
     assert isinstance(packed._current_binding().matrix, GpuMatrix)
     assert torch.equal(packed.to_dense(), dense.weight)
 
 
-def test_inputs_that_are_not_contiguous(layers: tuple[PackedLinear, nn.Linear]) -> None:
+def test_noncontiguous_inputs(layers: tuple[PackedLinear, nn.Linear]) -> None:
     packed, dense = layers
     for x in (
         random(70, 5, dtype=torch.float16).T,
@@ -249,7 +249,7 @@ def test_inputs_that_are_not_contiguous(layers: tuple[PackedLinear, nn.Linear]) 
         torch.testing.assert_close(packed(x.to(DEVICE)), dense(x.to(DEVICE)), rtol=2e-3, atol=2e-3)
 
 
-def test_gradients_autocast_and_other_dtypes_go_by_torch(layers: tuple[PackedLinear, nn.Linear]) -> None:
+def test_gradients_autocast_and_other_dtypes_use_torch(layers: tuple[PackedLinear, nn.Linear]) -> None:
     packed, dense = layers
     x = random(3, 70, dtype=torch.float16).to(DEVICE).requires_grad_()
     packed(x).float().square().sum().backward()
@@ -266,7 +266,7 @@ def test_gradients_autocast_and_other_dtypes_go_by_torch(layers: tuple[PackedLin
         torch.testing.assert_close(compiled(other), dense(other), rtol=2e-3, atol=2e-3)
 
 
-def test_a_model_answers_like_the_dense_one(
+def test_a_model_matches_the_dense_one(
     kernel: GpuKernel, tiny_model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if INTERPRETED:
@@ -277,14 +277,14 @@ def test_a_model_answers_like_the_dense_one(
             parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(2)) < 0.7] = 0
     few = ids[:1, :1].to(DEVICE)
     with torch.no_grad():
-        wanted = model.to(DEVICE)(few).logits
+        expected = model.to(DEVICE)(few).logits
         assert alps.pack_linears(model.cpu()) > 0
-        torch.testing.assert_close(model.to(DEVICE)(few).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.to(DEVICE)(few).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_on_a_gpu() -> None:
-    """The choice, a CUDA graph, the last GPU while another is the current one, and memory that is given back."""
+    """Test the choice of a backend, a CUDA graph, the last GPU while another is current, and released memory."""
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     assert find_gpu_kernel(device) is not None and "Triton" in gpu.describe_gpu(find_gpu_kernel(device))
     weight = sparse(300, 500, 0.3, torch.bfloat16, 2)
@@ -303,7 +303,7 @@ def test_on_a_gpu() -> None:
         assert torch.equal(out, eager)
 
 
-def test_this_file_runs_where_it_says(tmp_path: Path) -> None:
+def test_the_cases_run_on_the_expected_device(tmp_path: Path) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
     from alps.inference import triton_kernels

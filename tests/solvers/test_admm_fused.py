@@ -1,4 +1,4 @@
-"""The splitting for large sites is the published one: step by step in float32, in its answers in bfloat16."""
+"""Tests of the fused ADMM steps: equal to the published steps in float32, and close in bfloat16."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from helpers.problems import PROBLEMS, Problem, correlated_inputs, hessian64, no
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "float32", "bfloat16")
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)]
-# Penalties that rest, grow and fall; None is a restart.
+# Penalties that stay equal, grow and fall; None is a restart.
 SCHEDULE = [0.1, 0.1, 0.1, 0.13, 0.13, 0.13, None, 0.02, 0.02, 0.024, 0.03, 0.03, 0.5, 0.5]
 
 
 def medium() -> Problem:
-    """Large enough for the streaming steps to be the ones that ALPS takes."""
+    """Make a problem large enough for ALPS to use the fused steps."""
     return Problem(normal(50, 256, 320), correlated_inputs(51, 960, 320))
 
 
 def spiked() -> Problem:
-    """One common direction of a thousand times the variance of every other."""
+    """Make a problem with one direction of a thousand times the variance of the others."""
     common = normal(61, 960, 1) * normal(62, 1, 320)
     return Problem(normal(60, 256, 320), normal(63, 960, 320) + 1000**0.5 * common)
 
 
 def state_of(problem: Problem) -> tuple[ScaledHessian, Tensor]:
-    """The scaled Hessian, and the dense weight in its coordinates."""
+    """Return the scaled Hessian, and the dense weight in its coordinates."""
     state = scaled(InputStats.of(problem.inputs), 0.01)
     return state, problem.weight / state.scale
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+def distance(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact.double()).norm() / exact.double().norm())
 
 
 def flips(first: Tensor, second: Tensor) -> int:
@@ -52,7 +52,7 @@ def flips(first: Tensor, second: Tensor) -> int:
 
 
 def both_steps(problem: Problem, pattern: Pattern) -> Iterator[tuple[PlainSteps, FusedSteps]]:
-    """The published splitting and the streaming one, before the schedule and after every entry of it."""
+    """Yield the published and the fused steps, before the schedule and after every entry of it."""
     state, dense = state_of(problem)
     before = dense.clone()
     plain = PlainSteps(state, dense, dense @ state.matrix, pattern)
@@ -67,11 +67,11 @@ def both_steps(problem: Problem, pattern: Pattern) -> Iterator[tuple[PlainSteps,
     assert torch.equal(dense, before)
 
 
-# Of the two the streaming steps are the nearer ones to float64, by a factor of two at least as measured: what they
-# are apart, 4e-5 at most, is the rounding of C = N H in the published form.
+# The fused steps are at least twice as close to float64 as the published ones, as measured. The distance between the
+# two, at most 4e-5, is the rounding of C = N H in the published form.
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("problem", [name for name in PROBLEMS if name != "zero_weight"])
-def test_float32_steps_are_the_published_ones(problem: str, pattern: Pattern) -> None:
+def test_fused_steps_in_float32_match_the_published_steps(problem: str, pattern: Pattern) -> None:
     made = PROBLEMS[problem]()
     if not pattern.fits(made.weight.shape[1]):
         pattern = Unstructured(0.3)
@@ -81,14 +81,14 @@ def test_float32_steps_are_the_published_ones(problem: str, pattern: Pattern) ->
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_they_are_on_a_larger_site(pattern: Pattern) -> None:
-    """Among 80,000 entries a few are so close to the cut that rounding decides; up to 54 as measured."""
+def test_fused_steps_match_the_published_steps_on_a_larger_layer(pattern: Pattern) -> None:
+    """Allow for entries so close to the cut that rounding decides: up to 54 of 80,000 as measured."""
     for plain, streaming in both_steps(medium(), pattern):
         assert flips(streaming.mask, plain.mask) <= 160
         assert distance(copy.deepcopy(streaming).projected(), plain.projected()) < 0.03
 
 
-def test_a_mask_is_not_changed_by_later_steps() -> None:
+def test_later_steps_do_not_modify_a_mask() -> None:
     state, dense = state_of(medium())
     steps = FusedSteps(state, dense, Unstructured(0.7), torch.float32)
     first = steps.mask
@@ -100,7 +100,7 @@ def test_a_mask_is_not_changed_by_later_steps() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_last_projection_is_exact(pattern: Pattern, dtype: torch.dtype) -> None:
-    """On a site so large that the ones before it may be off by an entry or two."""
+    """Use a layer so large that earlier projections may be off by an entry or two."""
     state, dense = state_of(Problem(normal(70, 512, 400), correlated_inputs(71, 800, 400)))
     steps = FusedSteps(state, dense, pattern, dtype)
     kept = dense.numel() - pattern.pruned_count(dense.numel())
@@ -115,7 +115,7 @@ def test_the_last_projection_is_exact(pattern: Pattern, dtype: torch.dtype) -> N
 
 
 def exact_weights(state: ScaledHessian, dense: Tensor, rho: float, steps: int, pattern: Pattern) -> Tensor:
-    """W of the last of some steps from the start in float64: Eq. 4 as it stands."""
+    """Return W after some steps from the start by Eq. 4 in float64."""
     H, N = state.matrix.double(), dense.double()
     W = N
     D, V = torch.where(keep_largest(dense.abs(), pattern), N, 0.0), torch.zeros_like(N)
@@ -131,7 +131,7 @@ def exact_weights(state: ScaledHessian, dense: Tensor, rho: float, steps: int, p
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("rho", [0.02, 0.1])
 def test_a_bfloat16_step_survives_one_strong_direction(rho: float, pattern: Pattern) -> None:
-    """The right-hand side holds that direction times a thousand: rounded itself, it would bury the answer."""
+    """Check that the right-hand side, which is a thousand times as large in this direction, is not rounded."""
     state, dense = state_of(spiked())
     exact = exact_weights(state, dense, rho, 1, pattern)
     steps = FusedSteps(state, dense, pattern, torch.bfloat16)
@@ -144,8 +144,8 @@ def test_a_bfloat16_step_survives_one_strong_direction(rho: float, pattern: Patt
 
 
 @pytest.mark.parametrize("make", [medium, spiked])
-def test_bfloat16_roundings_do_not_pile_up(make: Callable[[], Problem]) -> None:
-    """0.026 after six steps as measured, most of it from entries at the cut that were decided otherwise."""
+def test_bfloat16_rounding_errors_do_not_accumulate(make: Callable[[], Problem]) -> None:
+    """Compare after six steps; the distance is 0.026 as measured, mostly from entries at the cut."""
     state, dense = state_of(make())
     steps = FusedSteps(state, dense, SemiStructured(2, 4), torch.bfloat16)
     for _ in range(6):
@@ -156,8 +156,8 @@ def test_bfloat16_roundings_do_not_pile_up(make: Callable[[], Problem]) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("make", [medium, spiked])
-def test_bfloat16_answers_are_as_good(make: Callable[[], Problem], pattern: Pattern) -> None:
-    """In what is minimised, the damping included, to 0.25 % as measured over 12 seeds; without it to 1.7 %."""
+def test_bfloat16_solutions_have_nearly_the_same_error(make: Callable[[], Problem], pattern: Pattern) -> None:
+    """Compare objectives with damping (within 0.25 % as measured over 12 seeds) and without (1.7 %)."""
     weight, inputs = make()
     stats = InputStats.of(inputs)
     hessian, _ = hessian64(inputs)
@@ -175,7 +175,7 @@ def test_bfloat16_answers_are_as_good(make: Callable[[], Problem], pattern: Patt
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_reported_errors_are_true(name: Precision, pattern: Pattern) -> None:
+def test_reported_errors_match_float64(name: Precision, pattern: Pattern) -> None:
     weight, inputs = medium()
     stats = InputStats.of(inputs)
     outputs = (inputs.double() @ weight.double().T).square().sum()
@@ -191,7 +191,7 @@ def test_reported_errors_are_true(name: Precision, pattern: Pattern) -> None:
     assert after.info.error_after_refit == pytest.approx(true[1], rel=1e-3)
 
 
-def test_the_refit_stops_when_it_gains_little() -> None:
+def test_the_refit_stops_at_a_small_gain() -> None:
     weight, inputs = medium()
     stats = InputStats.of(inputs)
     steps = []
@@ -202,7 +202,7 @@ def test_the_refit_stops_when_it_gains_little() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_auto_goes_by_the_machine_and_the_size(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_depends_on_the_device_and_the_size(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alps, "has_fast_bfloat16", lambda _device: fast)
     for (weight, inputs), expected in (
         (medium(), PRECISIONS[2 if fast else 1]),
@@ -220,10 +220,10 @@ def test_auto_goes_by_the_machine_and_the_size(fast: bool, monkeypatch: pytest.M
     ("avx", "amx", "answer"),
     [(True, False, True), (False, True, True), (False, False, False), (None, True, True), (None, None, False)],
 )
-def test_fast_bfloat16_is_a_question_of_instructions(
+def test_fast_bfloat16_depends_on_the_instruction_set(
     avx: bool | None, amx: bool | None, answer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None: a torch that lacks the name, for which the answer is the safe one."""
+    """Use None for a torch version without the function, for which the result must be False."""
     for name, value in (("_is_avx512_bf16_supported", avx), ("_is_amx_tile_supported", amx)):
         monkeypatch.setattr(torch.cpu, name, value if value is None else (lambda value=value: value), raising=False)
     assert precision.has_fast_bfloat16(torch.device("cpu")) is answer

@@ -1,4 +1,4 @@
-"""ALPS: the parts of its loop against float64, and the whole against what the paper promises."""
+"""Tests of ALPS: the parts of its loop against float64, and the whole against the statements of the paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), SemiStructured(
 
 
 def scaled_problem() -> tuple[ScaledHessian, Tensor, Tensor]:
-    """Hessian of unit diagonal, dense weight and right-hand side in scaled coordinates."""
+    """Return the Hessian with unit diagonal, the dense weight and the right-hand side in scaled coordinates."""
     weight, inputs = correlated()
     state = scaled(InputStats.of(inputs), 0.01)
     dense = weight / state.scale
@@ -32,8 +32,8 @@ def test_a_w_step_solves_its_normal_equations(rho: float) -> None:
     right = C.double() - V.double() + rho * D.double()
     shifted = state.matrix.double() + rho * torch.eye(IN, dtype=torch.float64)
     exact = torch.linalg.solve(shifted, right.T).T
-    found = admm.w_step(state.inverse(rho), C, D, V, rho=rho)
-    assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
+    result = admm.w_step(state.inverse(rho), C, D, V, rho=rho)
+    assert float((result.double() - exact).norm() / exact.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -53,7 +53,7 @@ def test_the_penalty_grows_as_published() -> None:
 
 
 def recompute_penalties(info: SolveInfo, k: int, settings: AdmmSettings) -> list[float]:
-    """The penalty at every check, from the support changes alone: Section 3.1, and the authors' restart."""
+    """Compute the penalty at every check from the support changes, by Section 3.1 and the authors' restart."""
     rho, grown, restarts, path = settings.rho, False, 0, []
     for point in info.trace:
         path.append(rho)
@@ -83,7 +83,7 @@ def test_the_trace_follows_the_rule(problem: str, pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_traced_solve_notes_the_error_of_D_and_answers_the_same(pattern: Pattern) -> None:
+def test_a_traced_solve_records_the_error_of_D_without_changing_weights(pattern: Pattern) -> None:
     weight, inputs = correlated()
     stats, plain = InputStats.of(inputs), Alps()
     traced = plain.traced()
@@ -91,7 +91,7 @@ def test_a_traced_solve_notes_the_error_of_D_and_answers_the_same(pattern: Patte
     untraced = plain.solve(weight, plain.prepare(stats), pattern)
     assert torch.equal(solution.weight, untraced.weight)
     assert all(point.error is None for point in untraced.info.trace)
-    # The loop as published, in float64, along the penalties of the trace.
+    # Run the published loop in float64 with the penalties of the trace.
     X, W = inputs.double(), weight.double()
     G = X.T @ X
     H = G + 0.01 * G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_a_traced_solve_notes_the_error_of_D_and_answers_the_same(pattern: Patte
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_error_of_large_sites_steps_is_noted_too(pattern: Pattern) -> None:
+def test_fused_steps_record_the_error_of_D(pattern: Pattern) -> None:
     weight, inputs = correlated()
     method = Alps(precision="bfloat16", trace_errors=True)
     info = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern).info
@@ -122,8 +122,8 @@ def test_the_error_of_large_sites_steps_is_noted_too(pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_copies_meet_as_theorem_1_says(pattern: Pattern) -> None:
-    """max(||D+ - D||, ||W - D||) <= const / rho_t, along penalties whose inverses sum to something finite."""
+def test_the_copies_converge_as_in_theorem_1(pattern: Pattern) -> None:
+    """Check max(||D+ - D||, ||W - D||) <= const / rho_t for penalties whose inverses have a finite sum."""
     state, dense, C = scaled_problem()
     D, V, rho = torch.where(keep_largest(dense.abs(), pattern), dense, 0.0), torch.zeros_like(dense), 0.1
     gaps, moves, penalties = [], [], []
@@ -137,14 +137,14 @@ def test_the_copies_meet_as_theorem_1_says(pattern: Pattern) -> None:
         rho *= 1.1
     products = [p * max(g, m) for p, g, m in zip(penalties, gaps, moves, strict=True)]
     assert max(products) <= 2 * products[0]
-    # In the end 1 / rho is the whole story: the product neither grows nor shrinks.
+    # Late in the loop the distance is proportional to 1 / rho, so that the product is constant.
     assert max(products[60:]) < 1.1 * min(products[60:])
     assert gaps[-1] < 1e-6 * gaps[0] and moves[-1] < 1e-3 * moves[0]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("seed", [9, 10, 11])
-def test_white_inputs_come_near_magnitude(seed: int, pattern: Pattern) -> None:
+def test_white_inputs_give_nearly_the_error_of_magnitude(seed: int, pattern: Pattern) -> None:
     """Compare with magnitude, which is optimal on white inputs.
 
     The splitting misses the optimum by up to 2.3 % as measured: in early iterations its multiplier lifts one pruned
@@ -156,12 +156,12 @@ def test_white_inputs_come_near_magnitude(seed: int, pattern: Pattern) -> None:
     assert solution.info.restarts == 0
     torch.testing.assert_close(solution.weight[solution.mask], weight[solution.mask], rtol=1e-6, atol=0)
     best = float(weight[~keep_largest(weight.abs(), pattern)].double().square().sum())
-    found = float(weight[~solution.mask].double().square().sum())
-    assert best * (1 - 1e-9) <= found <= 1.03 * best
+    result = float(weight[~solution.mask].double().square().sum())
+    assert best * (1 - 1e-9) <= result <= 1.03 * best
 
 
 def test_restarts_are_limited() -> None:
-    """A support that nothing can move: every check finds it unchanged, and the fifth ends the loop."""
+    """Use a support that never changes, so that the fifth check ends the loop."""
     weight = torch.where(normal(9, OUT, IN).abs() > 1, 1.0, 1e-6) * normal(10, OUT, IN).sign()
     kept = weight.abs() == 1
     pattern = Unstructured(1 - int(kept.sum()) / weight.numel())
@@ -174,8 +174,8 @@ def test_restarts_are_limited() -> None:
     torch.testing.assert_close(solution.weight[kept], weight[kept], rtol=1e-6, atol=0)
 
 
-def test_a_restart_begins_afresh() -> None:
-    """What a restarted run finds is what a run with the smaller penalty finds at once."""
+def test_a_restart_equals_a_run_with_the_smaller_penalty() -> None:
+    """Compare a restarted run with one that starts with the smaller penalty."""
     weight, inputs = PROBLEMS["constant_inputs"]()
     method = Alps()
     first = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(0.7))
@@ -186,7 +186,7 @@ def test_a_restart_begins_afresh() -> None:
     assert torch.equal(first.mask, second.mask) and torch.equal(first.weight, second.weight)
 
 
-def test_running_out_of_iterations_is_said() -> None:
+def test_the_iteration_limit_is_reported() -> None:
     weight, inputs = correlated()
     method = Alps(admm=AdmmSettings(max_iterations=6))
     solution = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(0.7))
@@ -197,7 +197,7 @@ def test_running_out_of_iterations_is_said() -> None:
     assert info.status is Status.SETTLED and info.iterations == 6 and info.notes == []
 
 
-def test_the_refit_is_recorded_and_helps() -> None:
+def test_the_refit_lowers_the_error_and_is_recorded() -> None:
     weight, inputs = correlated()
     stats = InputStats.of(inputs)
     hessian, _ = hessian64(inputs)
@@ -220,8 +220,8 @@ def test_the_refit_is_recorded_and_helps() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("exponents", [2, 6])
-def test_feature_sizes_do_not_matter(exponents: int, pattern: Pattern) -> None:
-    """Powers of two change no rounding: what is solved inside is the same problem to the bit."""
+def test_scaling_inputs_by_powers_of_two_changes_no_bit(exponents: int, pattern: Pattern) -> None:
+    """Scale by powers of two, which do not change rounding, so that the scaled problem is equal to the bit."""
     weight, inputs = correlated()
     sizes = 2.0 ** torch.randint(-exponents, exponents + 1, (IN,), generator=torch.Generator().manual_seed(3))
     method = Alps(damping=0.0)
@@ -234,7 +234,7 @@ def test_feature_sizes_do_not_matter(exponents: int, pattern: Pattern) -> None:
     assert not torch.equal(moved.mask, unmoved.mask), "the sizes did matter to the weights"
 
 
-def test_wild_feature_sizes_give_the_same_support() -> None:
+def test_extreme_input_scales_give_the_same_support() -> None:
     weight, inputs = correlated()
     sizes = torch.exp(4 * normal(5, IN))
     assert float(sizes.max() / sizes.min()) > 1e5
@@ -247,16 +247,16 @@ def test_wild_feature_sizes_give_the_same_support() -> None:
     assert float(apart) < 1e-6 * float(objective64(first.weight, torch.zeros_like(weight), hessian).sum())
 
 
-# The largest of ALPS's objective over the other's, over ten seeds and three patterns, with room above what
-# was measured: 0.041, 0.082, 0.291, 0.074, 0.055.
+# Largest ratios of ALPS's objective to the other method's over ten seeds and three patterns, with a margin above the
+# measured 0.041, 0.082, 0.291, 0.074, 0.055.
 SHARES = {"magnitude": 0.05, "wanda": 0.1, "sparsegpt": 0.35, "dsnot": 0.1, "dsnot-sparsegpt": 0.07}
-# The mean of the same once the other's weights are refitted, so that only the supports differ, with room
-# above the largest measured: 0.72, 0.53, 0.82.
+# Means of these ratios after a refit of the other method's weights, so that only the supports differ, with a margin
+# above the measured 0.72, 0.53, 0.82.
 REFITTED_SHARES = {"50%": 0.8, "70%": 0.6, "2:4": 0.92}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_alps_is_ahead(pattern: Pattern) -> None:
+def test_alps_has_a_smaller_error_than_other_methods(pattern: Pattern) -> None:
     others = [*SHARES, *(f"{name}+refit" for name in SHARES)]
     shares: dict[str, list[float]] = {name: [] for name in others}
     for seed in range(10):

@@ -1,4 +1,4 @@
-"""The dense target: W* is the minimiser of the layer problem, and pruning W* is pruning with that target."""
+"""Tests of the dense target: W* minimises the layer problem, and pruning W* reproduces the dense outputs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _inputs(tokens: int = 200, size: int = 12, drift: float = 0.3) -> tuple[Tens
 
 def _sums(X: Tensor, X_d: Tensor, parts: int = 1) -> InputSums:
     sums = InputSums.zeros(X.shape[1], Needs.INPUT_SHIFT)
-    for one, two in zip(X.chunk(parts), X_d.chunk(parts), strict=True):
-        sums.update(one, two)
+    for inputs, dense_inputs in zip(X.chunk(parts), X_d.chunk(parts), strict=True):
+        sums.update(inputs, dense_inputs)
     return sums
 
 
@@ -37,7 +37,7 @@ def _objective(W_hat: Tensor, W: Tensor, X: Tensor, X_d: Tensor, share: float, d
     return (X @ W_hat.T - Y).square().sum() + damping * (W_hat - W).square().sum()
 
 
-def test_the_drift_is_the_sum_over_tokens_and_adds_up() -> None:
+def test_the_input_shift_is_a_sum_over_tokens() -> None:
     X, X_d, _ = _inputs()
     expected = (X_d - X).double().T @ X.double()
     whole, parts = _sums(X, X_d), _sums(X[:90], X_d[:90]) + _sums(X[90:], X_d[90:], parts=3)
@@ -50,7 +50,7 @@ def test_the_drift_is_the_sum_over_tokens_and_adds_up() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_the_new_weight_minimises_the_objective(share: float) -> None:
+def test_the_target_weight_minimises_the_objective(share: float) -> None:
     X, X_d, W = _inputs()
     stats = _stats(X, X_d)
     X, X_d, W64 = X.double(), X_d.double(), W.double()
@@ -65,7 +65,7 @@ def test_the_new_weight_minimises_the_objective(share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_objective_is_the_distance_to_the_new_weight(share: float) -> None:
+def test_the_objective_is_the_distance_to_the_target_weight(share: float) -> None:
     X, X_d, W = _inputs()
     stats = _stats(X, X_d)
     damping = absolute_damping(stats, 0.01)
@@ -88,13 +88,13 @@ def test_alps_reaches_the_dense_outputs_better_with_the_dense_target() -> None:
     state = method.prepare(stats)
     plain = method.solve(W, state, Unstructured(0.5)).weight
     aimed = method.solve(shifted_weight(W, target_shift(stats, 1.0, 0.01)), state, Unstructured(0.5)).weight
-    wanted = X_d @ W.T
-    assert float((X @ aimed.T - wanted).square().sum()) < 0.95 * float((X @ plain.T - wanted).square().sum())
-    # What the paper asks for is what the plain solve does better.
+    expected = X_d @ W.T
+    assert float((X @ aimed.T - expected).square().sum()) < 0.95 * float((X @ plain.T - expected).square().sum())
+    # The plain solve has the smaller error in the paper's objective.
     assert float((X @ plain.T - X @ W.T).square().sum()) < float((X @ aimed.T - X @ W.T).square().sum())
 
 
-def test_without_drift_nothing_changes() -> None:
+def test_without_input_shift_the_target_is_the_dense_weight() -> None:
     X, _, W = _inputs()
     assert torch.equal(shifted_weight(W, target_shift(_stats(X, X), 1.0, 0.01)), W)
 
@@ -119,7 +119,7 @@ def test_few_tokens_move_the_target_less_than_many() -> None:
     assert 0 < near < 0.3 * far
 
 
-def test_directions_that_hardly_vary_are_left_alone() -> None:
+def test_directions_of_small_variance_keep_the_dense_weight() -> None:
     scale = torch.ones(12).index_fill(0, torch.tensor([3]), 1e-2)
     generator = torch.Generator().manual_seed(2)
     X = torch.randn(16_384, 12, generator=generator) * scale

@@ -1,4 +1,4 @@
-"""DSnoT against a per-row loop in plain Python, written from the paper's two criteria."""
+"""Comparison of DSnoT with a loop over rows in plain Python, written from the paper's two criteria."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ["shifted", "gaussian", "correlated", "dead_inputs", "huge_range", "one_
 
 
 def problem_of(name: str) -> tuple[Tensor, Tensor]:
-    """A problem of the table, or one whose inputs have means far from zero: there DSnoT has work to do."""
+    """Return a problem of the table, or one whose inputs have means far from zero, on which DSnoT swaps weights."""
     if name == "shifted":
         return normal(60, OUT, IN), correlated_inputs(61, 200, IN) + 2 * normal(65, IN)
     return PROBLEMS[name]()
@@ -41,7 +41,7 @@ def swapped(
     threshold: float,
     cycles: int,
 ) -> list[bool]:
-    """One row: swap while |eps| is above the threshold and falls without changing sign."""
+    """Swap weights of one row while |eps| is above the threshold and falls without changing sign."""
     mask, moved = list(kept), set[int]()
     A = [w * m for w, m in zip(row, mean, strict=True)]
     columns = range(len(row))
@@ -73,7 +73,7 @@ def swapped(
 @pytest.mark.parametrize("initial", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("problem", NAMES)
-def test_it_is_the_naive_loop(problem: str, pattern: Pattern, initial: str) -> None:
+def test_masks_match_a_naive_loop(problem: str, pattern: Pattern, initial: str) -> None:
     weight, inputs = problem_of(problem)
     stats = InputStats.of(inputs)
     method = DSnoT() if initial == "wanda" else DSnoT(initial="sparsegpt")
@@ -132,7 +132,7 @@ def test_the_first_cycles_are_those_of_a_longer_run() -> None:
         last = error
 
 
-def test_nothing_moves_below_the_threshold_or_without_cycles() -> None:
+def test_no_swap_below_the_threshold_or_without_cycles() -> None:
     weight, inputs = problem_of("shifted")
     stats = InputStats.of(inputs)
     wanda = Wanda()
@@ -144,7 +144,7 @@ def test_nothing_moves_below_the_threshold_or_without_cycles() -> None:
     assert not torch.equal(moved.mask, plain.mask)
 
 
-def test_inputs_of_mean_zero_leave_the_first_mask() -> None:
+def test_inputs_of_mean_zero_keep_the_initial_mask() -> None:
     weight, inputs = problem_of("shifted")
     balanced = torch.cat([inputs, -inputs])
     stats = InputStats.of(balanced)

@@ -1,8 +1,6 @@
-"""One table: what must hold for every method, on every problem, under every pattern."""
+"""Properties that every method must have on every problem under every pattern."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import pytest
 import torch
@@ -10,65 +8,37 @@ from torch import Tensor
 
 from alps.core.errors import ConfigError, SolveFailed
 from alps.core.statistics import InputStats, InputSums, Needs
-from alps.solvers import METHODS, Method, get_method
-from alps.solvers.base import Solution, Status
+from alps.solvers import METHODS, get_method
+from alps.solvers.base import Status
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
-from helpers.problems import PROBLEMS, Problem, correlated_inputs, hessian64, normal, objective64
+from helpers.methods import METHOD_NAMES, PATTERNS, bits, cached_problem, make_method, solve
+from helpers.problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64
 
-ALL = [name + suffix for name in METHODS for suffix in ("", "+refit")]
-PATTERNS: list[Pattern] = [
-    Unstructured(0.5),
-    Unstructured(0.7),
-    Unstructured(0.999),
-    SemiStructured(2, 4),
-    SemiStructured(1, 4),
-    SemiStructured(4, 8),
-    SemiStructured(3, 5),
-]
-every_method = pytest.mark.parametrize("name", ALL)
+every_method = pytest.mark.parametrize("name", METHOD_NAMES)
 every_problem = pytest.mark.parametrize("problem", PROBLEMS)
 
 
-@cache
-def problem_of(name: str) -> Problem:
-    return PROBLEMS[name]()
-
-
-def method_of(name: str) -> Method:
-    base, _, extra = name.partition("+")
-    return get_method(base, refit=extra == "refit")
-
-
-def solve(name: str, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solution:
-    method = method_of(name)
-    return method.solve(weight, method.prepare(stats), pattern)
-
-
-def select_within_budget(problem: str) -> list[Pattern]:
-    return [pattern for pattern in PATTERNS if pattern.fits(problem_of(problem).weight.shape[1])]
+def fitting_patterns(problem: str) -> list[Pattern]:
+    return [pattern for pattern in PATTERNS if pattern.fits(cached_problem(problem).weight.shape[1])]
 
 
 def output_distance(first: Tensor, second: Tensor, inputs: Tensor) -> float:
-    """||first - second|| / ||first|| in the norm of the damped Hessian, in which a refit converges."""
+    """Return ||first - second|| / ||first|| in the norm of the damped Hessian, in which a refit converges."""
     hessian, _ = hessian64(inputs)
     size = objective64(first, torch.zeros_like(first), hessian).sum()
     return float((objective64(first, second, hessian).sum() / size.clamp_min(1e-30)).sqrt())
 
 
-def bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32)
-
-
 def test_the_table_is_complete() -> None:
     assert [get_method(name).name for name in METHODS] == list(METHODS)
-    assert [method_of(name).name for name in ALL] == ALL
-    assert len(select_within_budget("gaussian")) == len(PATTERNS) and len(select_within_budget("one_input")) == 3
+    assert [make_method(name).name for name in METHOD_NAMES] == METHOD_NAMES
+    assert len(fitting_patterns("gaussian")) == len(PATTERNS) and len(fitting_patterns("one_input")) == 3
 
 
 @every_method
-def test_a_traced_method_answers_the_same_and_notes_errors_where_it_iterates(name: str) -> None:
-    weight, inputs = problem_of("correlated")
-    stats, method = InputStats.of(inputs), method_of(name).traced()
+def test_tracing_records_errors_and_does_not_change_weights(name: str) -> None:
+    weight, inputs = cached_problem("correlated")
+    stats, method = InputStats.of(inputs), make_method(name).traced()
     plain = solve(name, weight, stats, Unstructured(0.7))
     traced = method.solve(weight, method.prepare(stats), Unstructured(0.7))
     assert method.name == name and torch.equal(bits(traced.weight), bits(plain.weight))
@@ -79,57 +49,57 @@ def test_a_traced_method_answers_the_same_and_notes_errors_where_it_iterates(nam
 
 @every_problem
 @every_method
-def test_what_comes_back_is_pruned_exactly(name: str, problem: str) -> None:
-    weight, inputs = problem_of(problem)
+def test_solutions_have_exact_counts(name: str, problem: str) -> None:
+    weight, inputs = cached_problem(problem)
     stats = InputStats.of(inputs)
     before = weight.clone()
-    for pattern in select_within_budget(problem):
+    for pattern in fitting_patterns(problem):
         solution = solve(name, weight, stats, pattern)
-        mask, found = solution.mask, solution.weight
-        assert mask.shape == found.shape == weight.shape
-        assert mask.dtype == torch.bool and found.dtype == torch.float32
+        mask, result = solution.mask, solution.weight
+        assert mask.shape == result.shape == weight.shape
+        assert mask.dtype == torch.bool and result.dtype == torch.float32
         if isinstance(pattern, SemiStructured):
             assert bool((mask.reshape(-1, pattern.group).sum(dim=1) == pattern.keep).all())
         else:
             assert int((~mask).sum()) == round(pattern.sparsity * weight.numel())
-        assert not bool(bits(found)[~mask].any()), "pruned weights are +0.0, bit for bit"
-        assert bool(torch.isfinite(found).all())
+        assert not bool(bits(result)[~mask].any()), "pruned weights are +0.0, bit for bit"
+        assert bool(torch.isfinite(result).all())
         assert torch.equal(bits(weight), bits(before)), "the caller's weight is not touched"
         again = solve(name, weight, InputStats.of(inputs), pattern)
-        assert torch.equal(bits(found), bits(again.weight)) and torch.equal(mask, again.mask)
+        assert torch.equal(bits(result), bits(again.weight)) and torch.equal(mask, again.mask)
 
 
 @every_problem
 @every_method
-def test_the_scale_of_the_sums_does_not_matter(name: str, problem: str) -> None:
-    """Four times the same tokens, equal to the bit: neither 4 nor its square root changes any rounding."""
-    weight, inputs = problem_of(problem)
+def test_four_times_the_tokens_change_no_bit(name: str, problem: str) -> None:
+    """Repeat the tokens four times: neither 4 nor its square root changes any rounding."""
+    weight, inputs = cached_problem(problem)
     once = InputSums.of(inputs)
     twice = once + once
     four_times = (twice + twice).to_stats()
-    for pattern in select_within_budget(problem):
-        one, four = solve(name, weight, once.to_stats(), pattern), solve(name, weight, four_times, pattern)
-        assert torch.equal(one.mask, four.mask)
-        assert torch.equal(bits(one.weight), bits(four.weight))
+    for pattern in fitting_patterns(problem):
+        first, fourfold = solve(name, weight, once.to_stats(), pattern), solve(name, weight, four_times, pattern)
+        assert torch.equal(first.mask, fourfold.mask)
+        assert torch.equal(bits(first.weight), bits(fourfold.weight))
 
 
-# Twice is not a square: the scale to unit diagonal rounds anew. Only problems without a near tie on ALPS's way
-# can ask for the very same support.
+# Two is not a square, so that the scale to unit diagonal is rounded differently. The support is the same only on
+# problems in which ALPS meets no near tie.
 @pytest.mark.parametrize("problem", ["gaussian", "correlated"])
 @every_method
 def test_twice_the_tokens_change_nothing(name: str, problem: str) -> None:
-    weight, inputs = problem_of(problem)
+    weight, inputs = cached_problem(problem)
     once = InputSums.of(inputs)
-    for pattern in select_within_budget(problem):
-        one, two = (solve(name, weight, sums.to_stats(), pattern) for sums in (once, once + once))
-        assert torch.equal(one.mask, two.mask)
-        assert output_distance(one.weight, two.weight, inputs) < 1e-3
+    for pattern in fitting_patterns(problem):
+        first, second = (solve(name, weight, sums.to_stats(), pattern) for sums in (once, once + once))
+        assert torch.equal(first.mask, second.mask)
+        assert output_distance(first.weight, second.weight, inputs) < 1e-3
 
 
 @every_problem
 @every_method
 def test_sparsity_zero_returns_the_weight(name: str, problem: str) -> None:
-    weight, inputs = problem_of(problem)
+    weight, inputs = cached_problem(problem)
     solution = solve(name, weight, InputStats.of(inputs), Unstructured(0.0))
     assert torch.equal(bits(solution.weight), bits(weight))
     assert bool(solution.mask.all()) and solution.info.status is Status.UNCHANGED
@@ -137,9 +107,9 @@ def test_sparsity_zero_returns_the_weight(name: str, problem: str) -> None:
 
 
 @every_method
-def test_rows_may_come_in_any_order(name: str) -> None:
-    """Without ties, and with a count that every row can share evenly: then no position decides anything."""
-    weight, inputs = problem_of("correlated")
+def test_permuted_rows_give_permuted_solutions(name: str) -> None:
+    """Use weights without ties and an even count per row, so that no decision depends on positions."""
+    weight, inputs = cached_problem("correlated")
     stats = InputStats.of(inputs)
     order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(1))
     for pattern in (Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4), SemiStructured(3, 5)):
@@ -148,11 +118,11 @@ def test_rows_may_come_in_any_order(name: str) -> None:
         assert output_distance(straight.weight[order], shuffled.weight, inputs) < 1e-3
 
 
-# SparseGPT sweeps from left to right and only corrects what lies to the right: the order of the inputs is
-# part of its answer, and so of the mask that DSnoT takes from it.
-@pytest.mark.parametrize("name", [name for name in ALL if "sparsegpt" not in name])
-def test_inputs_may_come_in_any_order(name: str) -> None:
-    weight, inputs = problem_of("correlated")
+# SparseGPT sweeps from left to right and only corrects columns to the right, so that its result depends on the order of
+# the inputs, as does the mask that DSnoT takes from it.
+@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if "sparsegpt" not in name])
+def test_permuted_inputs_give_permuted_solutions(name: str) -> None:
+    weight, inputs = cached_problem("correlated")
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(2))
     for sparsity in (0.5, 0.7):
         straight = solve(name, weight, InputStats.of(inputs), Unstructured(sparsity))
@@ -175,8 +145,8 @@ def test_half_precision_weights_are_solved_in_float32(name: str, dtype: torch.dt
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @every_method
-def test_broken_weights_are_refused(name: str, bad: float) -> None:
-    weight, inputs = problem_of("gaussian")
+def test_weights_that_are_not_finite_are_rejected(name: str, bad: float) -> None:
+    weight, inputs = cached_problem("gaussian")
     broken = weight.clone()
     broken[3, 7] = bad
     for pattern in (Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4)):
@@ -185,10 +155,10 @@ def test_broken_weights_are_refused(name: str, bad: float) -> None:
 
 
 @every_method
-def test_the_state_serves_several_sites(name: str) -> None:
-    """q, k and v share one prepared state: solving one must leave nothing behind for the next."""
-    weight, inputs = problem_of("correlated")
-    method = method_of(name)
+def test_a_state_can_be_reused_for_several_layers(name: str) -> None:
+    """Check that solving one layer does not change the state for the next, as q, k and v share one."""
+    weight, inputs = cached_problem("correlated")
+    method = make_method(name)
     stats = InputStats.of(inputs)
     state = method.prepare(stats)
     method.solve(normal(80, 8, 40), state, Unstructured(0.7))
@@ -198,13 +168,13 @@ def test_the_state_serves_several_sites(name: str) -> None:
 
 
 @every_method
-def test_no_more_is_read_than_was_asked_for(name: str) -> None:
-    """A method that says it needs moments must do without the Gram."""
-    weight, inputs = problem_of("correlated")
-    method = method_of(name)
+def test_methods_read_only_the_statistics_that_they_need(name: str) -> None:
+    """Check that a method which needs moments does not read the Gram."""
+    weight, inputs = cached_problem("correlated")
+    method = make_method(name)
     lean = InputStats.of(inputs, method.needs)
-    found = method.solve(weight, method.prepare(lean), Unstructured(0.5))
-    assert torch.equal(found.mask, solve(name, weight, InputStats.of(inputs), Unstructured(0.5)).mask)
+    result = method.solve(weight, method.prepare(lean), Unstructured(0.5))
+    assert torch.equal(result.mask, solve(name, weight, InputStats.of(inputs), Unstructured(0.5)).mask)
     assert (method.needs == Needs.GRAM) == (name not in ("magnitude", "wanda", "dsnot"))
 
 

@@ -1,4 +1,4 @@
-"""Damping, scaling and factors of the Hessian, against dense float64."""
+"""Tests of damping, scaling and factors of the Hessian against dense float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_range", "h
 
 
 def handmade(eigenvalues: list[float]) -> InputStats:
-    """Broken sums: mean square 1, and a Gram with the given eigenvalues, which no data could have."""
+    """Make inconsistent statistics with mean square 1 and a Gram with the given eigenvalues."""
     size = len(eigenvalues)
     basis = torch.linalg.qr(normal(5, size, size).double()).Q
     gram = (basis * torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
@@ -31,7 +31,7 @@ def inputs_of(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damped_adds_to_the_diagonal_alone(name: str) -> None:
+def test_damping_is_added_to_the_diagonal_only(name: str) -> None:
     inputs = inputs_of(name)
     hessian, damping = damped(InputStats.of(inputs), 0.01)
     exact, lam = hessian64(inputs, 0.01)
@@ -63,7 +63,7 @@ def test_zero_inputs_have_damping_one() -> None:
     assert torch.equal(upper, torch.eye(40)) and damping == 1.0 and notes == []
 
 
-def test_notes_tell_of_dead_inputs_and_of_few_tokens() -> None:
+def test_dead_inputs_and_few_tokens_are_noted() -> None:
     dead = scaled(InputStats.of(inputs_of("dead_inputs")), 0.01).notes
     assert dead == ["6 of 40 inputs were zero on every calibration token"]
     few = scaled(InputStats.of(inputs_of("few_tokens")), 0.01).notes
@@ -73,14 +73,14 @@ def test_notes_tell_of_dead_inputs_and_of_few_tokens() -> None:
 
 @pytest.mark.parametrize("rho", [0.004, 0.1, 3.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_inverse_is_that_of_the_shifted_matrix(name: str, rho: float) -> None:
+def test_inverse_matches_the_shifted_matrix_in_float64(name: str, rho: float) -> None:
     state = scaled(InputStats.of(inputs_of(name)), 0.01)
     shifted = state.matrix.double() + rho * torch.eye(len(state.scale), dtype=torch.float64)
     exact = torch.linalg.inv(shifted)
     assert float((state.inverse(rho).double() - exact).norm() / exact.norm()) < 1e-4
 
 
-def test_inverse_is_kept_for_the_next_site_and_not_mixed_up() -> None:
+def test_inverses_are_cached_by_penalty() -> None:
     state = scaled(InputStats.of(correlated().inputs), 0.01)
     first, second = state.inverse(0.1), state.inverse(0.2)
     assert state.inverse(0.1) is first and state.inverse(0.2) is second
@@ -97,7 +97,7 @@ def test_undamped_energy_is_that_of_the_outputs(name: str) -> None:
 
 
 def test_undamped_energy_of_zero_inputs_is_zero() -> None:
-    """Also to rounding: relative errors divide one such energy by another."""
+    """Check exact zero, because relative errors divide one energy by another."""
     state = scaled(InputStats.of(zero_inputs().inputs), 0.01)
     assert [state.undamped_energy(normal(seed, 12, 40)) for seed in range(10)] == [0.0] * 10
 
@@ -115,8 +115,8 @@ def test_inverse_factor_squares_to_the_inverse(name: str) -> None:
     assert float((product - inverse).norm() / inverse.norm()) < 1e-6
 
 
-def test_the_factor_is_accurate_with_hardly_any_damping() -> None:
-    """1 / U_jj^2 is what the later inputs leave unexplained of input j: it must not drown in rounding."""
+def test_the_factor_is_accurate_with_very_small_damping() -> None:
+    """Check 1 / U_jj^2, the part of input j that later inputs do not explain, against rounding."""
     inputs = huge_range().inputs
     upper = inverse_factor(InputStats.of(inputs), 1e-6).upper
     stats = InputStats.of(inputs)
@@ -137,12 +137,12 @@ def test_damping_is_raised_with_a_note(lowest: float, raised: float) -> None:
     torch.testing.assert_close(upper.double().T @ upper.double(), exact, rtol=1e-3, atol=1e-4)
 
 
-def test_hopeless_sums_are_refused() -> None:
+def test_indefinite_sums_beyond_any_damping_are_rejected() -> None:
     with pytest.raises(SolveFailed, match="indefinite under any damping"):
         inverse_factor(handmade([-50.0, 1.0, 2.0, 3.0]), 0.01)
 
 
-def test_the_scaled_hessian_raises_its_damping_like_the_factor() -> None:
+def test_the_scaled_hessian_raises_its_damping_as_the_factor_does() -> None:
     stats = handmade([-0.5, 1.0, 1.2, 1.4, 1.1, 0.9])
     state = scaled(stats, 0.01)
     factor = inverse_factor(stats, 0.01)
@@ -155,7 +155,7 @@ def test_the_scaled_hessian_raises_its_damping_like_the_factor() -> None:
 
 
 def unit_diagonal(inputs: Tensor) -> Tensor:
-    """The Gram scaled to unit diagonal, + 0.1 I, in float64."""
+    """Return the Gram scaled to unit diagonal plus 0.1 I, in float64."""
     gram = inputs.double().T @ inputs.double()
     scale = gram.diagonal().rsqrt()
     return gram * scale * scale[:, None] + 0.1 * torch.eye(len(scale), dtype=torch.float64)
@@ -168,17 +168,17 @@ def test_invert_is_the_inverse_at_every_depth_of_halving(
     size: int, make: Callable[[int, int, int], Tensor], limit: float
 ) -> None:
     exact = unit_diagonal(make(size, 2 * size + 8, size))
-    found = exact.float()
-    assert invert_(found)
+    result = exact.float()
+    assert invert_(result)
     inverse = torch.linalg.inv(exact)
-    assert float((found.double() - inverse).norm() / inverse.norm()) < limit
-    assert float((found - found.T).norm() / found.norm()) < 1e-6
+    assert float((result.double() - inverse).norm() / inverse.norm()) < limit
+    assert float((result - result.T).norm() / result.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("size", [2, 320, 500, 700])
 @pytest.mark.parametrize("place", ["first half", "second half", "Schur complement"])
-def test_invert_says_that_a_matrix_is_not_definite(place: str, size: int) -> None:
-    """In the last case both diagonal blocks are the identity: only the halves together are indefinite."""
+def test_invert_returns_false_for_indefinite_matrices(place: str, size: int) -> None:
+    """Include a matrix that is indefinite although both diagonal blocks are the identity."""
     matrix = torch.eye(size)
     if place == "Schur complement":
         matrix[0, -1] = matrix[-1, 0] = 1.5
@@ -206,7 +206,7 @@ def test_a_bfloat16_inverse_is_the_float32_one_rounded() -> None:
     assert state.inverse(0.1, torch.bfloat16) is low and state.inverse(0.1) is full
 
 
-def test_inverses_beyond_the_cache_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inverses_beyond_the_cache_size_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     state = scaled(InputStats.of(correlated().inputs), 0.01)
     monkeypatch.setattr(hessian_module, "_CACHE_BYTES", 2 * 40 * 40 * 4)
     kept, also, beyond = (state.inverse(rho) for rho in (0.1, 0.2, 0.3))
@@ -215,7 +215,7 @@ def test_inverses_beyond_the_cache_are_made_anew(monkeypatch: pytest.MonkeyPatch
     assert again is not beyond and torch.equal(again, beyond)
 
 
-def test_a_gpu_keeps_inverses_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_on_a_gpu_depends_on_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for memory, kept in ((80 * 2**30, 5 * 2**30), (2**30, 2**28)):
         facts = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, facts=facts: facts)
@@ -224,7 +224,7 @@ def test_a_gpu_keeps_inverses_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_undamped_takes_the_share_of_the_damping_out(name: str) -> None:
+def test_undamped_subtracts_the_damping_term(name: str) -> None:
     weight, inputs = PROBLEMS[name]()
     state = scaled(InputStats.of(inputs), 0.01)
     hessian, damping = hessian64(inputs)
@@ -235,12 +235,12 @@ def test_undamped_takes_the_share_of_the_damping_out(name: str) -> None:
 
 
 def test_a_penalty_below_rounding_is_inverted_in_float64() -> None:
-    """All inputs twice: a singular matrix of unit diagonal, which float32 cannot tell from an indefinite one."""
+    """Use all inputs twice: a singular matrix of unit diagonal, which is indefinite by rounding in float32."""
     inputs = correlated_inputs(21, 2000, 200)
     state = scaled(InputStats.of(torch.cat([inputs, inputs], dim=1)), 0.0)
     eye = torch.eye(400, dtype=torch.float64)
     assert not invert_(state.matrix + 1e-5 * eye.float())
-    # Symmetric to float32's rounding alone, which so nearly singular a matrix magnifies: the lower triangle is taken.
+    # The result is symmetric only up to rounding, which a nearly singular matrix amplifies: compare the lower triangle.
     lower = state.matrix.double().tril(-1)
     exact = torch.linalg.inv(lower + lower.T + (1 + 1e-5) * eye)
     assert float((state.inverse(1e-5).double() - exact).norm() / exact.norm()) < 1e-6

@@ -1,4 +1,4 @@
-"""What a solve holds at its peak: tensors counted as they come and go, in matrices of the site and of its Hessian."""
+"""Peak memory of a solve, counted in matrices of the layer and of its Hessian."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that operations returned and that are still alive; not what an operation holds inside.
+    """Count the bytes of live storages that operations returned; temporaries inside an operation are not counted.
 
     Attributes:
-        now: alive at the moment.
-        peak: the most that were.
+        now: live bytes at this time.
+        peak: largest number of live bytes.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -38,11 +38,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hold(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(answer):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._hold(leaf)
-        return answer
+        return output
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -58,11 +58,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def test_the_count_is_of_what_is_alive() -> None:
+def test_only_live_tensors_are_counted() -> None:
     with LiveBytes() as live:
         a = torch.empty(1000)
         b = a.view(10, 100)
-        del a  # the view keeps it
+        del a  # the view keeps it alive
         c = b + 1
         c.mul_(2)
         del b, c
@@ -81,16 +81,16 @@ def peak_of(
     monkeypatch: pytest.MonkeyPatch,
     traced: bool = False,
 ) -> tuple[int, int]:
-    """Most bytes alive in a `prepare` and a `solve`, and those of the weight and the statistics among them.
+    """Return the peak of live bytes in a `prepare` and a `solve`, and the bytes of the weight and the statistics.
 
-    What does not grow with a site is shrunk as the site is: the cache of inverses (256 MB) and the pieces of a
-    selection (1 MB).
+    The cache of inverses (256 MB) and the chunks of a selection (1 MB) are reduced, because they do not grow with the
+    layer.
     """
     monkeypatch.setattr(hessian, "_CACHE_BYTES", 0)
     monkeypatch.setattr(selection, "_CPU_CHUNK", 2**12)
     weight, stats = normal(1, out_size, in_size), InputStats.of(correlated_inputs(2, 2 * in_size, in_size))
     assert stats.upper is not None
-    # Every penalty takes an inverse anew, and every step has the same peak: a few of both are enough.
+    # Every penalty computes a new inverse, and every step has the same peak, so that a few of both are enough.
     method = Alps(precision=precision, trace_errors=traced, admm=AdmmSettings(max_iterations=24))
     with LiveBytes([weight, stats.upper, stats.total, stats.square]) as live:
         inputs = live.now
@@ -100,27 +100,27 @@ def peak_of(
 
 
 def limit(out_size: int, in_size: int) -> int:
-    """Seven float32 matrices of the site, and three of its Hessian."""
+    """Return the bytes of seven float32 matrices of the layer and three of its Hessian."""
     return 4 * (7 * out_size * in_size + 3 * in_size**2)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("out_size", "in_size"), [(96, 1024), (160, 560), (300, 700), (448, 448), (1024, 256)])
-def test_a_solve_stays_within_its_matrices(
+def test_peak_memory_of_a_solve_is_limited(
     out_size: int, in_size: int, precision: Precision, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak, inputs = peak_of(out_size, in_size, precision, pattern, monkeypatch)
     assert peak - inputs <= limit(out_size, in_size)
-    # With the weight and the Gram, which the caller holds, it is that as well, to two per cent, unless the Hessian is
-    # ten times as large as the site: an inverse has half a matrix of workspace.
+    # With the weight and the Gram, which the caller holds, the limit holds to two per cent unless the Hessian is ten
+    # times as large as the layer: an inverse has half a matrix of workspace.
     if in_size < 4 * out_size:
         assert peak <= 1.02 * limit(out_size, in_size)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("out_size", "in_size"), [(160, 560), (448, 448), (1024, 256)])
-def test_noting_errors_stays_within_them_too(
+def test_peak_memory_of_a_traced_solve_is_limited(
     out_size: int, in_size: int, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak, inputs = peak_of(out_size, in_size, precision, Unstructured(0.7), monkeypatch, traced=True)

@@ -1,4 +1,4 @@
-"""Patterns: exact counts, ties by position, and words a user may write."""
+"""Tests of patterns: exact counts, ties by position, and parsing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scores_of(kind: str, seed: int, rows: int, columns: int) -> Tensor:
 
 
 def naive_top(values: list[float], kept: int) -> list[bool]:
-    """Python's stable sort: among equals the first ones win."""
+    """Return the mask of the largest values by a stable sort; among equal values the first are kept."""
     order = sorted(range(len(values)), key=lambda i: -values[i])
     chosen = set(order[:kept])
     return [i in chosen for i in range(len(values))]
@@ -55,7 +55,7 @@ def naive_groups(scores: Tensor, keep: int, group: int) -> Tensor:
 
 @many
 @given(st.sampled_from(KINDS), seeds, st.integers(1, 9), st.integers(1, 33), ratios)
-def test_matrix_scope_is_the_stable_sort(kind: str, seed: int, rows: int, columns: int, ratio: float) -> None:
+def test_matrix_scope_matches_a_stable_sort(kind: str, seed: int, rows: int, columns: int, ratio: float) -> None:
     scores = scores_of(kind, seed, rows, columns)
     mask = keep_largest(scores, Unstructured(ratio))
     assert mask.shape == scores.shape and mask.dtype == torch.bool
@@ -66,7 +66,7 @@ def test_matrix_scope_is_the_stable_sort(kind: str, seed: int, rows: int, column
 
 @many
 @given(st.sampled_from(KINDS), seeds, st.integers(1, 9), st.integers(1, 33), ratios)
-def test_row_scope_is_fair_and_exact(kind: str, seed: int, rows: int, columns: int, ratio: float) -> None:
+def test_row_scope_has_even_and_exact_counts(kind: str, seed: int, rows: int, columns: int, ratio: float) -> None:
     scores = scores_of(kind, seed, rows, columns)
     mask = keep_largest(scores, Unstructured(ratio), scope="row")
     kept = mask.sum(dim=1).tolist()
@@ -85,7 +85,7 @@ def test_row_scope_is_fair_and_exact(kind: str, seed: int, rows: int, columns: i
     st.integers(2, 12),
     st.integers(0, 10),
 )
-def test_groups_are_the_stable_sort(kind: str, seed: int, rows: int, groups: int, group: int, keep: int) -> None:
+def test_groups_match_a_stable_sort(kind: str, seed: int, rows: int, groups: int, group: int, keep: int) -> None:
     pattern = SemiStructured(1 + keep % (group - 1), group)
     scores = scores_of(kind, seed, rows, groups * group)
     mask = keep_largest(scores, pattern)
@@ -121,8 +121,8 @@ def test_large_vectors_of_ties_are_exact() -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "sawtooth", "sorted"])
 @pytest.mark.parametrize("kept", [1, 2, 999, 35_000, 69_999, 70_000])
-def test_large_vectors_are_the_stable_sort(kind: str, kept: int) -> None:
-    """Here the selection samples first; of the sawtooth, whose period is its stride, it sees one value only."""
+def test_large_vectors_match_a_stable_sort(kind: str, kept: int) -> None:
+    """Use vectors that are sampled first; the period of the sawtooth is the stride, so that its sample is constant."""
     size = 70_001
     if kind == "sawtooth":
         scores = (torch.arange(size) % 61).float()
@@ -136,7 +136,7 @@ def test_large_vectors_are_the_stable_sort(kind: str, kept: int) -> None:
     assert torch.equal(topk_mask(scores, kept), expected)
 
 
-def test_top_mask_of_none_and_of_all() -> None:
+def test_topk_mask_of_none_and_of_all() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0])
     assert topk_mask(scores, 0).tolist() == [False] * 3
     assert topk_mask(scores, 3).tolist() == [True] * 3
@@ -184,12 +184,12 @@ def test_a_printed_pattern_reads_back(pattern: Pattern) -> None:
         "-1:4",
     ],
 )
-def test_wrong_patterns_are_refused(text: str) -> None:
+def test_invalid_patterns_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_pattern(text)
 
 
-def test_refusals_say_what_to_write() -> None:
+def test_errors_name_valid_patterns() -> None:
     with pytest.raises(ConfigError, match=r"fraction such as 0\.7, or N:M such as 2:4"):
         parse_pattern("half")
     with pytest.raises(ConfigError, match=r"outside \[0, 1\)"):

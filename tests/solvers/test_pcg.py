@@ -1,4 +1,4 @@
-"""The refit: optimal weights on a fixed support, against dense float64 solves."""
+"""Tests of the refit: optimal weights on a fixed support, against dense float64 solves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIVE = ["gaussian", "correlated", "dead_inputs", "few_tokens", "huge_token", "ro
 
 
 def unit_problem(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """H with unit diagonal, C and the dense weight, all float32, for correlated inputs."""
+    """Return H with unit diagonal, C and the dense weight, all float32, for correlated inputs."""
     weight = normal(seed, OUT, IN)
     state = scaled(InputStats.of(correlated_inputs(seed + 1, TOKENS, IN)), 0.01)
     return state.matrix, weight @ state.matrix, weight
@@ -47,16 +47,16 @@ def starts(weight: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("start", ["dense", "zero", "random", "far"])
-def test_it_reaches_the_float64_optimum(start: str) -> None:
+def test_refit_reaches_the_float64_optimum(start: str) -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    found = refit(H, C, mask, starts(weight)[start], max_steps=200, tolerance=1e-6)
+    result = refit(H, C, mask, starts(weight)[start], max_steps=200, tolerance=1e-6)
     best = best_on_support(weight, H.double(), mask)
-    assert found.residual <= 1e-6
-    # Rounding is relative to the largest iterate: a start far off leaves more of it.
+    assert result.residual <= 1e-6
+    # Rounding is relative to the largest iterate, so that a distant start has larger rounding errors.
     far = max(1.0, float((starts(weight)[start] * mask).norm() / best.norm()))
-    assert float((found.weight.double() - best).norm() / best.norm()) < 1e-4 * far
-    excess = objective64(found.weight, weight, H.double()) / objective64(best, weight, H.double())
+    assert float((result.weight.double() - best).norm() / best.norm()) < 1e-4 * far
+    excess = objective64(result.weight, weight, H.double()) / objective64(best, weight, H.double())
     assert float(excess.max()) < 1 + 1e-5 * far
 
 
@@ -68,28 +68,28 @@ def test_every_step_lowers_the_objective_of_every_row(start: str) -> None:
     best = objective64(best_on_support(weight, H.double(), mask), weight, H.double())
     before = objective64(torch.where(mask, begin, 0.0), weight, H.double())
     for steps in range(1, 9):
-        found = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
-        assert found.steps == steps
-        after = objective64(found.weight, weight, H.double())
+        result = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
+        assert result.steps == steps
+        after = objective64(result.weight, weight, H.double())
         unfinished = before > best * (1 + 1e-4)
         assert bool((after < before)[unfinished].all())
         assert bool((after <= before + 1e-5 * best).all())
         before = after
 
 
-def test_the_preconditioner_takes_uneven_diagonals() -> None:
-    """Without scaling to unit diagonal a plain gradient would crawl: feature sizes differ by 1e4."""
+def test_the_preconditioner_handles_uneven_diagonals() -> None:
+    """Use input scales that differ by 1e4, on which gradients without preconditioning converge slowly."""
     weight = normal(8, OUT, IN)
     inputs = normal(9, TOKENS, IN) * torch.logspace(-2, 2, IN)
     H = inputs.T @ inputs + 1e-3 * torch.eye(IN)
     mask = random_mask(7, OUT, IN)
-    found = refit(H, weight @ H, mask, torch.zeros_like(weight), max_steps=30, tolerance=1e-5)
+    result = refit(H, weight @ H, mask, torch.zeros_like(weight), max_steps=30, tolerance=1e-5)
     best = best_on_support(weight, H.double(), mask)
     size = H.double().diagonal().sqrt()
-    assert float(((found.weight.double() - best) * size).norm() / (best * size).norm()) < 1e-4
+    assert float(((result.weight.double() - best) * size).norm() / (best * size).norm()) < 1e-4
 
 
-def test_the_tolerance_stops_it_early() -> None:
+def test_the_tolerance_stops_early() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
     loose = refit(H, C, mask, torch.zeros_like(weight), max_steps=100, tolerance=1e-1)
@@ -101,60 +101,60 @@ def test_the_tolerance_stops_it_early() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 6, 12])
-def test_the_reported_residual_is_true(steps: int) -> None:
+def test_the_reported_residual_matches_float64(steps: int) -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    found = refit(H, C, mask, weight, max_steps=steps, tolerance=0.0)
-    masked = (C.double() - found.weight.double() @ H.double()) * mask
+    result = refit(H, C, mask, weight, max_steps=steps, tolerance=0.0)
+    masked = (C.double() - result.weight.double() @ H.double()) * mask
     true = float((masked.norm(dim=1) / (C * mask).double().norm(dim=1)).max())
-    assert found.residual == pytest.approx(true, rel=1e-2, abs=1e-6)
+    assert result.residual == pytest.approx(true, rel=1e-2, abs=1e-6)
 
 
-def test_rows_without_support_stay_zero_and_do_no_harm() -> None:
+def test_rows_without_support_stay_zero() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
     alone = refit(H, C[1:], mask[1:], weight[1:], max_steps=15, tolerance=0.0).weight
     mask[0] = False
-    found = refit(H, C, mask, weight, max_steps=15, tolerance=0.0)
-    assert not bool(found.weight[0].any())
-    # Products of another shape are summed in another order, and unfinished steps amplify it.
-    torch.testing.assert_close(found.weight[1:], alone, rtol=1e-3, atol=1e-3)
+    result = refit(H, C, mask, weight, max_steps=15, tolerance=0.0)
+    assert not bool(result.weight[0].any())
+    # Products of another shape are summed in another order, and steps before convergence amplify the difference.
+    torch.testing.assert_close(result.weight[1:], alone, rtol=1e-3, atol=1e-3)
 
 
-def test_nothing_kept_at_all() -> None:
+def test_an_empty_support_gives_zero() -> None:
     H, C, weight = unit_problem()
-    found = refit(H, C, torch.zeros_like(weight, dtype=torch.bool), weight, max_steps=10, tolerance=1e-5)
-    assert found.steps == 0 and found.residual == 0.0 and not bool(found.weight.any())
+    result = refit(H, C, torch.zeros_like(weight, dtype=torch.bool), weight, max_steps=10, tolerance=1e-5)
+    assert result.steps == 0 and result.residual == 0.0 and not bool(result.weight.any())
 
 
-def test_finished_rows_stay_where_they_are() -> None:
+def test_finished_rows_do_not_change() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
-    mask[0] = torch.arange(IN) == 4  # one entry: solved by the first step
-    mask[1] = True  # everything: the dense weight is the answer and the start
-    C[2] = 0.0  # zero is the answer
+    mask[0] = torch.arange(IN) == 4  # one entry, solved by the first step
+    mask[1] = True  # all entries: the dense weight is start and optimum
+    C[2] = 0.0  # the optimum is zero
     start = weight.clone()
     start[2] = 0.0
-    found = refit(H, C, mask, start, max_steps=150, tolerance=0.0).weight
-    assert bool(torch.isfinite(found).all())
-    assert float(found[0, 4]) == pytest.approx(float(C[0, 4] / H[4, 4]), rel=1e-5)
-    torch.testing.assert_close(found[1], weight[1], rtol=1e-3, atol=1e-4)
-    assert not bool(found[2].any())
+    result = refit(H, C, mask, start, max_steps=150, tolerance=0.0).weight
+    assert bool(torch.isfinite(result).all())
+    assert float(result[0, 4]) == pytest.approx(float(C[0, 4] / H[4, 4]), rel=1e-5)
+    torch.testing.assert_close(result[1], weight[1], rtol=1e-3, atol=1e-4)
+    assert not bool(result[2].any())
     best = best_on_support(weight, H.double(), mask)
-    torch.testing.assert_close(found[3:].double(), best[3:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result[3:].double(), best[3:], rtol=1e-3, atol=1e-4)
 
 
 def test_full_support_returns_the_dense_weight() -> None:
     H, C, weight = unit_problem()
     everything = torch.ones_like(weight, dtype=torch.bool)
-    found = refit(H, C, everything, torch.zeros_like(weight), max_steps=200, tolerance=1e-6)
-    assert float((found.weight - weight).norm() / weight.norm()) < 1e-4
+    result = refit(H, C, everything, torch.zeros_like(weight), max_steps=200, tolerance=1e-6)
+    assert float((result.weight - weight).norm() / weight.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), SemiStructured(2, 4)], ids=str)
 @pytest.mark.parametrize("problem", LIVE)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_refitted_is_near_the_best_and_never_above_its_base(name: str, problem: str, pattern: Pattern) -> None:
+def test_a_refit_is_near_the_optimum_and_never_raises_the_error(name: str, problem: str, pattern: Pattern) -> None:
     weight, inputs = PROBLEMS[problem]()
     stats = InputStats.of(inputs)
     hessian, _ = hessian64(inputs)
@@ -170,7 +170,7 @@ def test_refitted_is_near_the_best_and_never_above_its_base(name: str, problem: 
     assert float(excess) <= 1e-5 * total
 
 
-def test_refitted_lowers_what_a_mask_alone_leaves() -> None:
+def test_a_refit_lowers_the_error_of_methods_without_correction() -> None:
     weight, inputs = correlated()
     stats = InputStats.of(inputs)
     for name in ("magnitude", "wanda", "dsnot"):
@@ -182,7 +182,7 @@ def test_refitted_lowers_what_a_mask_alone_leaves() -> None:
 
 
 @pytest.mark.parametrize("problem", LIVE)
-def test_refitted_reports_the_true_figures(problem: str) -> None:
+def test_a_refit_reports_true_figures(problem: str) -> None:
     weight, inputs = PROBLEMS[problem]()
     method = Refitted(METHODS["wanda"]())
     solution = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(0.6))
@@ -202,17 +202,17 @@ def test_refitted_reports_the_true_figures(problem: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
 @pytest.mark.parametrize("start", ["dense", "zero", "random", "far"])
-def test_the_gain_is_the_true_decrease(start: str, steps: int) -> None:
+def test_the_gain_is_the_decrease_of_the_objective(start: str, steps: int) -> None:
     H, C, weight = unit_problem(23)
     mask = random_mask(8, OUT, IN, 0.4)
     begin = torch.where(mask, starts(weight)[start], 0.0)
-    found = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
-    before, after = (objective64(X, weight, H.double()).sum() for X in (begin, found.weight))
-    assert found.steps == steps
-    assert found.gain == pytest.approx(float(before - after), rel=1e-3)
+    result = refit(H, C, mask, begin, max_steps=steps, tolerance=0.0)
+    before, after = (objective64(X, weight, H.double()).sum() for X in (begin, result.weight))
+    assert result.steps == steps
+    assert result.gain == pytest.approx(float(before - after), rel=1e-3)
 
 
-def test_no_step_gains_nothing() -> None:
+def test_without_steps_the_gain_is_zero() -> None:
     H, C, weight = unit_problem()
     mask = random_mask(5, OUT, IN)
     assert refit(H, C, mask, weight, max_steps=0, tolerance=0.0).gain == 0.0
@@ -220,7 +220,7 @@ def test_no_step_gains_nothing() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 7])
-def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> None:
+def test_the_minimum_gain_stops_after_the_first_smaller_step(at: int) -> None:
     H, C, weight = unit_problem(33)
     mask = random_mask(9, OUT, IN, 0.4)
     rhs_norm = (C * mask).norm(dim=1)
@@ -228,13 +228,13 @@ def test_the_least_gain_stops_after_the_first_step_that_is_below(at: int) -> Non
     gains = [after - before for before, after in pairwise(totals)]
     min_gain = gains[at - 1] * (1 + 1e-9)
     X = torch.where(mask, weight, 0.0)
-    found = pcg_iterations(H, C - X @ H, mask, X, rhs_norm=rhs_norm, max_steps=10, tolerance=0.0, min_gain=min_gain)
-    assert found.steps == next(i for i, gain in enumerate(gains, 1) if gain <= min_gain)
-    assert found.gain == pytest.approx(totals[found.steps], rel=1e-5)
-    assert found.weight is X, "the answer overwrites the start"
+    result = pcg_iterations(H, C - X @ H, mask, X, rhs_norm=rhs_norm, max_steps=10, tolerance=0.0, min_gain=min_gain)
+    assert result.steps == next(i for i, gain in enumerate(gains, 1) if gain <= min_gain)
+    assert result.gain == pytest.approx(totals[result.steps], rel=1e-5)
+    assert result.weight is X, "the answer overwrites the start"
 
 
-def test_without_a_least_gain_the_steps_go_on() -> None:
+def test_without_a_minimum_gain_all_steps_run() -> None:
     H, C, weight = unit_problem(33)
     mask = random_mask(9, OUT, IN, 0.4)
     rhs_norm = (C * mask).norm(dim=1)

@@ -1,4 +1,4 @@
-"""SparseGPT against optimal brain surgery, one column at a time, with a fresh inverse for every column."""
+"""Comparison of SparseGPT with optimal brain surgery that computes a new inverse for every column."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["gaussian", "correlated", "dead_inputs", "few_tokens", "one_output"]
 
 
 def later_inverse(hessian: Tensor, column: int) -> Tensor:
-    """(H[j:, j:])^{-1}: what the columns before j, already fixed, leave."""
+    """Return (H[j:, j:])^{-1}, the inverse without the columns before j."""
     inverse: Tensor = torch.linalg.inv(hessian[column:, column:])
     return inverse
 
@@ -25,7 +25,7 @@ def largest(scores: list[tuple[float, int]], kept: int) -> set[int]:
 
 
 def block_choice(W: Tensor, hessian: Tensor, start: int, stop: int, total: int, pattern: Unstructured) -> set[int]:
-    """Positions (row * in + column) that stay in columns start..stop, from the weights as they are now."""
+    """Return the positions (row * in + column) to keep in columns start..stop for the current weights."""
     columns = W.shape[1]
     expected = round(pattern.sparsity * W.numel())
     pruned = expected * stop // columns - total
@@ -38,7 +38,7 @@ def block_choice(W: Tensor, hessian: Tensor, start: int, stop: int, total: int, 
 
 
 def naive(weight: Tensor, hessian: Tensor, pattern: Unstructured | SemiStructured, block: int) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgery in float64: weights and mask."""
+    """Return weights and mask of optimal brain surgery in float64."""
     W = weight.double().clone()
     rows, columns = W.shape
     mask = torch.zeros(rows, columns, dtype=torch.bool)
@@ -66,7 +66,7 @@ def naive(weight: Tensor, hessian: Tensor, pattern: Unstructured | SemiStructure
 @pytest.mark.parametrize("block", [8, 16, 12, 128])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7)], ids=str)
 @pytest.mark.parametrize("problem", NAMES)
-def test_unstructured_is_column_by_column_surgery(
+def test_unstructured_pruning_matches_optimal_brain_surgery(
     problem: str, pattern: Unstructured | SemiStructured, block: int
 ) -> None:
     weight, inputs = PROBLEMS[problem]()
@@ -80,7 +80,7 @@ def test_unstructured_is_column_by_column_surgery(
 @pytest.mark.parametrize("block", [8, 10, 128])
 @pytest.mark.parametrize("pattern", [SemiStructured(2, 4), SemiStructured(1, 4), SemiStructured(3, 5)], ids=str)
 @pytest.mark.parametrize("problem", NAMES)
-def test_groups_are_column_by_column_surgery(problem: str, pattern: SemiStructured, block: int) -> None:
+def test_group_pruning_matches_optimal_brain_surgery(problem: str, pattern: SemiStructured, block: int) -> None:
     weight, inputs = PROBLEMS[problem]()
     method = SparseGPT(block=block)
     solution = method.solve(weight, method.prepare(InputStats.of(inputs)), pattern)
@@ -91,7 +91,7 @@ def test_groups_are_column_by_column_surgery(problem: str, pattern: SemiStructur
 
 @pytest.mark.parametrize("block", [1, 3, 7, 8, 39, 40, 128])
 @pytest.mark.parametrize("sparsity", [0.01, 0.33, 0.5, 0.7, 0.999])
-def test_blocks_add_up_to_the_exact_count(block: int, sparsity: float) -> None:
+def test_counts_of_blocks_sum_to_the_exact_count(block: int, sparsity: float) -> None:
     weight, inputs = correlated()
     method = SparseGPT(block=block)
     mask = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(sparsity)).mask
@@ -103,8 +103,8 @@ def test_blocks_add_up_to_the_exact_count(block: int, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("block", [8, 16, 20])
-def test_the_block_does_not_matter_for_whole_groups(block: int) -> None:
-    """N:M selects inside the sweep: the lazy update is only another order of the same sums."""
+def test_the_block_size_does_not_change_group_pruning(block: int) -> None:
+    """Check that the lazy update, which only changes the order of sums, gives the same masks."""
     weight, inputs = correlated()
     stats = InputStats.of(inputs)
     small, whole = SparseGPT(block=block), SparseGPT(block=IN)
@@ -114,8 +114,8 @@ def test_the_block_does_not_matter_for_whole_groups(block: int) -> None:
     torch.testing.assert_close(first.weight, second.weight, rtol=1e-4, atol=1e-5)
 
 
-def test_white_inputs_leave_kept_weights_alone() -> None:
-    """With a diagonal Hessian nothing can be compensated, and the scores are |W_ij|^2 H_jj."""
+def test_white_inputs_do_not_change_kept_weights() -> None:
+    """Use a diagonal Hessian, with which no correction is possible and the scores are |W_ij|^2 H_jj."""
     weight = normal(1, 8, 16)
     inputs = torch.diag(torch.linspace(1, 2, 16))
     method = SparseGPT(block=16)
@@ -125,7 +125,7 @@ def test_white_inputs_leave_kept_weights_alone() -> None:
     assert float(scores[solution.mask].min()) > float(scores[~solution.mask].max())
 
 
-def test_surgery_pays_on_correlated_inputs() -> None:
+def test_corrections_lower_the_error_on_correlated_inputs() -> None:
     weight, inputs = correlated()
     method = SparseGPT()
     solution = method.solve(weight, method.prepare(InputStats.of(inputs)), Unstructured(0.5))

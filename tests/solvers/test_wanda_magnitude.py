@@ -1,4 +1,4 @@
-"""Magnitude and Wanda against loops written from their papers."""
+"""Comparison of magnitude and Wanda with loops written from their papers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SQUARE = [
 
 
 def best_of(scores: list[float], positions: list[int], kept: int) -> set[int]:
-    """The `kept` positions of largest score; among equals the first."""
+    """Return the `kept` positions with the largest scores; among equal scores the first."""
     return set(sorted(positions, key=lambda i: (-scores[i], i))[:kept])
 
 
@@ -49,7 +49,7 @@ def as_mask(chosen: set[int], like: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("problem", SQUARE)
-def test_magnitude_is_the_naive_loop(problem: str, pattern: Pattern) -> None:
+def test_magnitude_matches_a_naive_loop(problem: str, pattern: Pattern) -> None:
     weight, _ = PROBLEMS[problem]()
     scores = [abs(value) for value in weight.flatten().tolist()]
     if isinstance(pattern, SemiStructured):
@@ -63,7 +63,7 @@ def test_magnitude_is_the_naive_loop(problem: str, pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("problem", SQUARE)
-def test_wanda_is_the_naive_loop(problem: str, pattern: Pattern) -> None:
+def test_wanda_matches_a_naive_loop(problem: str, pattern: Pattern) -> None:
     weight, inputs = PROBLEMS[problem]()
     stats = InputStats.of(inputs, Needs.MOMENTS)
     method = Wanda()
@@ -74,7 +74,7 @@ def test_wanda_is_the_naive_loop(problem: str, pattern: Pattern) -> None:
     norms = stats.norms()
     torch.testing.assert_close(norms.double(), inputs.double().norm(dim=0), rtol=1e-5, atol=0)
     for row in range(OUT):
-        # Scores in float32, as the method has them: real ties must be ties here as well.
+        # Scores are in float32 as in the method, so that ties are the same.
         scores = [float(weight[row, j].abs() * norms[j]) for j in range(IN)]
         if isinstance(pattern, SemiStructured):
             chosen = in_groups(scores, pattern)
@@ -101,7 +101,7 @@ def test_wanda_compares_within_a_row_and_weighs_by_the_input() -> None:
     assert solution.weight.tolist() == [[0.0, 0.0, 7.0, 6.0], [0.0, 0.0, 3.0, 0.5]]
 
 
-def test_magnitude_does_not_look_at_the_inputs() -> None:
+def test_magnitude_does_not_depend_on_the_inputs() -> None:
     weight, inputs = correlated()
     method: Method = Magnitude()
     other = InputStats.of(huge_range().inputs)

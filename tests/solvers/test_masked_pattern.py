@@ -1,4 +1,4 @@
-"""Zeros that are there stay: what must hold for every method under `MaskedPattern`, and the counts it promises."""
+"""Tests of `MaskedPattern`: zeros stay zero with every method, and counts are exact."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from alps.solvers.patterns import (
     restrict_to_nonzeros,
 )
 from alps.solvers.topk import redistribute
+from helpers import methods
+from helpers.methods import METHOD_NAMES, PATTERNS, bits, cached_problem
 from helpers.problems import PROBLEMS, correlated_inputs, hessian64, normal, objective64, random_mask
-from solvers.test_every_method import ALL, PATTERNS, bits, method_of, problem_of
 
 many = settings(max_examples=150)
 
 
 def solve(name: str, weight: Tensor, inputs: Tensor, pattern: Pattern) -> Solution:
-    method, stats = method_of(name), InputStats.of(inputs)
-    return method.solve(weight, method.prepare(stats), pattern)
+    return methods.solve(name, weight, InputStats.of(inputs), pattern)
 
 
-def some(seed: int, weight: Tensor, share: float) -> Tensor:
-    """A seeded mask of the weight's shape."""
+def random_mask_like(seed: int, weight: Tensor, share: float) -> Tensor:
+    """Return a seeded mask of the weight's shape."""
     return random_mask(seed, weight.shape[0], weight.shape[1], share)
 
 
 def expected_kept(allowed: Tensor, pattern: Unstructured | SemiStructured) -> int:
-    """Counted one by one."""
+    """Count the kept entries one by one."""
     if isinstance(pattern, Unstructured):
         return min(allowed.numel() - round(pattern.sparsity * allowed.numel()), int(allowed.sum()))
     groups = [group for row in allowed.tolist() for group in zip(*[iter(row)] * pattern.group, strict=True)]
@@ -46,100 +46,100 @@ def expected_kept(allowed: Tensor, pattern: Unstructured | SemiStructured) -> in
 
 @pytest.mark.parametrize("aims_elsewhere", [False, True], ids=["zeros in the aim", "none in the aim"])
 @pytest.mark.parametrize("share", [0.75, 0.4, 0.02])
-@pytest.mark.parametrize("name", ALL)
-def test_no_zero_comes_back_and_counts_are_exact(name: str, share: float, aims_elsewhere: bool) -> None:
-    """With a dense target what is to be reproduced is not zero where the weight is."""
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_zeros_stay_zero_and_counts_are_exact(name: str, share: float, aims_elsewhere: bool) -> None:
+    """Include dense targets, which are not zero at the zeros of the weight."""
     for problem in ("gaussian", "correlated", "dead_inputs", "rounded_weight", "equal_weights", "few_tokens"):
-        weight, inputs = problem_of(problem)
-        allowed = some(len(problem), weight, share)
+        weight, inputs = cached_problem(problem)
+        allowed = random_mask_like(len(problem), weight, share)
         aim = weight if aims_elsewhere else weight * allowed
         for base in PATTERNS:
             pattern = restrict_to_nonzeros(base.base, weight * allowed)
             assert isinstance(pattern, MaskedPattern) and torch.equal(pattern.allowed, allowed)
-            found = solve(name, aim, inputs, pattern)
-            assert not bool((found.mask & ~allowed).any()), (problem, str(base))
-            assert not bool(bits(found.weight)[~found.mask].any())
-            assert int(found.mask.sum()) == expected_kept(allowed, base.base) == pattern.kept
+            result = solve(name, aim, inputs, pattern)
+            assert not bool((result.mask & ~allowed).any()), (problem, str(base))
+            assert not bool(bits(result.weight)[~result.mask].any())
+            assert int(result.mask.sum()) == expected_kept(allowed, base.base) == pattern.kept
             if isinstance(base, SemiStructured):
-                groups = [mask.reshape(-1, base.group).sum(dim=1) for mask in (found.mask, allowed)]
+                groups = [mask.reshape(-1, base.group).sum(dim=1) for mask in (result.mask, allowed)]
                 assert torch.equal(groups[0], groups[1].clamp_max(base.keep))
-            assert pattern.is_satisfied == torch.equal(found.mask, allowed)
-            assert bool(torch.isfinite(found.weight).all())
+            assert pattern.is_satisfied == torch.equal(result.mask, allowed)
+            assert bool(torch.isfinite(result.weight).all())
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_where_everything_is_allowed_the_answer_is_the_same_to_the_bit(name: str) -> None:
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_mask_that_allows_everything_changes_no_bit(name: str) -> None:
     for problem in PROBLEMS:
-        weight, inputs = problem_of(problem)
+        weight, inputs = cached_problem(problem)
         for base in PATTERNS:
             if not base.fits(weight.shape[1]):
                 continue
             wrapped = MaskedPattern(base.base, torch.ones_like(weight, dtype=torch.bool))
-            plain, found = solve(name, weight, inputs, base), solve(name, weight, inputs, wrapped)
+            plain, result = solve(name, weight, inputs, base), solve(name, weight, inputs, wrapped)
             if problem == "zero_weight" and wrapped.kept < weight.numel():
-                assert not bool(found.weight.any())
-            assert torch.equal(bits(plain.weight), bits(found.weight)) and torch.equal(plain.mask, found.mask)
-    dense = problem_of("gaussian").weight
+                assert not bool(result.weight.any())
+            assert torch.equal(bits(plain.weight), bits(result.weight)) and torch.equal(plain.mask, result.mask)
+    dense = cached_problem("gaussian").weight
     assert restrict_to_nonzeros(Unstructured(0.5), dense) == Unstructured(0.5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize("base", [Unstructured(0.5), Unstructured(0.0), SemiStructured(2, 4)], ids=str)
-def test_a_weight_with_zeros_enough_keeps_its_bits(name: str, base: Unstructured | SemiStructured) -> None:
-    weight, inputs = problem_of("correlated")
+def test_a_weight_with_enough_zeros_is_unchanged(name: str, base: Unstructured | SemiStructured) -> None:
+    weight, inputs = cached_problem("correlated")
     sparse = weight * keep_largest(weight.abs(), base if base.sparsity else Unstructured(0.3))
-    for aim in (sparse, sparse * some(1, weight, 0.8)):
-        found = solve(name, aim, inputs, restrict_to_nonzeros(base, aim))
-        assert found.info.status is Status.UNCHANGED
-        assert torch.equal(found.weight, aim) and torch.equal(found.mask, aim != 0)
+    for aim in (sparse, sparse * random_mask_like(1, weight, 0.8)):
+        result = solve(name, aim, inputs, restrict_to_nonzeros(base, aim))
+        assert result.info.status is Status.UNCHANGED
+        assert torch.equal(result.weight, aim) and torch.equal(result.mask, aim != 0)
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "alps", "wanda+refit"])
 @pytest.mark.parametrize("base", [Unstructured(0.7), SemiStructured(1, 4)], ids=str)
-def test_what_is_chosen_is_better_than_what_is_smallest(name: str, base: Unstructured | SemiStructured) -> None:
-    weight, inputs = problem_of("correlated")
-    sparse = weight * some(7, weight, 0.6)
+def test_methods_choose_better_entries_than_magnitude(name: str, base: Unstructured | SemiStructured) -> None:
+    weight, inputs = cached_problem("correlated")
+    sparse = weight * random_mask_like(7, weight, 0.6)
     hessian, _ = hessian64(inputs)
     pattern = restrict_to_nonzeros(base, sparse)
-    by_size = solve("magnitude", sparse, inputs, pattern).weight
-    errors = [objective64(one, sparse, hessian).sum() for one in (solve(name, sparse, inputs, pattern).weight, by_size)]
+    weights = [solve(method, sparse, inputs, pattern).weight for method in (name, "magnitude")]
+    errors = [objective64(pruned, sparse, hessian).sum() for pruned in weights]
     assert 0 < float(errors[0]) < 0.8 * float(errors[1])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("base", [Unstructured(0.7), Unstructured(0.45), SemiStructured(2, 4)], ids=str)
-def test_large_sites_keep_their_zeros(base: Unstructured | SemiStructured, precision: str) -> None:
-    """From 2^16 weights on the splitting projects by one cut."""
+def test_large_layers_keep_their_zeros(base: Unstructured | SemiStructured, precision: str) -> None:
+    """Use at least 2^16 weights, for which ADMM projects by one cut."""
     sparse = normal(3, 256, 272) * random_mask(4, 256, 272, 0.5)
     stats = InputStats.of(correlated_inputs(5, 600, 272))
     method = Alps(precision=precision)  # type: ignore[arg-type]
-    found = method.solve(sparse, method.prepare(stats), restrict_to_nonzeros(base, sparse))
-    assert not bool((found.mask & (sparse == 0)).any())
-    assert int(found.mask.sum()) == expected_kept(sparse != 0, base)
+    result = method.solve(sparse, method.prepare(stats), restrict_to_nonzeros(base, sparse))
+    assert not bool((result.mask & (sparse == 0)).any())
+    assert int(result.mask.sum()) == expected_kept(sparse != 0, base)
     if base == Unstructured(0.7):
         small = get_method("magnitude").solve(sparse, None, restrict_to_nonzeros(base, sparse))
-        errors = [stats.energy(one.weight - sparse) for one in (found, small)]
+        errors = [stats.energy(solution.weight - sparse) for solution in (result, small)]
         assert 0 < errors[0] < 0.8 * errors[1]
 
 
 @many
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=9))
-def test_capped_counts_are_filled_one_by_one(pairs: list[tuple[int, int]]) -> None:
+def test_redistributed_counts_match_a_naive_loop(pairs: list[tuple[int, int]]) -> None:
     counts, room = (list(values) for values in zip(*pairs, strict=True))
     kept = [min(count, most) for count, most in pairs]
     raised = 0
     while sum(kept) < min(sum(counts), sum(room)):
         raised += 1
         for place, most in enumerate(room):
-            wanted = min(counts[place] + raised, most)
-            if kept[place] < wanted and sum(kept) < min(sum(counts), sum(room)):
-                kept[place] = wanted
+            expected = min(counts[place] + raised, most)
+            if kept[place] < expected and sum(kept) < min(sum(counts), sum(room)):
+                kept[place] = expected
     assert redistribute(torch.tensor(counts), torch.tensor(room)).tolist() == kept
 
 
 @many
 @given(st.integers(0, 2**16), st.floats(0.0, 0.99), st.floats(0.0, 1.0))
-def test_wanda_shares_what_rows_cannot_take(seed: int, sparsity: float, share: float) -> None:
+def test_wanda_redistributes_the_counts_of_full_rows(seed: int, sparsity: float, share: float) -> None:
     scores = normal(seed, 6, 20).abs()
     allowed = random_mask(seed + 1, 6, 20, share)
     allowed[seed % 6] = False
@@ -155,7 +155,7 @@ def test_wanda_shares_what_rows_cannot_take(seed: int, sparsity: float, share: f
         assert not len(left[0]) or not len(left[1]) or float(left[0].min()) >= float(left[1].max())
 
 
-def test_a_pattern_within_a_matrix_tells_its_counts() -> None:
+def test_counts_of_a_masked_pattern() -> None:
     allowed = torch.tensor([[True, True, True, False, False, False, False, True]])
     pattern = MaskedPattern(SemiStructured(2, 4), allowed)
     assert (pattern.kept, pattern.pruned_count(8), pattern.sparsity, str(pattern)) == (3, 5, 0.625, "2:4")
