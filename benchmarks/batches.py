@@ -46,7 +46,7 @@ def passes(loaded: LoadedModel, ids: Tensor, windows: int, count: int) -> float:
 
 def best(loaded: LoadedModel, options: argparse.Namespace, sizes: Sequence[int]) -> dict[int, float]:
     """The shortest times of all rounds, in which the sizes take turns."""
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
     found = dict.fromkeys(sizes, float("inf"))
     for _ in range(options.rounds):

@@ -69,7 +69,7 @@ def main() -> None:
     """Print one table."""
     options = _options()
     folders = [options.dense, *(options.packed.split(",") if options.packed else [])]
-    models = {name: alps.load(name) for name in folders}
+    models = {name: alps.load(name).model.requires_grad_(False) for name in folders}
     threads = [int(count) for count in options.threads.split(",")]
     speeds: dict[str, dict[int, Speed]] = {name: {} for name in (*folders, options.gguf)}
     for count in threads:
@@ -110,7 +110,9 @@ def taken(calls: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[
 def perplexities(name: str, options: argparse.Namespace) -> list[float]:
     """On every text; llama.cpp is given the windows of the dense model's tokenizer."""
     if name != options.gguf:
-        return [row.perplexity for row in alps.evaluate(name, options.text, options.seqlen, options.windows)]
+        return [
+            row.perplexity for row in alps.evaluate(name, options.text, seqlen=options.seqlen, windows=options.windows)
+        ]
     reader = alps.data.calibration.load(options.dense)
     model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, every=True)
     return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    half, full = (alps.load(options.model, dtype=dtype).requires_grad_() for dtype in ("bfloat16", "float32"))
+    half, full = (alps.load(options.model, dtype).model.requires_grad_() for dtype in ("bfloat16", "float32"))
     ids = torch.randint(0, half.config.vocab_size, (options.windows, options.seqlen))
     ways = [
         ("torch's own", half, nullcontext),

@@ -93,7 +93,7 @@ def model_rows(options: argparse.Namespace) -> list[list[str]]:
     """A row for every directory and number of threads; all models are in memory together, and take turns."""
     folders = [options.dense, *options.packed.split(",")]
     memory = {folder: _alone(folder, options) for folder in folders}
-    models = {folder: alps.load(folder) for folder in folders}
+    models = {folder: alps.load(folder).model.requires_grad_(False) for folder in folders}
     rows = []
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
@@ -122,7 +122,7 @@ def _alone(folder: str, options: argparse.Namespace) -> tuple[int, int, int]:
 
 def memory(options: argparse.Namespace) -> None:
     """What `_alone` runs."""
-    model = alps.load(options.folder)
+    model = alps.load(options.folder).model.requires_grad_(False)
     generate(model, options.prompt, options.tokens)
     lines = Path("/proc/self/status").read_text().splitlines()
     resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = open_model(options.model, options.dtype)
     loaded.model.eval()
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
     rows = []
     with exact_float32(), half_matmul_in_float32(_CPU, loaded.model), torch.no_grad():

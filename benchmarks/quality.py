@@ -58,7 +58,15 @@ def measure(options: argparse.Namespace, method: str, pattern: str, seed: int, d
     if method != "dense":
         row |= _pruned(options, loaded, method, pattern, seed, progress)
     start = time.perf_counter()
-    found = evaluate(loaded, options.text, options.eval_seqlen, options.windows, options.device, progress, reference)
+    found = evaluate(
+        loaded,
+        options.text,
+        reference=reference,
+        seqlen=options.eval_seqlen,
+        windows=options.windows,
+        device=options.device,
+        progress=progress,
+    )
     row["perplexity"] = {record.text: record.perplexity for record in found}
     row["kl"] = {record.text: record.kl for record in found if isinstance(record, ComparisonRecord)}
     row["agreement"] = {record.text: record.agreement for record in found if isinstance(record, ComparisonRecord)}

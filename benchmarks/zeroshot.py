@@ -39,7 +39,14 @@ def main() -> None:
 def measure(options: argparse.Namespace, loaded: LoadedModel, task: str) -> Run:
     """One task of one checkpoint; what it was measured with travels with the figures."""
     start = time.perf_counter()
-    records = evaluate_tasks(loaded, [task], options.task_data, options.limit, options.device, options.batch_size)
+    records = evaluate_tasks(
+        loaded,
+        [task],
+        task_data=options.task_data,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
     found = {record.task: record for record in records}[task].model_dump()
     return {**found, "seconds": time.perf_counter() - start, "versions": provenance()}
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alps.checkpoints.api import pack, unpack
     from alps.core.errors import AlpsError
-    from alps.data.calibration import LoadedModel
+    from alps.data.calibration import LoadedModel, load
     from alps.evaluation.api import compare, evaluate, evaluate_tasks
     from alps.evaluation.inspect import inspect
     from alps.finetuning.api import distill, reconstruct
     from alps.inference.convert import pack_linears
-    from alps.inference.load import load
     from alps.pruning.api import prune
     from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
     from alps.solvers.patterns import SemiStructured, Unstructured
@@ -65,7 +64,7 @@ _LAZY_EXPORTS = {
     "evaluate": "alps.evaluation.api",
     "evaluate_tasks": "alps.evaluation.api",
     "inspect": "alps.evaluation.inspect",
-    "load": "alps.inference.load",
+    "load": "alps.data.calibration",
     "pack": "alps.checkpoints.api",
     "pack_linears": "alps.inference.convert",
     "prune": "alps.pruning.api",

@@ -64,13 +64,13 @@ def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, short_stori
         ]
         assert (single.calibration, single.mean_error) == (result.calibration, result.mean_error)
         loaded = load(str(tmp_path / f"one{number}"))
-        found = evaluate(loaded, [str(english_file)], 64, 3, "cpu", None, dense)[0]
+        found = evaluate(loaded, [str(english_file)], seqlen=64, windows=3, device="cpu", reference=dense)[0]
         (mine,) = result.evaluations
         assert mine.model_dump(exclude={"model"}) == found.model_dump(exclude={"model"})
         assert isinstance(mine, ComparisonRecord) and mine.kl > 0
         assert result.versions["torch"] == torch.__version__
     (first,) = results[0].evaluations
-    assert first.loss == evaluate(dense, [str(english_file)], 64, 3)[0].loss
+    assert first.loss == evaluate(dense, [str(english_file)], seqlen=64, windows=3)[0].loss
     shas = {r.calibration.sha256 for r in results[1:] if r.calibration}
     assert len(shas) == 2, "every seed draws windows of its own"
     assert all(r.continuations[0].prompt == "Once upon a time" and r.continuations[0].text for r in results)
@@ -108,12 +108,12 @@ def test_the_dense_model_answers_once_and_figures_are_those_of_single_runs(
     first, *results = go(asked, tmp_path / "all")[0]
     assert whole == [32, 8]
     dense = load(str(folder))
-    assert first.evaluations[0].loss == evaluate(dense, [str(english_file)], 64, 40)[0].loss
+    assert first.evaluations[0].loss == evaluate(dense, [str(english_file)], seqlen=64, windows=40)[0].loss
     for number, result in enumerate(results):
         chosen = PruneConfig.model_validate(result.settings)
         prune_directory(chosen, tmp_path / f"one{number}", NoProgress())
         loaded = load(str(tmp_path / f"one{number}"))
-        (found,) = evaluate(loaded, [str(english_file)], 64, 40, "cpu", None, dense)
+        (found,) = evaluate(loaded, [str(english_file)], seqlen=64, windows=40, device="cpu", reference=dense)
         (mine,) = result.evaluations
         assert mine.model_dump(exclude={"model", "reference"}) == found.model_dump(exclude={"model", "reference"})
         assert isinstance(mine, ComparisonRecord) and mine.kl > 0

@@ -28,7 +28,7 @@ def _other(model: Any, scale: float = 0.05) -> Any:
 
 
 def _compare(model: LoadedModel, reference: LoadedModel, text: Path, seqlen: int, windows: int) -> ComparisonRecord:
-    (record,) = alps.evaluate(model, [str(text)], seqlen, windows, reference=reference)
+    (record,) = alps.evaluate(model, [str(text)], seqlen=seqlen, windows=windows, reference=reference)
     assert isinstance(record, ComparisonRecord)
     return record
 
@@ -63,7 +63,7 @@ def test_perplexities_are_those_measured_alone(stories: Path, english_file: Path
     alps.prune(pruned.model, sparsity=0.5, method="magnitude", measure_error=False)
     # 20 windows of 150 tokens are two batches, and more rows than are in float32 at a time.
     found = _compare(pruned, dense, english_file, 150, 20)
-    alone = [alps.evaluate(one, [str(english_file)], 150, 20)[0] for one in (pruned, dense)]
+    alone = [alps.evaluate(one, [str(english_file)], seqlen=150, windows=20)[0] for one in (pruned, dense)]
     assert found.loss == pytest.approx(alone[0].loss, rel=1e-12)
     assert found.perplexity == pytest.approx(alone[0].perplexity, rel=1e-12)
     assert found.reference_perplexity == pytest.approx(alone[1].perplexity, rel=1e-12)
@@ -98,7 +98,7 @@ def test_training_modes_come_back_and_records_without_reference_stay_as_they_wer
     reference = LoadedModel("b", tiny_model("opt"), word_tokenizer)
     found = _compare(model, reference, english_file, 16, 2)
     assert found.kl == 0.0 and model.model.training and not reference.model.training
-    (plain,) = alps.evaluate(reference, [str(english_file)], 16, 2)
+    (plain,) = alps.evaluate(reference, [str(english_file)], seqlen=16, windows=2)
     assert type(plain) is EvaluationRecord
     assert set(found.model_dump()) - set(plain.model_dump()) == {
         "reference",
@@ -114,19 +114,21 @@ def test_what_cannot_be_compared(
 ) -> None:
     model, text = LoadedModel("tiny", tiny_model("llama"), word_tokenizer), [str(english_file)]
     with pytest.raises(ConfigError, match=r"cuts 'english\.txt' into other tokens"):
-        alps.evaluate(model, text, 16, 2, reference=load(str(stories)))
+        alps.evaluate(model, text, seqlen=16, windows=2, reference=load(str(stories)))
     wider = load(str(stories))
     wider.tokenizer = None
     with pytest.raises(ConfigError, match="predicts over 64 tokens and the reference over 512"):
-        alps.evaluate(model, text, 16, 2, reference=wider)
+        alps.evaluate(model, text, seqlen=16, windows=2, reference=wider)
     with pytest.raises(ConfigError, match="longer than the 128"):
-        alps.evaluate(load(str(stories)), text, 129, 2, reference=LoadedModel("t", tiny_model("gpt2"), None))
+        alps.evaluate(
+            load(str(stories)), text, seqlen=129, windows=2, reference=LoadedModel("t", tiny_model("gpt2"), None)
+        )
 
 
 def test_names_do_and_a_bare_model_is_refused_in_a_sentence(stories: Path, english_file: Path) -> None:
     texts = [str(english_file)]
-    (named,) = alps.evaluate(stories, texts, 64, 3, reference=str(stories))
-    (loaded,) = alps.evaluate(load(str(stories)), texts, 64, 3)
+    (named,) = alps.evaluate(stories, texts, seqlen=64, windows=3, reference=str(stories))
+    (loaded,) = alps.evaluate(load(str(stories)), texts, seqlen=64, windows=3)
     assert named.loss == loaded.loss and isinstance(named, ComparisonRecord) and named.kl == 0
     with pytest.raises(ConfigError, match=r"A LlamaForCausalLM cannot be measured without its tokenizer"):
-        alps.evaluate(alps.load(stories), texts, 64, 3)
+        alps.evaluate(load(str(stories)).model, texts, seqlen=64, windows=3)

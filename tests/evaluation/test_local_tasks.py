@@ -172,7 +172,7 @@ def test_without_the_packages_the_command_to_install_them_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval", None if package == "lm_eval" else sys)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as found:
-        alps.evaluate_tasks(load(str(stories)), ["piqa"], tmp_path)
+        alps.evaluate_tasks(load(str(stories)), ["piqa"], task_data=tmp_path)
     assert f"need the package {package.replace('_', '-')} (" in str(found.value)
     assert str(found.value).endswith('pip install "lm-eval>=0.4.12" accelerate')
 

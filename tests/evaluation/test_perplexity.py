@@ -40,7 +40,7 @@ def test_perplexity_is_that_of_a_plain_loop(
     assert tokens[0] == loaded.tokenizer.bos_token_id
     assert len(tokens) > 2100 or seqlen == 2, "the longer windows fill more than one batch"
     count, expected = _naive(loaded.model, tokens, seqlen)
-    (record,) = alps.evaluate(loaded, [_text(tmp_path, english[:characters])], seqlen)
+    (record,) = alps.evaluate(loaded, [_text(tmp_path, english[:characters])], seqlen=seqlen)
     assert record.perplexity == pytest.approx(expected, rel=1e-5) and record.windows == count == len(tokens) // seqlen
     assert record.predicted_tokens == count * (seqlen - 1) and record.seqlen == seqlen
     assert record.loss == pytest.approx(math.log(expected), rel=1e-5)
@@ -54,15 +54,15 @@ def test_windows_on_the_edge(tiny_model: Callable[..., Any], word_tokenizer: Any
     assert len(tokens) == 32 and word_tokenizer.unk_token_id not in tokens
     path = _text(tmp_path, text)
     for seqlen, windows in ((16, 2), (17, 1), (32, 1)):
-        (record,) = alps.evaluate(loaded, [path], seqlen)
+        (record,) = alps.evaluate(loaded, [path], seqlen=seqlen)
         assert record.windows == windows
         assert record.perplexity == pytest.approx(_naive(loaded.model, tokens, seqlen)[1])
-    (first,) = alps.evaluate(loaded, [path], 8, windows=1)
+    (first,) = alps.evaluate(loaded, [path], seqlen=8, windows=1)
     assert first.perplexity == pytest.approx(_naive(loaded.model, tokens[:8], 8)[1])
     with pytest.raises(ConfigError, match="has 32 tokens, too few for one window of 33"):
-        alps.evaluate(loaded, [path], 33)
+        alps.evaluate(loaded, [path], seqlen=33)
     with pytest.raises(ConfigError, match="longer than the 128"):
-        alps.evaluate(loaded, [path], 129)
+        alps.evaluate(loaded, [path], seqlen=129)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_windows_that_predict_nothing_are_refused(
 ) -> None:
     loaded = LoadedModel("tiny", tiny_model("llama"), word_tokenizer)
     with pytest.raises(ConfigError):
-        alps.evaluate(loaded, [_text(tmp_path, "x" * 100)], seqlen, windows)
+        alps.evaluate(loaded, [_text(tmp_path, "x" * 100)], seqlen=seqlen, windows=windows)
 
 
 def test_a_model_in_training_is_evaluated_without_dropout(
@@ -83,7 +83,7 @@ def test_a_model_in_training_is_evaluated_without_dropout(
 ) -> None:
     model = tiny_model("opt")
     plain, training = (
-        alps.evaluate(LoadedModel("tiny", mode, word_tokenizer), [str(english_file)], 32, windows=8)[0].loss
+        alps.evaluate(LoadedModel("tiny", mode, word_tokenizer), [str(english_file)], seqlen=32, windows=8)[0].loss
         for mode in (model, tiny_model("opt").train())
     )
     assert training == plain
@@ -93,6 +93,6 @@ def test_every_text_gets_its_record_in_order(
     tiny_model: Callable[..., Any], word_tokenizer: Any, english_file: Path, tmp_path: Path
 ) -> None:
     loaded = LoadedModel("tiny", tiny_model("gpt2"), word_tokenizer)
-    records = alps.evaluate(loaded, [str(english_file), _text(tmp_path, "a different text " * 9)], 32, windows=3)
+    records = alps.evaluate(loaded, [str(english_file), _text(tmp_path, "a different text " * 9)], seqlen=32, windows=3)
     assert [(record.text, record.windows) for record in records] == [("english.txt", 3), ("text.txt", 3)]
     assert records[0].loss != records[1].loss

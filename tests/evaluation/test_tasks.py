@@ -95,7 +95,7 @@ def _rows(data: Path, task: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def records(data: Path, stories: Path) -> dict[str, TaskRecord]:
-    found = alps.evaluate_tasks(load(str(stories)), TASKS, data, batch_size=16)
+    found = alps.evaluate_tasks(load(str(stories)), TASKS, task_data=data, batch_size=16)
     return {record.task: record for record in found}
 
 
@@ -221,7 +221,7 @@ def test_nothing_of_the_caller_is_changed(data: Path, stories: Path, capfd: pyte
     state = torch.get_rng_state(), random.getstate(), _numpy_state()
     weights = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     padding, environment = loaded.tokenizer.pad_token_id, dict(os.environ)
-    (record,) = alps.evaluate_tasks(loaded, ["lambada_openai"], data, 1)
+    (record,) = alps.evaluate_tasks(loaded, ["lambada_openai"], task_data=data, limit=1)
     assert record.items == 1 and record.metrics["acc"].stderr is None
     assert loaded.model.training and loaded.tokenizer.pad_token_id == padding
     assert all(torch.equal(weights[name], weight) for name, weight in loaded.model.state_dict().items())
@@ -305,7 +305,7 @@ def test_without_data_the_names_are_lm_evals(
 def test_what_cannot_be_scored(data: Path, stories: Path) -> None:
     loaded = load(str(stories))
     with pytest.raises(ConfigError, match="Batches of 0"):
-        alps.evaluate_tasks(loaded, ["piqa"], data, batch_size=0)
+        alps.evaluate_tasks(loaded, ["piqa"], task_data=data, batch_size=0)
     loaded.tokenizer = None
     with pytest.raises(ConfigError, match="need the model's tokenizer"):
-        alps.evaluate_tasks(loaded, ["piqa"], data)
+        alps.evaluate_tasks(loaded, ["piqa"], task_data=data)

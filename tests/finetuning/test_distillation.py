@@ -248,9 +248,9 @@ def _refusals(
     dense: LoadedModel, pruned: LoadedModel, tiny: Callable[..., Any], words: Any
 ) -> dict[str, tuple[Any, ...]]:
     shorter = copy.deepcopy(dense.model)
-    shorter.model.layers = shorter.model.layers[:-1]  # type: ignore[union-attr, index]
+    shorter.model.layers = shorter.model.layers[:-1]
     wide = copy.deepcopy(dense.model)
-    wide.model.layers[2].mlp.up_proj = nn.Linear(64, 8, bias=False)  # type: ignore[union-attr, index]
+    wide.model.layers[2].mlp.up_proj = nn.Linear(64, 8, bias=False)
     return {
         "another class": (LoadedModel("other", tiny("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
         "fewer blocks": (LoadedModel("short", shorter, None), pruned, "only one of them has model.layers.4."),
@@ -301,7 +301,7 @@ def test_settings_that_cannot_be_used(
 def test_a_dense_model_with_nan_is_refused(dense: LoadedModel, pruned: LoadedModel, settings: Settings) -> None:
     broken = copy.deepcopy(dense.model)
     with torch.no_grad():
-        broken.model.norm.weight[0] = torch.nan  # type: ignore[union-attr, operator]
+        broken.model.norm.weight[0] = torch.nan
     with pytest.raises(ConfigError, match="not finite"):
         distill_model(LoadedModel("broken", broken, None), pruned, settings(steps=1), NoProgress())
 

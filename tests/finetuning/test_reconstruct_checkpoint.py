@@ -318,7 +318,7 @@ def test_wrong_inputs_are_one_sentence_and_write_nothing(
 ) -> None:
     tmp = english_file.parent
     if "{pruned}" in arguments:
-        pruned.model.save_pretrained(tmp / "pruned")  # type: ignore[operator]
+        pruned.model.save_pretrained(tmp / "pruned")
         dense.tokenizer.save_pretrained(tmp / "pruned")
         capsys.readouterr()
     before = contents(tmp)

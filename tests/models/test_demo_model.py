@@ -72,8 +72,10 @@ def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatc
 def test_every_command_knows_its_name(cache: Path, stories: Path) -> None:
     shutil.copytree(stories, cache / f"{packaged.DEMO_MODEL_NAME}-bf16-{packaged._SHA256[:12]}")
     assert packaged.resolve_model_path(str(stories)) == str(stories)
-    expected = {name: tensor.shape for name, tensor in alps.load(stories).state_dict().items()}
-    assert {name: tensor.shape for name, tensor in alps.load(packaged.DEMO_MODEL_NAME).state_dict().items()} == expected
+    expected = {name: tensor.shape for name, tensor in alps.load(stories).model.state_dict().items()}
+    assert {
+        name: tensor.shape for name, tensor in alps.load(packaged.DEMO_MODEL_NAME).model.state_dict().items()
+    } == expected
     done = CliRunner().invoke(app, ["generate", packaged.DEMO_MODEL_NAME, "--prompt", "Once", "--tokens", "3"])
     assert done.exit_code == 0 and "3 tokens after" in done.stderr, done.output
 

@@ -122,8 +122,8 @@ def test_weights_are_cast_and_tied_ones_stay_tied(tiny_model: Callable[..., Any]
     _check_equal(tmp_path / "streamed", tmp_path / "loaded")
     assert "lm_head.weight" not in _tensors(tmp_path / "streamed")
     again = load(str(tmp_path / "streamed")).model
-    assert again.lm_head.weight is again.transformer.wte.weight  # type: ignore[union-attr]
-    assert again.lm_head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert again.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -152,7 +152,7 @@ def test_what_lies_outside_the_blocks_stays_in_the_files(
             if f"transformer.{name.removeprefix('transformer.')}" in result:
                 expected = stored.to(getattr(torch, dtype))
                 assert torch.equal(result[f"transformer.{name.removeprefix('transformer.')}"], expected)
-        assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight  # type: ignore[union-attr]
+        assert loaded.model.lm_head.weight is loaded.model.transformer.wte.weight
     assert all(parameter.is_meta for parameter in loaded.model.parameters())
 
 

@@ -49,9 +49,9 @@ def tune(dense: str, pruned: Path, out: Path) -> int:
 def load_or_explain(folder: Path) -> alps.LoadedModel | None:
     """Load what was packed, or print why it cannot be loaded."""
     try:
-        model = alps.load(folder)
-        assert_type(alps.pack_linears(model), int)
+        loaded = alps.load(folder)
+        assert_type(alps.pack_linears(loaded.model), int)
     except alps.AlpsError as error:
         print(alps.__version__, error)
         return None
-    return alps.LoadedModel(str(folder), model, None)
+    return alps.LoadedModel(loaded.name, loaded.model, loaded.tokenizer)

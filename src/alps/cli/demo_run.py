@@ -61,7 +61,7 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
     limit, seqlen = EVALUATION
     start = time.perf_counter()
     _LOG.info(f"Measuring the dense model on {TEXT} ({limit} windows of {seqlen} tokens) ...")
-    dense = evaluate(load(DEMO_MODEL_NAME), [TEXT], seqlen, limit, device, progress)[0]
+    dense = evaluate(load(DEMO_MODEL_NAME), [TEXT], seqlen=seqlen, windows=limit, device=device, progress=progress)[0]
     rows = [DemoRow("dense", dense, None, time.perf_counter() - start)]
     text = load_text(TEXT, "calibration")
     for method in ("alps",) if quick else ("magnitude", "wanda", "sparsegpt", "alps"):
@@ -81,7 +81,7 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
         walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.pick_device(), progress=progress)
         report = run(loaded, walk, windows, settings.seed)
         seconds = time.perf_counter() - start
-        pruned = evaluate(loaded, [TEXT], seqlen, limit, device, progress)[0]
+        pruned = evaluate(loaded, [TEXT], seqlen=seqlen, windows=limit, device=device, progress=progress)[0]
         report.dense_evaluations = [dense.model_copy(update={"model": f"{DEMO_MODEL_NAME}, dense"})]
         report.evaluations = [pruned.model_copy(update={"model": f"{DEMO_MODEL_NAME}, {method} {walk.pattern}"})]
         rows.append(DemoRow(method, pruned, report, seconds))

@@ -59,11 +59,20 @@ def evaluate_command(
     place = pick_device(device)
     wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
     with process_group() as group, console_output(quiet=not group.is_main) as (_, progress):
-        loaded = load(directory, dtype, packed=True)
+        loaded = load(directory, dtype)
         if text:
             dense = None if reference is None else load(reference, dtype)
             with out_of_memory_as_error("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
-                found = evaluate(loaded, text, seqlen, windows, device, progress, dense, group)
+                found = evaluate(
+                    loaded,
+                    text,
+                    reference=dense,
+                    seqlen=seqlen,
+                    windows=windows,
+                    device=device,
+                    progress=progress,
+                    group=group,
+                )
             rows += found
             if group.is_main:
                 errors.print(evaluation_table(found))

@@ -9,36 +9,46 @@ from typing import Annotated
 import typer
 
 from alps.cli.console import console_output
+from alps.core.errors import ConfigError
 
 _LOG = logging.getLogger("alps")
 
 
 def generate_command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="What `alps pack` wrote, or MODEL as of `alps prune`.")],
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory of `alps pack`, or MODEL as in `alps prune`.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Generate at most N tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda:N or auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to compute on: auto, cpu or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
 ) -> None:
-    """Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr."""
-    from alps.inference.load import load
+    """Continue a text with a packed or dense model: text to stdout as it comes, speed and memory to stderr."""
+    from alps.data.calibration import load
     from alps.inference.text_generation import generate_text, summary
-    from alps.models.demo_model import resolve_model_path
-    from alps.models.load import load_tokenizer
+
+    def write_text(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
     with console_output():
-        place = resolve_model_path(path)
-        model, tokenizer = load(place, device, dtype), load_tokenizer(place)
-
-        def write_text(text: str) -> None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
+        loaded = load(path, dtype, device=device)
+        if loaded.tokenizer is None:
+            raise ConfigError(f"Model '{path}' has no tokenizer, which generation needs: add its files.")
         result = generate_text(
-            model, tokenizer, prompt, tokens, temperature=temperature, seed=seed, chat=chat, on_text=write_text
+            loaded.model,
+            loaded.tokenizer,
+            prompt,
+            tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            on_text=write_text,
         )
         write_text("\n")
-        _LOG.info(summary(model, result))
+        _LOG.info(summary(loaded.model, result))

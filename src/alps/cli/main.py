@@ -66,7 +66,7 @@ COMMANDS = {
     "generate": (
         "generate",
         "generate_command",
-        "Continue a text, packed layers staying packed: text to stdout as it comes, speed and memory to stderr.",
+        "Continue a text with a packed or dense model: text to stdout as it comes, speed and memory to stderr.",
     ),
     "demo": (
         "demo",

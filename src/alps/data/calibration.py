@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from alps.core.device import pick_device
 from alps.core.errors import ConfigError
 from alps.core.progress import Progress
 from alps.data.mixture import CalibrationMix, CalibrationSource, combine
@@ -17,6 +18,7 @@ from alps.data.self_generated import generate_windows
 from alps.data.text_sources import Text, load_text
 from alps.data.windows import Windows, cut_evaluation_windows, draw_calibration_windows
 from alps.inference.load import is_packed, load_packed
+from alps.inference.semi_structured import check_device, convert_to_semi_structured
 from alps.models.auto_class import text_config
 from alps.models.blocks import Block, find_blocks
 from alps.models.demo_model import resolve_model_path
@@ -26,6 +28,7 @@ from alps.models.load import check_model_path, load_model, load_tokenizer, parse
 from alps.models.meta_model import open_lazy_model
 
 _LOG = logging.getLogger("alps")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass
@@ -38,7 +41,7 @@ class LoadedModel:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Any
     store: LazyWeights | None = None
 
@@ -111,6 +114,8 @@ class LoadedModel:
         Raises:
             ConfigError: for a text that is missing or too short, or windows longer than the model takes.
         """
+        if self.tokenizer is None:
+            raise ConfigError(f"Evaluation on a text needs a tokenizer, and '{self.name}' has none.")
         self.check_length(seqlen)
         windows = cut_evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
         self.check_ids(windows)
@@ -156,7 +161,7 @@ class LoadedModel:
 
     def check_ids(self, windows: Windows) -> None:
         """Refuse token ids that the model has no embedding for."""
-        size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        size = self.model.get_input_embeddings().num_embeddings
         low, high = int(windows.ids.min()), int(windows.ids.max())
         if low < 0 or high >= size:
             raise ConfigError(
@@ -165,23 +170,46 @@ class LoadedModel:
             )
 
 
-def load(name: str, dtype: str = "auto", packed: bool = False) -> LoadedModel:
-    """Load a model and its tokenizer.
+def load(name: str | Path, dtype: str = "auto", *, device: str = "cpu", semi_structured: bool = False) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    The packed layers of a directory that `alps pack` wrote stay packed in memory, so that the model can be evaluated
+    and can generate, but cannot be changed. Any other model is loaded dense; `alps.pack_linears(model)` packs its
+    layers in memory.
 
     Args:
-        name: directory, GGUF file, hub name, or the packaged name `smollm2-135m`.
-        dtype: `auto` keeps the checkpoint's.
-        packed: whether a directory that `alps pack` wrote will do: its layers stay packed, so that it can be measured
-            and not changed.
+        name: directory, packed or not, GGUF file, hub name, or `smollm2-135m`.
+        dtype: `auto` keeps the checkpoint's; or float32, bfloat16, float16.
+        device: `cpu`, `cuda:N`, or `auto` for the first GPU if any.
+        semi_structured: convert 2:4 layers of a packed directory to torch's semi-structured tensors, on a GPU.
+
+    Returns:
+        The model in evaluation mode; its `tokenizer` is None when a directory holds none.
 
     Raises:
-        ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
+        CheckpointError: when a file is missing or damaged.
+        ConfigError, UnsupportedModel: when transformers cannot make the model, or `semi_structured` has no effect.
     """
-    kept = parse_dtype(dtype)
-    if packed and is_packed(name):
-        return LoadedModel(name, load_packed(Path(name).expanduser(), kept), load_tokenizer(name))
-    place = resolve_model_path(name)
-    return LoadedModel(name, load_model(place, kept), load_tokenizer(place))
+    name, target, weights = str(name), pick_device(device), parse_dtype(dtype)
+    if semi_structured:
+        check_device(target)
+    if is_packed(name):
+        model = load_packed(Path(name).expanduser(), weights).to(target)
+        if semi_structured:
+            convert_to_semi_structured(model)
+        return LoadedModel(name, model, _find_tokenizer(name))
+    if semi_structured:
+        raise ConfigError(f"'{name}' is not packed, and semi_structured is for packed layers: `alps pack` it first.")
+    path = resolve_model_path(name)
+    return LoadedModel(name, load_model(path, weights).to(target), _find_tokenizer(path))
+
+
+def _find_tokenizer(path: str) -> Any:
+    """Load the tokenizer of a model; None for a directory without the files of one."""
+    directory = Path(path).expanduser()
+    if directory.is_dir() and not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    return load_tokenizer(path)
 
 
 def open_model(name: str, dtype: str = "auto") -> LoadedModel:

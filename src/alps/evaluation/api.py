@@ -1,9 +1,10 @@
-"""The same measurements as the command line's, for Python: perplexity, divergence and tasks of a loaded model."""
+"""Measurements from Python: perplexity, divergence and tasks of a model, and comparisons of methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alps.core.device import pick_device
 from alps.core.distributed import ProcessGroup
@@ -29,68 +30,78 @@ class ComparisonResults(list[Result]):
 
 
 def evaluate(
-    loaded: LoadedModel | str | Path,
-    texts: Sequence[str],
+    model: LoadedModel | str | Path,
+    texts: Sequence[str | Path],
+    *,
+    reference: LoadedModel | str | Path | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
     device: str = "auto",
+    dtype: str = "auto",
     progress: Progress | None = None,
-    reference: LoadedModel | str | Path | None = None,
     group: ProcessGroup | None = None,
 ) -> list[EvaluationRecord]:
-    """Perplexity of a model on each text; see `alps.evaluation.perplexity` for the convention.
+    """Measure the perplexity of a model on each text; see `alps.evaluation.perplexity` for the convention.
 
     Args:
-        loaded: what `alps eval` takes as DIR, or a model in memory as `LoadedModel(name, model, tokenizer)`.
-        reference: the dense model, to compare with on the same windows: every record is then a `ComparisonRecord`,
-            see `alps.evaluation.kl_divergence`.
-        group: processes that share out the windows, each with the same arguments.
+        model: what `alps.load` returns or takes, or a model in memory as `LoadedModel(name, model, tokenizer)`.
+        texts: text or .jsonl files, `wikitext2:FILE`, or names of standard texts, as in `alps eval --text`.
+        reference: the dense model, measured on the same windows. Every record is then a `ComparisonRecord`, with the
+            divergence from it; see `alps.evaluation.kl_divergence`.
+        seqlen: tokens per window.
+        windows: use only the first windows of each text; None for all.
+        device: device to compute on; `auto` is the first GPU if any.
+        dtype: data type of the weights of models given by name.
+        progress: receives every batch.
+        group: ranks that share the windows, each called with the same arguments.
 
     Raises:
-        ConfigError: for a text that is missing or too short, windows longer than the model takes, or a reference with
-            another tokenizer or vocabulary.
+        ConfigError: for a text that is missing or too short, windows longer than the model takes, a model without a
+            tokenizer, or a reference with another tokenizer or vocabulary.
     """
-    loaded, group = _loaded(loaded), group or ProcessGroup()
-    place = group.device(device, pick_device(device))
-    cut = [loaded.evaluation(text, seqlen, windows) for text in texts]
+    group = group or ProcessGroup()
+    loaded, torch_device = _load(model, dtype), group.device(device, pick_device(device))
+    cut = [loaded.evaluation(str(text), seqlen, windows) for text in texts]
+    settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
     if reference is None:
-        return [
-            measure_perplexity(loaded.model, one, name=loaded.name, device=place, progress=progress, group=group)
-            for one in cut
-        ]
-    dense = _loaded(reference)
-    for one, text in zip(cut, texts, strict=True):
-        dense.check_same(one, text, windows)
+        return [measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut]
+    dense = _load(reference, dtype)
+    for part, text in zip(cut, texts, strict=True):
+        dense.check_same(part, str(text), windows)
     names = (loaded.name, dense.name)
-    return [
-        measure_divergence(loaded.model, dense.model, one, names=names, device=place, progress=progress, group=group)
-        for one in cut
-    ]
+    return [measure_divergence(loaded.model, dense.model, part, names=names, **settings) for part in cut]
 
 
 def evaluate_tasks(
-    loaded: LoadedModel | str | Path,
+    model: LoadedModel | str | Path,
     tasks: Sequence[str],
+    *,
     task_data: str | Path | None = None,
     limit: int | None = None,
-    device: str = "auto",
     batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> list[TaskRecord]:
-    """Zero-shot accuracies of a model, by lm-eval (`pip install lm-eval accelerate`).
+    """Measure zero-shot accuracies of a model by lm-eval (`pip install lm-eval accelerate`).
 
     Args:
-        loaded: as for `evaluate`.
+        model: as in `evaluate`.
         tasks: names; with `task_data` those of `alps.evaluation.local_tasks.DEFINITIONS`, else lm-eval's own.
         task_data: folder of local files, NAME.jsonl for every task; nothing is then fetched.
-        limit: score only the first items of each task.
+        limit: score only the first items of each task; None for all.
         batch_size: sequences in a forward.
+        device, dtype: as in `evaluate`.
+        group: ranks that share the requests, each called with the same arguments.
 
     Raises:
         ConfigError: for an unknown task, data that cannot be used or fetched, or without lm-eval or a tokenizer.
     """
-    place = pick_device(device)
-    found = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
-    return score_tasks(_loaded(loaded), found, place, batch_size=batch_size)
+    torch_device = pick_device(device)
+    task_set = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
+    group = group or ProcessGroup()
+    device_of_rank = group.device(device, torch_device)
+    return score_tasks(_load(model, dtype), task_set, device_of_rank, batch_size=batch_size, group=group)
 
 
 def compare(
@@ -164,12 +175,12 @@ def compare(
     return ComparisonResults(run_comparison(config, Path(out), progress or NoProgress()))
 
 
-def _loaded(model: LoadedModel | str | Path) -> LoadedModel:
+def _load(model: LoadedModel | str | Path, dtype: str) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(str(model), packed=True)
+        return load(model, dtype)
     if not isinstance(model, LoadedModel):
         raise ConfigError(
             f"A {type(model).__name__} cannot be measured without its tokenizer: give the name of a checkpoint, or "
-            "alps.Loaded(name, model, tokenizer)."
+            "alps.LoadedModel(name, model, tokenizer)."
         )
     return model

@@ -20,51 +20,10 @@ from alps.checkpoints.safetensors_io import DTYPES, list_tensors
 from alps.checkpoints.tensor_codec import decode_matrix, decode_tensor
 from alps.checkpoints.unpack import check_file
 from alps.checkpoints.weight_files import read_weight_file
-from alps.core.device import pick_device
-from alps.core.errors import CheckpointError, ConfigError
+from alps.core.errors import CheckpointError
 from alps.inference.convert import as_out_in, packed_layer, refuse_saving, set_module, tied_parameters
-from alps.inference.semi_structured import check_device, convert_to_semi_structured
-from alps.models.demo_model import resolve_model_path
-from alps.models.load import load_model, parse_dtype, quiet, readable
+from alps.models.load import quiet, readable
 from alps.models.meta_model import empty_model
-
-
-def load(path: str | Path, device: str = "cpu", dtype: str = "auto", semi_structured: bool = False) -> Any:
-    """Load a causal language model for inference.
-
-    The packed linear layers of a directory written by `alps pack` become `PackedLinear` and stay packed in memory.
-    Tensors are read one at a time, so that the dense model is never in memory. The result is a transformers model in
-    evaluation mode without gradients; its `save_pretrained` raises. Packed embeddings, fused expert weights and tied
-    matrices become dense, because no packed product exists for them.
-
-    Any other directory, GGUF file or hub name is loaded dense by transformers; `alps.pack_linears(model)` packs its
-    layers in memory.
-
-    Args:
-        path: a packed directory, or a MODEL of `alps prune`.
-        device: `cpu`, `cuda:N` or `auto`. Packed layers have kernels for CPUs, and for GPUs in Triton. On other devices
-            torch unpacks rows for every product.
-        dtype: float32, bfloat16, float16, or `auto` for the dtype of the checkpoint.
-        semi_structured: convert 2:4 layers of a packed directory to torch's semi-structured tensors, on a GPU.
-
-    Raises:
-        CheckpointError: if a file of a packed directory is missing or damaged, or its tensors do not fit the model.
-        ConfigError: if a setting is invalid, or `semi_structured` is set and no layer can be converted.
-        UnsupportedModel: if transformers cannot create the model.
-    """
-    torch_device, torch_dtype = pick_device(device), parse_dtype(dtype)
-    if semi_structured:
-        check_device(torch_device)
-    if not is_packed(path):
-        if semi_structured:
-            raise ConfigError(
-                f"'{path}' is not packed, and semi_structured needs packed layers: run `alps pack` on it first."
-            )
-        return load_model(resolve_model_path(str(path)), torch_dtype).requires_grad_(False).to(torch_device)
-    model = load_packed(Path(path).expanduser(), torch_dtype).to(torch_device)
-    if semi_structured:
-        convert_to_semi_structured(model)
-    return model
 
 
 def is_packed(path: str | Path) -> bool:
@@ -73,7 +32,11 @@ def is_packed(path: str | Path) -> bool:
 
 
 def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a packed directory as a model on the CPU, with its packed linear layers kept packed.
+    """Load a directory written by `alps pack` on the CPU, with its packed linear layers kept packed.
+
+    Tensors are read one at a time, so that the dense model is never in memory. The result is a transformers model in
+    evaluation mode without gradients; its `save_pretrained` raises. Packed embeddings, fused expert weights and tied
+    matrices become dense, because no packed product exists for them.
 
     Args:
         directory: a directory written by `alps pack`.

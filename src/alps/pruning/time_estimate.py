@@ -59,7 +59,7 @@ def measure(loaded: LoadedModel, walk: BlockPruner, blocks: list[Block], seqlen:
     Raises:
         UnsupportedModel: when the blocks cannot be walked.
     """
-    vocabulary, tokens = loaded.model.get_input_embeddings().num_embeddings, min(seqlen, _TOKENS)  # type: ignore[operator]
+    vocabulary, tokens = loaded.model.get_input_embeddings().num_embeddings, min(seqlen, _TOKENS)
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     model = loaded.model.eval()
     inputs, found, pruned = (
