@@ -1,9 +1,9 @@
-"""How many calibration tokens a forward of a block is to take: seconds of two passes, alone and beside a neighbour.
+"""Measure the best number of calibration tokens per forward of a block, with and without a competing process.
 
     python benchmarks/batches.py smollm2-135m --dtype float32
 
-The passes are those of `alps prune`: one that sums what the sites receive, one to the next block. The neighbour is a
-process that does the same work at the same time, on a core of its own.
+The two passes are those of `alps prune`: one collects the input statistics of the layers, one computes the inputs of
+the next block. The competing process does the same work at the same time on another core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 
 
 def passes(loaded: LoadedModel, ids: Tensor, windows: int, count: int) -> float:
-    """Seconds of both passes over the first blocks, so many windows at a time."""
+    """Return the seconds of both passes over the first `count` blocks, with `windows` windows at a time."""
     blocks = loaded.blocks()
     inputs = capture_block_inputs(loaded.model, blocks, ids, windows)
     start = time.perf_counter()
@@ -45,18 +45,18 @@ def passes(loaded: LoadedModel, ids: Tensor, windows: int, count: int) -> float:
 
 
 def best(loaded: LoadedModel, options: argparse.Namespace, sizes: Sequence[int]) -> dict[int, float]:
-    """The shortest times of all rounds, in which the sizes take turns."""
+    """Return the shortest time of each size over all rounds, in which the sizes take turns."""
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (options.windows, options.seqlen), generator=torch.Generator().manual_seed(0))
-    found = dict.fromkeys(sizes, float("inf"))
+    fastest = dict.fromkeys(sizes, float("inf"))
     for _ in range(options.rounds):
         for size in sizes:
-            found[size] = min(found[size], passes(loaded, ids, size, options.blocks))
-    return found
+            fastest[size] = min(fastest[size], passes(loaded, ids, size, options.blocks))
+    return fastest
 
 
 def work_on(loaded: LoadedModel, options: argparse.Namespace, sizes: Sequence[int]) -> NoReturn:
-    """The neighbour: say that it is at work, and be so until it is killed, or nobody is there any more."""
+    """Report the start on stdout, then work until the parent process ends or kills this one."""
     parent = os.getppid()
     print("at work", flush=True)
     while os.getppid() == parent:
@@ -84,12 +84,12 @@ def main() -> None:
             work_on(loaded, options, sizes)
         alone = best(loaded, options, sizes)
         command = [sys.executable, __file__, *sys.argv[1:], "--beside"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as neighbour:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as competitor:
             try:
-                assert neighbour.stdout is not None and neighbour.stdout.readline(), "the neighbour has ended"
+                assert competitor.stdout is not None and competitor.stdout.readline(), "the competing process has ended"
                 beside = best(loaded, options, sizes)
             finally:
-                neighbour.kill()
+                competitor.kill()
     facts, shape = provenance(), f"{options.windows} x {options.seqlen} tokens"
     print(
         f"{options.model}, {options.dtype}, {shape} through {options.blocks} blocks, seconds; {facts['machine']}, "

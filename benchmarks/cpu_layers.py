@@ -1,6 +1,7 @@
-"""The layers' table on a CPU: packed ones, dense ones and libraries' sparse rows, in turns; see inference.py.
+"""Compare packed layers with dense ones and with sparse libraries on a CPU, for inference.py.
 
-All multiply with matrices that together are larger than the caches, one after the other, as a model does.
+Every candidate has copies of its matrix that together are larger than the caches, and calls them in turn as a model
+does.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ HEAD = ["shape", "tokens", "threads", "", "ms", "times best dense", "MB", "GB/s"
 
 
 @dataclass
-class Contestant:
-    """Something that multiplies, on one matrix after the other.
+class Candidate:
+    """One way to multiply, with several copies of its matrix.
 
     Attributes:
-        calls: one for every copy of its matrix.
-        nbytes: of one copy.
+        name: label in the table.
+        calls: one call for every copy of the matrix.
+        nbytes: bytes of one copy.
+        seconds: seconds of every call.
+        turn: number of calls.
     """
 
     name: str
@@ -54,12 +58,12 @@ class Contestant:
 
     @property
     def median(self) -> float:
-        """Seconds of a call."""
+        """The median seconds of a call."""
         return statistics.median(self.seconds)
 
 
 def use_path(path: str) -> Kernel:
-    """Let packed layers multiply by that instruction set from here on."""
+    """Let packed layers use an instruction set from now on."""
     file = FOLDER / LIBRARY_NAME
     check_choice("Instruction set", path, Kernel(file).paths)
     kernel = Kernel(file, path)
@@ -68,22 +72,22 @@ def use_path(path: str) -> Kernel:
 
 
 def sparse(rows: int, columns: int, sparsity: float) -> Tensor:
-    """Gaussian, bfloat16, with zeros at random places."""
-    there = torch.rand(rows, columns) >= sparsity
-    return torch.where(there, torch.randn(rows, columns), 0).bfloat16()
+    """Return a Gaussian matrix in bfloat16 with zeros at random positions."""
+    is_kept = torch.rand(rows, columns) >= sparsity
+    return torch.where(is_kept, torch.randn(rows, columns), 0).bfloat16()
 
 
-def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespace) -> list[Contestant]:
-    """All that multiply with a matrix of that shape, each with copies of more bytes than the caches hold."""
-    found: list[Contestant] = []
+def candidates(rows: int, columns: int, tokens: int, options: argparse.Namespace) -> list[Candidate]:
+    """Return all candidates for a matrix of that shape, each with more bytes of copies than the caches hold."""
+    result: list[Candidate] = []
 
     def add(name: str, nbytes: int, make: Callable[[], Callable[[], object]]) -> None:
         copies = max(-(-options.cycle_mib * 2**20 // nbytes), 1)
-        found.append(Contestant(name, [make() for _ in range(copies)], nbytes))
+        result.append(Candidate(name, [make() for _ in range(copies)], nbytes))
 
     x = torch.randn(tokens, columns)
     stream = torch.ones(options.cycle_mib * 2**18)
-    found.append(Contestant("stream", [lambda: stream.sum()], stream.nbytes))
+    result.append(Candidate("stream", [lambda: stream.sum()], stream.nbytes))
     for dtype in (torch.bfloat16, torch.float32):
         weight, own = torch.randn(rows, columns).to(dtype), x.to(dtype)
 
@@ -100,19 +104,19 @@ def contestants(rows: int, columns: int, tokens: int, options: argparse.Namespac
             module, own = PackedLinear(packed), x.bfloat16()
             for name, buffer in list(module.named_buffers()):
                 setattr(module, name, buffer.clone())
-            module.check()  # bound to its tensors before the first call
+            module.check()  # binds the kernel to the tensors before the first call
             return lambda: module(own)
 
         add(f"packed bfloat16 {sparsity:.0%}", packed.nbytes, layer)
         if options.csr:
             _csr(weight.float(), x, sparsity, add)
-    return found
+    return result
 
 
 def _csr(weight: Tensor, x: Tensor, sparsity: float, add: Callable[..., None]) -> None:
-    """Torch's sparse rows, and scipy's where it is installed (on one thread, whatever torch has); both in float32."""
+    """Add CSR products of torch, and of scipy if it is installed (always on one thread), in float32."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the support is in beta
+        warnings.simplefilter("ignore")  # torch warns that CSR support is in beta
         rows = weight.to_sparse_csr()
     parts = (rows.crow_indices().int(), rows.col_indices().int(), rows.values())
     across = x.T.contiguous()
@@ -137,28 +141,30 @@ def _csr(weight: Tensor, x: Tensor, sparsity: float, add: Callable[..., None]) -
 
 
 def rows(options: argparse.Namespace) -> list[list[str]]:
-    """A row for every contestant, at every shape, number of tokens and of threads."""
-    found = []
+    """Return a row for every candidate, at every shape, number of tokens and number of threads."""
+    result = []
     for shape in options.shapes.split(","):
         out, columns = map(int, shape.split("x"))
         for tokens in map(int, options.tokens.split(",")):
-            among = contestants(out, columns, tokens, options)
+            peers = candidates(out, columns, tokens, options)
             for threads in map(int, options.threads.split(",")):
                 torch.set_num_threads(threads)
                 with torch.inference_mode():
-                    for one in among:
-                        one.run(1)
-                        one.seconds.clear()
+                    for candidate in peers:
+                        candidate.run(1)
+                        candidate.seconds.clear()
                     for _ in range(options.rounds):
-                        for one in among:
-                            one.run(1 if one.name == "stream" else options.calls)
-                found += [_cells(shape, tokens, threads, one, among) for one in among]
-    return found
+                        for candidate in peers:
+                            candidate.run(1 if candidate.name == "stream" else options.calls)
+                result += [_cells(shape, tokens, threads, candidate, peers) for candidate in peers]
+    return result
 
 
-def _cells(shape: str, tokens: int, threads: int, one: Contestant, among: list[Contestant]) -> list[str]:
-    best = min(other.median for other in among if other.name.startswith("dense"))
-    rate, stream = one.nbytes / one.median, among[0].nbytes / among[0].median
-    numbers = ["", ""] if one.name == "stream" else [f"{1e3 * one.median:.3f}", f"{best / one.median:.2f}"]
-    cells = [shape, str(tokens), str(threads), one.name, *numbers]
-    return [*cells, f"{one.nbytes / 1e6:.1f}", f"{rate / 1e9:.1f}", f"{rate / stream:.2f}"]
+def _cells(shape: str, tokens: int, threads: int, candidate: Candidate, peers: list[Candidate]) -> list[str]:
+    best = min(other.median for other in peers if other.name.startswith("dense"))
+    rate, stream = candidate.nbytes / candidate.median, peers[0].nbytes / peers[0].median
+    numbers = (
+        ["", ""] if candidate.name == "stream" else [f"{1e3 * candidate.median:.3f}", f"{best / candidate.median:.2f}"]
+    )
+    cells = [shape, str(tokens), str(threads), candidate.name, *numbers]
+    return [*cells, f"{candidate.nbytes / 1e6:.1f}", f"{rate / 1e9:.1f}", f"{rate / stream:.2f}"]

@@ -1,6 +1,6 @@
-"""The least that pruning a model can cost on this machine: flops by phase over measured matrix rates.
+"""Compute the minimum time of pruning a model on this machine: flops by phase over measured matrix rates.
 
-With `--report`, the seconds that a run of SmolLM2-135M took stand beside its floor. Example:
+With `--report`, the table has the seconds of a run of SmolLM2-135M as well. Example:
 
     python benchmarks/model.py --calibration c4.jsonl --reports build/reports
     python benchmarks/floor.py --report build/reports/alps.json
@@ -25,7 +25,7 @@ from alps.solvers.hessian import invert_
 
 @dataclass(frozen=True)
 class Shapes:
-    """Blocks of a model, and for every distinct input of a block its size and the outputs of the sites it feeds."""
+    """Number of blocks of a model, and for every input of a block its size and the output sizes of its layers."""
 
     blocks: int
     inputs: tuple[tuple[int, tuple[int, ...]], ...]
@@ -37,7 +37,7 @@ MODELS = {
     "OPT-30B": Shapes(48, ((7168, (7168,) * 3), (7168, (7168,)), (7168, (28672,)), (28672, (7168,)))),
 }
 
-# Where each phase's products run, as a key of the measured rates.
+# Dtype of the products of each phase, as a key of the measured rates.
 _RATES = {
     "forward": "bfloat16",
     "gram": "float32",
@@ -49,41 +49,41 @@ _RATES = {
 
 
 def flops(shapes: Shapes, tokens: int, penalties: int, iterations: int, steps: int) -> dict[str, float]:
-    """Flops of the matrix products of each phase; attention, norms and everything element by element left out.
+    """Count the flops of the matrix products of each phase, without attention, norms and elementwise operations.
 
     Args:
         shapes: the model.
-        tokens: calibration tokens.
-        penalties: distinct penalties for every input, each of which takes an inverse.
-        iterations: of the splitting, for every site.
-        steps: of the refit, for every site.
+        tokens: number of calibration tokens.
+        penalties: number of distinct penalties per input, each of which needs an inverse.
+        iterations: ADMM iterations per layer.
+        steps: refit steps per layer.
     """
     sums = dict.fromkeys(_RATES, 0.0)
     last = shapes.inputs[-1]
     for n, outputs in shapes.inputs:
         product = 2.0 * sum(outputs) * n**2
-        # The pass that observes stops at the last site's input.
+        # The pass that collects statistics stops at the input of the last layer.
         sums["forward"] += 2.0 * sum(outputs) * n * tokens * (1 if (n, outputs) == last else 2)
         sums["gram"] += tokens * n**2
         sums["inverses"] += penalties * 4 / 3 * n**3
         sums["iterations"] += iterations * product
         sums["refit"] += (steps + 2) * product
-        # Three energies over one triangle: the dense output, the answer's error, magnitude's.
+        # Three energies over one triangle: of the dense output, and of the errors of the method and of magnitude.
         sums["errors"] += 1.5 * product
     return {phase: shapes.blocks * count for phase, count in sums.items()}
 
 
 def rates(size: int) -> dict[str, float]:
-    """Measured flops a second of square products."""
-    found = {}
+    """Measure the flops per second of square products."""
+    measured_rates = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         A, B = (torch.randn(size, size).to(dtype) for _ in range(2))
-        found[name] = 2 * size**3 / _best(partial(torch.mm, A, B))
-    return found
+        measured_rates[name] = 2 * size**3 / _best(partial(torch.mm, A, B))
+    return measured_rates
 
 
 def inverse_table(sizes: list[int]) -> str:
-    """Milliseconds of the ways to (H + rho I)^{-1} in float32, and from how many penalties on an eigenbasis pays."""
+    """Format the milliseconds of methods to compute (H + rho I)^{-1}, and the penalties from which eigh is faster."""
     lines = ["| n | Cholesky inverse | by halves | eigh | rebuild, float32 | rebuild, bfloat16 | eigh pays from |"]
     lines.append("|---|" + "---:|" * 6)
     for n in sizes:
@@ -120,7 +120,7 @@ def _rebuilt(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _best(work: Callable[[], object], repeats: int = 10) -> float:
-    """Seconds of the fastest call."""
+    """Return the seconds of the fastest call."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -130,7 +130,7 @@ def _best(work: Callable[[], object], repeats: int = 10) -> float:
 
 
 def measured(report: Path) -> dict[str, float]:
-    """Seconds of a run by the phases above; `iterations` holds the inverses too, and all of a solve but its refit."""
+    """Return the seconds of a run by phase; `iterations` is all of a solve except the refit."""
     seconds = json.loads(report.read_text())["seconds"]
     return {
         "forward": seconds["forward"],
@@ -141,20 +141,20 @@ def measured(report: Path) -> dict[str, float]:
     }
 
 
-def table(counts: dict[str, float], speed: dict[str, float], found: dict[str, float]) -> str:
-    """Flops, floor and, where given, measured seconds of every phase."""
+def table(counts: dict[str, float], speed: dict[str, float], seconds: dict[str, float]) -> str:
+    """Format the flops, minimum seconds and, if given, measured seconds of every phase."""
     lines = ["| phase | TFLOP | rate | floor s | measured s |", "|---|---:|---|---:|---:|"]
     floors = {phase: count / speed[_RATES[phase]] for phase, count in counts.items()}
     for phase, count in counts.items():
-        seconds = f"{found[phase]:.1f}" if phase in found else ""
-        lines.append(f"| {phase} | {count / 1e12:.2f} | {_RATES[phase]} | {floors[phase]:.1f} | {seconds} |")
-    whole = f"{sum(found.values()):.1f}" if found else ""
+        cell = f"{seconds[phase]:.1f}" if phase in seconds else ""
+        lines.append(f"| {phase} | {count / 1e12:.2f} | {_RATES[phase]} | {floors[phase]:.1f} | {cell} |")
+    whole = f"{sum(seconds.values()):.1f}" if seconds else ""
     lines.append(f"| all | {sum(counts.values()) / 1e12:.2f} | | {sum(floors.values()):.1f} | {whole} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure the rates, print one table a model."""
+    """Measure the rates, and print one table per model."""
     options = _options()
     with exact_float32():
         speed = rates(options.rate_size)
@@ -167,9 +167,9 @@ def main() -> None:
         print(f"\n### Inverses, ms\n\n{inverse_table([int(n) for n in options.inverses.split(',')])}")
     for name, shapes in MODELS.items():
         tokens = options.tokens if name == "SmolLM2-135M" else options.large_tokens
-        found = measured(Path(options.report)) if options.report and name == "SmolLM2-135M" else {}
+        seconds = measured(Path(options.report)) if options.report and name == "SmolLM2-135M" else {}
         counts = flops(shapes, tokens, options.penalties, options.iterations, options.steps)
-        print(f"\n### {name}, {tokens} tokens\n\n{table(counts, speed, found)}")
+        print(f"\n### {name}, {tokens} tokens\n\n{table(counts, speed, seconds)}")
 
 
 def _options() -> argparse.Namespace:

@@ -1,11 +1,11 @@
-r"""Packed models beside a dense one in 4 bits by llama.cpp: bytes, tokens per second, perplexity on the same windows.
+r"""Compare packed models with a dense one in 4 bits by llama.cpp: bytes, tokens per second, perplexity.
 
     pip install llama-cpp-python
     python benchmarks/four_bit.py --dense smollm2-135m --packed packed-70 --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --text wikitext2:test.txt --windows 12 --seqlen 1024
 
-All generate from the same prompt of token ids, the most likely token each time, and take turns; rates are medians. For
-the packaged model, the dense checkpoint was made of that very GGUF file: the two hold the same weights.
+All models generate greedily from the same prompt of token ids, and take turns; rates are medians. The dense checkpoint
+of the packaged model was converted from this GGUF file, so that both have the same weights.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from alps.models.demo_model import resolve_model_path
 from inference import generate
 from layers import ended_in_words, markdown
 
-# First seconds until a token, then tokens a second.
+# Seconds until the first token, and tokens per second.
 Speed = tuple[float, float]
 
 
-def llama(path: str, threads: int, context: int, every: bool = False) -> Any:
-    """The model in llama.cpp; with `every`, it keeps the logits of all tokens of a batch."""
+def llama(path: str, threads: int, context: int, all_logits: bool = False) -> Any:
+    """Load a model in llama.cpp; `all_logits` keeps the logits of all tokens of a batch."""
     from llama_cpp import Llama
 
-    return Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=every, verbose=False)
+    return Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=all_logits, verbose=False)
 
 
 def generate_llama(model: Any, prompt: int, tokens: int) -> Speed:
-    """As `inference.generate`."""
+    """Return the seconds until the first token and the tokens per second of llama.cpp, as `inference.generate`."""
     from llama_cpp import llama_get_logits_ith
     from numpy.ctypeslib import as_array
 
@@ -55,7 +55,7 @@ def generate_llama(model: Any, prompt: int, tokens: int) -> Speed:
 
 
 def perplexity_llama(model: Any, windows: Windows) -> float:
-    """As `alps.evaluation.perplexity`: every window on its own, all of its tokens but the first."""
+    """Return the perplexity over all tokens of each window except its first, as `alps.evaluation.perplexity`."""
     total = torch.zeros((), dtype=torch.float64)
     for window in windows.ids:
         model.reset()
@@ -79,7 +79,7 @@ def main() -> None:
             name: partial(generate, model, options.prompt, options.tokens) for name, model in models.items()
         }
         calls[options.gguf] = partial(generate_llama, other, options.prompt, options.tokens)
-        for name, pairs in taken(calls, options.rounds).items():
+        for name, pairs in measure_in_turn(calls, options.rounds).items():
             speeds[name][count] = (
                 statistics.median(first for first, _ in pairs),
                 statistics.median(r for _, r in pairs),
@@ -98,13 +98,13 @@ def main() -> None:
     print(markdown(["model", "MB", *heads, *options.text], rows))
 
 
-def taken(calls: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
-    """The measurements of all rounds but the first, everybody in turn."""
-    found: dict[str, list[Speed]] = {name: [] for name in calls}
+def measure_in_turn(calls: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
+    """Call all functions in turn, and return the results of all rounds except the first."""
+    results: dict[str, list[Speed]] = {name: [] for name in calls}
     for round_ in range(rounds + 1):
         for name, call in calls.items():
-            found[name] += [call()] * (round_ > 0)
-    return found
+            results[name] += [call()] * (round_ > 0)
+    return results
 
 
 def perplexities(name: str, options: argparse.Namespace) -> list[float]:
@@ -114,14 +114,14 @@ def perplexities(name: str, options: argparse.Namespace) -> list[float]:
             row.perplexity for row in alps.evaluate(name, options.text, seqlen=options.seqlen, windows=options.windows)
         ]
     reader = alps.data.calibration.load(options.dense)
-    model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, every=True)
+    model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, all_logits=True)
     return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]
 
 
 def size_of(name: str) -> int:
-    """Bytes of the weights' files."""
-    place = Path(resolve_model_path(name))
-    return place.stat().st_size if place.is_file() else sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    """Return the bytes of the weight files."""
+    path = Path(resolve_model_path(name))
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _options() -> argparse.Namespace:

@@ -1,8 +1,9 @@
-"""Sites and a whole model at the sizes of large language models, on one GPU: time, flops, memory, in a few minutes.
+"""Measure time, flops and memory of layers and of a model with the sizes of large language models, on one GPU.
 
-Weights are random and inputs are synthetic (correlated, uneven in size), so that nothing has to be downloaded; times
-do not depend on the values, errors are not those of a real model. Three tables: the card's measured matrix rates;
-every site shape with ALPS and SparseGPT; a random LLaMA-3-8B of as many blocks as asked for, scaled to 32 blocks.
+Weights are random and inputs are synthetic (correlated, with uneven scales), so that nothing has to be downloaded.
+Times do not depend on the values; errors are not those of a real model. There are three tables: the measured matrix
+rates of the GPU, every layer shape with ALPS and SparseGPT, and some blocks of a random LLaMA-3-8B, scaled to 32
+blocks.
 
     python benchmarks/gpu.py
 """
@@ -35,7 +36,7 @@ _SHAPES = (
 
 
 def main() -> None:
-    """Print the tables, each as soon as it is measured."""
+    """Print each table as soon as it is measured."""
     options = _options()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else provenance()["machine"]
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def matrix_rates(device: torch.device, size: int) -> dict[str, float]:
-    """Measured flops a second of square products in float32, TF32 (GPUs) and bfloat16."""
+    """Measure the flops per second of square products in float32, TF32 (GPUs) and bfloat16."""
     A, B = (torch.randn(size, size, device=device) for _ in range(2))
     rates = {"float32": 2 * size**3 / _seconds(lambda: A @ B, device)}
     if device.type == "cuda":
@@ -70,7 +71,7 @@ def matrix_rates(device: torch.device, size: int) -> dict[str, float]:
 
 
 def problem(out_size: int, in_size: int, tokens: int, device: torch.device) -> tuple[Tensor, InputStats]:
-    """A random weight (out, in) and the statistics of correlated inputs of uneven size."""
+    """Return a random weight (out, in) and the statistics of correlated inputs with uneven scales."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -87,19 +88,19 @@ def problem(out_size: int, in_size: int, tokens: int, device: torch.device) -> t
 def site_row(
     shape: str, method: Method, weight: Tensor, stats: InputStats, pattern: str, rates: dict[str, float]
 ) -> str:
-    """One line of the table of sites."""
+    """Measure one layer, and format its row."""
     device, target = weight.device, parse_pattern(pattern)
     before = _start_memory(device)
-    found: list[Solution] = []
+    solutions: list[Solution] = []
 
     def solve() -> None:
-        found[:] = [method.solve(weight, method.prepare(stats), target)]
+        solutions[:] = [method.solve(weight, method.prepare(stats), target)]
 
     seconds = _seconds(solve, device, repeats=1)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-    info = found[0].info
+    info = solutions[0].info
     out_size, in_size = weight.shape
-    error = relative_error(found[0].weight, weight, stats)
+    error = relative_error(solutions[0].weight, weight, stats)
     share = ""
     if info.iterations:
         product = 2 * out_size * in_size**2
@@ -112,7 +113,7 @@ def site_row(
 
 
 def whole_model(options: argparse.Namespace, device: torch.device) -> str:
-    """Prune `--blocks` random blocks of LLaMA-3-8B's shape; seconds by phase, and scaled to 32 blocks."""
+    """Prune `--blocks` random blocks of LLaMA-3-8B's shape, and format seconds by phase, scaled to 32 blocks."""
     config = LlamaConfig(
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 7 // 2,
@@ -131,12 +132,12 @@ def whole_model(options: argparse.Namespace, device: torch.device) -> str:
     for name in options.methods.split(","):
         model.load_state_dict(dense)
         before = _start_memory(device)
-        walk = BlockPruner(get_method(name), parse_pattern(options.pattern), device)
+        pruner = BlockPruner(get_method(name), parse_pattern(options.pattern), device)
         start = time.perf_counter()
-        walk.run(model, find_blocks(model), ids)
+        pruner.run(model, find_blocks(model), ids)
         whole = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-        cells = [f"{walk.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "measure_error")]
+        cells = [f"{pruner.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "measure_error")]
         cells += [f"{whole / options.blocks:.1f}", f"{whole / options.blocks * 32 / 60:.1f}", f"{peak / 2**30:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -150,7 +151,7 @@ def _start_memory(device: torch.device) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Seconds of the fastest of some calls, the device's queue included; with one repeat nothing is warmed up."""
+    """Return the seconds of the fastest call, the device's queue included; with one repeat there is no warm-up."""
     if repeats > 1:
         work()
     best = float("inf")

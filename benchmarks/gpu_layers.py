@@ -1,9 +1,9 @@
-"""Packed layers against cuBLAS on one GPU: what `python benchmarks/inference.py layer --device cuda` prints.
+"""Compare packed layers with cuBLAS on one GPU, for `python benchmarks/inference.py layer --device cuda`.
 
-Every contestant has copies of its matrix that together are larger than the cache of the GPU, and calls them one after
-the other, as a model does. Times are taken twice by events on the GPU: of a CUDA graph that holds all calls, which is
-what the kernels take, and of the calls made from Python, where the launch of a short kernel can take longer than the
-kernel. Contestants have their turns in every round; figures are medians. What a contestant answers is checked first.
+Every candidate has copies of its matrix that together are larger than the cache of the GPU, and calls them in turn as a
+model does. Times are measured by events on the GPU in two ways. A CUDA graph of all calls gives the time of the
+kernels. Calls from Python include launches, which can take longer than a short kernel. Candidates take turns in every
+round; figures are medians. The output of every candidate is checked first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ Call = Callable[[], Any]
 
 
 @dataclass
-class Contestant:
-    """Something that multiplies, on one matrix after the other.
+class Candidate:
+    """One way to multiply, with several copies of its matrix.
 
     Attributes:
-        calls: one for every copy of its matrix.
-        nbytes: of one copy.
-        replay: all calls as one graph.
-        graphs, plain: seconds of a call, by the graph and from Python, one of each a round.
+        name: label in the table.
+        calls: one call for every copy of the matrix.
+        nbytes: bytes of one copy.
+        replay: function that runs all calls as one graph.
+        graphs: seconds per call in the graph, one for every round.
+        plain: seconds per call from Python, one for every round.
     """
 
     name: str
@@ -48,18 +50,18 @@ class Contestant:
 
     @property
     def seconds(self) -> float:
-        """The median of a call in the graph."""
+        """The median time of a call in the graph."""
         return statistics.median(self.graphs)
 
 
 class Clock:
-    """Seconds of work on a device; a CPU, for tests, has neither events nor graphs."""
+    """Timer for work on a device; on a CPU, for tests, without events and graphs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def seconds(self, work: Call) -> float:
-        """From the start of what is put on the stream to its end."""
+        """Return the seconds from start to end of work on the stream."""
         if self.device.type != "cuda":
             begin = time.perf_counter()
             work()
@@ -73,7 +75,7 @@ class Clock:
         return float(start.elapsed_time(end)) / 1e3
 
     def graph(self, work: Call) -> Call:
-        """The work as a CUDA graph, after two runs on the stream on which it is recorded."""
+        """Record work as a CUDA graph, after two runs on the recording stream."""
         if self.device.type != "cuda":
             return work
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -89,39 +91,43 @@ class Clock:
 
 
 def rows(options: argparse.Namespace, device: torch.device) -> list[list[str]]:
-    """A row for every contestant, at every shape and number of tokens."""
-    found = []
+    """Return a row for every candidate, at every shape and number of tokens."""
+    result = []
     clock = Clock(device)
     for shape in options.shapes.split(","):
         out, columns = map(int, shape.split("x"))
         for tokens in map(int, options.tokens.split(",")):
             with torch.inference_mode():
-                among = _contestants(out, columns, tokens, options, device)
-                for one in among:
-                    one.replay = clock.graph(lambda one=one: [call() for call in one.calls])  # type: ignore[misc]
+                candidates = _candidates(out, columns, tokens, options, device)
+                for candidate in candidates:
+                    candidate.replay = clock.graph(lambda candidate=candidate: [call() for call in candidate.calls])  # type: ignore[misc]
                 for _ in range(options.rounds):
-                    for one in among:
-                        one.graphs.append(clock.seconds(one.replay) / len(one.calls))
-                        together = clock.seconds(lambda one=one: [call() for call in one.calls])  # type: ignore[misc]
-                        one.plain.append(together / len(one.calls))
-            found += [_cells(shape, tokens, one, among) for one in among if not one.name.startswith("unpack")]
-    return found
+                    for candidate in candidates:
+                        candidate.graphs.append(clock.seconds(candidate.replay) / len(candidate.calls))
+                        together = clock.seconds(lambda candidate=candidate: [call() for call in candidate.calls])  # type: ignore[misc]
+                        candidate.plain.append(together / len(candidate.calls))
+            result += [
+                _cells(shape, tokens, candidate, candidates)
+                for candidate in candidates
+                if not candidate.name.startswith("unpack")
+            ]
+    return result
 
 
-def _contestants(
+def _candidates(
     out: int, columns: int, tokens: int, options: argparse.Namespace, device: torch.device
-) -> list[Contestant]:
+) -> list[Candidate]:
     x = torch.randn(tokens, columns, device=device).bfloat16()
     stream = torch.ones(options.cycle_mib * 2**18, device=device)
-    found = [Contestant("stream", [stream.sum], stream.nbytes)]
+    result = [Candidate("stream", [stream.sum], stream.nbytes)]
 
     def add(name: str, nbytes: int, make: Callable[[], Call], weight: Tensor | None) -> None:
         calls = [make() for _ in range(max(-(-options.cycle_mib * 2**20 // nbytes), 1))]
         if weight is not None:
-            wanted = x.float() @ weight.float().T
-            error = float((calls[0]().float() - wanted).norm() / wanted.norm())
+            expected = x.float() @ weight.float().T
+            error = float((calls[0]().float() - expected).norm() / expected.norm())
             assert error < 0.01, f"{name} is wrong by {error:.1%}"
-        found.append(Contestant(name, calls, nbytes))
+        result.append(Candidate(name, calls, nbytes))
 
     def dense() -> Call:
         copy = full.clone()
@@ -130,8 +136,8 @@ def _contestants(
     full = torch.randn(out, columns, device=device).bfloat16()
     add("cuBLAS bfloat16" if device.type == "cuda" else "dense bfloat16", full.nbytes, dense, full)
     for pattern in [*map(float, options.sparsities.split(",")), None]:
-        there = _two_of_four(out, columns, device) if pattern is None else _random(out, columns, pattern, device)
-        weight = torch.where(there, full, 0)
+        is_kept = _two_of_four(out, columns, device) if pattern is None else _random(out, columns, pattern, device)
+        weight = torch.where(is_kept, full, 0)
         name, packed = "2:4" if pattern is None else f"{pattern:.0%}", pack(weight.cpu())
 
         def layer(packed: Any = packed) -> PackedLinear:
@@ -153,14 +159,14 @@ def _contestants(
             add(f"unpack {name}", nbytes, lambda layer=layer: layer().to_dense, None)  # type: ignore[misc]
         if pattern is None and device.type == "cuda" and is_2_4_compatible(first):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is a prototype
+                warnings.simplefilter("ignore")  # torch warns of its prototype
 
                 def semi(layer: Callable[[], PackedLinear] = layer) -> Call:
                     made = SemiStructuredLinear(layer())
                     return lambda: made(x)
 
                 add("torch 2:4", full.nbytes * 9 // 16, semi, weight)
-    return found
+    return result
 
 
 def _random(out: int, columns: int, sparsity: float, device: torch.device) -> Tensor:
@@ -168,19 +174,25 @@ def _random(out: int, columns: int, sparsity: float, device: torch.device) -> Te
 
 
 def _two_of_four(out: int, columns: int, device: torch.device) -> Tensor:
-    """Two of every four columns at random; what is left over is kept."""
-    there = torch.ones(out, columns, dtype=torch.bool, device=device)
+    """Return a random 2:4 mask; columns after the last whole group are kept."""
+    is_kept = torch.ones(out, columns, dtype=torch.bool, device=device)
     fours = columns // 4
     order = torch.rand(out, fours, 4, device=device).argsort(-1)
-    there[:, : 4 * fours] = (order < 2).view(out, 4 * fours)
-    return there
+    is_kept[:, : 4 * fours] = (order < 2).view(out, 4 * fours)
+    return is_kept
 
 
-def _cells(shape: str, tokens: int, one: Contestant, among: list[Contestant]) -> list[str]:
-    by_name = {other.name: other for other in among}
-    rate, stream = one.nbytes / one.seconds, among[0].nbytes / among[0].seconds
-    unpacking = by_name.get(one.name.replace("packed", "unpack")) if one.name.startswith("packed") else None
-    share = "" if unpacking is None else f"{unpacking.seconds / one.seconds:.0%}"
-    times = "" if one is among[0] else f"{among[1].seconds / one.seconds:.2f}"
-    cells = [shape, str(tokens), one.name, f"{1e3 * one.seconds:.4f}", f"{1e3 * statistics.median(one.plain):.4f}"]
-    return [*cells, times, f"{one.nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / stream:.2f}", share]
+def _cells(shape: str, tokens: int, candidate: Candidate, candidates: list[Candidate]) -> list[str]:
+    by_name = {other.name: other for other in candidates}
+    rate, stream = candidate.nbytes / candidate.seconds, candidates[0].nbytes / candidates[0].seconds
+    unpacking = by_name.get(candidate.name.replace("packed", "unpack")) if candidate.name.startswith("packed") else None
+    share = "" if unpacking is None else f"{unpacking.seconds / candidate.seconds:.0%}"
+    times = "" if candidate is candidates[0] else f"{candidates[1].seconds / candidate.seconds:.2f}"
+    cells = [
+        shape,
+        str(tokens),
+        candidate.name,
+        f"{1e3 * candidate.seconds:.4f}",
+        f"{1e3 * statistics.median(candidate.plain):.4f}",
+    ]
+    return [*cells, times, f"{candidate.nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / stream:.2f}", share]

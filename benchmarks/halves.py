@@ -1,9 +1,9 @@
-"""A model in bfloat16 on the CPU, by torch's own products and by float32 rounded once, beside the model in float32.
+"""Compare a bfloat16 model on the CPU with torch's own products, with float32 products, and in float32.
 
     python benchmarks/halves.py smollm2-135m
 
-All take turns on the same tokens, forward and backward; figures are medians. Where the processor has instructions for
-bfloat16, alps uses them, and the second column tells what it would lose otherwise.
+All take turns on the same tokens, forward and backward; figures are medians. On processors with bfloat16 instructions
+alps uses these, and the second column has the time without them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from layers import ended_in_words, markdown
 
 
 def forward(model: Any, ids: Tensor) -> None:
-    """Hidden states, without the output head."""
+    """Compute the hidden states, without the output head."""
     with torch.inference_mode():
         model.base_model(ids, use_cache=False)
 
 
 def step(model: Any, ids: Tensor) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     model.base_model(ids, use_cache=False).last_hidden_state.float().pow(2).mean().backward()
     model.zero_grad()
 
 
 def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
-    """Milliseconds of one causal attention of the model's heads and its gradients, torch's own and by float32."""
+    """Return rows with the milliseconds of causal attention and its gradients, by torch and by float32 products."""
     heads = model.config.num_attention_heads
     features = model.config.hidden_size // heads
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
         query, key, value = (torch.randn(1, heads, seqlen, features).to(dtype).requires_grad_() for _ in range(3))
-        taken: dict[str, list[float]] = {}
+        times: dict[str, list[float]] = {}
         for _ in range(rounds):
             for way, context in (("torch's own", nullcontext), ("by float32", Float32MatmulMode)):
                 with context():
@@ -54,9 +54,9 @@ def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
                     between = time.perf_counter()
                     out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
                     end = time.perf_counter()
-                taken.setdefault(f"forward {way}", []).append(between - start)
-                taken.setdefault(f"backward {way}", []).append(end - between)
-        medians = {name: 1e3 * statistics.median(found) for name, found in taken.items()}
+                times.setdefault(f"forward {way}", []).append(between - start)
+                times.setdefault(f"backward {way}", []).append(end - between)
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
         for part in ("forward", "backward"):
             own, wide = (medians[f"{part} {way}"] for way in ("torch's own", "by float32"))
             name = f"{heads} x {seqlen}, {dtype_name(dtype)}, {part}"
@@ -65,7 +65,7 @@ def attention_rows(model: Any, seqlen: int, rounds: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print two tables: of the model, and of its attention alone."""
+    """Print two tables, of the model and of its attention."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--windows", type=int, default=2)
@@ -91,8 +91,8 @@ def main() -> None:
                 with context():
                     work(model, ids)
                 seconds[way].append(time.perf_counter() - start)
-        medians = [statistics.median(found) for found in seconds.values()]
-        rows.append([name, *(f"{one:.2f}" for one in medians), f"{medians[0] / medians[1]:.2f}"])
+        medians = [statistics.median(values) for values in seconds.values()]
+        rows.append([name, *(f"{median:.2f}" for median in medians), f"{medians[0] / medians[1]:.2f}"])
     facts = provenance()
     used = "by float32" if multiplies_by_float32(torch.bfloat16, torch.device("cpu")) else "torch's own"
     print(

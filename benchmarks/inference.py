@@ -1,4 +1,4 @@
-"""Packed layers and models against dense ones, side by side in one run: time, bytes per second, memory.
+"""Compare packed layers and models with dense ones in one run: time, bytes per second, memory.
 
     python benchmarks/inference.py layer --threads 1,2
     python benchmarks/inference.py layer --tokens 1,16,128 --no-csr --path avx512bf16
@@ -6,11 +6,11 @@
     python benchmarks/inference.py build built
     python benchmarks/inference.py model --dense built/dense --packed built/packed-50,built/packed-70,built/packed-80
 
-`layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. Every
-contestant has its turn in every round, so that a slow moment of the machine strikes all of them; figures are medians.
-The tables are those of cpu_layers.py and gpu_layers.py. With `--path` packed layers use an older instruction set than
-they would; ONEDNN_MAX_CPU_ISA in the environment does the same to torch's dense layers.
-`build` writes a LLaMA of random weights, 1.1 billion of them by default, dense and packed at several sparsities.
+`layer` multiplies with matrices that together are larger than the caches, one after the other, as a model does. All
+candidates take turns in every round, so that a slow moment of the machine affects all of them; figures are medians.
+cpu_layers.py and gpu_layers.py make the tables. `--path` lets packed layers use an older instruction set;
+ONEDNN_MAX_CPU_ISA in the environment does this for torch's dense layers.
+`build` writes a LLaMA of random weights, by default 1.1 billion, dense and packed at several sparsities.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def build(options: argparse.Namespace) -> None:
     for sparsity in map(float, options.sparsities.split(",")):
         for name, parameter in model.named_parameters():
             if name in dense:
-                there = torch.rand(parameter.shape) >= sparsity
-                parameter.data = torch.where(there, dense[name], 0)
+                is_kept = torch.rand(parameter.shape) >= sparsity
+                parameter.data = torch.where(is_kept, dense[name], 0)
         percent = f"{100 * sparsity:g}"
         model.save_pretrained(out / f"dense-{percent}")
         pack_directory(out / f"dense-{percent}", out / f"packed-{percent}")
@@ -80,7 +80,7 @@ class _Times(BaseStreamer):  # type: ignore[misc]
 
 
 def generate(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
-    """Seconds until the first token, and tokens a second after it."""
+    """Return the seconds until the first token, and the tokens per second after it."""
     ids, times = torch.arange(1, prompt + 1)[None], _Times()
     start = time.perf_counter()
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
@@ -90,28 +90,28 @@ def generate(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
 
 
 def model_rows(options: argparse.Namespace) -> list[list[str]]:
-    """A row for every directory and number of threads; all models are in memory together, and take turns."""
+    """Return a row for every directory and number of threads; all models are in memory, and take turns."""
     folders = [options.dense, *options.packed.split(",")]
-    memory = {folder: _alone(folder, options) for folder in folders}
+    memory = {folder: _measure_memory(folder, options) for folder in folders}
     models = {folder: alps.load(folder).model.requires_grad_(False) for folder in folders}
     rows = []
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
-        found: dict[str, list[tuple[float, float]]] = {folder: [] for folder in folders}
+        result: dict[str, list[tuple[float, float]]] = {folder: [] for folder in folders}
         for round_ in range(options.rounds + 1):
             for folder, model in models.items():
                 measured = generate(model, options.prompt, options.tokens)
-                found[folder] += [measured] * (round_ > 0)
-        rates = {folder: statistics.median(rate for _, rate in pairs) for folder, pairs in found.items()}
+                result[folder] += [measured] * (round_ > 0)
+        rates = {folder: statistics.median(rate for _, rate in pairs) for folder, pairs in result.items()}
         for folder in folders:
-            first = statistics.median(seconds for seconds, _ in found[folder])
+            first = statistics.median(seconds for seconds, _ in result[folder])
             speed = [f"{rates[folder]:.2f}", f"{rates[folder] / rates[options.dense]:.2f}", f"{first:.3f}"]
             rows.append([folder, str(threads), *speed, *(f"{size / 1e9:.3f}" for size in memory[folder])])
     return rows
 
 
-def _alone(folder: str, options: argparse.Namespace) -> tuple[int, int, int]:
-    """Bytes of weights, resident after generating, and at the peak, in a process of its own."""
+def _measure_memory(folder: str, options: argparse.Namespace) -> tuple[int, int, int]:
+    """Measure in a new process the bytes of weights, the resident bytes after generating, and the peak."""
     sizes = (str(options.prompt), str(options.tokens))
     done = subprocess.run([sys.executable, __file__, "memory", folder, *sizes], capture_output=True, text=True)
     if done.returncode:
@@ -121,12 +121,12 @@ def _alone(folder: str, options: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """What `_alone` runs."""
+    """Print the memory of one model, for `_measure_memory`."""
     model = alps.load(options.folder).model.requires_grad_(False)
     generate(model, options.prompt, options.tokens)
     lines = Path("/proc/self/status").read_text().splitlines()
     resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-    # The system's count of the peak may lag behind that of the moment.
+    # The system updates the peak later than the current value.
     print(json.dumps([model.get_memory_footprint(), resident, max(peak_host_bytes(), resident)]))
 
 
@@ -152,10 +152,12 @@ def main() -> None:
 
 
 def gpu_table(options: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """The layers' table on a GPU."""
+    """Print the table of layers on a GPU."""
     device = pick_device(options.device)
     if device.type != "cuda":
-        raise ConfigError(f"Device '{options.device}' is no GPU here: leave --device out for the table of the CPU.")
+        raise ConfigError(
+            f"Device '{options.device}' is not a GPU of this machine: leave --device out for the table of the CPU."
+        )
     with torch.cuda.device(device):
         what = describe_gpu(find_gpu_kernel(device))
         print(f"{torch.cuda.get_device_name(device)}, {what}, torch {facts['torch']}, commit {facts['commit']}\n")
@@ -165,19 +167,19 @@ def gpu_table(options: argparse.Namespace, facts: dict[str, Any]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
-    layer, building, model, alone = (what.add_parser(name) for name in ("layer", "build", "model", "memory"))
+    layer, building, model, memory_parser = (what.add_parser(name) for name in ("layer", "build", "model", "memory"))
     layer.add_argument("--device", default="cpu", help="cpu, or cuda:N for the table of a GPU")
     layer.add_argument("--shapes", help="out x in; 4096x4096,11008x4096,4096x11008, on a GPU 8192x8192,28672x8192")
-    layer.add_argument("--tokens", help="vectors at once; 1, on a GPU 1,4,16,2048")
-    layer.add_argument("--calls", type=int, default=4, help="of each contestant in a round")
-    layer.add_argument("--cycle-mib", type=int, default=256, help="matrices of each contestant together")
+    layer.add_argument("--tokens", help="vectors per product; 1, on a GPU 1,4,16,2048")
+    layer.add_argument("--calls", type=int, default=4, help="calls of each candidate per round")
+    layer.add_argument("--cycle-mib", type=int, default=256, help="MiB of all matrices of each candidate")
     layer.add_argument("--no-csr", dest="csr", action="store_false")
-    layer.add_argument("--path", help="instruction set of packed layers on the CPU; the best one there is")
-    for one in (layer, building):
-        one.add_argument("--sparsities", default="0.5,0.7,0.8,0.9")
-    for one in (layer, model):
-        one.add_argument("--threads", default="1,2")
-        one.add_argument("--rounds", type=int, default=11)
+    layer.add_argument("--path", help="instruction set of packed layers on the CPU; default: the fastest")
+    for command in (layer, building):
+        command.add_argument("--sparsities", default="0.5,0.7,0.8,0.9")
+    for command in (layer, model):
+        command.add_argument("--threads", default="1,2")
+        command.add_argument("--rounds", type=int, default=11)
     building.add_argument("out")
     sizes = {"vocabulary": 32000, "hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv-heads": 4}
     for name, size in sizes.items():
@@ -186,9 +188,9 @@ def _options() -> argparse.Namespace:
     model.add_argument("--packed", required=True, help="packed directories, separated by commas")
     model.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
     model.add_argument("--tokens", type=int, default=32, help="tokens to generate")
-    alone.add_argument("folder")
-    alone.add_argument("prompt", type=int)
-    alone.add_argument("tokens", type=int)
+    memory_parser.add_argument("folder")
+    memory_parser.add_argument("prompt", type=int)
+    memory_parser.add_argument("tokens", type=int)
     options = parser.parse_args()
     if options.what == "layer":
         on_gpu = options.device != "cpu"

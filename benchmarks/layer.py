@@ -1,8 +1,8 @@
-"""One layer problem, as in the first tables of the ALPS paper: supports with optimal weights, and the refit.
+"""Compare methods on one layer, as in the first tables of the ALPS paper: supports with optimal weights, and the refit.
 
-The inputs of one site are collected from the dense model. Table A: relative error of every method's support with
-the exactly optimal weights on it (float64, row by row). Table B: every method as published, then refitted by 10
-and by many PCG steps, then exactly, with the time of each. Example:
+The inputs of the layer are collected from the dense model. Table A has the relative error of every method's support
+with exactly optimal weights (float64, row by row). Table B has every method as published, then with a refit of 10 and
+of many PCG steps, then with an exact solve, with the time of each. Example:
 
     python benchmarks/layer.py --calibration c4.jsonl --site model.layers.0.self_attn.k_proj
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def supports_table(problem: Problem, patterns: list[str]) -> str:
-    """Relative error of each method's support with optimal weights."""
+    """Format the relative errors of optimal weights on each support."""
     lines = ["### A. Optimal weights on each method's support: relative error", ""]
     lines += [
         f"| pattern | {' | '.join(_SUPPORTS)} | ALPS / SparseGPT |",
@@ -53,7 +53,7 @@ def supports_table(problem: Problem, patterns: list[str]) -> str:
 
 
 def refit_table(problem: Problem, patterns: list[str]) -> str:
-    """Error and seconds: as published, after 10 PCG steps, after PCG to a tolerance, after an exact solve."""
+    """Format errors and seconds as published, after PCG, and after an exact solve."""
     lines = ["### B. No refit, PCG, exact: relative error (seconds of the refit alone)", ""]
     lines += [
         "| pattern | support | no refit | PCG, 10 steps | PCG, to 1e-4 | exact solve |",
@@ -75,7 +75,7 @@ def refit_table(problem: Problem, patterns: list[str]) -> str:
 
 
 def _solve(method: Method, problem: Problem, pattern: str) -> tuple[Tensor, Tensor, float]:
-    """Weight, mask, and the seconds of the refit (0 without one)."""
+    """Return weight, mask, and the seconds of the refit (0 without one)."""
     weight, stats = problem
     solution = method.solve(weight, method.prepare(stats), parse_pattern(pattern))
     return solution.weight, solution.mask, solution.info.seconds.get("refit", 0.0)

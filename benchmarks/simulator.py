@@ -1,7 +1,7 @@
-"""What one `alps prune` with ALPS takes in several processes: a simulation of its walk, process by process.
+"""Simulate the time of `alps prune` with ALPS on several ranks.
 
-Every process has a clock. Work moves one clock on; a collective call brings all of them to the latest first. Who
-solves what is asked of `alps.pruning.work_sharing`, what a piece of work takes of a machine (`machines.py`).
+Every rank has a clock. Work advances one clock; a collective call first advances all clocks to the latest one.
+`alps.pruning.work_sharing` assigns layers to ranks, and `machines.py` gives the time of each piece of work.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cost_model import Machine, Run
 
 
 class Clocks:
-    """Time of every process.
+    """Clocks of all ranks.
 
     Attributes:
-        now: by process.
-        spent: by phase and process; waiting for others counts to the phase in which it is done.
-        waited: of that, by phase and process.
-        nbytes: sent, by phase: what leaves or enters one process at least once.
+        now: time by rank.
+        spent: seconds by phase and rank; waiting counts to the phase in which it happens.
+        waited: seconds of waiting in `spent`, by phase and rank.
+        nbytes: bytes sent by phase.
     """
 
     def __init__(self, size: int) -> None:
@@ -31,14 +31,14 @@ class Clocks:
         self.nbytes: dict[str, float] = {}
 
     def work(self, rank: int, phase: str, seconds: float) -> None:
-        """One process is busy."""
+        """Advance the clock of one rank."""
         self.now[rank] += seconds
         if phase not in self.spent:
             self.spent[phase] = [0.0] * len(self.now)
         self.spent[phase][rank] += seconds
 
     def together(self, phase: str, seconds: float = 0.0, nbytes: float = 0.0) -> None:
-        """All wait for the last one, and are busy with each other."""
+        """Advance all clocks to the latest one, then by the seconds of a collective call."""
         latest = max(self.now)
         waited = self.waited.setdefault(phase, [0.0] * len(self.now))
         for rank, now in enumerate(self.now):
@@ -48,23 +48,24 @@ class Clocks:
 
     @property
     def busy(self) -> float:
-        """Seconds of all processes together that are not waiting."""
+        """Seconds of work over all ranks, without waiting."""
         return sum(map(sum, self.spent.values())) - sum(map(sum, self.waited.values()))
 
 
 def simulate(run: Run, machine: Machine) -> Clocks:
-    """The clocks after one run.
+    """Return the clocks after one run.
 
-    A block: the pass that observes, sums at those who solve, split inputs by all and whole ones by their owners,
-    weights sent to all, a second pass but after the last block, and the block written down by one of them.
+    Each block has these steps: a pass that collects statistics, their reduction, solves of split inputs on all ranks
+        and of
+    whole inputs on their owners, a broadcast of weights, a second pass except after the last block, and the journal.
     """
     clocks, ranks = Clocks(run.size), range(run.size)
     owners = assignment(run)
-    shown = {0, run.model.blocks // 2, run.model.blocks - 1}
+    traced = {0, run.model.blocks // 2, run.model.blocks - 1}
     shares = {run.share(rank) for rank in ranks}
-    observing, passing = ({one: machine.forward(one, seen) for one in shares} for seen in (True, False))
+    observing, passing = ({share: machine.forward(share, seen) for share in shares} for seen in (True, False))
     inputs = [sites[0][1] for sites in run.model.inputs]
-    grams = {one: sum(machine.gram(n, one * run.seqlen) for n in inputs) for one in shares}
+    grams = {share: sum(machine.gram(n, share * run.seqlen) for n in inputs) for share in shares}
     for rank in ranks:
         clocks.work(rank, "start", machine.start())
     for block in range(run.model.blocks):
@@ -75,10 +76,10 @@ def simulate(run: Run, machine: Machine) -> Clocks:
         _sums(clocks, run, machine, owners)
         for sites, owner in zip(run.model.inputs, owners, strict=True):
             if owner is None:
-                _split(clocks, run, machine, sites, block in shown)
+                _split(clocks, run, machine, sites, block in traced)
         for sites, owner in zip(run.model.inputs, owners, strict=True):
             if owner is not None:
-                _whole(clocks, run, machine, sites, owner, block in shown)
+                _whole(clocks, run, machine, sites, owner, block in traced)
         _answers(clocks, run, machine, owners)
         if block + 1 < run.model.blocks:
             for rank in ranks:
@@ -91,7 +92,7 @@ def simulate(run: Run, machine: Machine) -> Clocks:
 
 
 def assignment(run: Run) -> list[int | None]:
-    """Who solves each input of a block; None for all of them together."""
+    """Return the rank that solves each input of a block; None if all ranks do."""
     jobs = [solve_cost(get_method("alps"), sites, run.size) for sites in run.model.inputs]
     return shared_out(jobs, run.size) if run.size > 1 else [0] * len(jobs)
 
@@ -104,15 +105,15 @@ def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | Non
         clocks.together("communication", machine.reduce(nbytes, owner is None), nbytes * (run.size - 1))
 
 
-def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], shown: bool) -> None:
-    """All processes solve some rows of every site of one input; each has the record of some sites."""
+def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], traced: bool) -> None:
+    """Solve some rows of every layer of one input on each rank; each rank measures the errors of some layers."""
     n, size, part = sites[0][1], run.size, 1 / run.size
     inverses = run.inverses(sites) * machine.inverse(n)
     for rank in range(size):
         clocks.work(rank, "prepare", machine.prepare(n))
         clocks.work(rank, "inverses", inverses)
     for index, shape in enumerate(sites):
-        seconds = _solve(run, machine, shape, part, shown) + run.counts.iterations * machine.select()
+        seconds = _solve(run, machine, shape, part, traced) + run.counts.iterations * machine.select()
         for rank in range(size):
             clocks.work(rank, "solve", seconds)
         whole = 4.0 * shape[0] * n
@@ -126,20 +127,20 @@ def _split(clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int
 
 
 def _whole(
-    clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], owner: int, shown: bool
+    clocks: Clocks, run: Run, machine: Machine, sites: Sequence[tuple[int, int]], owner: int, traced: bool
 ) -> None:
     n = sites[0][1]
     clocks.work(owner, "prepare", machine.prepare(n))
     clocks.work(owner, "inverses", run.inverses(sites) * machine.inverse(n))
     for shape in sites:
-        clocks.work(owner, "solve", _solve(run, machine, shape, 1.0, shown))
+        clocks.work(owner, "solve", _solve(run, machine, shape, 1.0, traced))
         clocks.work(owner, "measure_error", machine.errors(shape))
 
 
-def _solve(run: Run, machine: Machine, shape: tuple[int, int], part: float, shown: bool) -> float:
+def _solve(run: Run, machine: Machine, shape: tuple[int, int], part: float, traced: bool) -> float:
     seconds = run.counts.iterations * machine.iteration(shape, part)
     seconds += (run.counts.steps_of(shape) + 2) * machine.step(shape, part)
-    return seconds + (run.counts.inverses * machine.trace(shape, part) if shown else 0.0)
+    return seconds + (run.counts.inverses * machine.trace(shape, part) if traced else 0.0)
 
 
 def _answers(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | None]) -> None:

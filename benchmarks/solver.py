@@ -1,8 +1,8 @@
-"""Layer problems of a real model: ALPS against another implementation of it and against SparseGPT, side by side.
+"""Compare ALPS with another implementation of it and with SparseGPT, on layers of a real model.
 
-The inputs of every site of some blocks are collected from the dense model; then each method solves each problem in
-turn, so that a slow moment of the machine strikes all of them. The other implementation is fmchisel 0.1.2 (PyPI),
-which is not a dependency; without it its column is left out:
+The inputs of all layers of some blocks are collected from the dense model. The methods solve each problem in turn, so
+that a slow moment of the machine affects all of them. The other implementation is fmchisel 0.1.2 (PyPI), which is not a
+dependency; without it its column is left out:
 
     pip install --no-deps --target build/fmchisel fmchisel==0.1.2
     python benchmarks/solver.py --calibration c4.jsonl --fmchisel build/fmchisel
@@ -37,31 +37,31 @@ Solver = Callable[[list[Tensor], InputStats, Pattern], list[Tensor]]
 
 @dataclass
 class Column:
-    """One contestant: seconds and relative errors by kind of site, in the order of the problems."""
+    """Seconds and relative errors of one method by kind of layer, in the order of the problems."""
 
     solve: Solver
     seconds: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
     def total(self) -> float:
-        """Seconds over all problems."""
+        """Return the seconds over all problems."""
         return sum(map(sum, self.seconds.values()))
 
     def mean_error(self) -> float:
-        """Mean relative error over all problems."""
+        """Return the mean relative error over all problems."""
         return statistics.mean(e for errors in self.errors.values() for e in errors)
 
 
 def main() -> None:
-    """Solve every problem with every contestant and print one table."""
+    """Solve every problem with every method and print one table."""
     options = _options()
     columns = {name: Column(_ours(name)) for name in options.methods.split(",")}
     if options.fmchisel:
         columns["fmchisel"] = Column(_theirs(_fmchisel(Path(options.fmchisel))))
     pattern = parse_pattern(options.pattern)
-    tokens, wanted = 0, set(map(int, options.blocks.split(",")))
+    tokens, blocks = 0, set(map(int, options.blocks.split(",")))
     with exact_float32():
-        for shared in captured(options, lambda block: block.index in wanted):
+        for shared in captured(options, lambda block: block.index in blocks):
             stats = shared.sums.into_stats()
             tokens = stats.tokens
             kinds = [site.kind for site in shared.sites]
@@ -84,13 +84,13 @@ def _run(column: Column, kinds: list[str], weights: list[Tensor], stats: InputSt
     for kind, weight, answer in zip(kinds, weights, answers, strict=True):
         kept = weight.numel() - pattern.pruned_count(weight.numel())
         assert int((answer != 0).sum()) <= kept, (kind, "keeps too many weights")
-        # Sites of one input are timed together, as they are solved; a site's share is by its size.
+        # Layers of one input are solved and timed together; the time is divided by their sizes.
         column.seconds.setdefault(kind, []).append(seconds * weight.numel() / entries)
         column.errors.setdefault(kind, []).append(relative_error(answer, weight, stats))
 
 
 def _ours(name: str) -> Solver:
-    # A name may carry an effort, as in alps:high; alps:float32 does without products of low precision.
+    # A name may have an effort, as in alps:high; alps:float32 uses no products of low precision.
     base, _, effort = name.partition(":")
     method: Method = (
         Alps(precision="float32") if name == "alps:float32" else get_method(base, effort=effort or "normal")
@@ -119,7 +119,7 @@ def _theirs(module: ModuleType) -> Solver:
 
 
 def _fmchisel(folder: Path) -> ModuleType:
-    """The one file of fmchisel that is needed, with a stand-in for the constant that it takes from llm-compressor."""
+    """Load the one file of fmchisel that is needed, with a replacement for a constant of llm-compressor."""
     parts = ["llmcompressor", "modifiers", "obcq", "sgpt_sparsify"]
     for i in range(len(parts)):
         sys.modules.setdefault(".".join(parts[: i + 1]), ModuleType(parts[i]))
@@ -134,7 +134,7 @@ def _fmchisel(folder: Path) -> ModuleType:
 
 
 def table(columns: dict[str, Column]) -> str:
-    """Seconds by kind and in total, how often the first column's, and the mean relative error."""
+    """Format seconds by kind and in total, their ratio to the first method, and the mean relative error."""
     first = next(iter(columns.values()))
     kinds = list(first.seconds)
     heads = ["", *(f"{kind} s" for kind in kinds), "total s", "of the first", "mean error", "of the first"]

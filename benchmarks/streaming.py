@@ -1,7 +1,7 @@
-"""Prune a checkpoint that is several times larger than the memory the process may take.
+"""Prune a checkpoint that is several times larger than the memory limit of the process.
 
-A LLaMA with random weights is written shard by shard, `alps prune` runs on it under a limit on its address space
-(RLIMIT_AS, so that nothing it maps is left out), and its peaks are printed. Example:
+The script writes a LLaMA with random weights shard by shard, runs `alps prune` under a limit on the address space
+(RLIMIT_AS, which includes mapped files), and prints its peaks. Example:
 
     python benchmarks/streaming.py --tokenizer MODEL --text my-text.txt --gigabytes 12 --limit 2.4 --method wanda
 """
@@ -31,7 +31,7 @@ _BLOCKS_IN_A_SHARD = 4
 
 
 def main() -> None:
-    """Write, prune, print one table."""
+    """Write a checkpoint, prune it, and print one table."""
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         model, out = Path(folder) / "model", Path(folder) / "pruned"
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> int:
-    """A checkpoint of about so many gigabytes, one tensor in memory at a time; returns the bytes of its files."""
+    """Write a checkpoint of `--gigabytes`, tensor by tensor, and return the bytes of its files."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     wide, hidden = options.hidden * 11 // 4, options.hidden
     block = (4 * hidden * hidden + 3 * hidden * wide) * _DTYPE.itemsize
@@ -76,15 +76,15 @@ def write_model(folder: Path, options: argparse.Namespace) -> int:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    places, shards = {}, dict[int, list[str]]()
+    files, shards = {}, dict[int, list[str]]()
     for name in shapes:
         parts = name.split(".")
         shards.setdefault(int(parts[2]) // _BLOCKS_IN_A_SHARD if parts[1] == "layers" else -1, []).append(name)
     for number, names in enumerate(shards.values(), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_tensors(folder / file, [_random(name, shapes[name], generator) for name in names])
-        places.update(dict.fromkeys(names, file))
-    index = {"metadata": {}, "weight_map": places}
+        files.update(dict.fromkeys(names, file))
+    index = {"metadata": {}, "weight_map": files}
     (folder / INDEX_NAME).write_text(json.dumps(index))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -100,12 +100,12 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def prune(model: Path, out: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """Run the command under the limit; returns the largest address space and the largest resident size in bytes."""
+    """Run the command under the limit, and return the peaks of address space and resident size in bytes."""
     limit = int(options.limit * 1e9)
     settings = ["--sparsity", "0.5", "--method", options.method, "--calibration", options.text, "--no-measure-error"]
     sizes = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
     command = [sys.executable, "-m", "alps", "prune", str(model), str(out), *settings, *sizes, "--device", "cpu"]
-    # glibc returns freed memory, but not its addresses, which the limit counts: large pieces get some of their own.
+    # glibc keeps the addresses of freed memory, which count to the limit; large blocks are mapped separately instead.
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MALLOC_MMAP_THRESHOLD_": "131072"}
     running = subprocess.Popen(
         command, env=environment, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -130,9 +130,11 @@ def prune(model: Path, out: Path, options: argparse.Namespace) -> tuple[int, int
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="a model whose tokenizer, of a small vocabulary, is taken")
+    parser.add_argument(
+        "--tokenizer", required=True, help="model with the tokenizer to use; a small vocabulary is best"
+    )
     parser.add_argument("--text", required=True)
-    parser.add_argument("--folder", help="where the files go, twice their size; by default the system's")
+    parser.add_argument("--folder", help="folder for temporary files of twice the size; default: that of the system")
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--limit", type=float, default=2.4, help="GB of address space")
     parser.add_argument("--hidden", type=int, default=2048)
