@@ -120,10 +120,10 @@ def test_two_processes_by_hand() -> None:
     expected = 10 + 3 + 3 + 4 * 12 * 0.25 + 4 * 0.01 + max(solves) + 4 * 0.01 + 4
     assert clocks.now == [pytest.approx(expected)] * 2
     waits = [max(solves) - solves[0], (3 - 2) + 4 * (12 - 8) * 0.25 + max(solves) - solves[1]]
-    assert clocks.waited["exchange"] == [pytest.approx(wait) for wait in waits]
+    assert clocks.waited["communication"] == [pytest.approx(wait) for wait in waits]
     assert clocks.waited["keep"] == [0.0, pytest.approx(4.0)]
     sums = 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
-    assert clocks.nbytes["exchange"] == sums + 4 * run.model.weights
+    assert clocks.nbytes["communication"] == sums + 4 * run.model.weights
 
 
 def test_later_sites_find_the_inverses_that_fit_into_what_is_kept() -> None:
@@ -156,10 +156,10 @@ def test_clocks_wait_for_the_last() -> None:
     clocks = Clocks(2)
     clocks.work(0, "solve", 3.0)
     clocks.work(1, "solve", 1.0)
-    clocks.together("exchange", 0.5, 7.0)
-    assert clocks.now == [3.5, 3.5] and clocks.waited == {"exchange": [0.0, 2.0]}
-    assert clocks.spent == {"solve": [3.0, 1.0], "exchange": [0.5, 2.5]}
-    assert clocks.busy == 5.0 and clocks.nbytes == {"exchange": 7.0}
+    clocks.together("communication", 0.5, 7.0)
+    assert clocks.now == [3.5, 3.5] and clocks.waited == {"communication": [0.0, 2.0]}
+    assert clocks.spent == {"solve": [3.0, 1.0], "communication": [0.5, 2.5]}
+    assert clocks.busy == 5.0 and clocks.nbytes == {"communication": 7.0}
 
 
 def _wall(run: Run, **other: float) -> float:
