@@ -6,9 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One core each: what the tests start has as many threads as they have, and so the same bits.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One core each: what the tests start has as many threads as they have, and so the same bits; waiting threads spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path

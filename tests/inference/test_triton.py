@@ -21,7 +21,7 @@ from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.triton_backend import BLOCKS, MAX_PACKED_BATCH, GpuKernel, describe_gpu, find_gpu_kernel
 from helpers.cli_process import run_code
 
-CASES = Path(__file__).parent / "triton_cases.py"
+CASES = Path(__file__).parent.parent / "helpers" / "triton_cases.py"
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[gpu-test]'"
 )
