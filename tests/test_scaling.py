@@ -121,7 +121,7 @@ def test_two_processes_by_hand() -> None:
     assert clocks.now == [pytest.approx(expected)] * 2
     waits = [max(solves) - solves[0], (3 - 2) + 4 * (12 - 8) * 0.25 + max(solves) - solves[1]]
     assert clocks.waited["communication"] == [pytest.approx(wait) for wait in waits]
-    assert clocks.waited["keep"] == [0.0, pytest.approx(4.0)]
+    assert clocks.waited["journal"] == [0.0, pytest.approx(4.0)]
     sums = 3 * InputSums.nbytes(d, Needs.GRAM) + InputSums.nbytes(w, Needs.GRAM)
     assert clocks.nbytes["communication"] == sums + 4 * run.model.weights
 
