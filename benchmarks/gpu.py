@@ -22,7 +22,9 @@ from alps.core.device import exact_float32
 from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, InputSums
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import BlockPruner
+from alps.pruning.context import RunContext
+from alps.pruning.pipeline import prune_blocks
+from alps.pruning.recipe import PruneRecipe
 from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
 from alps.solvers.objective import relative_error
@@ -132,12 +134,12 @@ def whole_model(options: argparse.Namespace, device: torch.device) -> str:
     for name in options.methods.split(","):
         model.load_state_dict(dense)
         before = _start_memory(device)
-        pruner = BlockPruner(get_method(name), parse_pattern(options.pattern), device)
+        recipe = PruneRecipe(method=get_method(name), pattern=parse_pattern(options.pattern))
         start = time.perf_counter()
-        pruner.run(model, find_blocks(model), ids)
+        results = prune_blocks(model, find_blocks(model), ids, recipe, RunContext(device=device))
         whole = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-        cells = [f"{pruner.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "measure_error")]
+        cells = [f"{results.seconds.get(p, 0.0):.1f}" for p in ("forward", "gram", "prepare", "solve", "measure_error")]
         cells += [f"{whole / options.blocks:.1f}", f"{whole / options.blocks * 32 / 60:.1f}", f"{peak / 2**30:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from torch import Tensor
 from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
-from alps.calibration.layer_order import Order, observations
+from alps.calibration.layer_order import calibrate
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.provenance import provenance
@@ -31,29 +31,29 @@ from layers import ended_in_words, markdown
 
 _CPU = torch.device("cpu")
 _CUT = Unstructured(0.7)
-_WAYS: list[tuple[Order, bool]] = [("block", False), ("sequential", False), ("sequential", True)]
+# Whether layers are solved one after the other, and whether passes start behind those that are solved.
+_WAYS = [(False, False), (True, False), (True, True)]
 
 
-def passes(loaded: LoadedModel, ids: Tensor, count: int, order: Order, resumed: bool, target: bool) -> float:
+def passes(loaded: LoadedModel, ids: Tensor, count: int, sequential: bool, resumed: bool, target: bool) -> float:
     """Seconds of all forward passes over the first blocks."""
     blocks, seconds = loaded.blocks(), 0.0
     inputs = capture_block_inputs(loaded.model, blocks, ids, max(batch_tokens(blocks, _CPU) // ids.shape[1], 1))
-    beside = inputs.beside()
+    dense = DenseReference.start(inputs, needed=target)
     for block in blocks[:count]:
         with on_device(block, _CPU):
-            dense = DenseReference(block.clone(), beside) if target else None
+            dense.begin_block(block)
             weights = {site.name: site.read().clone() for site in block.sites}
             start = time.perf_counter()
             rest = CachedForward(block, inputs, _CPU) if resumed else inputs
             needs = Needs.INPUT_SHIFT if target else Needs.GRAM
-            for seen in observations(block, rest, needs, _CPU, order, dense):
+            for seen in calibrate(block, rest, needs, _CPU, true_sequential=sequential, reference=dense):
                 seconds += time.perf_counter() - start - seen.seconds
                 for site in (site for shared in seen.shared for site in shared.sites):
                     site.write(apply_mask(site.read(), keep_largest(site.read().abs(), _CUT)))
                 start = time.perf_counter()
             rest.advance(block.index, block.module, _CPU)
-            if dense is not None:
-                dense.advance(_CPU)
+            dense.advance(_CPU)
             seconds += time.perf_counter() - start
             for site in block.sites:
                 site.write(weights[site.name])

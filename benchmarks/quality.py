@@ -27,7 +27,9 @@ from alps.data.mixture import load_calibration
 from alps.evaluation.api import evaluate
 from alps.evaluation.compare_config import method_settings
 from alps.pruning.config import PruneConfig, load_prune_config
-from alps.pruning.run import build_block_pruner, run, write
+from alps.pruning.job import make_context
+from alps.pruning.run import prune_model
+from alps.pruning.write import write
 from alps.reporting.records import ComparisonRecord
 
 Run = dict[str, Any]
@@ -84,7 +86,7 @@ def _pruned(
     # A peak is the process's: without this, every run would report that of the largest before it.
     reset_peak_memory(device)
     start = time.process_time()
-    report = run(loaded, build_block_pruner(asked, progress), windows, seed)
+    report = prune_model(loaded, windows, asked.resolve(), make_context(asked, progress), seed=seed)
     cpu_seconds = time.process_time() - start
     if options.save:
         write(loaded, report, Path(options.save) / f"{method}-{pattern}-{seed}".replace(":", "of"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alps.core.statistics import InputSums, Needs
-from alps.pruning.work_sharing import shared_out, solve_cost
+from alps.pruning.work_sharing import assign_inputs, solve_cost
 from alps.solvers import get_method
 from cost_model import Machine, Run
 
@@ -94,7 +94,7 @@ def simulate(run: Run, machine: Machine) -> Clocks:
 def assignment(run: Run) -> list[int | None]:
     """Return the rank that solves each input of a block; None if all ranks do."""
     jobs = [solve_cost(get_method("alps"), sites, run.size) for sites in run.model.inputs]
-    return shared_out(jobs, run.size) if run.size > 1 else [0] * len(jobs)
+    return assign_inputs(jobs, run.size) if run.size > 1 else [0] * len(jobs)
 
 
 def _sums(clocks: Clocks, run: Run, machine: Machine, owners: Sequence[int | None]) -> None:

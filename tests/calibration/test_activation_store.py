@@ -15,9 +15,8 @@ from alps.calibration.activation_store import Activations
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import BlockPruner
-from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
+from helpers import runs
 from helpers.cli_process import run_code
 
 _CPU = torch.device("cpu")
@@ -52,12 +51,6 @@ def test_a_walk_with_files_prunes_to_the_same_bits(
     found, most = [], []
     for bytes_kept in (None, limit):
         model = tiny_model("llama")
-        walk = BlockPruner(get_method("sparsegpt"), Unstructured(0.5), _CPU, order="sequential", target=0.4)
-        walk.matching, walk.activation_bytes, walk.spill_folder = (
-            ReconstructionParameters(tokens=32),
-            bytes_kept,
-            tmp_path,
-        )
 
         class Watch:
             def start(self, title: str, total: int) -> None: ...
@@ -66,8 +59,18 @@ def test_a_walk_with_files_prunes_to_the_same_bits(
 
             def finish(self) -> None: ...
 
-        walk.progress = Watch()
-        walk.run(model, find_blocks(model), ids)
+        runs.prune(
+            model,
+            ids,
+            "sparsegpt",
+            Unstructured(0.5),
+            true_sequential=True,
+            dense_target=0.4,
+            reconstruction=ReconstructionParameters(tokens=32),
+            activation_bytes=bytes_kept,
+            spill_folder=tmp_path,
+            progress=Watch(),
+        )
         found.append([site.read().clone() for block in find_blocks(model) for site in block.sites])
         assert max(most) == 0 if bytes_kept is None else max(most) > 0
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

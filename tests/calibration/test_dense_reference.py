@@ -16,10 +16,10 @@ from alps.calibration.dense_reference import DenseReference
 from alps.calibration.input_statistics import discover, observe
 from alps.core.statistics import InputStats, Needs
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import BlockPruner
 from alps.solvers import get_method
 from alps.solvers.hessian import absolute_damping
 from alps.solvers.patterns import SemiStructured
+from helpers import runs
 
 _CPU = torch.device("cpu")
 _HALF = SemiStructured(2, 4)
@@ -32,10 +32,8 @@ def _trusting(monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> None:
     monkeypatch.setattr(alps.solvers.dense_target, "PRIOR_TOKENS", 0.1 * ids.numel())
 
 
-def _prune(model: nn.Module, ids: Tensor, **settings: Any) -> BlockPruner:
-    walk = BlockPruner(get_method(settings.pop("method", "sparsegpt")), _HALF, _CPU, **settings)
-    walk.run(model, find_blocks(model), ids)
-    return walk
+def _prune(model: nn.Module, ids: Tensor, method: str = "sparsegpt", **options: Any) -> None:
+    runs.prune(model, ids, method, _HALF, **options)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -43,19 +41,19 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("_trusting")
-@pytest.mark.parametrize("order", ["block", "sequential"])
+@pytest.mark.parametrize("true_sequential", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_every_site_is_solved_on_the_inputs_of_its_order_and_target(
-    tiny_model: Callable[..., Any], kind: str, ids: Tensor, site_inputs: Inputs, order: str, share: float
+    tiny_model: Callable[..., Any], kind: str, ids: Tensor, site_inputs: Inputs, true_sequential: bool, share: float
 ) -> None:
     dense, model = tiny_model(kind), tiny_model(kind)
-    _prune(model, ids, order=order, target=share)
+    _prune(model, ids, true_sequential=true_sequential, dense_target=share)
     answers, originals = _weights(model), site_inputs(dense, ids)
     prefix, method = copy.deepcopy(dense), get_method("sparsegpt")
     for block in find_blocks(prefix):
         received = site_inputs(prefix, ids)
         for site in block.sites:
-            if order == "sequential":
+            if true_sequential:
                 received = _before(prefix, block.sites, site, answers, ids, site_inputs)
             X, X_d, W = received[site.name].double(), originals[site.name].double(), site.read().double()
             stats = InputStats.of(X)
@@ -110,9 +108,11 @@ def test_the_drift_is_that_of_the_real_inputs(
         capture_block_inputs(model, one, ids, batch_size),
         capture_block_inputs(dense, two, ids, batch_size),
     )
+    reference = DenseReference(dense_inputs)
     for mine, theirs in zip(one, two, strict=True):
         groups = discover(mine, inputs, _CPU) if grouped else []
-        seen = observe(mine, inputs, Needs.INPUT_SHIFT, _CPU, groups, DenseReference(theirs, dense_inputs))
+        reference.begin_block(theirs)
+        seen = observe(mine, inputs, Needs.INPUT_SHIFT, _CPU, groups, reference)
         assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in mine.sites)
         for shared in seen.shared:
             assert shared.stats.input_shift is not None and shared.stats.tokens == ids.numel()
@@ -120,7 +120,7 @@ def test_the_drift_is_that_of_the_real_inputs(
             expected = (X_d - X).T @ X
             torch.testing.assert_close(shared.stats.input_shift.double(), expected, rtol=1e-3, atol=1e-3)
         inputs.advance(mine.index, mine.module, _CPU)
-        dense_inputs.advance(theirs.index, theirs.module, _CPU)
+        reference.advance(_CPU)
 
 
 def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable[..., Any], ids: Tensor) -> None:
@@ -157,7 +157,29 @@ def test_the_dense_target_brings_the_outputs_nearer_to_the_dense_models(
     distances = {}
     for share in (0.0, 1.0):
         model = tiny_model("llama")
-        _prune(model, ids, method="alps", target=share)
+        _prune(model, ids, method="alps", dense_target=share)
         with torch.no_grad():
             distances[share] = float((model(input_ids=ids).logits - wanted).square().sum())
     assert distances[1.0] < 0.97 * distances[0.0]
+
+
+def test_a_reference_that_is_not_needed_does_nothing(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    blocks = find_blocks(model := tiny_model("llama"))
+    inputs = capture_block_inputs(model, blocks, ids, 3)
+    hidden = list(inputs.hidden)
+    reference = DenseReference.start(inputs, needed=False)
+    reference.begin_block(blocks[0])
+    reference.record(blocks[0].sites, _CPU)
+    reference.advance(_CPU)
+    assert reference.block is None and all(a is b for a, b in zip(hidden, inputs.hidden, strict=True))
+
+
+def test_a_reference_advances_once_a_block(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    blocks = find_blocks(model := tiny_model("llama"))
+    inputs = capture_block_inputs(model, blocks, ids, 3)
+    reference = DenseReference.start(inputs, needed=True)
+    inputs.advance(0, blocks[0].module, _CPU)
+    reference.begin_block(blocks[0])
+    for _ in range(2):
+        reference.advance(_CPU)
+        assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, reference.outputs, strict=True))

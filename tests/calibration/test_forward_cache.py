@@ -14,14 +14,13 @@ from alps.calibration.activation_store import Activations
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward, CachedSubmodule
-from alps.calibration.layer_order import observations
+from alps.calibration.layer_order import calibrate
 from alps.core.statistics import InputStats, Needs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import Block, find_blocks
 from alps.models.sites import Site
-from alps.pruning.pipeline import BlockPruner
-from alps.solvers import get_method
 from alps.solvers.patterns import SemiStructured
+from helpers import runs
 from helpers.decoders import DENSE, MOE, decoder
 from helpers.unusual_modules import DoublingAttention, InPlaceBlock, StridedMlp
 
@@ -38,7 +37,7 @@ def _change(site: Site) -> None:
 def _pass(block: Block, inputs: BlockInputs, dense: DenseReference) -> list[InputStats]:
     """Prunes a block in sequential order, and steps on; what was observed."""
     seen = []
-    for observed in observations(block, inputs, Needs.INPUT_SHIFT, _CPU, "sequential", dense):
+    for observed in calibrate(block, inputs, Needs.INPUT_SHIFT, _CPU, true_sequential=True, reference=dense):
         for shared in observed.shared:
             seen.append(shared.stats)
             for site in shared.sites:
@@ -52,10 +51,12 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
     """The same over all blocks: the sums, what the blocks gave, and the last sites of the parts of every block."""
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 3)
-    beside, sums, states, parts = inputs.beside(), list[InputStats](), list[Tensor](), list[list[str]]()
+    dense = DenseReference.start(inputs, needed=True)
+    sums, states, parts = list[InputStats](), list[Tensor](), list[list[str]]()
     for block in blocks:
         settled = CachedForward(block, inputs, _CPU) if resumed else inputs
-        sums += _pass(block, settled, DenseReference(block.clone(), beside))
+        dense.begin_block(block)
+        sums += _pass(block, settled, dense)
         states.append(torch.cat(inputs.hidden))
         if isinstance(settled, CachedForward):
             parts.append([part.last.kind for part in settled.parts or ()])
@@ -66,7 +67,7 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
 def _observed(block: Block, inputs: BlockInputs, advances: bool = True) -> CachedForward:
     """After all passes over a block whose sites stay as they are."""
     settled = CachedForward(block, inputs, _CPU, advances)
-    for _ in observations(block, settled, Needs.GRAM, _CPU, "sequential"):
+    for _ in calibrate(block, settled, Needs.GRAM, _CPU, true_sequential=True):
         pass
     return settled
 
@@ -101,7 +102,8 @@ def test_every_site_is_multiplied_once_a_batch(ids: Tensor) -> None:
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 2)
     batches, products = len(inputs.hidden), Counter[str]()
-    settled, dense = CachedForward(blocks[0], inputs, _CPU), DenseReference(blocks[0].clone(), inputs.beside())
+    settled, dense = CachedForward(blocks[0], inputs, _CPU), DenseReference.start(inputs, needed=True)
+    dense.begin_block(blocks[0])
     for site in blocks[0].sites:
         site.module.register_forward_hook(lambda *_, kind=site.kind: products.update([kind]))
     discovered = 1
@@ -219,7 +221,6 @@ def test_a_walk_gives_the_same_bits(
         monkeypatch.setattr(CachedForward, "_affordable", parts)
         model = tiny_model("llama")
         pattern = SemiStructured(2, 4)
-        walk = BlockPruner(get_method("sparsegpt"), pattern, _CPU, order="sequential", target=0.4, matching=matching)
-        walk.run(model, find_blocks(model), ids)
+        runs.prune(model, ids, "sparsegpt", pattern, true_sequential=True, dense_target=0.4, reconstruction=matching)
         answers.append([parameter.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

@@ -26,11 +26,12 @@ from alps.data.calibration import LoadedModel
 from alps.finetuning.distillation import DistillConfig, distill_model
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
-from alps.pruning.sparsity_allocation import plan
+from alps.pruning.sparsity_allocation import allocate_sparsity
 from alps.solvers import get_method
 from alps.solvers.base import Method
 from alps.solvers.patterns import Unstructured, parse_pattern
 from helpers.decoders import MOE, decoder
+from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
 # Kinds whose experts do not take any routing from outside, and those stored as (experts, in, out).
@@ -333,7 +334,13 @@ def test_observing_leaves_no_trace(kind: str, ids: Tensor) -> None:
 
 def test_budgets_read_experts_and_leave_them_as_they_were(many: Tensor) -> None:
     model, before = decoder("mixtral"), decoder("mixtral").state_dict()
-    patterns = plan(model, find_blocks(model), many, "sensitivity", Unstructured(0.6))
+    patterns = allocate_sparsity(
+        model,
+        find_blocks(model),
+        many,
+        make_recipe("wanda", Unstructured(0.6), allocation="sensitivity"),
+        make_context(),
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     sizes = {site.name: site.entries for block in find_blocks(model) for site in block.sites}
     assert patterns.keys() == sizes.keys()
@@ -415,7 +422,7 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
         f"WARNING: {len(starving)} of 16 experts received too few calibration tokens, the worst 0 "
     )
     assert "0 for 32 inputs (model.layers.1.mlp.experts.gate_up_proj.3)" in warning
-    assert any(line.startswith("Note: the experts were pruned with --dense-target 0") for line in lines)
+    assert any(line.startswith("Note: the experts were pruned without the dense target") for line in lines)
     noted = {site.name for site in report.layers if any("were routed here" in note for note in site.solve["notes"])}
     assert noted == {site.name for site in report.layers if site.pooled_tokens}
 

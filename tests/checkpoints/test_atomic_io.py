@@ -16,7 +16,7 @@ import pytest
 from alps.checkpoints.atomic_io import check_target, new_directory
 from alps.core.errors import CheckpointError
 from alps.data.calibration import LoadedModel
-from alps.pruning.run import write
+from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 
 

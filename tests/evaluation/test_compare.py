@@ -23,7 +23,7 @@ from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig, load_compare_config
 from alps.pruning import run as running
 from alps.pruning.config import PruneConfig
-from alps.pruning.job import prune_directory
+from alps.pruning.job import prune_checkpoint
 from alps.reporting.compare_results import RESULTS_NAME, Result, read_results
 from alps.reporting.markdown_tables import TABLE_NAME
 from alps.reporting.records import ComparisonRecord
@@ -58,7 +58,7 @@ def test_figures_are_those_of_single_runs_to_the_bit(tmp_path: Path, short_stori
     assert next(line for line in messages if line.startswith("Run")).startswith("Run 1 of 8: wanda 0.5, seed 0 ")
     dense = load(str(short_stories))
     for number, result in enumerate(results[1:]):
-        single = prune_directory(PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress())
+        single = prune_checkpoint(PruneConfig.model_validate(result.settings), tmp_path / f"one{number}", NoProgress())
         assert [(s.name, s.error, s.magnitude_error, s.zeros) for s in single.layers] == [
             (s.name, s.error, s.magnitude_error, s.zeros) for s in result.layers
         ]
@@ -111,7 +111,7 @@ def test_the_dense_model_answers_once_and_figures_are_those_of_single_runs(
     assert first.evaluations[0].loss == evaluate(dense, [str(english_file)], seqlen=64, windows=40)[0].loss
     for number, result in enumerate(results):
         chosen = PruneConfig.model_validate(result.settings)
-        prune_directory(chosen, tmp_path / f"one{number}", NoProgress())
+        prune_checkpoint(chosen, tmp_path / f"one{number}", NoProgress())
         loaded = load(str(tmp_path / f"one{number}"))
         (found,) = evaluate(loaded, [str(english_file)], seqlen=64, windows=40, device="cpu", reference=dense)
         (mine,) = result.evaluations
@@ -125,13 +125,13 @@ def test_what_is_done_is_not_done_again_and_a_comparison_may_grow(
     out = tmp_path / "all"
     first, _ = go(settings(stories, english_file, methods=["wanda"]), out)
     ran: list[str] = []
-    real = running.run
+    real = running.prune_model
 
     def counted(*arguments: Any, **more: Any) -> Any:
-        ran.append(arguments[1].method.name)
+        ran.append(arguments[2].method.name)
         return real(*arguments, **more)
 
-    monkeypatch.setattr("alps.evaluation.compare.run", counted)
+    monkeypatch.setattr("alps.evaluation.compare.prune_model", counted)
     more, messages = go(settings(stories, english_file, methods=["wanda", "magnitude"], sparsity=[0.5, 0.6]), out)
     assert sorted(ran) == ["magnitude", "magnitude", "wanda"] and not any("dense" in line for line in messages)
     assert more[:2] == first and len(more) == 5

@@ -49,7 +49,9 @@ class Case:
     twin: Block
 
     def match(self, settings: ReconstructionParameters = FAST, seed: int = 0) -> ReconstructionRecord:
-        return reconstruct_block(self.block, self.inputs, self.targets, settings, CPU, seed, twin=self.twin)
+        return reconstruct_block(
+            self.block, self.inputs, self.targets, settings, device=CPU, dense_block=self.twin, seed=seed
+        )
 
     def bits(self) -> dict[str, Tensor]:
         return {
@@ -154,7 +156,7 @@ def test_the_best_state_is_kept_when_later_ones_are_worse(
 ) -> None:
     from alps.finetuning import block_reconstruction as matching
 
-    monkeypatch.setattr(matching._Tuning, "_share", lambda self, done: 1.0 if done < 0.5 else 1e4)
+    monkeypatch.setattr(matching._Training, "_rate_share", lambda self, done: 1.0 if done < 0.5 else 1e4)
     one = case()
     record = one.match()
     assert 0 < record.best_step <= 11 and record.steps == 21
@@ -275,7 +277,7 @@ def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
 
     before = divergence()
     predictions = OutputLoss(Head(model, find_blocks(model)), torch.split(ids, 3))
-    record = reconstruct_block(last, sides[1], sides[0].hidden, FAST, CPU, 0, predictions)
+    record = reconstruct_block(last, sides[1], sides[0].hidden, FAST, device=CPU, output_loss=predictions)
     assert record.before == pytest.approx(before, rel=1e-4)
     assert record.after == pytest.approx(divergence(), rel=1e-4) and record.after < 0.95 * before
     for name, value in outside.items():

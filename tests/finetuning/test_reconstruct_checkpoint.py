@@ -24,7 +24,7 @@ from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibratio
 from alps.data.text_sources import SELF, Text
 from alps.data.windows import Windows
 from alps.finetuning import reconstruct_checkpoint as matched
-from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block
+from alps.finetuning.block_reconstruction import ReconstructionParameters, reconstruct_block
 from alps.finetuning.reconstruct_checkpoint import (
     ReconstructConfig,
     reconstruct_directory,
@@ -124,20 +124,15 @@ def test_few_windows_still_leave_some_to_hold_back(
     seen = []
 
     def spy(
-        block: Block,
-        inputs: BlockInputs,
-        targets: list[Tensor],
-        how: ReconstructionParameters,
-        device: torch.device,
-        seed: int,
-        ending: OutputLoss | None,
-        peers: None,
-        twin: Block,
+        block: Block, inputs: BlockInputs, targets: list[Tensor], parameters: ReconstructionParameters, **options: Any
     ) -> ReconstructionRecord:
-        assert (twin.index, twin.name) == (block.index, block.name) and twin.module is not block.module
-        seen.append(([len(target) for target in targets], seed))
-        assert (ending is not None) == (block.index == 4), "the last of five blocks answers by its predictions"
-        return reconstruct_block(block, inputs, targets, how, device, seed, ending, peers, twin)
+        dense_block = options["dense_block"]
+        assert (dense_block.index, dense_block.name) == (block.index, block.name)
+        assert dense_block.module is not block.module
+        seen.append(([len(target) for target in targets], options["seed"]))
+        last = options["output_loss"] is not None
+        assert last == (block.index == 4), "the last of five blocks is compared by the predictions"
+        return reconstruct_block(block, inputs, targets, parameters, **options)
 
     monkeypatch.setattr(matched, "reconstruct_block", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.

@@ -26,7 +26,7 @@ import alps.checkpoints.safetensors_io as shards
 from alps.checkpoints.journal import journal_directory
 from alps.core.progress import NoProgress
 from alps.pruning.config import load_prune_config
-from alps.pruning.job import prune_directory
+from alps.pruning.job import prune_checkpoint
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
 
 def _prune(options: argparse.Namespace, name: str) -> None:
     settings = load_prune_config(options.settings, {"model": str(options.model)})
-    prune_directory(settings, options.folder / name, NoProgress())
+    prune_checkpoint(settings, options.folder / name, NoProgress())
 
 
 def _wait(child: int) -> int:

@@ -1,4 +1,4 @@
-"""Threads that act as the ranks of a process group and sum tensors."""
+"""Threads in place of processes: groups whose ranks are threads, with the all-reduce of real ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alps.core.distributed import ProcessGroup
 
-class ThreadRank:
-    """One of several threads, with the interface of `alps.solvers.row_parallel.Rows`."""
+
+class ThreadGroup(ProcessGroup):
+    """One of several threads as a rank."""
 
     def __init__(self, rank: int, size: int, box: list[Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._box, self._barrier = rank, size, box, barrier
+        super().__init__(rank, size)
+        self._box, self._barrier = box, barrier
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sums over all threads."""
@@ -25,13 +28,13 @@ class ThreadRank:
         return total
 
 
-def run_in_threads(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
-    """Run `work` in `size` threads, and return its results by rank."""
+def run_in_threads(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
+    """Call `work` in as many threads, each with its group, and return the results by rank."""
     box, barrier, results = [torch.zeros(())] * size, threading.Barrier(size), [None] * size
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(ThreadRank(rank, size, box, barrier))
+            results[rank] = work(ThreadGroup(rank, size, box, barrier))
         except BaseException:
             barrier.abort()
             raise

@@ -16,8 +16,9 @@ from alps.core.distributed import process_group
 from alps.data.calibration import LoadedModel
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
-from alps.pruning.pipeline import BlockPruner
-from alps.pruning.run import run
+from alps.pruning.context import RunContext
+from alps.pruning.recipe import PruneRecipe
+from alps.pruning.run import prune_model
 from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured
 from helpers.decoders import decoder
@@ -27,7 +28,7 @@ def main() -> None:
     """Prune and print."""
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
-    matching = (
+    reconstruction = (
         ReconstructionParameters(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2)
         if int(epochs)
         else None
@@ -35,9 +36,14 @@ def main() -> None:
     ids = torch.randint(2, 60, (7, 12), generator=torch.Generator().manual_seed(5))
     loaded = LoadedModel(kind, decoder(kind), None)
     with process_group() as group:
-        walk = BlockPruner(get_method("wanda"), Unstructured(0.5), torch.device("cpu"), matching=matching, group=group)
-        walk.order = order  # type: ignore[assignment]
-        report = run(loaded, walk, Windows(ids, "ids", len(ids)))
+        recipe = PruneRecipe(
+            method=get_method("wanda"),
+            pattern=Unstructured(0.5),
+            true_sequential=order == "sequential",
+            reconstruction=reconstruction,
+        )
+        context = RunContext(device=torch.device("cpu"), group=group)
+        report = prune_model(loaded, Windows(ids, "ids", len(ids)), recipe, context)
         weights = [float(parameter.double().abs().sum()) for parameter in loaded.model.parameters()]
         same = len(set(map(tuple, group.all_gather_object(weights)))) == 1
         if group.is_main:

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from alps.checkpoints.journal import open_journal
 from alps.checkpoints.safetensors_io import TensorOnDisk
+from alps.core.distributed import ProcessGroup
 from alps.data.calibration import LoadedModel, load, open_model
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
 from alps.models.meta_model import open_lazy_model
 from alps.models.save import save_model, save_without_weights, write_weight_files
-from alps.pruning.pipeline import BlockPruner
-from alps.pruning.resume import ResumableRun
-from alps.pruning.run import run
-from alps.solvers import get_method
+from alps.pruning.recipe import PruneRecipe
+from alps.pruning.resume import DiskJournal
+from alps.pruning.run import prune_model
 from alps.solvers.patterns import Unstructured
 from helpers.decoders import DENSE, MOE, decoder
 from helpers.log_messages import log_messages
+from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
 _IDS = torch.randint(2, 60, (4, 12), generator=torch.Generator().manual_seed(5))
@@ -37,25 +38,25 @@ def without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_NO_TOKENIZER, lambda name: None)
 
 
-def _walk(**settings: Any) -> BlockPruner:
-    return BlockPruner(get_method(settings.pop("method", "wanda")), Unstructured(0.5), _CPU, **settings)
+def _recipe(method: str = "wanda", **options: Any) -> PruneRecipe:
+    return make_recipe(method, Unstructured(0.5), **options)
 
 
-def _prune_streamed(directory: Path, out: Path, walk: BlockPruner, dtype: str = "auto") -> LoadedModel:
+def _prune_streamed(directory: Path, out: Path, recipe: PruneRecipe, dtype: str = "auto") -> LoadedModel:
     loaded = open_model(str(directory), dtype)
     assert isinstance(loaded.store, LazyWeights)
     out.mkdir()
     with open_journal(out, {}) as journal:
-        walk.resumable = ResumableRun(journal)
-        run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+        context = make_context(journal=DiskJournal(journal, ProcessGroup()))
+        prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), recipe, context)
         write_weight_files(loaded.store, loaded.blocks(), journal, out)
         save_without_weights(loaded.store, None, out)
     return loaded
 
 
-def _prune_loaded(directory: Path, out: Path, walk: BlockPruner, dtype: str = "auto") -> None:
+def _prune_loaded(directory: Path, out: Path, recipe: PruneRecipe, dtype: str = "auto") -> None:
     loaded = load(str(directory), dtype)
-    run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+    prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), recipe, make_context())
     save_model(loaded.model, None, out)
 
 
@@ -75,8 +76,8 @@ def _check_equal(item: Path, other: Path) -> None:
 def test_every_architecture_streams_to_the_bit(kind: str, tmp_path: Path) -> None:
     model = decoder(kind)
     model.save_pretrained(tmp_path / "dense")
-    loaded = _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk())
-    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk())
+    loaded = _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _recipe())
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _recipe())
     _check_equal(tmp_path / "streamed", tmp_path / "loaded")
     assert all(parameter.is_meta for parameter in loaded.model.parameters())
     for name in ("config.json", "generation_config.json"):
@@ -86,13 +87,13 @@ def test_every_architecture_streams_to_the_bit(kind: str, tmp_path: Path) -> Non
 
 
 _SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
-    "magnitude": lambda: {"method": "magnitude", "measure_errors": False},
+    "magnitude": lambda: {"method": "magnitude", "measure_error": False},
     "everything": lambda: {
         "method": "alps",
-        "order": "sequential",
-        "target": 0.4,
-        "matching": ReconstructionParameters(epochs=1, tokens=24),
-        "budget": "sensitivity",
+        "true_sequential": True,
+        "dense_target": 0.4,
+        "reconstruction": ReconstructionParameters(epochs=1, tokens=24),
+        "allocation": "sensitivity",
     },
 }
 
@@ -104,8 +105,8 @@ def test_every_way_through_the_walk_streams_to_the_bit(
 ) -> None:
     tiny_model(kind, torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="6KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
-    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk(**_SETTINGS[settings]()))
-    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk(**_SETTINGS[settings]()))
+    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _recipe(**_SETTINGS[settings]()))
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _recipe(**_SETTINGS[settings]()))
     _check_equal(tmp_path / "streamed", tmp_path / "loaded")
     names = {file.name for file in (tmp_path / "dense").glob("*.safetensors*")}
     assert {file.name for file in (tmp_path / "streamed").glob("*.safetensors*")} == names
@@ -117,8 +118,8 @@ def test_weights_are_cast_and_tied_ones_stay_tied(tiny_model: Callable[..., Any]
     model = tiny_model("gpt2", torch.float32)
     assert model.lm_head.weight is model.transformer.wte.weight
     model.save_pretrained(tmp_path / "dense")
-    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _walk(), "bfloat16")
-    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _walk(), "bfloat16")
+    _prune_streamed(tmp_path / "dense", tmp_path / "streamed", _recipe(), "bfloat16")
+    _prune_loaded(tmp_path / "dense", tmp_path / "loaded", _recipe(), "bfloat16")
     _check_equal(tmp_path / "streamed", tmp_path / "loaded")
     assert "lm_head.weight" not in _tensors(tmp_path / "streamed")
     again = load(str(tmp_path / "streamed")).model
@@ -174,9 +175,8 @@ def test_one_block_at_a_time_is_in_memory(
 
     monkeypatch.setattr(advance, watch)
     with open_journal(tmp_path / "out", {}) as journal:
-        walk = _walk()
-        walk.resumable = ResumableRun(journal)
-        run(loaded, walk, Windows(_IDS, "ids", len(_IDS)))
+        context = make_context(journal=DiskJournal(journal, ProcessGroup()))
+        prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), _recipe(), context)
     assert seen == [{"model.layers.0"}, {"model.layers.1"}]
 
 

@@ -64,7 +64,7 @@ def test_the_text_decoder_is_pruned_exactly_and_all_else_keeps_its_bits(
     tower = [name for name in outside if "vis" in name and model.get_parameter(name).ndim == 2 and "embed" not in name]
     assert tower and {reasons[name] for name in tower} == {"outside the decoder blocks"}
     assert report.notes == [
-        f"of {type(model).__name__} the text decoder was pruned, on text alone; all else is as it was."
+        f"of {type(model).__name__} the text decoder was pruned, on text alone; all other parts are unchanged."
     ]
 
 

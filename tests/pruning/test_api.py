@@ -18,8 +18,10 @@ from alps.core.progress import NoProgress
 from alps.data.calibration import load
 from alps.pruning import run as running
 from alps.pruning.config import PruneConfig, load_prune_config
-from alps.pruning.job import prune_directory
+from alps.pruning.job import prune_checkpoint
+from alps.pruning.layer_solver import LayerProblem
 from alps.reporting.run_report import RunReport
+from alps.solvers.base import Solution
 from alps.solvers.patterns import parse_pattern
 from alps.solvers.wanda import Wanda
 
@@ -112,10 +114,10 @@ def test_settings_are_saved_and_reproduce_the_run(checkpoint: Path, english_file
     settings = PruneConfig(
         model=str(checkpoint), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, refit=True
     )
-    first = prune_directory(settings, tmp_path / "a", NoProgress())
+    first = prune_checkpoint(settings, tmp_path / "a", NoProgress())
     saved = load_prune_config(tmp_path / "a" / "alps.yaml", {})
     assert saved == settings
-    second = prune_directory(saved, tmp_path / "b", NoProgress())
+    second = prune_checkpoint(saved, tmp_path / "b", NoProgress())
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(_bits(tensor), _bits(two[name])) for name, tensor in one.items())
     assert [r.model_dump(exclude={"solve"}) for r in first.layers] == [
@@ -229,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
             alps.prune(checkpoint, sparsity=0.5, out=out)
         elif given == "settings":
             settings = PruneConfig(model=str(checkpoint), sparsity=0.5)
-            prune_directory(settings, out, NoProgress())
+            prune_checkpoint(settings, out, NoProgress())
         else:
             alps.prune(model, sparsity=0.5, calibration=ids, out=out)
     assert _tree(tmp_path) == before
@@ -285,15 +287,15 @@ def test_no_nan_reaches_a_checkpoint(
     tiny_model: Callable[..., Any], ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Whatever breaks a result after the last site was solved."""
-    model, run = tiny_model("llama"), running.run
+    model, prune_model = tiny_model("llama"), running.prune_model
 
-    def broken(*arguments: Any) -> RunReport:
-        report = run(*arguments)
+    def broken(*arguments: Any, **options: Any) -> RunReport:
+        report = prune_model(*arguments, **options)
         with torch.no_grad():
             model.get_parameter(place).view(-1)[3] = torch.inf
         return report
 
-    monkeypatch.setattr("alps.pruning.api.run", broken)
+    monkeypatch.setattr("alps.pruning.api.prune_model", broken)
     with pytest.raises(
         CheckpointError, match=f"Tensor {place} for '.*out' has become NaN or infinite and is not written"
     ):
@@ -311,17 +313,17 @@ def test_no_nan_reaches_the_journal(
         solution.weight[0, 0] = torch.nan
         return solution
 
-    def unchecked(site: Any, solution: Any) -> None:
-        site.write(solution.weight)
+    def unchecked(problem: LayerProblem, solution: Solution) -> Tensor:
+        return problem.site.write(solution.weight)
 
-    monkeypatch.setattr("alps.pruning.layer_solver.LayerSolver._store", staticmethod(unchecked))
-    monkeypatch.setattr("alps.pruning.layer_solver.LayerSolver._record", lambda *_: None)
+    monkeypatch.setattr(LayerProblem, "commit", unchecked)
+    monkeypatch.setattr(LayerProblem, "errors", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(Wanda, "solve", broken)
     settings = PruneConfig(
         model=str(checkpoint), sparsity=0.6, method="wanda", calibration=str(english_file), samples=4, seqlen=32
     )
     with pytest.raises(CheckpointError, match=r"Tensor .*weight for '.*out\.partial' has become NaN"):
-        prune_directory(settings, tmp_path / "out", NoProgress())
+        prune_checkpoint(settings, tmp_path / "out", NoProgress())
     assert _tree(tmp_path) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from alps.data.calibration import LoadedModel, open_model
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.dry_run import _seconds, forecast, forecast_summary, peak
-from alps.pruning.pipeline import BlockPruner
-from alps.pruning.time_estimate import Measured
-from alps.solvers import get_method
+from alps.pruning.time_estimate import BlockTimes
 from alps.solvers.patterns import SemiStructured, Unstructured
+from helpers.runs import make_context, make_recipe
 
-_CPU = torch.device("cpu")
 _HALF = Unstructured(0.5)
 
 
@@ -32,8 +31,8 @@ def test_counts_and_sizes_are_exact(
     monkeypatch.setattr("alps.data.calibration.load_tokenizer", lambda name: None)
     tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path)
     loaded = open_model(str(tmp_path))
-    walk = BlockPruner(get_method("alps"), _HALF, _CPU, target=0.4, order="sequential")
-    found = forecast(loaded, walk, samples=10, seqlen=16)
+    recipe = make_recipe("alps", _HALF, dense_target=0.4, true_sequential=True)
+    found = forecast(loaded, recipe, make_context(), samples=10, seqlen=16)
     kinds = {kind.name: (kind.shape, kind.count) for kind in found.kinds}
     assert kinds == {
         "q_proj": ((32, 32), 3),
@@ -54,61 +53,59 @@ def test_counts_and_sizes_are_exact(
         "statistics": 2 * 8 * (3 * 32**2 + 44**2),
         "activations": 2 * 160 * 32 * 2,
         "inputs of the dense block": 160 * (3 * 32 + 44) * 2,
-        "settled parts": 160 * (32 + 44) * 2,
+        "cached outputs": 160 * (32 + 44) * 2,
     }
     at_work = sum(found.memory.values()) - found.memory["outside the blocks"]
     assert peak(found.memory, True) == at_work
-    # What is settled is tuned by matching: nothing is kept of the MLP for a step that begins at the block's start.
-    walk.matching = ReconstructionParameters(epochs=1)
-    assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 160 * 32 * 2
-    walk.activation_bytes = 160 * 32 * 2 - 1
-    assert forecast(loaded, walk, samples=10, seqlen=16).memory["settled parts"] == 0
+    # Reconstruction changes the MLP: its outputs are not cached for a pass that starts at the beginning of the block.
+    recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=1))
+    for limit, size in ((None, 160 * 32 * 2), (160 * 32 * 2 - 1, 0)):
+        context = make_context(activation_bytes=limit)
+        assert forecast(loaded, recipe, context, samples=10, seqlen=16).memory["cached outputs"] == size
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
 def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     blocks = find_blocks(tiny_model("llama"))
-    walk = BlockPruner(
-        get_method("alps"), _HALF, _CPU, matching=ReconstructionParameters(epochs=2), budget="sensitivity"
-    )
-    measured = Measured(forward=1.0, observe=3.0, advance=0.75, gram=0.5, solve=10.0, cost=5.0)
-    found = _seconds(walk, blocks, 1000, measured)
+    recipe = make_recipe("alps", _HALF, reconstruction=ReconstructionParameters(epochs=2), allocation="sensitivity")
+    times = BlockTimes(forward=1.0, observe=3.0, advance=0.75, gram=0.5, solve=10.0, cost=5.0)
+    found = _seconds(blocks, recipe, 1000, times)
     cost = sum(m * n * n + n**3 for block in blocks for m, n in (site.shape for site in block.sites))
     assert found == {
         "forward": 4.75 * 1000 * 3,
         "gram": 0.5 * 1000 * 3,
         "solve": 2.0 * cost,
-        "match": 6.5 * 3000,
-        "budget": 2.5 * 1000 * 3 + 512 * 7 * (3 + 2 + 1),
+        "reconstruct": 6.5 * 3000,
+        "allocation": 2.5 * 1000 * 3 + 512 * 7 * (3 + 2 + 1),
     }
-    walk.matching, walk.target = ReconstructionParameters(epochs=2, target=0.4), 0.4
-    found = _seconds(walk, blocks, 1000, measured)
-    assert (found["match"], found["forward"]) == (9 * 3000, 3.75 * 3000)
+    recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=2, target=0.4), dense_target=0.4)
+    found = _seconds(blocks, recipe, 1000, times)
+    assert (found["reconstruct"], found["forward"]) == (9 * 3000, 3.75 * 3000)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_in_memory_is_left_as_it_was(kind: str, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    walk = BlockPruner(get_method("sparsegpt"), _HALF, _CPU, target=1.0)
-    found = forecast(LoadedModel("tiny", model, None), walk, 4, 16)
-    assert not found.streamed and walk.records == [] and walk.seconds == {}
+    recipe = make_recipe("sparsegpt", _HALF, dense_target=1.0)
+    found = forecast(LoadedModel("tiny", model, None), recipe, make_context(), samples=4, seqlen=16)
+    assert not found.streamed
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "the whole model is held in memory" in forecast_summary(found)
 
 
 def test_a_method_without_inputs_has_no_times(tiny_model: Callable[..., Any]) -> None:
-    walk = BlockPruner(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
-    found = forecast(LoadedModel("tiny", tiny_model("llama"), None), walk, 4, 16)
+    recipe = make_recipe("magnitude", _HALF, measure_error=False)
+    found = forecast(LoadedModel("tiny", tiny_model("llama"), None), recipe, make_context(), samples=4, seqlen=16)
     assert found.seconds == {} and "Time" not in forecast_summary(found)
 
 
 def test_what_a_run_would_refuse_is_refused(tiny_model: Callable[..., Any]) -> None:
     loaded = LoadedModel("tiny", tiny_model("llama"), None)
     with pytest.raises(ConfigError, match="does not divide"):
-        forecast(loaded, BlockPruner(get_method("wanda"), SemiStructured(4, 8), _CPU), 4, 16)
+        forecast(loaded, make_recipe("wanda", SemiStructured(4, 8)), make_context(), samples=4, seqlen=16)
     with pytest.raises(ConfigError, match="longer than"):
-        forecast(loaded, BlockPruner(get_method("wanda"), _HALF, _CPU), 4, 1000)
+        forecast(loaded, make_recipe("wanda", _HALF), make_context(), samples=4, seqlen=1000)
 
 
 def test_the_command_prints_and_writes_nothing(stories: Path, english_file: Path, tmp_path: Path) -> None:
@@ -116,7 +113,7 @@ def test_the_command_prints_and_writes_nothing(stories: Path, english_file: Path
     done = CliRunner().invoke(app, ["prune", str(stories), str(tmp_path / "out"), *settings, "--dry-run"])
     assert done.exit_code == 0, done.output
     assert "35 linear layers with 226,560 weights in 5 blocks" in done.stdout
-    for words in ("Memory: about", "match", "budget", "Nothing was pruned or written."):
+    for words in ("Memory: about", "reconstruct", "allocation", "Nothing was pruned or written."):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -131,5 +128,6 @@ def test_random_tokens_are_of_the_vocabulary(tiny_model: Callable[..., Any], mon
         return drawn
 
     monkeypatch.setattr("alps.pruning.time_estimate.torch.randint", note)
-    forecast(LoadedModel("tiny", tiny_model("llama"), None), BlockPruner(get_method("wanda"), _HALF, _CPU), 4, 16)
+    loaded = LoadedModel("tiny", tiny_model("llama"), None)
+    forecast(loaded, make_recipe("wanda", _HALF), make_context(), samples=4, seqlen=16)
     assert seen[0].shape == (1, 16) and int(seen[0].max()) < 64

@@ -20,9 +20,9 @@ from alps.evaluation.compare_config import method_settings
 from alps.evaluation.inspect import inspect
 from alps.models.blocks import Block, find_blocks
 from alps.pruning.config import PruneConfig, load_prune_config
-from alps.pruning.job import estimate_run, prune_directory
+from alps.pruning.job import estimate_run, prune_checkpoint
 from alps.pruning.layer_rules import Rules, matches
-from alps.pruning.resume import ResumableRun
+from alps.pruning.resume import BlockResult, DiskJournal
 from alps.reporting.model_card import model_card
 from alps.reporting.run_report import RunReport
 from helpers.decoders import decoder
@@ -150,7 +150,7 @@ def test_a_directory_tells_of_its_rules_and_is_inspected_by_them(
          "calibration": str(english_file), "samples": 4, "seqlen": 32},
     )  # fmt: skip
     assert settings.keep_dense == ["lm_head", "*.o_proj"]
-    report = prune_directory(settings, out, NoProgress())
+    report = prune_checkpoint(settings, out, NoProgress())
     assert load_prune_config(out / "alps.yaml", {}) == settings and RunReport.read(out) == report
     before, after = load(str(stories)).model, load(str(out)).model
     kept = [name for name, _ in before.named_parameters() if "o_proj" in name]
@@ -249,7 +249,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         "keep_dense: ['*.o_proj']\noverrides:\n  '*.mlp': 2:4\n  '*.v_proj': 1:4\n  model.layers.1.*: 0.25\n"
     )
     settings, out = load_prune_config(tmp_path / "run.yaml", {}), tmp_path / "out"
-    report = prune_directory(settings, out, NoProgress())
+    report = prune_checkpoint(settings, out, NoProgress())
     assert load_prune_config(out / "alps.yaml", {}) == settings
     expected = {"gate_proj": "2:4", "up_proj": "2:4", "down_proj": "2:4", "v_proj": "1:4"}
     for record in report.layers:
@@ -288,7 +288,7 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
         ({"overrides": {"*.q_proj": 1.5}}, r"Override '\*\.q_proj': Sparsity 1\.5 is outside"),
         ({"overrides": {"*.q_proj": "two"}}, r"Override '\*\.q_proj': Pattern 'two' is not understood"),
         ({"overrides": {"*.down_proj": "4:8"}}, r"Pattern 4:8 does not divide .* model\.layers\.0\.mlp\.down_proj"),
-        ({"overrides": {"*": 0.5}, "allocation": "sensitivity"}, "Budget 'sensitivity' has nothing to spread"),
+        ({"overrides": {"*": 0.5}, "allocation": "sensitivity"}, "Allocation 'sensitivity' has no layers to allocate"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -325,19 +325,19 @@ def test_a_run_with_rules_goes_on_after_its_finished_blocks(
         model=str(stories), sparsity=0.6, calibration=str(english_file), samples=4, seqlen=32, allocation="sensitivity",
         method="wanda", keep_dense=["model.layers.1.*"], overrides={"*.down_proj": 0.3}, keep_zeros=True,
     )  # fmt: skip
-    whole = prune_directory(settings, tmp_path / "whole", NoProgress())
-    keep = ResumableRun.keep
+    whole = prune_checkpoint(settings, tmp_path / "whole", NoProgress())
+    save = DiskJournal.save
 
-    def stop(self: ResumableRun, block: Block, *rest: Any) -> None:
-        keep(self, block, *rest)
+    def stop(self: DiskJournal, block: Block, result: BlockResult) -> None:
+        save(self, block, result)
         if block.index == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ResumableRun, "keep", stop)
+    monkeypatch.setattr(DiskJournal, "save", stop)
     with pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
-        prune_directory(settings, tmp_path / "parts", NoProgress())
-    monkeypatch.setattr(ResumableRun, "keep", keep)
-    parts = prune_directory(settings, tmp_path / "parts", NoProgress(), resume=True)
+        prune_checkpoint(settings, tmp_path / "parts", NoProgress())
+    monkeypatch.setattr(DiskJournal, "save", save)
+    parts = prune_checkpoint(settings, tmp_path / "parts", NoProgress(), resume=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
     assert [(r.name, r.zeros, r.pattern) for r in parts.layers] == [(r.name, r.zeros, r.pattern) for r in whole.layers]

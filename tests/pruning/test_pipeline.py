@@ -16,19 +16,14 @@ from alps.core.errors import ConfigError, SolveFailed
 from alps.core.statistics import InputStats, Needs
 from alps.models.blocks import Block, find_blocks
 from alps.pruning.layer_solver import LayerSolver
-from alps.pruning.pipeline import BlockPruner
+from alps.reporting.run_report import LayerRecord
 from alps.solvers import METHODS, Alps, Wanda, get_method
 from alps.solvers.base import Method, Solution, SolveInfo
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
+from helpers.runs import prune
 
 _CPU = torch.device("cpu")
 _HALF = SemiStructured(2, 4)
-
-
-def _prune(model: nn.Module, ids: Tensor, method: Method, pattern: Pattern, **settings: Any) -> BlockPruner:
-    walk = BlockPruner(method, pattern, _CPU, **settings)
-    walk.run(model, find_blocks(model), ids)
-    return walk
 
 
 def _sites(blocks: list[Block]) -> dict[str, Tensor]:
@@ -45,10 +40,10 @@ def test_every_site_gets_its_zeros_and_nothing_else_changes(
     tiny_model: Callable[..., Any], kind: str, ids: Tensor, method: str, pattern: Pattern
 ) -> None:
     dense, model = tiny_model(kind), tiny_model(kind)
-    walk = _prune(model, ids, get_method(method), pattern)
+    results = prune(model, ids, get_method(method), pattern)
     sites = _sites(find_blocks(model))
-    assert sorted(record.name for record in walk.records) == sorted(sites)
-    for record in walk.records:
+    assert sorted(record.name for record in results.layers) == sorted(sites)
+    for record in results.layers:
         weight = sites[record.name]
         zeros = weight == 0
         expected = round(0.6 * weight.numel()) if isinstance(pattern, Unstructured) else weight.numel() // 2
@@ -67,9 +62,9 @@ def test_every_site_gets_its_zeros_and_nothing_else_changes(
 
 
 def test_records_follow_the_blocks_in_order(tiny_model: Callable[..., Any], ids: Tensor) -> None:
-    walk = _prune(tiny_model("llama"), ids, Wanda(), _HALF)
-    assert [record.block for record in walk.records] == [0] * 7 + [1] * 7 + [2] * 7
-    assert [record.kind for record in walk.records[14:]] == [
+    results = prune(tiny_model("llama"), ids, Wanda(), _HALF)
+    assert [record.block for record in results.layers] == [0] * 7 + [1] * 7 + [2] * 7
+    assert [record.kind for record in results.layers[14:]] == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
 
@@ -78,15 +73,16 @@ def test_nobody_holds_the_sums_of_a_solved_input(
     tiny_model: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
-    solve = LayerSolver.shared_input
+    solve = LayerSolver.solve_input
 
-    def watched(solver: LayerSolver, block: Block, shared: LayerInput, rows: None) -> None:
-        before = shared.sums.panels is not None
-        solve(solver, block, shared, rows)
-        held.append(before and shared.sums.panels is None)
+    def watched(solver: LayerSolver, block: Block, source: LayerInput, *rest: Any) -> list[LayerRecord]:
+        before = source.sums.panels is not None
+        records = solve(solver, block, source, *rest)
+        held.append(before and source.sums.panels is None)
+        return records
 
-    monkeypatch.setattr(LayerSolver, "shared_input", watched)
-    _prune(tiny_model("llama"), ids, Alps(), _HALF)
+    monkeypatch.setattr(LayerSolver, "solve_input", watched)
+    prune(tiny_model("llama"), ids, Alps(), _HALF)
     assert held == [True] * 12
 
 
@@ -105,14 +101,14 @@ def test_every_block_is_pruned_on_what_the_pruned_ones_before_it_produce(
     method: str,
 ) -> None:
     dense, model = tiny_model(kind), tiny_model(kind)
-    walk = _prune(model, ids, get_method(method), _HALF)
+    results = prune(model, ids, get_method(method), _HALF)
     weights, pruned = _sites(find_blocks(dense)), _sites(find_blocks(model))
     original = site_inputs(dense, ids)
     prefix = copy.deepcopy(dense)
     for block in find_blocks(prefix):
         # Blocks before this one are pruned here, this one and those after it are dense.
         real = site_inputs(prefix, ids)
-        for record in (record for record in walk.records if record.block == block.index):
+        for record in (record for record in results.layers if record.block == block.index):
             W, W_hat = weights[record.name], pruned[record.name]
             assert record.error == pytest.approx(_error(W, W_hat, real[record.name]), rel=1e-4)
             groups = W.reshape(-1, 4)
@@ -125,23 +121,23 @@ def test_every_block_is_pruned_on_what_the_pruned_ones_before_it_produce(
             site.write(pruned[site.name])
 
 
-@pytest.mark.parametrize("settings", [{}, {"offload": True}, {"measure_errors": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"offload": True}, {"measure_error": False}], ids=str)
 def test_the_answer_is_the_same_to_the_bit(
     tiny_model: Callable[..., Any], kind: str, ids: Tensor, settings: dict[str, bool]
 ) -> None:
     first, second = tiny_model(kind), tiny_model(kind)
-    one = _prune(first, ids, Alps(), Unstructured(0.6))
-    two = _prune(second, ids, Alps(), Unstructured(0.6), **settings)
+    one = prune(first, ids, Alps(), Unstructured(0.6))
+    two = prune(second, ids, Alps(), Unstructured(0.6), **settings)
     for name, parameter in first.named_parameters():
         assert torch.equal(_bits(parameter), _bits(second.get_parameter(name))), name
-    measured = settings.get("measure_errors", True)
-    assert [r.error for r in two.records] == [r.error if measured else None for r in one.records]
+    measured = settings.get("measure_error", True)
+    assert [r.error for r in two.layers] == [r.error if measured else None for r in one.layers]
 
 
 def test_other_calibration_gives_another_answer(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     first, second = tiny_model("llama"), tiny_model("llama")
-    _prune(first, ids, Alps(), _HALF)
-    _prune(second, ids.flip(1), Alps(), _HALF)
+    prune(first, ids, Alps(), _HALF)
+    prune(second, ids.flip(1), Alps(), _HALF)
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
 
@@ -150,21 +146,20 @@ def test_many_batches_give_what_one_gives(
     tiny_model: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, split = tiny_model("opt"), tiny_model("opt")
-    one = _prune(whole, ids, Wanda(), _HALF)
+    one = prune(whole, ids, Wanda(), _HALF)
     monkeypatch.setattr(
         "alps.pruning.pipeline.batch_tokens", lambda *_: 40
     )  # two windows of 16 tokens, and one in the last batch
-    many = _prune(split, ids, Wanda(), _HALF)
-    for a, b in zip(one.records, many.records, strict=True):
+    many = prune(split, ids, Wanda(), _HALF)
+    for a, b in zip(one.layers, many.layers, strict=True):
         assert a.name == b.name and a.error == pytest.approx(b.error, rel=1e-4)
 
 
 def test_nothing_is_forwarded_for_a_method_that_reads_no_inputs(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("gpt2")
-    walk = BlockPruner(get_method("magnitude"), _HALF, _CPU, measure_errors=False)
-    walk.run(model, find_blocks(model), None)
-    assert len(walk.records) == 12
-    assert all(record.error is None and record.zeros == record.entries // 2 for record in walk.records)
+    results = prune(model, None, "magnitude", _HALF, measure_error=False)
+    assert len(results.layers) == 12
+    assert all(record.error is None and record.zeros == record.entries // 2 for record in results.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -173,14 +168,14 @@ def test_half_precision_models_get_exact_zeros(
     tiny_model: Callable[..., Any], kind: str, ids: Tensor, dtype: torch.dtype, method: str
 ) -> None:
     dense, model = tiny_model(kind, dtype), tiny_model(kind, dtype)
-    walk = _prune(model, ids, get_method(method), Unstructured(0.6))
+    results = prune(model, ids, get_method(method), Unstructured(0.6))
     weights = _sites(find_blocks(dense))
     for name, weight in _sites(find_blocks(model)).items():
         expected = round(0.6 * weight.numel())
         assert weight.dtype == dtype
         assert int((_bits(weight) == 0).sum()) == int((weight == 0).sum()) == expected, name
         assert bool(weight.isfinite().all()) and not torch.equal(weight, weights[name])
-    assert all(record.error is not None and 0 < record.error < 1 for record in walk.records)
+    assert all(record.error is not None and 0 < record.error < 1 for record in results.layers)
 
 
 def test_the_error_is_that_of_the_weights_as_stored(
@@ -190,10 +185,10 @@ def test_the_error_is_that_of_the_weights_as_stored(
 ) -> None:
     # At sparsity 0 the only error of a bfloat16 model is none at all; at 1 % it is mostly that of rounding.
     dense, model = tiny_model("llama", torch.bfloat16), tiny_model("llama", torch.bfloat16)
-    walk = _prune(model, ids, Alps(), Unstructured(0.01))
+    results = prune(model, ids, Alps(), Unstructured(0.01))
     real = site_inputs(dense, ids)
     weights, pruned = _sites(find_blocks(dense)), _sites(find_blocks(model))
-    for record in walk.records[:3]:
+    for record in results.layers[:3]:
         expected = _error(weights[record.name], pruned[record.name], real[record.name])
         assert record.error == pytest.approx(expected, rel=1e-3)
         assert record.solve["error_after_refit"] < 0.9 * expected
@@ -204,18 +199,18 @@ def test_alps_beats_magnitude_at_every_site_of_a_trained_model(stories: Any, eng
 
     model, tokenizer = load_model(str(stories)), load_tokenizer(str(stories))
     tokens = torch.tensor(tokenizer(english[:20_000], verbose=False).input_ids)
-    walk = _prune(model, tokens[: 24 * 64].view(24, 64), Alps(), Unstructured(0.6))
-    assert len(walk.records) == 35
-    for record in walk.records:
+    results = prune(model, tokens[: 24 * 64].view(24, 64), Alps(), Unstructured(0.6))
+    assert len(results.layers) == 35
+    for record in results.layers:
         assert record.error is not None and record.magnitude_error is not None
         assert 0 < record.error < record.magnitude_error <= 1, record.name
-    ratio = [record.error / record.magnitude_error for record in walk.records]  # type: ignore[operator]
+    ratio = [record.error / record.magnitude_error for record in results.layers]  # type: ignore[operator]
     assert sum(ratio) / 35 < 0.7
 
 
 def _refusal(model: Any, pattern: SemiStructured) -> str:
     with pytest.raises(ConfigError) as caught:
-        BlockPruner(get_method("magnitude"), pattern, _CPU, measure_errors=False).run(model, find_blocks(model), None)
+        prune(model, None, "magnitude", pattern, measure_error=False)
     return str(caught.value)
 
 
@@ -238,14 +233,15 @@ def test_a_weight_that_is_not_a_number_is_named(
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[3, 5] = float("nan")
-    walk = BlockPruner(get_method(method), _HALF, _CPU, measure_errors=measured)
+    dense = _sites(find_blocks(copy.deepcopy(model)))
     with pytest.raises(SolveFailed) as caught:
-        walk.run(model, find_blocks(model), ids)
+        prune(model, ids, method, _HALF, measure_error=measured)
     sentence = str(caught.value)
     # In the forward a NaN in k reaches the inputs of o_proj first; k itself is solved before those are looked at.
     assert sentence.startswith("Site model.layers.1.self_attn.k_proj: the dense weights hold NaN")
     assert sentence.endswith(".") and not sentence.endswith("..")
-    assert [record.block for record in walk.records].count(0) == 7
+    changed = [name for name, weight in _sites(find_blocks(model)).items() if not torch.equal(weight, dense[name])]
+    assert len([name for name in changed if ".layers.0." in name]) == 7
 
 
 def test_infinite_activations_name_the_block(tiny_model: Callable[..., Any], ids: Tensor) -> None:
@@ -253,7 +249,7 @@ def test_infinite_activations_name_the_block(tiny_model: Callable[..., Any], ids
     with torch.no_grad():
         model.get_input_embeddings().weight[int(ids[2, 3]), 0] = float("inf")
     with pytest.raises(SolveFailed, match=r"^Block 0: the inputs of model\.layers\.0\.self_attn\.q_proj, .*NaN or"):
-        _prune(model, ids, Alps(), _HALF)
+        prune(model, ids, Alps(), _HALF)
 
 
 def test_activations_that_overflow_half_precision_name_the_block(tiny_model: Callable[..., Any], ids: Tensor) -> None:
@@ -262,7 +258,7 @@ def test_activations_that_overflow_half_precision_name_the_block(tiny_model: Cal
         model.transformer.h[1].mlp.c_proj.bias.fill_(60_000.0)
         model.transformer.wte.weight.fill_(30_000.0)
     with pytest.raises(SolveFailed, match=r"^Block 2: the inputs of transformer\.h\.2\.attn\.c_attn hold NaN or"):
-        _prune(model, ids, get_method("magnitude"), _HALF)
+        prune(model, ids, get_method("magnitude"), _HALF)
 
 
 @dataclass(frozen=True)
@@ -287,5 +283,5 @@ class _Explosive(Method):
 
 def test_weights_that_overflow_the_checkpoint_name_the_site(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     with pytest.raises(SolveFailed, match=r"^Site model\.layers\.0\.self_attn\.q_proj: .* overflow torch\.float16"):
-        _prune(tiny_model("llama", torch.float16), ids, _Explosive(), _HALF)
-    assert _prune(tiny_model("llama", torch.bfloat16), ids, _Explosive(), _HALF, measure_errors=False).records
+        prune(tiny_model("llama", torch.float16), ids, _Explosive(), _HALF)
+    assert prune(tiny_model("llama", torch.bfloat16), ids, _Explosive(), _HALF, measure_error=False).layers

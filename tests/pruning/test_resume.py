@@ -23,7 +23,7 @@ from alps.data.calibration import load
 from alps.data.text_sources import load_text
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.pruning.config import PruneConfig, load_prune_config
-from alps.pruning.job import prune_directory
+from alps.pruning.job import prune_checkpoint
 from alps.pruning.presets import PRESETS
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
@@ -63,7 +63,7 @@ def settings(stories: Path, english_file: Path) -> dict[str, Any]:
 def _prune(settings: dict[str, Any], out: Path, **changed: Any) -> RunReport:
     resume = changed.pop("resume", False)
     chosen = PruneConfig.model_validate({**settings, **changed})
-    return prune_directory(chosen, out, NoProgress(), resume)
+    return prune_checkpoint(chosen, out, NoProgress(), resume=resume)
 
 
 def _weights(folder: Path) -> bytes:
@@ -119,17 +119,15 @@ def test_a_planned_budget_outlives_an_interrupt_before_the_first_block(
     _prune(settings, tmp_path / "whole", **chosen)
     with monkeypatch.context() as patch:
         _stop_after(0, KeyboardInterrupt(), patch)
-        with pytest.raises(
-            KeyboardInterrupt, match=r"Interrupted\. The plan of the budget is kept in '.*out\.partial'"
-        ):
+        with pytest.raises(KeyboardInterrupt, match=r"Interrupted\. The allocation is kept in '.*out\.partial'"):
             _prune(settings, tmp_path / "out", **chosen)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):  # nothing is kept where nothing was planned
             _prune(settings, tmp_path / "uniform", method="magnitude", reconstruct_epochs=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
-    monkeypatch.setattr("alps.pruning.pipeline.plan", Mock(side_effect=AssertionError("planned again")))
+    monkeypatch.setattr("alps.pruning.pipeline.allocate_sparsity", Mock(side_effect=AssertionError("planned again")))
     with log_messages() as messages:
         _prune(settings, tmp_path / "out", **chosen)
-    assert f"Going on after the plan of the budget, kept in '{journal_directory(tmp_path / 'out')}'." in messages
+    assert f"Resuming after the allocation, kept in '{journal_directory(tmp_path / 'out')}'." in messages
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 
@@ -277,7 +275,7 @@ def test_signals_end_a_run_in_a_sentence(
     _, words = running.communicate(timeout=60)
     assert running.returncode == code, words
     last = words.strip().splitlines()[-1]
-    assert last.startswith("Interrupted.") and "the same command goes on from there" in last
+    assert last.startswith("Interrupted.") and "the same command resumes there" in last
     assert "Traceback" not in words
     assert not (tmp_path / "out").exists() and (place / "block-00000.json").is_file()
 

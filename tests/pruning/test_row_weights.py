@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 import alps
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.moe_statistics import LayerInput
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
+from alps.core.phase_timer import PhaseTimer
+from alps.core.statistics import InputSums
 from alps.models.blocks import find_blocks
-from alps.pruning.pipeline import BlockPruner
+from alps.pruning.layer_solver import LayerSolver
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS, _slopes, _windows, compute_row_weights
-from alps.solvers import get_method
 from alps.solvers.patterns import Unstructured, parse_pattern
 from helpers.decoders import DENSE, MOE, decoder
+from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
 
@@ -142,18 +145,22 @@ def test_magnitude_keeps_the_best_support_of_the_weighed_problem(monkeypatch: py
     with torch.no_grad():
         dense = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
         site.module.weight = nn.Parameter(dense.clone())
-    walk = BlockPruner(get_method("magnitude"), Unstructured(0.5), _CPU)
-    records: list[Any] = []
-    solver = walk.solver([block], walk._phases, records)
-    solver.channels = {site.name: weights}
-    state = walk.method.prepare(None)  # type: ignore[arg-type]
-    found = solver._solved(walk.method, site, dense, state, Unstructured(0.5), None).weight
+    source = LayerInput(InputSums.of(torch.eye(4)), [site])
+    solver = LayerSolver(
+        recipe=make_recipe("magnitude", Unstructured(0.5), row_weights="block-output"),
+        context=make_context(),
+        patterns={},
+        traced=False,
+        timer=PhaseTimer(_CPU),
+    )
+    solver.solve_input(block, source, {site.name: weights})
+    found = site.read().clone()
     cost = (weights[:, None] * dense.square()).flatten()
     best = min(float(cost.sum() - cost[list(kept)].sum()) for kept in combinations(range(12), 6))
     lost = float((weights[:, None] * (found - dense).square()).sum())
     assert lost == pytest.approx(best, rel=1e-5) and int((found == 0).sum()) == 6
     assert torch.allclose(found[found != 0], dense[found != 0])
-    by_size = solver.method.solve(dense, state, Unstructured(0.5)).weight
+    by_size = solver.recipe.method.solve(dense, None, Unstructured(0.5)).weight
     assert float((weights[:, None] * (by_size - dense).square()).sum()) > best * 1.1
 
 
@@ -240,7 +247,7 @@ def test_a_report_says_which_channels_count_alike(tiny_model: Callable[..., Any]
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + mlp.up_proj(2 * x)))
     report = alps.prune(model, sparsity=0.6, method="sparsegpt", calibration=ids, row_weights="block-output")
-    alike = [site.name for site in report.layers if "count alike" in str(site.solve.get("notes"))]
+    alike = [site.name for site in report.layers if "its rows weigh the same" in str(site.solve.get("notes"))]
     assert alike == ["model.layers.0.mlp.up_proj"]
 
 

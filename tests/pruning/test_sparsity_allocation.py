@@ -12,19 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import Change, Head, divergences
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
-from alps.pruning.pipeline import BlockPruner
-from alps.pruning.sparsity_allocation import ALLOCATIONS, allocate, plan
+from alps.pruning.recipe import ALLOCATIONS
+from alps.pruning.sparsity_allocation import allocate_sparsity, minimise_error
 from alps.solvers import Alps
 from alps.solvers.error_curve import POINTS, ErrorCurve
-from alps.solvers.patterns import Unstructured
+from alps.solvers.patterns import Pattern, Unstructured
+from helpers import runs
+from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
+_SIXTY = Unstructured(0.6)
+
+
+def _allocate(model: nn.Module, ids: Tensor, allocation: str) -> dict[str, Pattern]:
+    recipe = make_recipe(Alps(), _SIXTY, allocation=allocation)
+    return allocate_sparsity(model, find_blocks(model), ids, recipe, make_context())
 
 
 def _curve(entries: int, power: float, scale: float) -> ErrorCurve:
@@ -43,7 +51,7 @@ def test_the_total_is_exact_and_the_limits_hold(
     sizes: list[int], powers: list[float], sparsity: float, reach: float
 ) -> None:
     curves = [_curve(n, power, 1 + i) for i, (n, power) in enumerate(zip(sizes, powers, strict=False))]
-    counts = allocate(curves, [1.0] * len(curves), sparsity, reach)
+    counts = minimise_error(curves, [1.0] * len(curves), sparsity, reach)
     assert sum(counts) == sum(Unstructured(sparsity).pruned_count(n) for n in sizes)
     for n, count in zip(sizes, counts, strict=True):
         slack = len(sizes) + 1
@@ -53,7 +61,7 @@ def test_the_total_is_exact_and_the_limits_hold(
 def test_the_allocation_is_the_best_of_all() -> None:
     curves = [_curve(100, 2.0, 1.0), _curve(200, 3.0, 4.0), _curve(100, 2.5, 0.3)]
     weights = [1.0, 0.2, 12.0]
-    counts = allocate(curves, weights, 0.5, 1.0)
+    counts = minimise_error(curves, weights, 0.5, 1.0)
 
     def loss(zeros: tuple[int, ...] | list[int]) -> float:
         position = [k / c.entries * (POINTS - 1) for k, c in zip(zeros, curves, strict=True)]
@@ -68,7 +76,7 @@ def test_the_allocation_is_the_best_of_all() -> None:
 
 def test_a_heavier_weight_buys_fewer_zeros() -> None:
     curves = [_curve(1000, 3.0, 1.0)] * 2
-    even, tilted = allocate(curves, [1.0, 1.0], 0.6, 0.5), allocate(curves, [4.0, 1.0], 0.6, 0.5)
+    even, tilted = minimise_error(curves, [1.0, 1.0], 0.6, 0.5), minimise_error(curves, [4.0, 1.0], 0.6, 0.5)
     assert even[0] == pytest.approx(600, abs=6) and tilted[0] < 500 and sum(tilted) == 1200
 
 
@@ -78,7 +86,7 @@ def test_a_plan_covers_every_site_once_and_keeps_the_total(
 ) -> None:
     model, untouched = tiny_model(kind), tiny_model(kind)
     blocks = find_blocks(model)
-    patterns = plan(model, blocks, ids, name, Unstructured(0.6))
+    patterns = _allocate(model, ids, name)
     sizes = {site.name: site.read().numel() for block in blocks for site in block.sites}
     assert patterns.keys() == sizes.keys()
     zeros = sum(patterns[key].pruned_count(size) for key, size in sizes.items())
@@ -90,14 +98,15 @@ def test_a_plan_covers_every_site_once_and_keeps_the_total(
 
 def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
-    walk = BlockPruner(Alps(), Unstructured(0.6), _CPU, budget="sensitivity")
-    walk.run(model, find_blocks(model), ids)
-    for record in walk.records:
-        assert record.zeros == walk.patterns[record.name].pruned_count(record.entries)
-    total = sum(Unstructured(0.6).pruned_count(record.entries) for record in walk.records)
-    assert sum(record.zeros for record in walk.records) == total
-    assert max(r.sparsity for r in walk.records) - min(r.sparsity for r in walk.records) > 0.05
-    assert walk.seconds["allocation"] > 0
+    patterns = _allocate(model, ids, "sensitivity")
+    results = runs.prune(model, ids, Alps(), _SIXTY, allocation="sensitivity")
+    for layer in results.layers:
+        assert layer.zeros == patterns[layer.name].pruned_count(layer.entries)
+    total = sum(_SIXTY.pruned_count(layer.entries) for layer in results.layers)
+    assert sum(layer.zeros for layer in results.layers) == total
+    sparsities = [layer.sparsity for layer in results.layers]
+    assert max(sparsities) - min(sparsities) > 0.05
+    assert results.seconds["allocation"] > 0
 
 
 class _Told:
@@ -125,9 +134,8 @@ def test_planning_is_a_job_of_its_own_for_the_watcher(
     tiny_model: Callable[..., Any], ids: Tensor, name: str, steps: int
 ) -> None:
     model, told = tiny_model("llama"), _Told()
-    walk = BlockPruner(Alps(), Unstructured(0.6), _CPU, budget=name, progress=told)
-    walk.run(model, find_blocks(model), ids)
-    assert told.jobs == [(f"budget {name}", steps, steps), ("alps 60%", 21, 21)]
+    runs.prune(model, ids, Alps(), _SIXTY, allocation=name, progress=told)
+    assert told.jobs == [(f"allocation {name}", steps, steps), ("alps 60%", 21, 21)]
     assert not told.open
 
 
@@ -139,9 +147,7 @@ def test_a_site_without_influence_pays_only_where_the_loss_is_asked(
     # Relative errors do not see the scale of a site, the model's answers do.
     muted = next(site for site in blocks[1].sites if site.kind == "down_proj")
     muted.write(muted.read() * 1e-3)
-    by_loss, by_error = (
-        plan(model, blocks, ids, name, Unstructured(0.6))[muted.name] for name in ("sensitivity", "error")
-    )
+    by_loss, by_error = (_allocate(model, ids, name)[muted.name] for name in ("sensitivity", "error"))
     size = muted.read().numel()
     assert by_loss.pruned_count(size) == pytest.approx(0.75 * size, abs=size * 0.01)
     assert by_error.pruned_count(size) < 0.72 * size
@@ -152,7 +158,7 @@ def test_owl_gives_blocks_with_outliers_fewer_zeros(tiny_model: Callable[..., An
     with torch.no_grad():
         for site in find_blocks(model)[1].sites:
             site.read()[:, 0] *= 40
-    patterns = plan(model, find_blocks(model), ids, "owl", Unstructured(0.6))
+    patterns = _allocate(model, ids, "owl")
     of_block = [patterns[block.sites[0].name].pruned_count(10**6) / 10**6 for block in find_blocks(model)]
     assert of_block[1] == min(of_block) and max(of_block) - min(of_block) == pytest.approx(0.16, abs=2e-3)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps.pruning.work_sharing import assign, loads_of, shared_out, solve_cost
+from alps.pruning.work_sharing import assign, assign_inputs, rank_loads, solve_cost
 from alps.reporting.run_report import RunReport
 from alps.solvers import get_method
 from helpers import torchrun_worker
@@ -45,11 +45,11 @@ def test_no_process_has_more_than_four_thirds_of_the_least_possible_load(costs: 
 def test_an_input_is_split_where_others_would_wait() -> None:
     method = get_method("alps")
     lone = [solve_cost(method, [(4096, 1024), (4096, 1024)], 2)]
-    assert shared_out(lone, 2) == [None]
+    assert assign_inputs(lone, 2) == [None]
     fixed, rows = lone[0].fixed, lone[0].rows
-    assert loads_of(lone, [None], 2) == [fixed + rows / 2] * 2
+    assert rank_loads(lone, [None], 2) == [fixed + rows / 2] * 2
     even = [solve_cost(method, [(1024, 1024)], 2) for _ in range(4)]
-    assert sorted(shared_out(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
+    assert sorted(assign_inputs(even, 2)) == [0, 0, 1, 1]  # type: ignore[type-var]
     # Few rows and other methods are not split.
     assert not solve_cost(method, [(30, 1024)], 2).divisible
     assert not solve_cost(get_method("sparsegpt"), [(4096, 1024)], 2).divisible
@@ -197,7 +197,7 @@ def test_a_killed_process_ends_all_and_the_run_resumes_with_three(
     assert "Rank 1 of 2 died or hangs" in errors and "1 finished blocks are kept in" in errors
     resumed = run_group(3, *arguments)
     assert [process.returncode for process in resumed] == [0, 0, 0], resumed
-    assert "Going on after" in resumed[0].stderr and not journal.exists()
+    assert "Resuming after" in resumed[0].stderr and not journal.exists()
     report = RunReport.read(out)
     assert report is not None
     assert report.sparsity == pytest.approx(0.7, abs=1e-4) and len(report.reconstructions) == 2

@@ -17,7 +17,7 @@ from alps.evaluation.compare_config import CompareConfig
 from alps.finetuning.distillation import DistillConfig, distill_directory
 from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
 from alps.pruning.config import PruneConfig
-from alps.pruning.job import prune_directory
+from alps.pruning.job import prune_checkpoint
 from alps.reporting import publish as published
 from alps.reporting.compare_results import RESULTS_NAME, write_results
 from alps.reporting.publish import PAGE_NAME, publish, rebuild_page, run_results
@@ -40,7 +40,7 @@ def alps(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def prune(stories: Path, text: Path, out: Path) -> RunReport:
     sizes: dict[str, Any] = {"samples": 4, "seqlen": 32, "calibration": str(text)}
-    return prune_directory(PruneConfig(model=str(stories), sparsity=0.7, **sizes), out, NoProgress())
+    return prune_checkpoint(PruneConfig(model=str(stories), sparsity=0.7, **sizes), out, NoProgress())
 
 
 def test_compare_leaves_a_page_that_can_be_made_again(

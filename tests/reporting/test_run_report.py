@@ -17,7 +17,7 @@ def recorded_phases(source: str) -> Iterator[str]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
             continue
         phase = node.args[0]
-        adds = node.func.attr in ("add", "add_seconds") and len(node.args) == 2
+        adds = node.func.attr in ("add", "with_seconds") and len(node.args) == 2
         if (
             (adds or node.func.attr in ("measure", "timed"))
             and isinstance(phase, ast.Constant)
@@ -36,5 +36,5 @@ def test_documented_phases_are_those_that_are_recorded() -> None:
 
 
 def test_recorded_phases_are_found() -> None:
-    source = "with timer.measure('a'), info.timed('b'):\n    x.add('c', 1.0)\nr.add_seconds('d', s)\nnames.add('e')"
+    source = "with timer.measure('a'), info.timed('b'):\n    x.add('c', 1.0)\nr.with_seconds('d', s)\nnames.add('e')"
     assert set(recorded_phases(source)) == {"a", "b", "c", "d"}

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alps.core.distributed import ProcessGroup
 from alps.core.statistics import InputStats
 from alps.solvers.alps import Alps
 from alps.solvers.patterns import SemiStructured, Unstructured
 from alps.solvers.row_parallel import RowShard, distributed_topk_mask
 from alps.solvers.topk import topk_mask
-from helpers.thread_group import ThreadRank, run_in_threads
+from helpers.thread_group import run_in_threads
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 4), st.data())
@@ -23,7 +24,7 @@ def test_the_largest_of_all_processes_are_those_of_one(values: list[int], size: 
     scores = torch.tensor(values, dtype=torch.float32) / 3
     kept = data.draw(st.integers(0, len(values)))
     shards = torch.tensor_split(scores, size)
-    masks = run_in_threads(size, lambda rows: distributed_topk_mask(shards[rows.rank], kept, rows))
+    masks = run_in_threads(size, lambda group: distributed_topk_mask(shards[group.rank], kept, group))
     assert torch.equal(torch.cat(masks), topk_mask(scores, kept))
 
 
@@ -41,9 +42,9 @@ def test_rows_solved_apart_are_those_of_the_whole(
     whole = method.solve(weight, method.prepare(stats), pattern)
     bounds = [0, shape[0] // 4, shape[0]]
 
-    def solve(rows: ThreadRank) -> Any:
-        shard = weight[bounds[rows.rank] : bounds[rows.rank + 1]]
-        return method.solve_rows(shard, method.prepare(stats), pattern, entries=weight.numel(), rows=rows)
+    def solve(group: ProcessGroup) -> Any:
+        shard = weight[bounds[group.rank] : bounds[group.rank + 1]]
+        return method.solve_rows(shard, method.prepare(stats), pattern, entries=weight.numel(), group=group)
 
     solutions = run_in_threads(2, solve)
     mask, answer = (torch.cat([getattr(solution, name) for solution in solutions]) for name in ("mask", "weight"))
@@ -60,9 +61,9 @@ def test_a_sample_of_shards_is_that_of_the_whole(entries: int, size: int, stride
     whole = torch.arange(1.0, entries + 1)
     bounds = [0, *sorted(data.draw(st.lists(st.integers(0, entries), min_size=size - 1, max_size=size - 1))), entries]
 
-    def sample(rows: ThreadRank) -> Any:
-        shard = whole[bounds[rows.rank] : bounds[rows.rank + 1]]
-        scores = RowShard.of(shard[None], 0.5, entries, rows).scores(shard)
+    def sample(group: ProcessGroup) -> Any:
+        shard = whole[bounds[group.rank] : bounds[group.rank + 1]]
+        scores = RowShard.of(shard[None], 0.5, entries, group).scores(shard)
         return scores.sample(stride), scores.total(len(shard)), scores.entries
 
     for values, total, counted in run_in_threads(size, sample):

@@ -1,10 +1,9 @@
-"""The dense model walking beside the pruned one, and hooks that watch what sites receive."""
+"""Activations of the dense model, and hooks on the inputs of sites."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,63 +61,101 @@ def input_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None],
             handle.remove()
 
 
-@dataclass
 class DenseReference:
-    """The dense side of one block: a dense copy of it, and what it receives in the dense model.
+    """Activations of the dense model beside those of the pruned one, block by block.
 
     Attributes:
-        block: dense twin of the observed block, with the same site names.
-        inputs: its hidden states and arguments, in the same batches as the pruned model's.
+        block: dense copy of the current block, with the same site names; None without inputs.
     """
 
-    block: Block
-    inputs: BlockInputs
-    _kept: list[dict[str, list[Tensor]]] = field(default_factory=list)
-    _outputs: list[Tensor] = field(default_factory=list)
+    def __init__(self, inputs: BlockInputs | None = None) -> None:
+        """Start before the first block.
+
+        Args:
+            inputs: of the first block, in the same batches as the pruned model's; None for a reference that does
+                nothing.
+        """
+        self.block: Block | None = None
+        self._inputs = inputs
+        self._advanced = False
+        # What sites received, batch by batch and call by call, and outputs of the block, batch by batch.
+        self._received: list[dict[str, list[Tensor]]] = []
+        self._outputs: list[Tensor] = []
+
+    @classmethod
+    def start(cls, inputs: BlockInputs, needed: bool) -> DenseReference:
+        """Return a reference that starts at `inputs`, or one that does nothing if it is not needed."""
+        return cls(inputs.beside() if needed and inputs.hidden else None)
+
+    def begin_block(self, block: Block) -> None:
+        """Copy a block while it is dense; the inputs are those of this block."""
+        # The copy before it is freed first.
+        self.block, self._advanced = None, False
+        if self._inputs is not None:
+            self.block = block.clone()
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Outputs of the current block in the dense model, batch by batch; valid after `advance`."""
+        assert self._inputs is not None and self._advanced
+        return self._inputs.hidden
 
     def record(self, sites: Sequence[Site], device: torch.device) -> None:
         """Run the block once over all batches and keep what `sites` receive, and the outputs, if memory allows.
 
-        Without it every later question takes a pass of its own.
+        Without it every later call of `received` runs the block.
         """
-        size = self.inputs.tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites)
-        if not select_within_budget([size], self.inputs.activations.limit):
+        if self._inputs is None:
+            return
+        size = self._inputs.tokens * sum(site.shape[1] * site.dtype.itemsize for site in sites)
+        if not select_within_budget([size], self._inputs.activations.limit):
             return
         names = {site.name for site in sites}
-        for batch, hidden in enumerate(self.inputs.hidden):
+        for batch, hidden in enumerate(self._inputs.hidden):
             with torch.no_grad():
-                found, output = self._pass(names, batch, device, once=False)
+                received, output = self._run(names, batch, device, stop_early=False)
             assert output is not None
-            self._kept.append({name: [x.to(hidden.device) for x in calls] for name, calls in found.items()})
+            self._received.append({name: [x.to(hidden.device) for x in calls] for name, calls in received.items()})
             self._outputs.append(output.to(hidden.device))
 
-    def received(self, names: set[str], batch: int, device: torch.device, once: bool) -> dict[str, list[Tensor]]:
-        """What the named sites receive in one batch, call by call; with `once` a pass ends at the last of them."""
-        if self._kept and names <= self._kept[batch].keys():
-            return {name: [x.to(device) for x in self._kept[batch][name]] for name in names}
-        return self._pass(names, batch, device, once)[0]
+    def received(self, names: set[str], batch: int, device: torch.device, stop_early: bool) -> dict[str, list[Tensor]]:
+        """Return what the named sites receive in one batch, call by call.
+
+        Args:
+            names: of the sites.
+            batch: number of the batch.
+            device: of the tensors, and where the block is run if nothing was recorded.
+            stop_early: end a forward when every site has received something.
+        """
+        if self._received and names <= self._received[batch].keys():
+            return {name: [x.to(device) for x in self._received[batch][name]] for name in names}
+        return self._run(names, batch, device, stop_early)[0]
 
     def advance(self, device: torch.device) -> None:
-        """Turn the inputs into those of the next block; what was kept is let go."""
+        """Turn the inputs of the current block into its outputs, once; later calls for the same block do nothing."""
+        if self._inputs is None or self._advanced:
+            return
+        assert self.block is not None
         if self._outputs:
             for batch, output in enumerate(self._outputs):
-                self.inputs.put(batch, output)
+                self._inputs.put(batch, output)
         else:
-            self.inputs.advance(self.block.index, self.block.module, device)
-        self._kept, self._outputs = [], []
+            self._inputs.advance(self.block.index, self.block.module, device)
+        self._received, self._outputs, self._advanced = [], [], True
 
-    def _pass(
-        self, names: set[str], batch: int, device: torch.device, once: bool
+    def _run(
+        self, names: set[str], batch: int, device: torch.device, stop_early: bool
     ) -> tuple[dict[str, list[Tensor]], Tensor | None]:
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        assert self._inputs is not None and self.block is not None, "the dense model's activations are not followed"
+        received: dict[str, list[Tensor]] = {name: [] for name in names}
         output = None
 
         def note(site: Site, x: Tensor) -> None:
-            found[site.name].append(x)
-            if once and all(found.values()):
+            received[site.name].append(x)
+            if stop_early and all(received.values()):
                 raise StopForward
 
         sites = [site for site in self.block.sites if site.name in names]
         with input_hooks(sites, note), suppress(StopForward):
-            output = self.inputs.run(self.block.index, self.block.module, batch, device)
-        return found, output
+            output = self._inputs.run(self.block.index, self.block.module, batch, device)
+        return received, output

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs, Structure
 from alps.calibration.dense_reference import DenseReference, StopForward, input_hooks
-from alps.calibration.moe_statistics import LayerInput, Peers, augment_undersampled
+from alps.calibration.moe_statistics import LayerInput, augment_undersampled
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import UnsupportedModel
 from alps.core.statistics import InputSums, Needs
 from alps.models.blocks import Block
@@ -99,22 +100,26 @@ class _Collector:
             if site.parameter_name in fused and not self.knows(site):
                 self._begin([site])
 
-    def agree(self, wanted: Sequence[Site], peers: Peers) -> None:
-        """Know the same inputs as all peers, in the same order: those of which nothing was seen here are empty."""
-        sites = {site.name: site for site in wanted}
-        groups = {names[0]: names for one in peers.all_gather_object(self._groups()) for names in one}
-        mine = {names[0]: names for names in self._groups()}
-        if any(mine.get(leader, names) != names for leader, names in groups.items()) or any(
-            self.knows(sites[name]) for leader, names in groups.items() if leader not in mine for name in names
+    def synchronise(self, sites: Sequence[Site], group: ProcessGroup) -> None:
+        """Make the inputs the same on all ranks, in the same order; those that this rank has not seen are empty.
+
+        Raises:
+            UnsupportedModel: when ranks disagree on which sites share an input.
+        """
+        by_name = {site.name: site for site in sites}
+        groups = {names[0]: names for part in group.all_gather_object(self._groups()) for names in part}
+        local = {names[0]: names for names in self._groups()}
+        if any(local.get(leader, names) != names for leader, names in groups.items()) or any(
+            self.knows(by_name[name]) for leader, names in groups.items() if leader not in local for name in names
         ):
             raise UnsupportedModel(
                 "Which sites share an input differs between the windows of two processes: prune in one process."
             )
         for leader, names in groups.items():
-            if leader not in mine:
-                self._begin([sites[name] for name in names])
+            if leader not in local:
+                self._begin([by_name[name] for name in names])
         order = list(groups)
-        self.shared.sort(key=lambda one: order.index(one.name))
+        self.shared.sort(key=lambda source: order.index(source.name))
 
     def _groups(self) -> list[list[str]]:
         return [[site.name for site in one.sites] for one in self.shared]
@@ -180,8 +185,8 @@ def observe(
     needs: Needs,
     device: torch.device,
     groups: Sequence[Sequence[Site]] = (),
-    dense: DenseReference | None = None,
-    peers: Peers | None = None,
+    reference: DenseReference | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Observation:
     """Run `block` over all batches and sum up what its sites receive.
 
@@ -196,9 +201,9 @@ def observe(
         device: where the forward runs and the sums live.
         groups: the sites to watch, as `discover` grouped them: each group shares one input and is called once in a
             batch. Without it all sites are watched, and who shares what is found out.
-        dense: the dense model's side of the same batches, needed for `Needs.INPUT_SHIFT`.
-        peers: processes that observe other windows: the answer then has the same inputs in the same order on all of
-            them, each with the sums of its own windows.
+        reference: the dense model's activations of the same batches, needed for `Needs.INPUT_SHIFT`.
+        group: ranks that observe other windows. All of them get the same inputs in the same order, each with the sums
+            of its own windows.
 
     Raises:
         UnsupportedModel: when a site receives other tokens in the dense model, or shares another input elsewhere.
@@ -212,9 +217,11 @@ def observe(
             # In a mixture of experts a site may receive its first tokens in a late batch.
             strangers = [site for site in wanted if not collector.knows(site)]
             if needs >= Needs.INPUT_SHIFT:
-                assert dense is not None, "the drift is measured against a dense stream"
+                assert reference is not None, "the input shift is measured against the dense model"
                 names = {site.name for site in leaders + strangers if site.expert is None}
-                collector.dense = dense.received(names, batch, device, once=collector.may_stop) if names else {}
+                collector.dense = (
+                    reference.received(names, batch, device, stop_early=collector.may_stop) if names else {}
+                )
             hooks = input_hooks(leaders, collector.later), input_hooks(strangers, collector.first)
             collector.begin_batch(inputs.hidden[batch])
             with hooks[0], hooks[1], suppress(StopForward):
@@ -223,9 +230,8 @@ def observe(
             if not batch and not groups and collector.may_stop:
                 inputs.called_once.add(structure)
     collector.begin_starved(wanted)
-    if peers is not None:
-        collector.agree(wanted, peers)
-    shared = augment_undersampled(collector.shared, block, inputs, needs, device, peers)
+    collector.synchronise(wanted, group)
+    shared = augment_undersampled(collector.shared, block, inputs, needs, device, group)
     return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
 
 

@@ -1,9 +1,8 @@
-"""The order in which the inputs of a block are observed: all at once, or each after the sites before it are pruned."""
+"""Collect the inputs of a block's layers: all at once, or one by one while the layers before are pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 
@@ -11,75 +10,82 @@ from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.input_statistics import Observation, discover, observe
-from alps.calibration.moe_statistics import Peers
-from alps.core.statistics import Needs
+from alps.calibration.moe_statistics import LayerInput
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
+from alps.core.statistics import InputSums, Needs
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
-Order = Literal["block", "sequential"]
 
-
-def observations(
+def calibrate(
     block: Block,
     inputs: BlockInputs,
     needs: Needs,
     device: torch.device,
-    order: Order = "block",
-    dense: DenseReference | None = None,
-    peers: Peers | None = None,
+    *,
+    true_sequential: bool = False,
+    reference: DenseReference | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Observation]:
-    """What the sites of a block receive, to be pruned between one answer and the next.
+    """Yield the input statistics of a block's layers; the caller prunes these layers before it takes the next ones.
 
     Args:
-        block: the block, on `device`.
-        inputs: hidden states and arguments of this block; a `CachedForward` continues where the last pass
-            ended.
-        needs: what to collect.
-        device: where the forward runs and the sums live.
-        order: `block` gives one answer; `sequential` one for every input, in the order of the forward (the inputs of
-            all experts at once, first maps before second ones), and a last one for sites that the first batch did not
-            reach.
-        dense: the dense model's side, needed for `Needs.INPUT_SHIFT`.
-        peers: processes that observe other windows, see `observe`.
+        block: on `device`.
+        inputs: of the block. Those of a method that reads none have no batches; a `CachedForward` continues where the
+            last pass ended.
+        needs: statistics to collect.
+        device: where the forward runs and the sums are kept.
+        true_sequential: yield the inputs one by one in the order of the forward (those of all experts at once, first
+            maps before second ones), and then those that the first batch did not reach. Otherwise yield once.
+        reference: activations of the dense model, needed for `Needs.INPUT_SHIFT`.
+        group: ranks that observe other windows, see `observe`.
     """
     if not block.sites:
         return
-    wants_dense = dense is not None and needs >= Needs.INPUT_SHIFT
-    if order == "block":
-        if dense is not None and wants_dense:
-            dense.record(_comparable(block.sites), device)
-        yield observe(block, inputs, needs, device, dense=dense, peers=peers)
+    if not inputs.hidden:
+        yield _without_inputs(block, device)
         return
-    groups = _discovered(block, inputs, device, peers)
-    if dense is not None and wants_dense:
-        dense.record(_comparable([group[0] for group in groups]), device)
+    if needs < Needs.INPUT_SHIFT:
+        reference = None
+    if not true_sequential:
+        if reference is not None:
+            reference.record(_comparable(block.sites), device)
+        yield observe(block, inputs, needs, device, reference=reference, group=group)
+        return
+    shared_inputs = _discover_on_main(block, inputs, device, group)
+    if reference is not None:
+        reference.record(_comparable([sites[0] for sites in shared_inputs]), device)
     steps: dict[str, list[Sequence[Site]]] = {}
-    for group in groups:
-        steps.setdefault(group[0].parameter_name, []).append(group)
+    for sites in shared_inputs:
+        steps.setdefault(sites[0].parameter_name, []).append(sites)
     for step in steps.values():
         if isinstance(inputs, CachedForward):
             inputs.expect(step)
-        yield observe(block, inputs, needs, device, step, dense, peers)
-    found = {site.name for group in groups for site in group}
-    if rest := [site for site in block.sites if site.name not in found]:
+        yield observe(block, inputs, needs, device, step, reference, group)
+    discovered = {site.name for sites in shared_inputs for site in sites}
+    if late := [site for site in block.sites if site.name not in discovered]:
         if isinstance(inputs, CachedForward):
-            inputs.expect([[site] for site in rest])
-        yield observe(block.with_sites(rest), inputs, needs, device, dense=dense, peers=peers)
+            inputs.expect([[site] for site in late])
+        yield observe(block.with_sites(late), inputs, needs, device, reference=reference, group=group)
 
 
-def _discovered(
-    block: Block, inputs: BlockInputs, device: torch.device, peers: Peers | None
+def _without_inputs(block: Block, device: torch.device) -> Observation:
+    """Return empty sums, one for each site."""
+    sums = [InputSums.zeros(site.shape[1], Needs.NOTHING, device) for site in block.sites]
+    return Observation([LayerInput(part, [site]) for part, site in zip(sums, block.sites, strict=True)], [], 0.0)
+
+
+def _discover_on_main(
+    block: Block, inputs: BlockInputs, device: torch.device, group: ProcessGroup
 ) -> Sequence[Sequence[Site]]:
-    """What the first batch shows; with peers, what it shows the first of them."""
-    if peers is None:
-        return discover(block, inputs, device)
+    """Return which sites share an input, as the first batch of the main rank shows it."""
     sites = {site.name: site for site in block.sites}
-    names = peers.broadcast_from_main(
-        lambda: [[site.name for site in group] for group in discover(block, inputs, device)]
+    names = group.broadcast_from_main(
+        lambda: [[site.name for site in shared] for shared in discover(block, inputs, device)]
     )
-    return [[sites[name] for name in group] for group in names]
+    return [[sites[name] for name in shared] for shared in names]
 
 
 def _comparable(sites: Sequence[Site]) -> list[Site]:
-    """Those that receive the same tokens in the dense model; a router may send an expert others."""
+    """Return the sites that receive the same tokens in the dense model; a router may send an expert others."""
     return [site for site in sites if site.expert is None]

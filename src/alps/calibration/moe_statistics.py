@@ -17,10 +17,9 @@ sums: each process fills up its own part, and the parts add up to what one proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch import Tensor
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import StopForward, input_hooks
 from alps.calibration.moe_hooks import reroutable, rerouted
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.models.blocks import Block
 from alps.models.sites import Site
@@ -76,54 +76,49 @@ class LayerInput:
         ]
 
 
-class Peers(Protocol):
-    """The processes that see the other tokens of the same calibration; see `alps.core.distributed.ProcessGroup`."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one that counts what there is only one of."""
-
-    def sum_counters(self, mine: Mapping[str, int]) -> dict[str, int]:
-        """Sums over all processes by name."""
-
-    def broadcast_from_main(self, value: Callable[[], Any]) -> Any:
-        """What the first of them makes of `value`."""
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all of them."""
-
-
 def augment_undersampled(
     shared: Sequence[LayerInput],
     block: Block,
     inputs: BlockInputs,
     needs: Needs,
     device: torch.device,
-    peers: Peers | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[LayerInput]:
-    """The same inputs, with those of starving experts filled up; with `peers`, this process's part of it."""
-    experts = {one.name: one.sums.tokens for one in shared if one.sites[0].expert is not None}
-    received = peers.sum_counters(experts) if peers is not None and experts else experts
+    """Add pooled tokens to the statistics of experts that received too few.
+
+    Args:
+        shared: inputs of the block's layers, the same on all ranks, each with the sums of this rank's windows.
+        block: that holds the experts, on `device`.
+        inputs: of the block.
+        needs: statistics to collect.
+        device: where the block runs.
+        group: ranks that see the other windows.
+
+    Returns:
+        The same inputs, with this rank's part of the pooled tokens.
+    """
+    experts = {source.name: source.sums.tokens for source in shared if source.sites[0].expert is not None}
+    # Without experts no rank has any, and none need be asked.
+    received = group.sum_counters(experts) if experts else experts
     missing = {
         name: max(MIN_TOKENS_PER_INPUT * _inputs_of(name, shared) - count, 0) for name, count in received.items()
     }
-    undersampled = [one for one in shared if missing.get(one.name)]
+    undersampled = [source for source in shared if missing.get(source.name)]
     if not undersampled or needs is Needs.NOTHING:
         return list(shared)
-    own = _rerouted_pools([one.sites[0] for one in undersampled], block, inputs, needs, device)
+    own = _rerouted_pools([source.sites[0] for source in undersampled], block, inputs, needs, device)
     fused: dict[str, InputSums] = {}
-    for one in shared:
-        name = one.sites[0].parameter_name
-        if one.sites[0].expert is not None and one.sites[0].name not in own:
-            fused[name] = fused[name] + one.sums if name in fused else one.sums
-    pools = {one.name: own.get(one.name) or fused[one.sites[0].parameter_name] for one in undersampled}
-    sizes = {name: pool.tokens for name, pool in pools.items()}
-    if peers is not None:
-        sizes = peers.sum_counters(sizes)
-    counted = peers is None or peers.is_main
+    for source in shared:
+        name = source.sites[0].parameter_name
+        if source.sites[0].expert is not None and source.sites[0].name not in own:
+            fused[name] = fused[name] + source.sums if name in fused else source.sums
+    pools = {source.name: own.get(source.name) or fused[source.sites[0].parameter_name] for source in undersampled}
+    sizes = group.sum_counters({name: pool.tokens for name, pool in pools.items()})
     return [
-        _filled(one, pools[one.name], missing[one.name], sizes[one.name], counted) if one.name in pools else one
-        for one in shared
+        _with_pool(source, pools[source.name], missing[source.name], sizes[source.name], group)
+        if source.name in pools
+        else source
+        for source in shared
     ]
 
 
@@ -131,9 +126,11 @@ def _inputs_of(name: str, shared: Sequence[LayerInput]) -> int:
     return next(one.sites[0].shape[1] for one in shared if one.name == name)
 
 
-def _filled(one: LayerInput, pool: InputSums, missing: int, of: int, counted: bool) -> LayerInput:
+def _with_pool(source: LayerInput, pool: InputSums, missing: int, of: int, group: ProcessGroup) -> LayerInput:
     added = pool.rescaled(missing, of)
-    return replace(one, sums=one.sums + replace(added, tokens=missing if counted else 0), pooled_tokens=missing)
+    # The sums of all ranks are added up later, and so are their numbers of tokens.
+    tokens = missing if group.is_main else 0
+    return replace(source, sums=source.sums + replace(added, tokens=tokens), pooled_tokens=missing)
 
 
 def _rerouted_pools(

@@ -18,8 +18,9 @@ from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.models.demo_model import DEMO_MODEL_NAME, fetch_demo_model
 from alps.pruning.config import PruneConfig
-from alps.pruning.pipeline import BlockPruner
-from alps.pruning.run import run, write
+from alps.pruning.context import RunContext
+from alps.pruning.run import prune_model
+from alps.pruning.write import write
 from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import RunReport
 
@@ -78,12 +79,11 @@ def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[
         )
         loaded = load(DEMO_MODEL_NAME)
         windows = loaded.calibration(text, *CALIBRATION, settings.seed)
-        walk = BlockPruner(settings.build_method(), settings.build_pattern(), settings.pick_device(), progress=progress)
-        report = run(loaded, walk, windows, settings.seed)
+        recipe, context = settings.resolve(), RunContext(device=settings.pick_device(), progress=progress)
+        report = prune_model(loaded, windows, recipe, context, seed=settings.seed)
         seconds = time.perf_counter() - start
         pruned = evaluate(loaded, [TEXT], seqlen=seqlen, windows=limit, device=device, progress=progress)[0]
         report.dense_evaluations = [dense.model_copy(update={"model": f"{DEMO_MODEL_NAME}, dense"})]
-        report.evaluations = [pruned.model_copy(update={"model": f"{DEMO_MODEL_NAME}, {method} {walk.pattern}"})]
+        report.evaluations = [pruned.model_copy(update={"model": f"{DEMO_MODEL_NAME}, {method} {recipe.pattern}"})]
         rows.append(DemoRow(method, pruned, report, seconds))
-    write(loaded, report, out, settings, MARKER)
-    return rows, report
+    return rows, write(loaded, report, out, config=settings, replaceable=MARKER)

@@ -14,7 +14,7 @@ from alps.core.distributed import process_group, require_single_process
 from alps.core.settings import OUTPUT
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.dry_run import forecast_summary
-from alps.pruning.job import estimate_run, prune_directory
+from alps.pruning.job import estimate_run, prune_checkpoint
 
 
 @config_options(PruneConfig)
@@ -53,5 +53,5 @@ def prune(
         if dry_run:
             console.print(forecast_summary(estimate_run(settings, out)), soft_wrap=True, highlight=False, markup=False)
             return
-        report = prune_directory(settings, out, progress, resume, group)
+        report = prune_checkpoint(settings, out, progress, resume=resume, group=group)
         console.print(prune_summary(report, out), soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Several processes on one model, started by torchrun: who this one is, what they tell each other, and how they end.
+"""Ranks of a run that torchrun has started: collective operations, and errors when one of them is lost.
 
-`ProcessGroup()` is a group of one process, in which every call is a no-op: one code path serves
-one process and many. Tensors travel by NCCL where they are on GPUs, everything else by gloo.
+`ProcessGroup()` has a single rank; every operation on it is a no-op, so that one code path serves any number of ranks.
+Tensors on GPUs travel by NCCL, everything else by gloo.
 """
 
 from __future__ import annotations
@@ -21,204 +21,221 @@ from torch import Tensor
 from alps.core.errors import AlpsError, ConfigError, RankLost, first_line
 from alps.core.statistics import InputSums
 
-# How long a process waits for the others before it gives up, in seconds; ALPS_RANK_TIMEOUT says otherwise.
+# Seconds that a rank waits for the others before it gives up, unless ALPS_RANK_TIMEOUT is set.
 _TIMEOUT = 1800.0
-# How long the survivors wait for each other's last words once one is lost, in seconds.
-_LAST_WORDS = 3.0
+# Seconds that the other ranks wait for each other's exit reasons once one is lost.
+_EXIT_REASON_TIMEOUT = 3.0
 
 
 class ProcessGroup:
-    """The processes of one run.
+    """The ranks of one run.
 
     Attributes:
-        rank, size: which one this is, counted from 0, and how many there are.
-        local: its number on this host, which is that of its GPU.
-        place: what it is doing, for the sentence that is said when it is lost; set by whoever does it.
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its host, which is that of its GPU.
+        current_stage: work of this rank, for the error message if another rank is lost meanwhile; set by the caller.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, store: Any = None) -> None:
-        self.rank, self.size, self.local, self.current_stage = rank, size, local, "the start"
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
+        """Describe this process; `store` holds the exit reasons of all ranks."""
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.current_stage = "the start"
         self._store = store
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, and keeps what there is only one of."""
+        """True for the rank that prints, and writes what is written once."""
         return self.rank == 0
 
-    def device(self, asked: str, found: torch.device) -> torch.device:
-        """Where this process works: on `found`, or on the GPU of its own number where several are to be used.
+    def device(self, name: str, device: torch.device) -> torch.device:
+        """Return the device of this rank: `device`, or the GPU of its local rank if there are several ranks.
 
         Args:
-            asked: as the user named it.
-            found: what that is for one process.
+            name: of the device as the user gave it.
+            device: that a single process would use.
 
         Raises:
-            ConfigError: for one GPU for several processes, or without a GPU for each.
+            ConfigError: for one GPU for several ranks, or fewer GPUs than ranks.
         """
-        if self.size == 1 or found.type != "cuda":
-            return found
-        if asked not in ("auto", "cuda"):
-            raise ConfigError(f"Device '{asked}' is one GPU for {self.size} processes: leave --device out.")
-        if self.local >= torch.cuda.device_count():
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if name not in ("auto", "cuda"):
+            raise ConfigError(f"Device '{name}' is one GPU for {self.size} processes: leave --device out.")
+        if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(f"{torch.cuda.device_count()} GPUs are here for more processes: start one for each GPU.")
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
     def shard(self, values: Tensor) -> Tensor:
-        """Every `size`-th of the rows of a tensor, those of this process.
+        """Return the rows of this rank: every `size`-th row of a tensor, from row `rank` on.
 
         Raises:
-            ConfigError: when there are fewer rows than processes.
+            ConfigError: when there are fewer rows than ranks.
         """
         if len(values) < self.size:
             raise ConfigError(f"{len(values)} windows cannot be split over {self.size} processes: give more samples.")
         return values[self.rank :: self.size]
 
     def shard_batch_sizes(self, count: int, batch: int) -> list[int]:
-        """How many of every `batch` consecutive ones of all processes' `count` rows are this process's by `share`.
+        """Return the numbers of rows in the batches of this rank's shard.
 
-        A batch has at least one row of each process, but for the last, which is left out where it has none of this one.
+        Every batch of all ranks has at least one row of each rank. The last batch may have none of this rank, and is
+        left out then.
+
+        Args:
+            count: rows of all ranks.
+            batch: rows in a batch of all ranks.
         """
         ends = [*range(0, count, max(batch, self.size)), count]
-        # So many of the rows before each end are this process's.
-        mine = [-(-max(end - self.rank, 0) // self.size) for end in ends]
-        return [after - before for before, after in pairwise(mine) if after > before]
+        # Rows of this rank before each end.
+        local = [-(-max(end - self.rank, 0) // self.size) for end in ends]
+        return [after - before for before, after in pairwise(local) if after > before]
 
-    def broadcast_from_main(self, value: Callable[[], Any]) -> Any:
-        """What the first process makes of `value`, which no other calls; it must be picklable.
+    def broadcast_from_main(self, compute: Callable[[], Any]) -> Any:
+        """Call a function on the main rank alone, and return its picklable result on all ranks.
 
-        What it raises ends all of them.
+        An exception in it ends all ranks.
         """
         if self.size == 1:
-            return value()
-        made = [value()] if self.is_main else [None]
-        with self._together():
-            dist.broadcast_object_list(made, src=0)
-        return made[0]
+            return compute()
+        values = [compute()] if self.is_main else [None]
+        with self._communication():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank, on every one of them."""
+        """Return the values of all ranks, by rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        with self._together():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        with self._communication():
+            dist.all_gather_object(values, value)
+        return values
 
-    def sum_counters(self, mine: Mapping[str, int]) -> dict[str, int]:
-        """Sums by name, in the first process's order and then the others'; who lacks a name counts nothing for it."""
+    def sum_counters(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the sums over all ranks by name; a missing name counts 0. The names of rank 0 come first."""
         total: dict[str, int] = {}
-        for one in self.all_gather_object(dict(mine)):
-            for name, count in one.items():
+        for part in self.all_gather_object(dict(counts)):
+            for name, count in part.items():
                 total[name] = total.get(name, 0) + count
         return total
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sums over all processes, the same bits on every one of them; may overwrite `values`."""
+        """Return the sums over all ranks, with the same bits on each of them; may overwrite `values`."""
         if self.size > 1:
-            with self._together():
+            with self._communication():
                 dist.all_reduce(values)
         return values
 
-    def reduce_statistics(self, mine: InputSums, owner: int | None) -> None:
-        """Add up the sums of all processes in place: on `owner`, the others let go of theirs, or on all for None."""
+    def reduce_statistics(self, sums: InputSums, owner: int | None) -> None:
+        """Add up input statistics over all ranks in place.
+
+        Args:
+            sums: of this rank.
+            owner: rank that gets the total, while the others free their sums; None for all ranks.
+        """
         if self.size == 1:
             return
-        tokens = torch.tensor([mine.tokens], dtype=torch.int64)
-        with self._together():
-            for part in (tokens, *mine.tensors()):
+        tokens = torch.tensor([sums.tokens], dtype=torch.int64)
+        with self._communication():
+            for tensor in (tokens, *sums.tensors()):
                 if owner is None:
-                    dist.all_reduce(part)
+                    dist.all_reduce(tensor)
                 else:
-                    dist.reduce(part, dst=owner)
-        mine.tokens = int(tokens)
+                    dist.reduce(tensor, dst=owner)
+        sums.tokens = int(tokens)
         if owner not in (None, self.rank):
-            mine.free()
+            sums.free()
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Give every process the values that `tensor` has on `source`, in place."""
+        """Overwrite a tensor on all ranks by its values on the rank `source`."""
         if self.size > 1:
-            with self._together():
+            with self._communication():
                 dist.broadcast(tensor, src=source)
 
     def barrier(self) -> None:
-        """Go on when every process is here."""
+        """Wait until every rank has called this."""
         self.all_reduce_sum(torch.zeros(1))
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Turn the loss of another process into one sentence."""
+    def _communication(self) -> Iterator[None]:
+        """Context that raises `RankLost` if a collective operation fails."""
         try:
             yield
         except RuntimeError as error:
-            raise RankLost(self._loss(error)) from error
+            raise RankLost(self._describe_lost_rank(error)) from error
 
-    def post_exit_reason(self, sentence: str) -> None:
-        """Leave last words for the others: why this process ends."""
+    def post_exit_reason(self, reason: str) -> None:
+        """Publish the reason why this rank ends, for the error messages of the others."""
         if self.size > 1:
             with suppress(Exception):
-                self._store.set(f"end/{self.rank}", sentence.encode())
+                self._store.set(f"end/{self.rank}", reason.encode())
 
-    def _loss(self, error: Exception) -> str:
-        """Who is lost, where, and why, as far as those who are left know."""
+    def _describe_lost_rank(self, error: Exception) -> str:
+        """Return which rank is lost, where, and why, as far as the remaining ranks can find out."""
         self.post_exit_reason("")
-        deadline, words = time.monotonic() + _LAST_WORDS, dict[int, str]()
-        # torchrun soon asks those who are left to end, too.
+        deadline, reasons = time.monotonic() + _EXIT_REASON_TIMEOUT, dict[int, str]()
+        # torchrun soon interrupts the remaining ranks as well.
         with suppress(KeyboardInterrupt):
-            while time.monotonic() < deadline and not any(words.values()) and len(words) < self.size:
-                words |= {rank: found for rank in range(self.size) if (found := self._words(rank)) is not None}
+            while time.monotonic() < deadline and not any(reasons.values()) and len(reasons) < self.size:
+                reasons |= {rank: text for rank in range(self.size) if (text := self._exit_reason(rank)) is not None}
                 time.sleep(0.1)
-        for rank, sentence in words.items():
-            if sentence:
-                return f"Rank {rank} ended: {sentence}"
-        gone = [rank for rank in range(self.size) if rank not in words]
-        if not gone:
-            return f"Rank {self.rank} lost touch with the others at {self.current_stage} ({first_line(error)})."
+        for rank, reason in reasons.items():
+            if reason:
+                return f"Rank {rank} ended: {reason}"
+        lost = [rank for rank in range(self.size) if rank not in reasons]
+        if not lost:
+            return f"Rank {self.rank} lost the connection to the others at {self.current_stage} ({first_line(error)})."
         return (
-            f"Rank {', '.join(map(str, gone))} of {self.size} died or hangs: rank {self.rank} waited in vain at "
+            f"Rank {', '.join(map(str, lost))} of {self.size} died or hangs: rank {self.rank} timed out at "
             f"{self.current_stage}; the system's log says whether it was killed for its memory."
         )
 
-    def _words(self, rank: int) -> str | None:
+    def _exit_reason(self, rank: int) -> str | None:
         try:
             return self._store.get(f"end/{rank}").decode() if self._store.check([f"end/{rank}"]) else None
         except Exception:  # the store ends with the process that keeps it
             return None
 
 
+# Group of a process that works alone, for default arguments.
+SINGLE_PROCESS = ProcessGroup()
+
+
 def timeout() -> float:
-    """Seconds to wait for other processes.
+    """Return the seconds to wait for other ranks.
 
     Raises:
         ConfigError: when ALPS_RANK_TIMEOUT is no positive number.
     """
-    given = os.environ.get("ALPS_RANK_TIMEOUT", str(_TIMEOUT))
+    text = os.environ.get("ALPS_RANK_TIMEOUT", str(_TIMEOUT))
     try:
-        found = float(given)
+        seconds = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found < 1e7:
-        raise ConfigError(f"ALPS_RANK_TIMEOUT is '{given}': give seconds, as a positive number.")
-    return found
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise ConfigError(f"ALPS_RANK_TIMEOUT is '{text}': give seconds, as a positive number.")
+    return seconds
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The processes that torchrun has started, or this one alone; they part at the end of the body.
+    """Context of the processes that torchrun has started, or of a single one without torchrun.
 
-    What a process fails with is told to the others, who wait for it in vain.
+    The error with which a rank ends becomes the error message of the ranks that wait for it.
 
     Raises:
-        RankLost: when another process is lost.
+        RankLost: when another rank is lost.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _is_distributed():
         yield ProcessGroup()
         return
     limit = datetime.timedelta(seconds=timeout())
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    words, calls = (dist.PrefixStore(name, store) for name in ("words", "run"))  # type: ignore[attr-defined]
-    group = ProcessGroup(rank, size, int(os.environ.get("LOCAL_RANK", "0")), words)
+    reasons, calls = (dist.PrefixStore(name, store) for name in ("reasons", "run"))  # type: ignore[attr-defined]
+    group = ProcessGroup(rank, size, int(os.environ.get("LOCAL_RANK", "0")), reasons)
     dist.init_process_group(backend, store=calls, rank=rank, world_size=size, timeout=limit)
     try:
         yield group
@@ -234,6 +251,10 @@ def process_group() -> Iterator[ProcessGroup]:
             dist.destroy_process_group()
 
 
+def _is_distributed() -> bool:
+    return dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, AlpsError) and str(error) else f"{type(error).__name__}: {error}"
 
@@ -244,5 +265,5 @@ def require_single_process(command: str) -> None:
     Raises:
         ConfigError: under torchrun with more than one process.
     """
-    if dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_distributed():
         raise ConfigError(f"alps {command} runs in one process: start it without torchrun.")

@@ -33,7 +33,8 @@ from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.fingerprint import model_sha256
 from alps.models.load import check_model_path, parse_dtype
 from alps.pruning.config import PruneConfig
-from alps.pruning.run import build_block_pruner, run
+from alps.pruning.job import make_context
+from alps.pruning.run import prune_model
 from alps.pruning.sparsity_allocation import check_fit
 from alps.reporting.compare_results import DENSE, RESULTS_NAME, Continuation, Result, read_results, write_results
 from alps.reporting.markdown_tables import TABLE_NAME, summary
@@ -64,7 +65,7 @@ def run_comparison(settings: CompareConfig, out: Path, progress: Progress) -> li
     if settings.model != DEMO_MODEL_NAME:
         check_model_path(settings.model)
     tasks = find_tasks(settings.tasks, _path(settings.task_data), settings.limit) if settings.tasks else None
-    read = [one.settings for one in combinations if build_block_pruner(one.settings).reads_inputs]
+    read = [one.settings for one in combinations if one.settings.resolve().reads_inputs]
     sources = {spec: load_calibration(*spec) for spec in dict.fromkeys((one.calibration, one.samples) for one in read)}
     with locked_directory(out, COMPARISON_NAME):
         settings.check_continues(out)
@@ -195,10 +196,10 @@ class _Bench:
     def result(self, one: Combination) -> Result:
         """Prune the copy as asked for, and measure it."""
         self.copy.model.load_state_dict(self.dense.model.state_dict())
-        walk = build_block_pruner(one.settings, self.progress)
-        windows = self.windows(one.settings) if walk.reads_inputs else None
+        recipe, context = one.settings.resolve(), make_context(one.settings, self.progress)
+        windows = self.windows(one.settings) if recipe.reads_inputs else None
         reset_peak_memory(self.device)
-        report = run(self.copy, walk, windows, one.seed)
+        report = prune_model(self.copy, windows, recipe, context, seed=one.seed)
         names = (f"{self.dense.name}, {one.method} {one.pattern}", self.dense.name)
         models = (self.copy.model, self.reference)
         found: list[EvaluationRecord] = [

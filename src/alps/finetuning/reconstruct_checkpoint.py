@@ -197,13 +197,21 @@ def _match_blocks(
         ):
             targets = _captured(capture_block_inputs(dense, models, ids, batch), storage)
             inputs = _captured(capture_block_inputs(pruned, tuned, ids, batch), storage)
-            predictions = OutputLoss(Head(pruned, tuned), torch.split(ids, batch))
+            output_loss = OutputLoss(Head(pruned, tuned), torch.split(ids, batch))
             for model, block in zip(models, tuned, strict=True):
                 with on_device(model, device), on_device(block, device):
                     targets.advance(model.index, model.module, device)
-                    ending = predictions if block is tuned[-1] else None
-                    how = (matching, device, settings.seed, ending, None, model)
-                    records.append(reconstruct_block(block, inputs, targets.hidden, *how))
+                    record = reconstruct_block(
+                        block,
+                        inputs,
+                        targets.hidden,
+                        matching,
+                        device=device,
+                        dense_block=model,
+                        output_loss=output_loss if block is tuned[-1] else None,
+                        seed=settings.seed,
+                    )
+                    records.append(record)
                     if block is not tuned[-1]:
                         inputs.advance(block.index, block.module, device)
                 progress.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")

@@ -18,10 +18,11 @@ from alps.data.mixture import CalibrationMix, load_calibration
 from alps.models.finite_check import check_finite
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
-from alps.pruning.job import PruneJob, prune_directory, prune_job
+from alps.pruning.job import PruneJob, prune_checkpoint, run_job
 from alps.pruning.presets import PAPER, apply_preset
 from alps.pruning.recipe import PruneRecipe
-from alps.pruning.run import block_pruner, make_calibration_windows, run, write
+from alps.pruning.run import make_calibration_windows, prune_model
+from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method, Refitted
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
@@ -143,14 +144,22 @@ def prune(
         return _prune_in_memory(model, tokenizer, calibration, config, recipe, out, progress)
     assert out is not None
     if isinstance(method, str) and not isinstance(calibration, Tensor):
-        return prune_directory(config, Path(out), progress, resume)
+        return prune_checkpoint(config, Path(out), progress, resume=resume)
     context = RunContext(
         device=config.pick_device(), progress=progress, offload=offload, activation_bytes=config.activation_bytes
     )
     source = calibration if isinstance(calibration, Tensor) else config.calibration
-    sizes = (config.samples, config.seqlen, config.seed)
-    job = PruneJob(config.model, block_pruner(recipe, context), source, *sizes, config.device, config.dtype)
-    return prune_job(job, Path(out), resume)
+    job = PruneJob(
+        model=config.model,
+        recipe=recipe,
+        calibration=source if recipe.reads_inputs else None,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+    )
+    return run_job(job, Path(out), context, resume=resume)
 
 
 def _prune_in_memory(
@@ -170,18 +179,17 @@ def _prune_in_memory(
     context = RunContext(
         device=device, progress=progress, offload=config.offload, activation_bytes=config.activation_bytes
     )
-    walk = block_pruner(recipe, context)
     source: Tensor | CalibrationMix | None = None
     if isinstance(calibration, Tensor):
         source = calibration
     elif recipe.reads_inputs:
         source = load_calibration(config.calibration, config.samples)
-    windows = make_calibration_windows(loaded, source, config.samples, config.seqlen, config.seed, walk)
-    report = run(loaded, walk, windows, None if isinstance(calibration, Tensor) else config.seed)
-    report.add_seconds("load", seconds)
-    if out is not None:
-        write(loaded, report, Path(out))
-    return report
+    windows = make_calibration_windows(
+        loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed
+    )
+    seed = None if isinstance(calibration, Tensor) else config.seed
+    report = prune_model(loaded, windows, recipe, context, seed=seed, load_seconds=seconds)
+    return report if out is None else write(loaded, report, Path(out))
 
 
 def _make_config(values: Mapping[str, Any], method: Method | str) -> PruneConfig:

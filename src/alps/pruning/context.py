@@ -1,4 +1,4 @@
-"""The environment of a pruning run: device, process group, progress, memory limits."""
+"""The environment of a pruning run: device, process group, progress, memory limits, journal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from alps.core.distributed import ProcessGroup
 from alps.core.progress import NoProgress, Progress
+from alps.pruning.resume import NullJournal, RunJournal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class RunContext:
         offload: keep the activations between blocks in host memory.
         activation_bytes: limit of the activations in memory, in bytes; the others go to files. None for no limit.
         spill_folder: folder of those files; None for the system's folder of temporary files.
+        journal: keeps every finished block, and restores those of an earlier process.
     """
 
     device: torch.device
@@ -30,3 +32,4 @@ class RunContext:
     offload: bool = False
     activation_bytes: int | None = None
     spill_folder: Path | None = None
+    journal: RunJournal = field(default_factory=NullJournal)

@@ -1,7 +1,7 @@
-"""What a run will do, hold and take, before it is begun: from the skeleton, and from seconds of measurement here.
+"""Estimate what a run will prune, hold in memory and take, from the model's shapes and some seconds of measurement.
 
-Forwards and Grams grow with the tokens and the blocks; a solve grows as m n^2 + n^3 (m outputs, n inputs). Matching
-takes a forward and a backward pass, three forwards, for each token. All of it is an estimate.
+Forwards and Gram matrices grow with the tokens and the blocks; a solve grows as m n^2 + n^3 (m outputs, n inputs). A
+reconstruction takes a forward and a backward pass, as long as three forwards, for each token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from alps.core.statistics import InputSums
 from alps.core.text_format import format_duration, format_size
 from alps.data.calibration import LoadedModel
 from alps.models.blocks import Block
-from alps.pruning.pipeline import BlockPruner
+from alps.pruning.context import RunContext
+from alps.pruning.recipe import PruneRecipe
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
-from alps.pruning.sparsity_allocation import PLAN_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
-from alps.pruning.time_estimate import Measured, cost, measure
+from alps.pruning.sparsity_allocation import ALLOCATION_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, check_fit
+from alps.pruning.time_estimate import BlockTimes, measure_block, solve_size
 from alps.reporting.records import Record
 
 # Float32 matrices that a solver holds at once: of the size of the Gram, and of the size of the weight.
@@ -28,7 +29,7 @@ _DENSE_LINES = 20
 
 
 class Kind(Record):
-    """Sites of one name and shape (out, in), and how many there are."""
+    """Number of layers of one name and shape (out, in)."""
 
     name: str
     shape: tuple[int, int]
@@ -36,16 +37,16 @@ class Kind(Record):
 
 
 class Forecast(Record):
-    """A run that was not begun.
+    """Estimates for a run.
 
     Attributes:
-        architecture, method, pattern, device: what is pruned, how, and where.
-        blocks, sites, entries: how many, and the weights of all sites.
-        kinds: sites by name and shape.
+        architecture, method, pattern, device: of the run.
+        blocks, sites, entries: number of blocks, of layers, and of the weights of all layers.
+        kinds: layers by name and shape.
         dense: parameters with two or more dimensions that stay dense, with the reason.
-        streamed: whether weights stay on the disk until their block's turn.
-        memory: bytes by what holds them; what comes about together adds up to the peak.
-        seconds: by phase, estimated; empty where the method reads no inputs.
+        streamed: True if weights stay on disk until their block is pruned.
+        memory: bytes by use; uses at the same time add up to the peak.
+        seconds: by phase; empty where the method reads no inputs.
         measured: seconds that the measurement took.
     """
 
@@ -64,93 +65,108 @@ class Forecast(Record):
     measured: float
 
 
-def forecast(loaded: LoadedModel, walk: BlockPruner, samples: int, seqlen: int) -> Forecast:
-    """What `walk` would do to a model with so many windows of so many tokens; nothing is changed.
+def forecast(loaded: LoadedModel, recipe: PruneRecipe, context: RunContext, *, samples: int, seqlen: int) -> Forecast:
+    """Estimate a run on a model; the model stays unchanged.
+
+    Args:
+        loaded: model to prune.
+        recipe: method, pattern and options.
+        context: device and memory limits.
+        samples: calibration windows.
+        seqlen: tokens in each window.
 
     Raises:
         ConfigError: when the pattern does not fit, or the windows are longer than the model takes.
         UnsupportedModel: when the model has no decoder blocks, or they cannot be walked.
     """
-    begun = time.perf_counter()
-    ruled = walk.rules.applied(loaded.model, every := loaded.blocks())
-    blocks = ruled.blocks
-    check_fit(blocks, walk.pattern, ruled.patterns)
+    start = time.perf_counter()
+    all_blocks = loaded.blocks()
+    applied = recipe.rules.applied(loaded.model, all_blocks)
+    blocks = applied.blocks
+    check_fit(blocks, recipe.pattern, applied.patterns)
     loaded.check_length(seqlen)
     sites = [site for block in blocks for site in block.sites]
     kinds = Counter((site.kind, site.shape) for site in sites)
-    measured = measure(loaded, walk, blocks, seqlen) if walk.reads_inputs else None
+    times = measure_block(loaded, blocks, recipe, context, seqlen=seqlen) if recipe.reads_inputs else None
+    dense = applied.dense(loaded.model, all_blocks, {site.name for site in sites})
     return Forecast(
         architecture=type(loaded.model).__name__,
-        method=walk.method.name,
-        pattern=str(walk.pattern),
-        device=str(walk.device),
+        method=recipe.method.name,
+        pattern=str(recipe.pattern),
+        device=str(context.device),
         blocks=len(blocks),
         sites=len(sites),
         entries=sum(site.entries for site in sites),
         kinds=[Kind(name=name, shape=shape, count=count) for (name, shape), count in kinds.items()],
-        dense=[(d.name, d.reason) for d in ruled.dense(loaded.model, every, {site.name for site in sites})],
+        dense=[(record.name, record.reason) for record in dense],
         streamed=loaded.store is not None,
-        memory=_memory(loaded, walk, blocks, samples * seqlen, measured),
-        seconds={} if measured is None else _seconds(walk, blocks, samples * seqlen, measured),
-        measured=time.perf_counter() - begun,
+        memory=_memory(loaded, blocks, recipe, context, samples * seqlen, times),
+        seconds={} if times is None else _seconds(blocks, recipe, samples * seqlen, times),
+        measured=time.perf_counter() - start,
     )
 
 
-def _seconds(walk: BlockPruner, blocks: list[Block], tokens: int, measured: Measured) -> dict[str, float]:
+def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: BlockTimes) -> dict[str, float]:
     count = len(blocks)
-    one_pass = measured.forward * tokens * count
-    # What the dense model makes of a block comes with its inputs, where a target needs them.
-    beside = one_pass if walk.matching is not None and not walk.target else 0.0
-    found = {
-        "forward": (measured.observe + measured.advance) * tokens * count + beside,
-        "gram": measured.gram * tokens * count,
-        "solve": measured.solve / measured.cost * sum(cost(s.shape) for block in blocks for s in block.sites),
+    one_pass = times.forward * tokens * count
+    # A dense target keeps the outputs of the dense block together with its inputs.
+    dense_pass = one_pass if recipe.reconstruction is not None and not recipe.dense_target else 0.0
+    sizes = sum(solve_size(site.shape) for block in blocks for site in block.sites)
+    seconds = {
+        "forward": (times.observe + times.advance) * tokens * count + dense_pass,
+        "gram": times.gram * tokens * count,
+        "solve": times.solve / times.cost * sizes,
     }
-    if walk.matching is not None:
-        # Forward and backward for every epoch, a look at the held-back windows now and then; the dense block beside.
-        twice = 1 if walk.matching.target < 1 else 0
-        found["match"] = one_pass * ((3 + twice) * walk.matching.epochs + 0.5 * (1 + twice))
-    if walk.channels != "equal":
-        found["channels"] = measured.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
-    if walk.budget != "uniform":
-        found["budget"] = (measured.gram + 2 * measured.forward) * min(tokens, PLAN_TOKENS) * count
-    if walk.budget == "sensitivity":
-        # Every site is cut once, and what that does is carried through the blocks behind it.
+    if (reconstruction := recipe.reconstruction) is not None:
+        # Every epoch takes a forward and a backward, and checks on the held-back windows; the dense block runs as well.
+        dense = 1 if reconstruction.target < 1 else 0
+        seconds["reconstruct"] = one_pass * ((3 + dense) * reconstruction.epochs + 0.5 * (1 + dense))
+    if recipe.row_weights != "equal":
+        seconds["row_weights"] = times.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
+    if recipe.allocation != "uniform":
+        seconds["allocation"] = (times.gram + 2 * times.forward) * min(tokens, ALLOCATION_TOKENS) * count
+    if recipe.allocation == "sensitivity":
+        # Every layer is pruned alone once, and the change is carried through the blocks after it.
         probes = sum(len(block.sites) * (count - block.index) for block in blocks)
-        found["budget"] += measured.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes
-    return found
+        seconds["allocation"] += times.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes
+    return seconds
 
 
 def _memory(
-    loaded: LoadedModel, walk: BlockPruner, blocks: list[Block], tokens: int, measured: Measured | None
+    loaded: LoadedModel,
+    blocks: list[Block],
+    recipe: PruneRecipe,
+    context: RunContext,
+    tokens: int,
+    times: BlockTimes | None,
 ) -> dict[str, int]:
     parameters = list(loaded.model.parameters())
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     largest = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
-    walks_dense = walk.target > 0 or walk.matching is not None
+    models = 2 if recipe.uses_dense_reference else 1
     site = max((site for block in blocks for site in block.sites), key=lambda site: site.entries)
-    found = {
-        "block": largest * (2 if walks_dense else 1),
-        "solver": 4 * (_WEIGHTS * site.entries + (_GRAMS * site.shape[1] ** 2 if measured is not None else 0)),
+    memory = {
+        "block": largest * models,
+        "solver": 4 * (_WEIGHTS * site.entries + (_GRAMS * site.shape[1] ** 2 if times is not None else 0)),
         "outside the blocks": sum(_bytes(p) for p in parameters if id(p) not in inside),
     }
     if loaded.store is None:
-        found["whole model"] = sum(_bytes(p) for p in parameters)
-    if measured is not None:
+        memory["whole model"] = sum(_bytes(p) for p in parameters)
+    if times is not None:
         size = next(p for p in parameters if id(p) in inside).dtype.itemsize
-        width = _width(loaded.blocks())
-        states = tokens * width * size * (2 if walks_dense else 1)
-        limit, kept = walk.activation_bytes, [tokens * sum(measured.inputs) * size] if walk.target > 0 else []
-        settled = [tokens * features * size for features in measured.settled]
-        found["statistics"] = sum(InputSums.nbytes(n, walk.needs) for n in measured.inputs)
-        found["activations"] = states if limit is None else min(states, limit)
-        found["inputs of the dense block"] = sum(kept[index] for index in select_within_budget(kept, limit))
-        found["settled parts"] = sum(settled[index] for index in select_within_budget(settled, limit))
-    return found
+        states = tokens * _width(loaded.blocks()) * size * models
+        limit = context.activation_bytes
+        dense = [tokens * sum(times.inputs) * size] if recipe.dense_target > 0 else []
+        cached = [tokens * features * size for features in times.cached]
+        memory["statistics"] = sum(InputSums.nbytes(n, recipe.needs) for n in times.inputs)
+        memory["activations"] = states if limit is None else min(states, limit)
+        memory["inputs of the dense block"] = sum(dense[index] for index in select_within_budget(dense, limit))
+        memory["cached outputs"] = sum(cached[index] for index in select_within_budget(cached, limit))
+    return memory
 
 
 def _width(blocks: list[Block]) -> int:
-    """Features of the hidden states: what the first site of a block reads."""
+    """Return the features of the hidden states, which the first site of a block reads."""
     return blocks[0].sites[0].shape[1]
 
 
@@ -159,30 +175,32 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def peak(memory: dict[str, int], streamed: bool) -> int:
-    """The largest sum of what is held at one time, without the program itself."""
+    """Return the largest sum of memory at one time, in bytes, without the program itself."""
     always = memory.get("activations", 0) + memory.get("whole model", 0)
-    together = ("block", "solver", "statistics", "inputs of the dense block", "settled parts")
+    together = ("block", "solver", "statistics", "inputs of the dense block", "cached outputs")
     at_work = sum(memory.get(name, 0) for name in together)
     return always + (max(at_work, memory["outside the blocks"]) if streamed else at_work)
 
 
-def forecast_summary(found: Forecast) -> str:
-    """What a run would prune, hold and take, in a few lines."""
-    kinds = ", ".join(f"{kind.count} {kind.name} {kind.shape[0]}x{kind.shape[1]}" for kind in found.kinds)
+def forecast_summary(estimate: Forecast) -> str:
+    """Return an estimate as a few lines of text."""
+    kinds = ", ".join(f"{kind.count} {kind.name} {kind.shape[0]}x{kind.shape[1]}" for kind in estimate.kinds)
     lines = [
-        f"{found.architecture}: {found.sites} linear layers with {found.entries:,} weights in {found.blocks} blocks, "
-        f"{found.method} {found.pattern} on {found.device}.",
+        f"{estimate.architecture}: {estimate.sites} linear layers with {estimate.entries:,} weights in "
+        f"{estimate.blocks} blocks, {estimate.method} {estimate.pattern} on {estimate.device}.",
         f"Pruned (outputs x inputs): {kinds}.",
-        "Left dense: " + (", ".join(f"{name} ({why})" for name, why in found.dense[:_DENSE_LINES]) or "nothing") + ".",
+        "Left dense: "
+        + (", ".join(f"{name} ({why})" for name, why in estimate.dense[:_DENSE_LINES]) or "nothing")
+        + ".",
         "Weights: "
-        + ("read from their files block by block." if found.streamed else "the whole model is held in memory."),
-        f"Memory: about {format_size(peak(found.memory, found.streamed))} besides the program itself ("
-        + ", ".join(f"{name} {format_size(size)}" for name, size in found.memory.items() if size)
+        + ("read from their files block by block." if estimate.streamed else "the whole model is held in memory."),
+        f"Memory: about {format_size(peak(estimate.memory, estimate.streamed))} besides the program itself ("
+        + ", ".join(f"{name} {format_size(size)}" for name, size in estimate.memory.items() if size)
         + ").",
     ]
-    if found.seconds:
-        phases = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in found.seconds.items())
-        total = format_duration(sum(found.seconds.values()))
-        lines.append(f"Time: about {total} ({phases}), from {found.measured:.0f} s of measurement.")
+    if estimate.seconds:
+        phases = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in estimate.seconds.items())
+        total = format_duration(sum(estimate.seconds.values()))
+        lines.append(f"Time: about {total} ({phases}), from {estimate.measured:.0f} s of measurement.")
     lines.append("Nothing was pruned or written.")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The sites of a block, one after the other: what they are to reproduce, the solver, the write, the record."""
+"""Solve the layers that read one input: make the problem, solve it, store the weights, measure the error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,168 +11,230 @@ import torch
 from torch import Tensor
 
 from alps.calibration.moe_statistics import LayerInput
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.core.phase_timer import PhaseTimer
-from alps.core.progress import Progress
 from alps.core.statistics import InputStats
 from alps.models.blocks import Block
 from alps.models.sites import Site
+from alps.pruning.context import RunContext
+from alps.pruning.recipe import PruneRecipe
 from alps.reporting.run_report import LayerRecord, solve_record
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method, Solution
 from alps.solvers.dense_target import shifted_weight, target_damping, target_shift
 from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import MaskedPattern, Pattern, keep_largest, restrict_to_nonzeros
-from alps.solvers.row_parallel import Rows
 from alps.solvers.topk import apply_mask
 
+_EQUAL: Mapping[str, Tensor] = {}
 
-@dataclass
-class LayerSolver:
-    """Prunes sites whose inputs were observed.
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """Statistics of one input, and what its layers share for their solves.
 
     Attributes:
-        method, pattern, patterns, respect_zeros, measure_errors, target, watcher: as in `BlockPruner`.
-        channels: by site, what its rows count (out,), see `row_weights.py`; rows of a site without count alike, and all
-            of them where it is None.
-        counted: whether calibration tokens were fed.
-        shown: indices of the blocks whose solves are traced.
-        phases: where the time goes.
-        records: one for every site is added.
+        source: statistics as they were collected; its large sums are freed.
+        stats: the same in float32.
+        method: solver of the layers.
+        state: of the method for these statistics, such as a factor.
+        shift: change of the target for the dense reference, shape (in, in); None without a dense target.
     """
 
+    source: LayerInput
+    stats: InputStats
     method: Method
+    state: Any
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Pruning problem of one layer.
+
+    Attributes:
+        site: layer to prune.
+        inputs: of the layer, prepared for the method.
+        target: weight whose outputs the layer reproduces, shape (out, in), float32.
+        pattern: weights to keep.
+        row_scale: square roots of the row weights, shape (out, 1), float32; None where all rows weigh the same.
+    """
+
+    site: Site
+    inputs: PreparedInput
+    target: Tensor
     pattern: Pattern
-    patterns: Mapping[str, Pattern]
-    respect_zeros: bool
-    measure_errors: bool
-    target: float
-    counted: bool
-    shown: frozenset[int]
-    progress: Progress
-    phases: PhaseTimer
-    records: list[LayerRecord]
-    channels: Mapping[str, Tensor] | None = None
+    row_scale: Tensor | None
 
-    def shared_input(self, block: Block, shared: LayerInput, rows: Rows | None = None) -> None:
-        """Prune the sites of one input; with `rows`, together with other processes, each some rows of every site.
+    def solve(self, group: ProcessGroup) -> Solution:
+        """Prune the target weight; with a group of several ranks each of them solves some of the rows.
 
-        The sums are let go of: rounded, they are held for the time of the solves.
+        The rows share the Gram matrix, so that rows weighted by d are the same problem for rows times sqrt(d).
 
         Raises:
-            SolveFailed: when the inputs or an answer are not finite; names the sites.
+            SolveFailed: when the weights or the solution are not finite; names the layer.
         """
-        shown = block.index in self.shown and not shared.sites[0].expert
-        shift, method = None, self.method.traced() if shown else self.method
-        with self.phases.measure("prepare"):
-            stats = shared.sums.into_stats()
-            _check(stats, block, shared)
-        with self.phases.measure("prepare"), _naming(shared.sites):
-            state = method.prepare(stats)
-            if stats.input_shift is not None:
-                shift = target_shift(stats, self.target, target_damping(stats.tokens))
-        for index, site in enumerate(shared.sites):
-            aim = site.read().to(torch.float32).clone()
-            if shift is not None:
-                aim = shifted_weight(aim, shift)
-            pattern = self.patterns.get(site.name, self.pattern)
-            if self.respect_zeros:
-                pattern = restrict_to_nonzeros(pattern.base, site.read())
-            with self.phases.measure("solve"), _naming([site]):
-                solution = self._solved(method, site, aim, state, pattern, rows)
-            stored = self._store(site, solution)
-            # Of what several processes solve together each keeps the record of some sites.
-            if rows is None or index % rows.size == rows.rank:
-                self._record(block, site, aim, pattern, solution, stored, shared, stats)
-
-    def told(self, record: LayerRecord) -> None:
-        """A site is done, here or in another process."""
-        self.progress.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
-
-    def _solved(
-        self, method: Method, site: Site, aim: Tensor, state: Any, pattern: Pattern, rows: Rows | None
-    ) -> Solution:
-        weights = None if self.channels is None else self.channels.get(site.name)
-        # Rows share the Gram: weighed by d, they are the same problem for rows times sqrt(d).
-        scale = None if weights is None else weights.sqrt()[:, None]
-        wanted = aim if scale is None else aim * scale
-        if rows is None:
-            solution = method.solve(wanted, state, pattern)
-        else:
-            solution = _by_rows(method, wanted, state, pattern, rows)
-        if scale is not None:
-            solution.weight = solution.weight / scale
-        elif self.channels is not None:
-            solution.info.notes.append("its channels count alike: what they do to the block's output cannot be told")
+        target = self.target if self.row_scale is None else self.target * self.row_scale
+        with _layer_names([self.site]):
+            if group.size == 1:
+                solution = self.inputs.method.solve(target, self.inputs.state, self.pattern)
+            else:
+                solution = _solve_shared_rows(self.inputs, target, self.pattern, group)
+        if self.row_scale is not None:
+            solution.weight = solution.weight / self.row_scale
         return solution
 
-    @staticmethod
-    def _store(site: Site, solution: Solution) -> Tensor:
-        stored = site.write(solution.weight)
+    def commit(self, solution: Solution) -> Tensor:
+        """Store the solution in the model and return it as stored, shape (out, in), in the checkpoint's dtype.
+
+        Raises:
+            SolveFailed: when a weight overflows that dtype.
+        """
+        stored = self.site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
-                f"Site {site.name}: pruned weights overflow {site.dtype}: run with --dtype bfloat16 or float32."
+                f"Site {self.site.name}: pruned weights overflow {self.site.dtype}: run with --dtype bfloat16 or "
+                "float32."
             )
         return stored
 
-    def _record(
+    def errors(self, stored: Tensor) -> tuple[float, float]:
+        """Return the relative reconstruction errors of the stored weights and of magnitude pruning."""
+        magnitude = apply_mask(self.target, keep_largest(self.target.abs(), self.pattern))
+        error, magnitude_error = relative_errors([stored.float(), magnitude], self.target, self.inputs.stats)
+        return error, magnitude_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSolver:
+    """Solver of the layers of one block.
+
+    Attributes:
+        recipe: method, pattern and options.
+        context: device, ranks and progress.
+        patterns: of single layers by name, in place of the recipe's.
+        traced: record the error of the iterates of the solves.
+        timer: receives the wall time by phase.
+    """
+
+    recipe: PruneRecipe
+    context: RunContext
+    patterns: Mapping[str, Pattern]
+    traced: bool
+    timer: PhaseTimer
+
+    def solve_input(
         self,
         block: Block,
-        site: Site,
-        aim: Tensor,
-        pattern: Pattern,
-        solution: Solution,
-        stored: Tensor,
-        shared: LayerInput,
-        stats: InputStats,
-    ) -> None:
-        found = 0 if self.respect_zeros else None
-        if isinstance(pattern, MaskedPattern):
-            found = int(torch.count_nonzero(~pattern.allowed))
-        for phase, seconds in solution.info.seconds.items():
-            self.phases.add(phase, seconds)
+        source: LayerInput,
+        row_weights: Mapping[str, Tensor] = _EQUAL,
+        group: ProcessGroup = SINGLE_PROCESS,
+    ) -> list[LayerRecord]:
+        """Prune the layers that read one input, and free its sums.
+
+        Args:
+            block: that holds the layers.
+            source: statistics of the input, the same on all ranks of `group`.
+            row_weights: of single layers by name, shape (out,); see `alps.pruning.row_weights`.
+            group: ranks that solve the layers together, each some rows of every layer.
+
+        Returns:
+            The records of the layers; of a group each rank returns those of some layers.
+
+        Raises:
+            SolveFailed: when inputs or solutions are not finite; names the layers.
+        """
+        inputs = self._prepare(block, source)
+        records = []
+        for index, site in enumerate(source.sites):
+            problem = self._problem(site, inputs, row_weights.get(site.name))
+            with self.timer.measure("solve"):
+                solution = problem.solve(group)
+            stored = problem.commit(solution)
+            if index % group.size == group.rank:
+                records.append(self._record(block, problem, solution, stored))
+                self.report_progress(records[-1])
+        return records
+
+    def report_progress(self, record: LayerRecord) -> None:
+        """Report a layer as done, on this rank or another."""
+        self.context.progress.step(record.name + ("" if record.error is None else f"  error {record.error:.4f}"))
+
+    def pattern_of(self, site: Site) -> Pattern:
+        """Return the pattern of a layer before zeros that have to stay are counted."""
+        return self.patterns.get(site.name, self.recipe.pattern)
+
+    def _prepare(self, block: Block, source: LayerInput) -> PreparedInput:
+        traced = self.traced and not source.sites[0].expert
+        method = self.recipe.method.traced() if traced else self.recipe.method
+        with self.timer.measure("prepare"):
+            stats = source.sums.into_stats()
+            _check_finite(stats, block, source)
+        with self.timer.measure("prepare"), _layer_names(source.sites):
+            state, shift = method.prepare(stats), None
+            if stats.input_shift is not None:
+                shift = target_shift(stats, self.recipe.dense_target, target_damping(stats.tokens))
+        return PreparedInput(source, stats, method, state, shift)
+
+    def _problem(self, site: Site, inputs: PreparedInput, row_weights: Tensor | None) -> LayerProblem:
+        target = site.read().to(torch.float32).clone()
+        if inputs.shift is not None:
+            target = shifted_weight(target, inputs.shift)
+        pattern = self.pattern_of(site)
+        if self.recipe.keep_zeros:
+            pattern = restrict_to_nonzeros(pattern.base, site.read())
+        row_scale = None if row_weights is None else row_weights.sqrt()[:, None]
+        return LayerProblem(site, inputs, target, pattern, row_scale)
+
+    def _record(self, block: Block, problem: LayerProblem, solution: Solution, stored: Tensor) -> LayerRecord:
+        site, source, info = problem.site, problem.inputs.source, solution.info
+        for phase, seconds in info.seconds.items():
+            self.timer.add(phase, seconds)
         error = magnitude_error = None
-        if self.measure_errors:
-            with self.phases.measure("measure_error"):
-                by_size = apply_mask(aim, keep_largest(aim.abs(), pattern))
-                error, magnitude_error = relative_errors([stored.float(), by_size], aim, stats)
-        solution.info.notes = [*solution.info.notes, *shared.notes]
-        self.records.append(
-            LayerRecord(
-                name=site.name,
-                block=block.index,
-                kind=site.kind,
-                shape=site.shape,
-                entries=stored.numel(),
-                zeros=int((stored == 0).sum()),
-                error=error,
-                magnitude_error=magnitude_error,
-                solve=solve_record(solution.info),
-                expert=site.expert,
-                tokens=shared.tokens if self.counted else None,
-                pooled_tokens=shared.pooled_tokens,
-                pattern=str(pattern),
-                zeros_before=found,
-            )
+        if self.recipe.measure_error:
+            with self.timer.measure("measure_error"):
+                error, magnitude_error = problem.errors(stored)
+        if self.recipe.row_weights != "equal" and problem.row_scale is None:
+            info.notes.append("its rows weigh the same: their effect on the block's output could not be measured")
+        info.notes = [*info.notes, *source.notes]
+        return LayerRecord(
+            name=site.name,
+            block=block.index,
+            kind=site.kind,
+            shape=site.shape,
+            entries=stored.numel(),
+            zeros=int((stored == 0).sum()),
+            error=error,
+            magnitude_error=magnitude_error,
+            solve=solve_record(info),
+            expert=site.expert,
+            tokens=source.tokens if self.recipe.reads_inputs else None,
+            pooled_tokens=source.pooled_tokens,
+            pattern=str(problem.pattern),
+            zeros_before=_zeros_before(problem.pattern) if self.recipe.keep_zeros else None,
         )
-        self.told(self.records[-1])
 
 
-def _by_rows(method: Method, aim: Tensor, state: Any, pattern: Pattern, rows: Rows) -> Solution:
-    """Solve this process's rows of a matrix, and get the others' from them."""
-    assert isinstance(method, Alps)
-    bounds = [len(aim) * rank // rows.size for rank in range(rows.size + 1)]
-    mine = slice(bounds[rows.rank], bounds[rows.rank + 1])
-    solution = method.solve_rows(aim[mine], state, pattern, entries=aim.numel(), rows=rows)
-    whole = torch.zeros_like(aim)
-    whole[mine] = solution.weight
-    solution.weight = rows.all_reduce_sum(whole)
+def _zeros_before(pattern: Pattern) -> int:
+    return int(torch.count_nonzero(~pattern.allowed)) if isinstance(pattern, MaskedPattern) else 0
+
+
+def _solve_shared_rows(inputs: PreparedInput, target: Tensor, pattern: Pattern, group: ProcessGroup) -> Solution:
+    """Solve the rows of this rank, and collect those of the others."""
+    assert isinstance(inputs.method, Alps)
+    bounds = [len(target) * rank // group.size for rank in range(group.size + 1)]
+    rows = slice(bounds[group.rank], bounds[group.rank + 1])
+    solution = inputs.method.solve_rows(target[rows], inputs.state, pattern, entries=target.numel(), group=group)
+    weight = torch.zeros_like(target)
+    weight[rows] = solution.weight
+    solution.weight = group.all_reduce_sum(weight)
     return solution
 
 
-def _check(stats: InputStats, block: Block, shared: LayerInput) -> None:
+def _check_finite(stats: InputStats, block: Block, source: LayerInput) -> None:
     if not stats.is_finite():
-        names = ", ".join(site.name for site in shared.sites)
+        names = ", ".join(site.name for site in source.sites)
         raise SolveFailed(
             f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
             "check the model's weights, or run with --dtype float32."
@@ -180,11 +242,13 @@ def _check(stats: InputStats, block: Block, shared: LayerInput) -> None:
 
 
 @contextmanager
-def _naming(sites: list[Site]) -> Iterator[None]:
+def _layer_names(sites: Sequence[Site]) -> Iterator[None]:
+    """Context that puts the names of layers into the errors of their solves."""
+    names = ", ".join(site.name for site in sites)
     try:
         yield
     except SolveFailed as error:
-        raise SolveFailed(f"Site {', '.join(site.name for site in sites)}: {error}.") from error
+        raise SolveFailed(f"Site {names}: {error}.") from error
     except (RuntimeError, MemoryError) as error:
-        error.add_note(f"Site {', '.join(site.name for site in sites)}")
+        error.add_note(f"Site {names}")
         raise

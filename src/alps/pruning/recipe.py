@@ -10,9 +10,10 @@ from alps.core.statistics import Needs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.pruning.layer_rules import Rules
 from alps.pruning.row_weights import RowWeights
-from alps.pruning.sparsity_allocation import ALLOCATIONS
 from alps.solvers.base import Method
 from alps.solvers.patterns import Pattern, Unstructured
+
+ALLOCATIONS = ("uniform", "owl", "error", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class PruneRecipe:
             that include the pruning of those before. Otherwise all layers of a block see its dense activations.
         dense_target: share of the dense model's outputs in what a layer reproduces, 0 to 1; see
             `alps.solvers.dense_target`.
-        allocation: how the zeros are spread over the layers, one of `alps.pruning.sparsity_allocation.ALLOCATIONS`.
+        allocation: how the zeros are spread over the layers, one of `ALLOCATIONS`; see
+            `alps.pruning.sparsity_allocation`.
         row_weights: weight of an output channel in the layer problem, see `alps.pruning.row_weights`.
         reconstruction: parameters of the block reconstruction after the solves; None leaves it out.
         measure_error: measure the relative error of every layer, also for methods that need no Gram.

@@ -1,13 +1,13 @@
-"""Finished blocks of a walk: written down as soon as they are done, and taken up again by a later process."""
+"""Results of finished blocks, and the journal that keeps them on disk for a later process."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from alps.checkpoints.journal import Journal
 from alps.core.distributed import ProcessGroup
@@ -18,70 +18,93 @@ from alps.reporting.records import ReconstructionRecord, Record
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.patterns import Pattern, Unstructured, parse_pattern
 
-_PLAN = "patterns"
+_ALLOCATION = "allocation"
 
 
-class _BlockRecord(Record):
-    """A finished block: the records of its sites and of its matching, and what it took by phase."""
+class BlockResult(Record):
+    """Outcome of one pruned block.
 
-    sites: list[LayerRecord]
-    match: ReconstructionRecord | None
+    Attributes:
+        layers: records of its layers in the order of the forward.
+        reconstruction: record of its reconstruction; None without one.
+        seconds: wall time by phase, and in all under `total`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: list[LayerRecord]
+    reconstruction: ReconstructionRecord | None
     seconds: dict[str, float]
 
 
-@dataclass
-class ResumableRun:
-    """The side of a walk that outlives its process.
+class RunJournal(Protocol):
+    """Store of the finished blocks of a run."""
+
+    def is_finished(self, block: Block) -> bool:
+        """Return True if the journal holds the block."""
+
+    def restore(self, block: Block) -> BlockResult | None:
+        """Load the pruned weights of a finished block into its module; None, and no change, for any other block."""
+
+    def save(self, block: Block, result: BlockResult) -> None:
+        """Keep the weights and the result of a block that is finished now."""
+
+    def load_allocation(self) -> dict[str, Pattern] | None:
+        """Return the patterns of the layers by name, None if none were saved."""
+
+    def save_allocation(self, patterns: Mapping[str, Pattern]) -> None:
+        """Keep the patterns of the layers by name."""
+
+
+class NullJournal:
+    """Journal of a run that keeps nothing."""
+
+    def is_finished(self, block: Block) -> bool:  # noqa: ARG002
+        """Return False."""
+        return False
+
+    def restore(self, block: Block) -> BlockResult | None:  # noqa: ARG002
+        """Return None."""
+        return None
+
+    def save(self, block: Block, result: BlockResult) -> None:
+        """Do nothing."""
+
+    def load_allocation(self) -> dict[str, Pattern] | None:
+        """Return None."""
+        return None
+
+    def save_allocation(self, patterns: Mapping[str, Pattern]) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class DiskJournal:
+    """Journal in a directory beside the output.
 
     Attributes:
-        journal: where finished blocks go.
-        group: the processes of the run: they take turns in writing blocks, and the first one says that a block is done.
-        before: wall time of the blocks that an earlier process has finished, in seconds.
+        journal: files of the directory.
+        group: ranks of the run. They write the tensors of blocks in turn; the main rank marks a block as finished.
     """
 
     journal: Journal
-    group: ProcessGroup = field(default_factory=ProcessGroup)
-    before: float = 0.0
-    _phases: dict[str, float] = field(default_factory=dict)
-    _begun: float = 0.0
+    group: ProcessGroup
 
-    def has(self, block: Block) -> bool:
-        """Whether the block is finished."""
+    def is_finished(self, block: Block) -> bool:
+        """Return True if the journal holds the block."""
         return block.index < self.journal.finished
 
-    def begin(self, seconds: Mapping[str, float]) -> None:
-        """A block begins; `seconds` are those of the walk so far, by phase."""
-        self._phases, self._begun = dict(seconds), time.perf_counter()
-
-    def keep(
-        self, block: Block, sites: list[LayerRecord], match: ReconstructionRecord | None, seconds: Mapping[str, float]
-    ) -> None:
-        """The block that was begun is done: write it down.
+    def restore(self, block: Block) -> BlockResult | None:
+        """Load the pruned weights of a finished block into its module; None, and no change, for any other block.
 
         Raises:
-            CheckpointError: when it cannot be written, or holds NaN.
+            CheckpointError: when the files of the block are damaged.
         """
-        mine = block.index % self.group.size == self.group.rank
-        if mine:
-            check_result(block.module, str(self.journal.directory))
-        spent = {phase: total - self._phases.get(phase, 0.0) for phase, total in seconds.items()}
-        spent["total"] = time.perf_counter() - self._begun
-        record = _BlockRecord(sites=sites, match=match, seconds=spent)
-        if mine:
-            self.journal.save_tensors(block.index, dict(block.module.state_dict()))
-        self.group.barrier()
-        if self.group.is_main:
-            self.journal.save_record(block.index, record.model_dump(mode="json"))
-
-    def restore(self, block: Block, seconds: dict[str, float]) -> tuple[list[LayerRecord], ReconstructionRecord | None]:
-        """Give the block its finished weights, and `seconds` the time that they took.
-
-        Raises:
-            CheckpointError: when the block was damaged since.
-        """
+        if not self.is_finished(block):
+            return None
         stored, state = self.journal.tensors(block.index), block.module.state_dict()
         try:
-            found = _BlockRecord.model_validate(self.journal.record(block.index))
+            result = BlockResult.model_validate(self.journal.record(block.index))
             with torch.no_grad():
                 for name, tensor in state.items():
                     tensor.copy_(stored[name].read())
@@ -89,20 +112,31 @@ class ResumableRun:
             raise CheckpointError(
                 f"Block {block.index} in '{self.journal.directory}' is damaged: delete that directory and start again."
             ) from None
-        self.before += found.seconds.pop("total", 0.0)
-        for phase, spent in found.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
-        return found.sites, found.match
+        return result
 
-    def planned(self) -> dict[str, Pattern] | None:
-        """The patterns of a budget that an earlier process has planned."""
-        plan = self.journal.notes.get(_PLAN)
-        return None if plan is None else {name: parse_pattern(text) for name, text in plan.items()}
+    def save(self, block: Block, result: BlockResult) -> None:
+        """Keep the weights and the result of a block that is finished now.
 
-    def plan(self, patterns: Mapping[str, Pattern]) -> None:
-        """Keep the patterns of a budget."""
-        self.journal.note(_PLAN, {name: _exact(pattern) for name, pattern in patterns.items()})
+        Raises:
+            CheckpointError: when the files cannot be written, or the weights hold NaN.
+        """
+        if block.index % self.group.size == self.group.rank:
+            check_result(block.module, str(self.journal.directory))
+            self.journal.save_tensors(block.index, dict(block.module.state_dict()))
+        self.group.barrier()
+        if self.group.is_main:
+            self.journal.save_record(block.index, result.model_dump(mode="json"))
+
+    def load_allocation(self) -> dict[str, Pattern] | None:
+        """Return the patterns of the layers by name, None if none were saved."""
+        patterns = self.journal.notes.get(_ALLOCATION)
+        return None if patterns is None else {name: parse_pattern(text) for name, text in patterns.items()}
+
+    def save_allocation(self, patterns: Mapping[str, Pattern]) -> None:
+        """Keep the patterns of the layers by name."""
+        if self.group.is_main:
+            self.journal.note(_ALLOCATION, {name: _exact_text(pattern) for name, pattern in patterns.items()})
 
 
-def _exact(pattern: Pattern) -> str:
+def _exact_text(pattern: Pattern) -> str:
     return repr(pattern.sparsity) if isinstance(pattern, Unstructured) else str(pattern)

@@ -1,7 +1,7 @@
-"""What a budget reads of every site before anything is pruned: its error curve, its outliers, its influence.
+"""Profiles of the layers of a dense model: error curve, outliers, and sensitivity of the model's predictions.
 
-`sensitivities` measures how far the model's answers move when a site is pruned alone, per unit of its error: mean KL to
-the dense model's answers on a few calibration windows, no gradients.
+`sensitivities` measures the change of the model's predictions when a layer is pruned alone, per unit of its error: mean
+KL to the dense model's predictions on a few calibration windows, without gradients.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, divergences
-from alps.core.progress import Progress
 from alps.core.statistics import Needs
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
+from alps.pruning.context import RunContext
 from alps.solvers.error_curve import ErrorCurve, error_curve, inverse_diagonal, removal_costs
 from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, keep_largest
 from alps.solvers.topk import apply_mask
 
-# Entries of |W_ij| ||X_j|| above so many times the mean of their site are outliers (OWL, arXiv 2310.05175).
+# Entries of |W_ij| ||X_j|| above this multiple of the mean of their layer are outliers (OWL, arXiv 2310.05175).
 _OUTLIER = 5.0
 _DAMPING = 0.01
 
 
 @dataclass(frozen=True)
 class SiteProfile:
-    """What is known of a site before anything is pruned.
+    """Properties of a layer of the dense model.
 
     Attributes:
-        site, block: the site, and the index of its block.
+        site: the layer.
+        block: index of its block.
         zeros: weights that are zero already.
-        curve: its predicted error over sparsity.
-        outliers: share of its weights times input norms that stand out.
+        curve: predicted error over the sparsity.
+        outliers: share of outliers among its weights times input norms.
         norms: of its inputs, shape (in,).
-        cut_error: its relative error when it is cut by Wanda's score at the sparsity asked for.
+        cut_error: relative error when it is pruned by Wanda's scores to the pattern of the run.
     """
 
     site: Site
@@ -54,19 +54,25 @@ class SiteProfile:
 
 
 def profile_sites(
-    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, device: torch.device, progress: Progress
+    model: nn.Module, blocks: list[Block], windows: Tensor, pattern: Pattern, context: RunContext
 ) -> Iterator[SiteProfile]:
-    """Readings of all sites, from the dense model on `windows` (windows, tokens); cuts are to `pattern`.
+    """Yield the profiles of all layers of a dense model.
 
-    The watcher is told of every block.
+    Args:
+        model: dense, in evaluation mode.
+        blocks: its decoder blocks, with the layers to profile.
+        windows: calibration token ids (windows, tokens).
+        pattern: of the run.
+        context: device, and progress of one step for every block.
     """
+    device = context.device
     inputs = capture_block_inputs(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
     for block in blocks:
         with on_device(block, device):
-            for shared in observe(block, inputs, Needs.GRAM, device).shared:
-                stats = shared.sums.into_stats()
+            for source in observe(block, inputs, Needs.GRAM, device).shared:
+                stats = source.sums.into_stats()
                 diagonal, norms = inverse_diagonal(stats, _DAMPING), stats.norms()
-                for site in shared.sites:
+                for site in source.sites:
                     weight = site.read().float()
                     scores = weight.abs() * norms
                     cut = apply_mask(weight, keep_largest(scores, pattern))
@@ -80,48 +86,56 @@ def profile_sites(
                         cut_error=relative_error(cut, weight, stats),
                     )
             inputs.advance(block.index, block.module, device)
-        progress.step(f"block {block.index} read")
+        context.progress.step(f"block {block.index} profiled")
 
 
 def sensitivities(
     model: nn.Module,
     blocks: list[Block],
     windows: Tensor,
-    readings: Sequence[SiteProfile],
+    profiles: Sequence[SiteProfile],
     pattern: Pattern,
-    device: torch.device,
-    progress: Progress,
+    context: RunContext,
 ) -> list[float]:
-    """KL per unit of relative error of every site, from cutting it alone by Wanda's score.
+    """Return the KL per unit of relative error of every layer when it is pruned alone by Wanda's scores.
 
-    The experts of one parameter are cut together, and share the KL per unit of their summed error: a probe of a few
-    tokens would leave many of them alone without a token. The watcher is told of every block.
+    The experts of one parameter are pruned together, and share the KL per unit of their summed error: a probe of a few
+    tokens would leave many of them without a token.
+
+    Args:
+        model: dense, in evaluation mode.
+        blocks: its decoder blocks.
+        windows: token ids of the probe (windows, tokens).
+        profiles: of the layers.
+        pattern: of the run.
+        context: device, and progress of one step for every block.
     """
-    together: dict[str, list[SiteProfile]] = {}
-    for reading in readings:
-        together.setdefault(reading.site.parameter_name, []).append(reading)
-    names = [[name for name, group in together.items() if group[0].block == block.index] for block in blocks]
-    changes: list[list[Change]] = [[partial(_cut, together[name], pattern) for name in mine] for mine in names]
-    found = {}
+    parameters: dict[str, list[SiteProfile]] = {}
+    for profile in profiles:
+        parameters.setdefault(profile.site.parameter_name, []).append(profile)
+    names = [[name for name, part in parameters.items() if part[0].block == block.index] for block in blocks]
+    changes: list[list[Change]] = [[partial(_cut, parameters[name], pattern) for name in part] for part in names]
+    values: dict[str, float] = {}
 
-    def told(block: Block) -> None:
-        progress.step(f"block {block.index} probed")
+    def report(block: Block) -> None:
+        context.progress.step(f"block {block.index} probed")
 
-    for mine, values in zip(names, divergences(model, blocks, windows, device, changes, told), strict=True):
-        for name, value in zip(mine, values, strict=True):
-            error = sum(reading.cut_error for reading in together[name])
-            found[name] = max(value, 0.0) / max(error, 1e-12)
-    return [found[reading.site.parameter_name] for reading in readings]
+    divergence_lists = divergences(model, blocks, windows, context.device, changes, report)
+    for part, kls in zip(names, divergence_lists, strict=True):
+        for name, kl in zip(part, kls, strict=True):
+            error = sum(profile.cut_error for profile in parameters[name])
+            values[name] = max(kl, 0.0) / max(error, 1e-12)
+    return [values[profile.site.parameter_name] for profile in profiles]
 
 
 @contextmanager
-def _cut(group: Sequence[SiteProfile], pattern: Pattern) -> Iterator[None]:
-    """Cut the sites of one parameter by Wanda's score for the time of the body."""
-    parameter = group[0].site.parameter
+def _cut(profiles: Sequence[SiteProfile], pattern: Pattern) -> Iterator[None]:
+    """Context in which the layers of one parameter are pruned by Wanda's scores."""
+    parameter = profiles[0].site.parameter
     dense = parameter.detach().clone()
-    for reading in group:
-        weight = reading.site.read().float()
-        reading.site.write(apply_mask(weight, keep_largest(weight.abs() * reading.norms, pattern)))
+    for profile in profiles:
+        weight = profile.site.read().float()
+        profile.site.write(apply_mask(weight, keep_largest(weight.abs() * profile.norms, pattern)))
     try:
         yield
     finally:

@@ -190,10 +190,12 @@ class RunReport(Record):
         """Mean over layers of the error that magnitude pruning leaves on the same inputs; None if not measured."""
         return _mean([layer.magnitude_error for layer in self.layers])
 
-    def add_seconds(self, phase: str, seconds: float) -> None:
-        """Add the time of a phase outside the loop over blocks, and add it to the total."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        self.seconds["total"] = self.seconds.get("total", 0.0) + seconds
+    def with_seconds(self, phase: str, seconds: float) -> RunReport:
+        """Return a copy with the time of a phase added, also to the total."""
+        times = dict(self.seconds)
+        for name in (phase, "total"):
+            times[name] = times.get(name, 0.0) + seconds
+        return self.model_copy(update={"seconds": times})
 
     def to_json(self) -> str:
         """Return the report as JSON, with a summary at the beginning."""

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.core.half_precision import has_fast_bfloat16
 from alps.core.statistics import InputStats, Needs
@@ -27,7 +28,7 @@ from alps.solvers.hessian import ScaledHessian, scaled
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, pcg_iterations
 from alps.solvers.reductions import inner
-from alps.solvers.row_parallel import Rows, RowShard, agreed, select
+from alps.solvers.row_parallel import RowShard, agreed, select
 from alps.solvers.topk import apply_mask
 
 # A layer with at least this many weights spends most of its time in matrix products.
@@ -72,7 +73,7 @@ class Alps(Method):
         return scaled(stats, self.damping)
 
     def solve_rows(
-        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, *, entries: int, rows: Rows
+        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, *, entries: int, group: ProcessGroup
     ) -> Solution:
         """Prune some rows of a matrix while other ranks prune the other rows.
 
@@ -83,7 +84,7 @@ class Alps(Method):
             state: result of `prepare`, equal on all ranks.
             pattern: pattern of the whole matrix; not a `MaskedPattern`.
             entries: number of entries of the whole matrix.
-            rows: ranks that hold the rows of the matrix.
+            group: ranks that hold the rows of the matrix.
 
         Raises:
             SolveFailed: if the dense or the pruned weights are not finite on any rank.
@@ -91,16 +92,16 @@ class Alps(Method):
         assert not pattern.keeps_all
         dense = weight.detach().to(torch.float32)
         flags = torch.stack([(~torch.isfinite(dense)).any(), dense.any()]).to("cpu", torch.int64)
-        infinite, nonzero = rows.all_reduce_sum(flags).tolist()
+        infinite, nonzero = group.all_reduce_sum(flags).tolist()
         if infinite:
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
-        part = RowShard.of(dense, pattern.sparsity, entries, rows) if isinstance(pattern, Unstructured) else pattern
+        part = RowShard.of(dense, pattern.sparsity, entries, group) if isinstance(pattern, Unstructured) else pattern
         if not nonzero:
             mask = select(dense.abs(), part)
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
-        solution = self._run_admm_and_refit(dense, state, part, entries=entries, rows=rows)
+        solution = self._run_admm_and_refit(dense, state, part, entries=entries, group=group)
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
-        if int(rows.all_reduce_sum((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
+        if int(group.all_reduce_sum((~torch.isfinite(solution.weight)).any().to("cpu", torch.int64))):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")
         return solution
 
@@ -111,12 +112,18 @@ class Alps(Method):
         return self._run_admm_and_refit(weight, state, pattern, entries=weight.numel())
 
     def _run_admm_and_refit(
-        self, weight: Tensor, state: ScaledHessian, pattern: Pattern, *, entries: int, rows: Rows | None = None
+        self,
+        weight: Tensor,
+        state: ScaledHessian,
+        pattern: Pattern,
+        *,
+        entries: int,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> Solution:
         """Prune a weight with a nonzero entry, or some rows of a matrix of `entries` weights."""
 
         def sum_over_ranks(count: int) -> int:
-            return count if rows is None else int(rows.all_reduce_sum(torch.tensor(count, device=weight.device)))
+            return count if group.size == 1 else int(group.all_reduce_sum(torch.tensor(count, device=weight.device)))
 
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
         W = weight / state.scale
@@ -132,7 +139,7 @@ class Alps(Method):
             info.notes.append(f"the support was still changing after {result.iterations} iterations")
         del W
         with info.timed("refit"):
-            D = self._refit(state, weight, result, info=info, rows=rows).weight
+            D = self._refit(state, weight, result, info=info, group=group).weight
         return Solution(D.mul_(state.scale), result.mask, info)
 
     def _steps(self, state: ScaledHessian, W: Tensor, pattern: Pattern, entries: int) -> Steps:
@@ -146,7 +153,7 @@ class Alps(Method):
         return admm.PlainSteps(state, W, W @ state.matrix, pattern)
 
     def _refit(
-        self, state: ScaledHessian, weight: Tensor, result: AdmmResult, *, info: SolveInfo, rows: Rows | None
+        self, state: ScaledHessian, weight: Tensor, result: AdmmResult, *, info: SolveInfo, group: ProcessGroup
     ) -> RefitResult:
         """Refit the projected weights on their support, and record the errors before and after it."""
         W = weight / state.scale
@@ -159,7 +166,7 @@ class Alps(Method):
         info.error_before_refit = state.undamped(energy, delta) / reference
         # The iterations need the memory.
         del W, C, delta
-        _, total_energy = agreed(0.0, energy, rows, R.device)
+        _, total_energy = agreed(0.0, energy, group, R.device)
         refined = pcg_iterations(
             state.matrix,
             R,
@@ -169,7 +176,7 @@ class Alps(Method):
             max_steps=self.refit_steps,
             tolerance=self.refit_tolerance,
             min_gain=self.refit_gain * total_energy,
-            rows=rows,
+            group=group,
         )
         delta = torch.div(weight, state.scale, out=R).sub_(refined.weight)
         info.error_after_refit = state.undamped(energy - refined.gain, delta) / reference

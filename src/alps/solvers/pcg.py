@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.solvers.reductions import row_inner
-from alps.solvers.row_parallel import Rows, agreed
+from alps.solvers.row_parallel import agreed
 from alps.solvers.topk import apply_mask
 
 
@@ -68,7 +69,7 @@ def pcg_iterations(
     max_steps: int,
     tolerance: float,
     min_gain: float = 0.0,
-    rows: Rows | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> RefitResult:
     """Run the iterations of `refit` from a given residual.
 
@@ -81,7 +82,7 @@ def pcg_iterations(
         max_steps: largest number of steps, each with one product with H.
         tolerance: stop when every row's masked residual is below this fraction of its masked right-hand side.
         min_gain: stop after a step that lowers ||X - W||_H^2, summed over the rows, by no more than this.
-        rows: ranks that refit other rows of the same matrix; all take the same number of steps.
+        group: ranks that refit other rows of the same matrix; all take the same number of steps.
     """
     kept = M.view(torch.uint8).to(X.dtype)
     inverse_diagonal = H.diagonal().reciprocal()
@@ -91,7 +92,7 @@ def pcg_iterations(
     rz = row_inner(R, P)
     buffer = torch.empty_like(R)
     steps, gain, last = 0, 0.0, float("inf")
-    residual, _ = agreed(_largest_residual(R, rhs_norm), 0.0, rows, R.device)
+    residual, _ = agreed(_largest_residual(R, rhs_norm), 0.0, group, R.device)
     while steps < max_steps and residual > tolerance and last > min_gain:
         HP = torch.mm(P, H, out=buffer).mul_(kept)
         # A finished row has R = P = 0, so that its step is 0 / 0, which `_ratio` replaces by 0.
@@ -103,7 +104,7 @@ def pcg_iterations(
         rz_next = row_inner(R, Z)
         P.mul_(_ratio(rz_next, rz)[:, None]).add_(Z)
         rz = rz_next
-        residual, last = agreed(_largest_residual(R, rhs_norm), step_gain, rows, R.device)
+        residual, last = agreed(_largest_residual(R, rhs_norm), step_gain, group, R.device)
         steps, gain = steps + 1, gain + step_gain
     return RefitResult(X, steps, residual, gain)
 

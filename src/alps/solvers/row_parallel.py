@@ -10,27 +10,17 @@ bits, summed over the processes, say which score is the last one to stay. Among 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.topk import Scores
 
 _HALF = 16
 _INFINITE = 0x7F80  # the upper half of the bits of infinity; what is above it is no number
-
-
-class Rows(Protocol):
-    """The processes that hold the rows of a matrix, each its own, the first ones the first."""
-
-    rank: int
-    size: int
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sums over all processes, the same on every one of them; may overwrite `values`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +30,17 @@ class RowShard(Unstructured):
     Attributes:
         entries: of the whole matrix.
         before: entries of the rows before these.
-        rows: who holds the others.
+        group: ranks that hold the other rows.
     """
 
     entries: int = 0
     before: int = 0
-    rows: Rows | None = None
+    group: ProcessGroup = SINGLE_PROCESS
 
     @classmethod
-    def of(cls, matrix: Tensor, sparsity: float, entries: int, rows: Rows) -> RowShard:
+    def of(cls, matrix: Tensor, sparsity: float, entries: int, group: ProcessGroup) -> RowShard:
         """These rows, shape (rows, in), of a matrix with so many `entries`."""
-        return cls(sparsity, entries, _before(matrix.numel(), rows, matrix.device), rows)
+        return cls(sparsity, entries, _before(matrix.numel(), group, matrix.device), group)
 
     def select(self, scores: Tensor) -> Tensor:
         """Mask (out, in) of the entries that stay: with the other processes' rows exactly as many as the pattern keeps.
@@ -58,14 +48,12 @@ class RowShard(Unstructured):
         Args:
             scores: of these rows, shape (out, in), float32, none negative.
         """
-        assert self.rows is not None
         kept = self.entries - self.pruned_count(self.entries)
-        return distributed_topk_mask(scores.reshape(-1), kept, self.rows).reshape(scores.shape)
+        return distributed_topk_mask(scores.reshape(-1), kept, self.group).reshape(scores.shape)
 
     def scores(self, values: Tensor) -> Scores:
         """Those of these rows, a vector, as a part of all."""
-        assert self.rows is not None
-        return _Shared(values, self.entries, self.before, self.rows)
+        return _Shared(values, self.entries, self.before, self.group)
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class _Shared:
     values: Tensor
     entries: int
     before: int
-    rows: Rows
+    group: ProcessGroup
 
     def sample(self, stride: int) -> Tensor:
         # Those of the others are zeros here, so that the sum has everybody's.
@@ -83,23 +71,23 @@ class _Shared:
         mine = self.values[first * stride - self.before :: stride]
         sample = self.values.new_zeros(-(-self.entries // stride))
         sample[first : first + len(mine)] = mine
-        return self.rows.all_reduce_sum(sample)
+        return self.group.all_reduce_sum(sample)
 
     def total(self, count: int) -> int:
-        return int(self.rows.all_reduce_sum(torch.tensor(count, device=self.values.device)))
+        return int(self.group.all_reduce_sum(torch.tensor(count, device=self.values.device)))
 
     def top(self, kept: int) -> Tensor:
-        return distributed_topk_mask(self.values, kept, self.rows)
+        return distributed_topk_mask(self.values, kept, self.group)
 
 
-def agreed(worst: float, gain: float, rows: Rows | None, device: torch.device) -> tuple[float, float]:
-    """The largest of the first and the sum of the second over all processes."""
-    if rows is None:
+def agreed(worst: float, gain: float, group: ProcessGroup, device: torch.device) -> tuple[float, float]:
+    """Return the maximum of the first and the sum of the second over all ranks."""
+    if group.size == 1:
         return worst, gain
-    every = torch.zeros(2, rows.size, dtype=torch.float64, device=device)
-    every[:, rows.rank] = torch.tensor([worst, gain], dtype=torch.float64)
-    found = rows.all_reduce_sum(every)
-    return float(found[0].max()), float(found[1].sum())
+    values = torch.zeros(2, group.size, dtype=torch.float64, device=device)
+    values[:, group.rank] = torch.tensor([worst, gain], dtype=torch.float64)
+    values = group.all_reduce_sum(values)
+    return float(values[0].max()), float(values[1].sum())
 
 
 def select(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -107,13 +95,13 @@ def select(scores: Tensor, pattern: Pattern) -> Tensor:
     return pattern.select(scores) if isinstance(pattern, RowShard) else keep_largest(scores, pattern)
 
 
-def distributed_topk_mask(scores: Tensor, kept: int, rows: Rows) -> Tensor:
+def distributed_topk_mask(scores: Tensor, kept: int, group: ProcessGroup) -> Tensor:
     """Mask of those of this process's scores that are among the `kept` largest of all processes.
 
     Args:
         scores: a vector of float32, none negative; it may be empty.
         kept: entries that stay, of all processes.
-        rows: the processes.
+        group: the ranks.
 
     Raises:
         SolveFailed: when scores are NaN.
@@ -121,18 +109,18 @@ def distributed_topk_mask(scores: Tensor, kept: int, rows: Rows) -> Tensor:
     keys = scores.contiguous().view(torch.int32)
     upper = keys >> _HALF
     # Sums stay where the scores are: between GPUs they go by the links between GPUs.
-    histogram = rows.all_reduce_sum(torch.bincount(upper, minlength=2**_HALF // 2))
+    histogram = group.all_reduce_sum(torch.bincount(upper, minlength=2**_HALF // 2))
     if int(histogram[_INFINITE + 1 :].sum()):
         raise SolveFailed("products of its weights and inputs overflow float32: check the model's weights")
     if kept <= 0 or kept >= int(histogram.sum()):
         return torch.full_like(scores, kept > 0, dtype=torch.bool)
     bin_, missing = _bin_of(histogram, kept)
     lower = keys[upper == bin_] & (2**_HALF - 1)
-    last, missing = _bin_of(rows.all_reduce_sum(torch.bincount(lower, minlength=2**_HALF)), missing)
+    last, missing = _bin_of(group.all_reduce_sum(torch.bincount(lower, minlength=2**_HALF)), missing)
     cut = (bin_ << _HALF) | last
     mask = keys > cut
     ties = (keys == cut).nonzero().squeeze(1)
-    mask[ties[: max(missing - _before(len(ties), rows, scores.device), 0)]] = True
+    mask[ties[: max(missing - _before(len(ties), group, scores.device), 0)]] = True
     return mask
 
 
@@ -143,8 +131,8 @@ def _bin_of(histogram: Tensor, kept: int) -> tuple[int, int]:
     return len(histogram) - 1 - place, kept - (int(from_top[place - 1]) if place else 0)
 
 
-def _before(count: int, rows: Rows, device: torch.device) -> int:
+def _before(count: int, group: ProcessGroup, device: torch.device) -> int:
     """The counts of the processes before this one."""
-    counts = torch.zeros(rows.size, dtype=torch.int64, device=device)
-    counts[rows.rank] = count
-    return int(rows.all_reduce_sum(counts)[: rows.rank].sum())
+    counts = torch.zeros(group.size, dtype=torch.int64, device=device)
+    counts[group.rank] = count
+    return int(group.all_reduce_sum(counts)[: group.rank].sum())
