@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.calibration.activation_store import Activations
+from alps.calibration.activation_store import ActivationStore
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
@@ -28,16 +28,16 @@ def _mapped(path: Path) -> int:
 
 
 def test_what_is_above_the_limit_lies_in_files(tmp_path: Path) -> None:
-    kept = Activations(_CPU, limit=100, folder=tmp_path)
+    kept = ActivationStore(_CPU, limit=100, folder=tmp_path)
     wanted = [torch.full((2, 5), float(n)) for n in range(4)]  # 40 bytes each
-    placed = [kept.place(states.clone()) for states in wanted]
+    placed = [kept.store(states.clone()) for states in wanted]
     assert kept.held == 80 and list(tmp_path.iterdir()) == []
     assert all(torch.equal(one, other) for one, other in zip(placed, wanted, strict=True))
     assert _mapped(tmp_path) == 2
     del placed[0]
     gc.collect()
     assert kept.held == 40
-    placed.append(kept.place(torch.ones(2, 5)))
+    placed.append(kept.store(torch.ones(2, 5)))
     assert kept.held == 80 and _mapped(tmp_path) == 2
     del placed[1:3]
     gc.collect()
@@ -83,9 +83,9 @@ def test_two_walks_over_the_same_inputs_do_not_touch_each_other(
 ) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    inputs = capture_block_inputs(model, blocks, ids, 2, Activations(_CPU, 0, tmp_path))
+    inputs = capture_block_inputs(model, blocks, ids, 2, ActivationStore(_CPU, 0, tmp_path))
     before = [hidden.clone() for hidden in inputs.hidden]
-    beside = inputs.beside()
+    beside = inputs.copy()
     beside.advance(0, blocks[0].module, _CPU)
     assert all(torch.equal(one, other) for one, other in zip(inputs.hidden, before, strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(beside.hidden, before, strict=True))
@@ -94,9 +94,9 @@ def test_two_walks_over_the_same_inputs_do_not_touch_each_other(
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys, torch\nfrom pathlib import Path\n"
-        "from alps.core.errors import CheckpointError\nfrom alps.calibration.activation_store import Activations\n"
+        "from alps.core.errors import CheckpointError\nfrom alps.calibration.activation_store import ActivationStore\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n    Activations(None, 0, Path(sys.argv[1])).place(torch.ones(1000))\n"
+        "try:\n    ActivationStore(None, 0, Path(sys.argv[1])).store(torch.ones(1000))\n"
         "except CheckpointError as error:\n    print(error)\n"
     )
     done = run_code(script, tmp_path)

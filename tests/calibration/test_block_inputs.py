@@ -118,7 +118,7 @@ def test_every_block_is_replayed_with_its_own_arguments(ids: Tensor) -> None:
         for block, real in zip(blocks, expected, strict=True):
             inputs.hidden[0] = inputs.run(block.index, block.module, 0, _CPU)
             torch.testing.assert_close(inputs.hidden[0], real, rtol=1e-5, atol=1e-5)
-        wrong = inputs.calls[0][7].run(blocks[1].module, expected[0])
+        wrong = inputs.arguments[0][7].run(blocks[1].module, expected[0])
     assert (wrong - expected[1]).abs().max() > 1e-2, "the arguments of another block would do as well"
 
 
@@ -198,7 +198,7 @@ class _Layers(nn.Module):
 
 def test_blocks_called_once_in_order_are_accepted(ids: Tensor) -> None:
     model = _Layers([0, 1, 2])
-    assert len(capture_block_inputs(model, find_blocks(model), ids, 3).calls) == 3
+    assert len(capture_block_inputs(model, find_blocks(model), ids, 3).arguments) == 3
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_the_output_head_runs_for_one_window_only(tiny_model: Callable[..., Any]
     # That window first, then four batches.
     assert calls == {"head": 1, "embedding": 5}
     assert [len(hidden) for hidden in inputs.hidden] == [2, 2, 2, 1]
-    assert all(sorted(of_block) == [1, 2] for of_block in inputs.calls)
+    assert all(sorted(of_block) == [1, 2] for of_block in inputs.arguments)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.activation_store import Activations
+from alps.calibration.activation_store import ActivationStore
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward, CachedSubmodule
@@ -59,8 +59,8 @@ def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputSta
         sums += _pass(block, settled, dense)
         states.append(torch.cat(inputs.hidden))
         if isinstance(settled, CachedForward):
-            parts.append([part.last.kind for part in settled.parts or ()])
-            assert not any(part.received or part.given for part in settled.parts or ())
+            parts.append([part.last.kind for part in settled.submodules or ()])
+            assert not any(part.inputs or part.outputs for part in settled.submodules or ())
     return sums, states, parts
 
 
@@ -150,7 +150,7 @@ def test_a_view_of_something_wider_is_not_kept(ids: Tensor) -> None:
     model, _ = _walked_both_ways(change, ids)
     blocks = find_blocks(model)
     settled = _observed(blocks[0], capture_block_inputs(model, blocks, ids, 2))
-    assert {part.last.kind: len(part.received) + len(part.given) for part in settled.parts or ()} == {
+    assert {part.last.kind: len(part.inputs) + len(part.outputs) for part in settled.submodules or ()} == {
         "o_proj": len(settled.hidden),
         "down_proj": 0,
     }
@@ -167,7 +167,7 @@ def test_any_order_and_passes_that_repeat_a_batch(step: int, ids: Tensor) -> Non
         settled = CachedForward(blocks[0], inputs, _CPU) if resumed else inputs
         for site in blocks[0].sites[::step]:
             if isinstance(settled, CachedForward):
-                settled.expect([[site]])
+                settled.begin_pass([[site]])
             for batch in (*range(len(inputs.hidden)), 0):
                 settled.run(0, blocks[0].module, batch, _CPU)
             _change(site)
@@ -181,7 +181,7 @@ def test_a_single_window_begins_at_the_start(ids: Tensor) -> None:
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 2)
     settled = _observed(blocks[0], inputs)
-    settled.expect([])
+    settled.begin_pass([])
     with torch.no_grad():
         mine = settled.run(0, blocks[0].module, 0, _CPU, 1)
         assert torch.equal(mine, inputs.run(0, blocks[0].module, 0, _CPU, 1))
@@ -194,18 +194,18 @@ def test_parts_are_kept_while_memory_allows(ids: Tensor) -> None:
     inputs = capture_block_inputs(model, blocks, ids, 2)
     attention, mlp = 4 * ids.numel() * 32, 4 * ids.numel() * 48
     for limit, kinds in ((attention - 1, []), (attention, ["o_proj"]), (attention + mlp, ["o_proj", "down_proj"])):
-        inputs.activations = Activations(limit=limit)
+        inputs.activations = ActivationStore(limit=limit)
         settled = CachedForward(blocks[0], inputs, _CPU)
-        settled.expect([])
-        assert [part.last.kind for part in settled.parts or ()] == kinds
+        settled.begin_pass([])
+        assert [part.last.kind for part in settled.submodules or ()] == kinds
 
 
 def test_nothing_is_kept_for_a_pass_that_does_not_come(ids: Tensor) -> None:
     model = decoder("llama")
     blocks = find_blocks(model)
     settled = _observed(blocks[0], capture_block_inputs(model, blocks, ids, 2), advances=False)
-    assert settled.parts is not None
-    assert [len(part.given) + len(part.received) for part in settled.parts] == [len(settled.hidden), 0]
+    assert settled.submodules is not None
+    assert [len(part.outputs) + len(part.inputs) for part in settled.submodules] == [len(settled.hidden), 0]
 
 
 @pytest.mark.parametrize("matching", [None, ReconstructionParameters(epochs=1, tokens=48)])
@@ -216,9 +216,9 @@ def test_a_walk_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers = []
-    every: list[Callable[[CachedForward], list[CachedSubmodule]]] = [CachedForward._affordable, lambda _self: []]
+    every: list[Callable[[CachedForward], list[CachedSubmodule]]] = [CachedForward._find_affordable, lambda _self: []]
     for parts in every:
-        monkeypatch.setattr(CachedForward, "_affordable", parts)
+        monkeypatch.setattr(CachedForward, "_find_affordable", parts)
         model = tiny_model("llama")
         pattern = SemiStructured(2, 4)
         runs.prune(model, ids, "sparsegpt", pattern, true_sequential=True, dense_target=0.4, reconstruction=matching)

@@ -72,7 +72,7 @@ def case(tiny_model: Callable[..., Any]) -> Callable[..., Case]:
         targets.advance(0, first[0].module, CPU)
         blocks = find_blocks(pruned)
         inputs = capture_block_inputs(pruned, blocks, ids, 3)
-        watched = Recording(inputs.hidden, inputs.calls, watched=blocks[0].module)
+        watched = Recording(inputs.hidden, inputs.arguments, watched=blocks[0].module)
         return Case(blocks[0], watched, targets.hidden, first[0])
 
     return build

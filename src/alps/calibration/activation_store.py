@@ -1,4 +1,4 @@
-"""Where hidden states wait for the next block: in memory, and beyond a limit in files that are mapped into it."""
+"""Storage of hidden states between blocks: in memory, and beyond a limit in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from alps.core.errors import CheckpointError
 
 
 @dataclass
-class Activations:
-    """A place for hidden states.
+class ActivationStore:
+    """Storage of hidden states.
 
     Attributes:
-        device: where they are kept; None leaves each where it is.
-        limit: bytes that may be kept there; the rest goes to files. None for no limit.
-        folder: for the files, which have no name and are gone with the process.
-        held: bytes that are kept in memory now.
+        device: of the stored tensors; None keeps the device of each.
+        limit: bytes in memory; further tensors go to files. None for no limit.
+        folder: of the files, which have no name and vanish with the process.
+        held: bytes in memory now.
     """
 
     device: torch.device | None = None
@@ -30,27 +30,27 @@ class Activations:
     folder: Path | None = None
     held: int = field(default=0, init=False)
 
-    def place(self, states: Tensor) -> Tensor:
-        """The same values, kept for long.
+    def store(self, states: Tensor) -> Tensor:
+        """Return a tensor with the same values for long storage.
 
         Raises:
-            CheckpointError: when the disk has no room for them.
+            CheckpointError: when the disk has no room.
         """
         if self.limit is not None and self.held + states.nbytes > self.limit:
-            return self._in_file(states)
-        placed = states if self.device is None else states.to(self.device)
+            return self._to_file(states)
+        stored = states if self.device is None else states.to(self.device)
         if self.limit is not None:
-            self.held += placed.nbytes
-            weakref.finalize(placed, self._let_go, placed.nbytes)
-        return placed
+            self.held += stored.nbytes
+            weakref.finalize(stored, self._release, stored.nbytes)
+        return stored
 
-    def _let_go(self, nbytes: int) -> None:
+    def _release(self, nbytes: int) -> None:
         self.held -= nbytes
 
-    def _in_file(self, states: Tensor) -> Tensor:
+    def _to_file(self, states: Tensor) -> Tensor:
         try:
             with tempfile.NamedTemporaryFile(prefix=".activations.partial-", dir=self.folder) as file:
-                # Room is taken now: a disk that is full later would end the process without a word.
+                # Space is allocated now: writing to the map of a full disk would kill the process without a message.
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, states.nbytes)
                 else:
@@ -58,7 +58,7 @@ class Activations:
                 mapped = torch.from_file(file.name, shared=True, size=states.numel(), dtype=states.dtype)
         except OSError as error:
             raise CheckpointError(
-                f"Activations cannot be kept in '{self.folder or tempfile.gettempdir()}' "
+                f"Activations cannot be stored in '{self.folder or tempfile.gettempdir()}' "
                 f"({error.strerror or error}): make room, or raise --activation-memory."
             ) from None
         return mapped.view(states.shape).copy_(states)

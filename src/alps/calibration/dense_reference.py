@@ -85,7 +85,7 @@ class DenseReference:
     @classmethod
     def start(cls, inputs: BlockInputs, needed: bool) -> DenseReference:
         """Return a reference that starts at `inputs`, or one that does nothing if it is not needed."""
-        return cls(inputs.beside() if needed and inputs.hidden else None)
+        return cls(inputs.copy() if needed and inputs.hidden else None)
 
     def begin_block(self, block: Block) -> None:
         """Copy a block while it is dense; the inputs are those of this block."""
@@ -138,7 +138,7 @@ class DenseReference:
         assert self.block is not None
         if self._outputs:
             for batch, output in enumerate(self._outputs):
-                self._inputs.put(batch, output)
+                self._inputs.replace_batch(batch, output)
         else:
             self._inputs.advance(self.block.index, self.block.module, device)
         self._received, self._outputs, self._advanced = [], [], True

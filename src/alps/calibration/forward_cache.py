@@ -1,8 +1,9 @@
-"""Parts of a block that are pruned already: a pass of sequential order goes on behind them.
+"""Forward cache for true-sequential pruning: reuse of the outputs of submodules that are already pruned.
 
-Attention ends with the product of its last site, and so does the MLP of most decoders. What that site receives is
-observed before it is pruned; once it is, the part's output is one product more, and nothing inside it is computed again
-in the passes that follow. Passes from the start of the block take two and a half forwards of it for one.
+Attention ends with the product of its last site, and so does the MLP of most decoders. The input of that site is
+observed before the site is pruned. Once it is pruned, the output of the submodule is one more product, and later passes
+compute nothing inside the submodule again. Without the cache, passes cost two and a half times as many forwards of a
+block.
 """
 
 from __future__ import annotations
@@ -24,167 +25,191 @@ from alps.models.sites import Site
 
 @dataclass(eq=False)
 class CachedSubmodule:
-    """A module inside a block whose output is that of its last site.
+    """Module inside a block whose output is that of its last site.
 
     Attributes:
-        module, last, names: itself, that site, and the names of all its sites.
-        rest: what it returns after its hidden states, none of it a tensor; None where it returns them alone.
-        received: by batch, what the last site receives; gone once its output is there.
-        given: by batch, the output, made of pruned weights.
+        module, last, names: the module, its last site, and the names of all its sites.
+        extra_outputs: returned after the hidden states, no tensor among them; None if the hidden states are returned
+            as a tensor.
+        inputs: by batch, of the last site; freed once the output is there.
+        outputs: by batch, computed with pruned weights.
     """
 
     module: nn.Module
     last: Site
     names: frozenset[str]
-    rest: tuple[Any, ...] | None
-    received: dict[int, Tensor] = field(default_factory=dict)
-    given: dict[int, Tensor] = field(default_factory=dict)
+    extra_outputs: tuple[Any, ...] | None
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
-    def returned(self, hidden: Tensor) -> Any:
-        """The hidden states as the module returns them."""
-        return hidden if self.rest is None else (hidden, *self.rest)
+    def as_output(self, hidden: Tensor) -> Any:
+        """Convert hidden states to the return value of the module."""
+        return hidden if self.extra_outputs is None else (hidden, *self.extra_outputs)
 
 
 class CachedForward(BlockInputs):
-    """The inputs of a block, run without what is settled in it.
+    """Inputs of a block that are run without the submodules whose sites are all pruned.
 
-    A batch may be run any number of times, while only the sites that are expected change from pass to pass.
+    A batch may be run any number of times, as long as only the sites of the current pass change between passes.
     """
 
     def __init__(self, block: Block, inputs: BlockInputs, device: torch.device, advances: bool = True) -> None:
-        """Of `inputs`, on `device`; unless it `advances`, nothing is kept for a pass after the last site."""
+        """Wrap the inputs of a block; the lists of `inputs` are shared, not copied.
+
+        Args:
+            block: on `device`.
+            inputs: of the block.
+            device: where the block runs.
+            advances: `advance` will be called after the last pass. If not, nothing is cached for a pass after the last
+                site.
+        """
         super().__init__(**vars(inputs))
         self._block, self._device, self._advances = block, device, advances
-        self._settled: set[str] = set()
-        self._expected: set[str] = set()
-        # Parts whose last site receives what the next pass observes, and the site by which it does.
-        self._noted: list[tuple[Site, CachedSubmodule]] = []
-        self._leaving = False
-        # Looked for when a first pass is announced: looking runs the block.
-        self.parts: list[CachedSubmodule] | None = None
+        self._pruned: set[str] = set()
+        self._current: set[str] = set()
+        # Submodules whose last site receives what the next pass observes, each with the observed site.
+        self._to_cache: list[tuple[Site, CachedSubmodule]] = []
+        self._is_last_pass = False
+        # Set at the first pass, because the search runs the block.
+        self.submodules: list[CachedSubmodule] | None = None
 
-    def expect(self, groups: Sequence[Sequence[Site]]) -> None:
-        """The next pass observes these sites, each group by what its first one receives; those before are pruned."""
-        if self.parts is None:
-            self.parts = self._affordable()
-        self._settled |= self._expected
-        self._expected = {site.name for group in groups for site in group}
-        known = self._settled | self._expected
-        wanted = self.parts if self._advances or any(site.name not in known for site in self._block.sites) else ()
-        self._noted = [
-            (group[0], part)
+    def begin_pass(self, groups: Sequence[Sequence[Site]]) -> None:
+        """Announce the next pass; the sites of earlier passes are pruned by now.
+
+        Args:
+            groups: sites that the pass observes, those with a common input in one group. The input of a group is that
+                of its first site.
+        """
+        if self.submodules is None:
+            self.submodules = self._find_affordable()
+        self._pruned |= self._current
+        self._current = {site.name for group in groups for site in group}
+        done = self._pruned | self._current
+        needs_cache = self._advances or any(site.name not in done for site in self._block.sites)
+        self._to_cache = [
+            (group[0], submodule)
             for group in groups
-            for part in wanted
-            if part.last.name in {site.name for site in group} and part.names <= known
+            for submodule in (self.submodules if needs_cache else ())
+            if submodule.last.name in {site.name for site in group} and submodule.names <= done
         ]
 
     def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
-        """As `BlockInputs.run`, with the same bits."""
-        assert block is self._block.module, "only passes of one block go on where the last one ended"
+        """Run the block like `BlockInputs.run`, with bit-identical outputs."""
+        assert block is self._block.module, "the cache is that of one block"
         if window is not None:
             return super().run(index, block, batch, device, window)
         with ExitStack() as stack:
-            for site, part in self._noted:
-                stack.enter_context(input_hooks([site], partial(self._note, part, batch), first=True))
-            for part in self.parts or ():
-                if part.names <= self._settled and (batch in part.received or batch in part.given):
-                    stack.enter_context(replaced_forward(part.module, partial(self._resumed, part, batch)))
+            for site, submodule in self._to_cache:
+                stack.enter_context(input_hooks([site], partial(self._cache_input, submodule, batch), first=True))
+            for submodule in self.submodules or ():
+                is_cached = batch in submodule.inputs or batch in submodule.outputs
+                if submodule.names <= self._pruned and is_cached:
+                    forward = partial(self._cached_forward, submodule, batch)
+                    stack.enter_context(replaced_forward(submodule.module, forward))
             return super().run(index, block, batch, device)
 
     def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
-        """As `BlockInputs.advance`, once; what was kept of a batch is let go."""
-        if self.parts is not None:
-            self.expect([])
-        self._leaving = True
+        """Replace the inputs by the outputs like `BlockInputs.advance`, once; the cache of each batch is freed."""
+        if self.submodules is not None:
+            self.begin_pass([])
+        self._is_last_pass = True
         super().advance(index, block, device)
 
-    def _note(self, part: CachedSubmodule, batch: int, _site: Site, x: Tensor) -> None:
-        # A view may hold far more memory than was counted; such a part is computed again each time.
+    def _cache_input(self, submodule: CachedSubmodule, batch: int, _site: Site, x: Tensor) -> None:
+        # A view may hold far more memory than the budget counts; its submodule is computed again in every pass.
         if x.is_contiguous():
-            part.received[batch] = x.to(self.hidden[batch].device)
+            submodule.inputs[batch] = x.to(self.hidden[batch].device)
 
-    def _resumed(self, part: CachedSubmodule, batch: int, *_args: Any, **_kwargs: Any) -> Any:
-        if batch in part.given:
-            given = part.given.pop(batch) if self._leaving else part.given[batch]
-            # A copy, since what follows may write into it.
-            return part.returned(given.to(self._device, copy=True))
-        hidden = part.last.module(part.received.pop(batch).to(self._device))
-        if not self._leaving:
-            part.given[batch] = hidden.to(self.hidden[batch].device, copy=True)
-        return part.returned(hidden)
+    def _cached_forward(self, submodule: CachedSubmodule, batch: int, *_args: Any, **_kwargs: Any) -> Any:
+        if batch in submodule.outputs:
+            output = submodule.outputs.pop(batch) if self._is_last_pass else submodule.outputs[batch]
+            # Copied, since the rest of the block may write into it.
+            return submodule.as_output(output.to(self._device, copy=True))
+        hidden = submodule.last.module(submodule.inputs.pop(batch).to(self._device))
+        if not self._is_last_pass:
+            submodule.outputs[batch] = hidden.to(self.hidden[batch].device, copy=True)
+        return submodule.as_output(hidden)
 
-    def _affordable(self) -> list[CachedSubmodule]:
-        parts = _parts(self._block, self, self._device)
-        sizes = [self.tokens * max(part.last.shape) * part.last.dtype.itemsize for part in parts]
-        return [parts[index] for index in select_within_budget(sizes, self.activations.limit)]
+    def _find_affordable(self) -> list[CachedSubmodule]:
+        submodules = _find_submodules(self._block, self, self._device)
+        sizes = [self.tokens * max(sub.last.shape) * sub.last.dtype.itemsize for sub in submodules]
+        return [submodules[index] for index in select_within_budget(sizes, self.activations.limit)]
 
 
-def _parts(block: Block, inputs: BlockInputs, device: torch.device) -> list[CachedSubmodule]:
-    """What one window shows to be parts, and proves: it gives the same without what comes before their last sites."""
+def _find_submodules(block: Block, inputs: BlockInputs, device: torch.device) -> list[CachedSubmodule]:
+    """Find the submodules of a block that can be cached, by running one window.
+
+    A submodule qualifies if the block gives bit-identical outputs when only the submodule's last site is computed.
+    """
     if not block.sites or any(site.expert is not None for site in block.sites):
         return []
     trace = _Trace(block)
     with torch.no_grad():
         with trace.recording():
-            whole = inputs.run(block.index, block.module, 0, device, 0)
+            expected = inputs.run(block.index, block.module, 0, device, 0)
 
-        def holds(parts: Sequence[CachedSubmodule]) -> bool:
+        def is_exact(submodules: Sequence[CachedSubmodule]) -> bool:
             with ExitStack() as stack:
-                for part in parts:
-                    stack.enter_context(replaced_forward(part.module, partial(trace.again, part)))
-                return torch.equal(whole, inputs.run(block.index, block.module, 0, device, 0))
+                for submodule in submodules:
+                    stack.enter_context(replaced_forward(submodule.module, partial(trace.replay, submodule)))
+                return torch.equal(expected, inputs.run(block.index, block.module, 0, device, 0))
 
-        found = trace.parts()
-        return found if not found or holds(found) else [part for part in found if holds([part])]
+        candidates = trace.submodules()
+        if not candidates or is_exact(candidates):
+            return candidates
+        return [submodule for submodule in candidates if is_exact([submodule])]
 
 
 class _Trace:
-    """What the sites of a block received in one forward, and what every module inside it returned."""
+    """Inputs of a block's sites in one forward, and outputs of all modules inside the block."""
 
     def __init__(self, block: Block) -> None:
         self._block = block
-        self._received: list[tuple[Site, Tensor]] = []
-        self._returned: dict[nn.Module, list[Any]] = {}
+        self._inputs: list[tuple[Site, Tensor]] = []
+        self._outputs: dict[nn.Module, list[Any]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Take note of the forward in the body."""
+        """Context that records a forward of the block."""
 
-        def returned(module: nn.Module, _args: Any, output: Any) -> None:
-            self._returned.setdefault(module, []).append(output)
+        def record_output(module: nn.Module, _args: Any, output: Any) -> None:
+            self._outputs.setdefault(module, []).append(output)
 
-        handles = [module.register_forward_hook(returned) for module in self._block.module.modules()]
+        handles = [module.register_forward_hook(record_output) for module in self._block.module.modules()]
         try:
-            with input_hooks(self._block.sites, lambda site, x: self._received.append((site, x))):
+            with input_hooks(self._block.sites, lambda site, x: self._inputs.append((site, x))):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def parts(self) -> list[CachedSubmodule]:
-        """The outermost modules that end with a site; none where a site is not called exactly once."""
-        found = list[CachedSubmodule]()
-        if sorted(site.name for site, _ in self._received) != sorted(site.name for site in self._block.sites):
-            return found
+    def submodules(self) -> list[CachedSubmodule]:
+        """List the outermost modules that end with a site; none if a site is not called exactly once."""
+        submodules = list[CachedSubmodule]()
+        if sorted(site.name for site, _ in self._inputs) != sorted(site.name for site in self._block.sites):
+            return submodules
         for module in self._block.module.modules():
-            inside_another = any(module in part.module.modules() for part in found)
-            if module is not self._block.module and not inside_another and (part := self._part(module)) is not None:
-                found.append(part)
-        return found
+            is_inside = any(module in submodule.module.modules() for submodule in submodules)
+            if module is self._block.module or is_inside:
+                continue
+            if (submodule := self._as_submodule(module)) is not None:
+                submodules.append(submodule)
+        return submodules
 
-    def again(self, part: CachedSubmodule, *_args: Any, **_kwargs: Any) -> Any:
-        """What a part returns by its last site alone."""
-        x = next(x for site, x in self._received if site.name == part.last.name)
-        return part.returned(part.last.module(x))
+    def replay(self, submodule: CachedSubmodule, *_args: Any, **_kwargs: Any) -> Any:
+        """Compute the output of a submodule by its last site alone."""
+        x = next(x for site, x in self._inputs if site.name == submodule.last.name)
+        return submodule.as_output(submodule.last.module(x))
 
-    def _part(self, module: nn.Module) -> CachedSubmodule | None:
+    def _as_submodule(self, module: nn.Module) -> CachedSubmodule | None:
+        """Return the cache for a module; None if its output is not that of its last site."""
         inner = set(module.modules())
-        sites = [site for site, _ in self._received if site.module in inner]
-        outputs = self._returned.get(module, [])
+        sites = [site for site, _ in self._inputs if site.module in inner]
+        outputs = self._outputs.get(module, [])
         if not sites or sites[-1].module is module or len(outputs) != 1:
             return None
-        hidden, *more = outputs[0] if isinstance(outputs[0], tuple) else (outputs[0],)
-        rest = tuple(more) if isinstance(outputs[0], tuple) else None
-        if hidden is not self._returned[sites[-1].module][0] or any(isinstance(one, Tensor) for one in more):
+        hidden, *extra = outputs[0] if isinstance(outputs[0], tuple) else (outputs[0],)
+        extra_outputs = tuple(extra) if isinstance(outputs[0], tuple) else None
+        if hidden is not self._outputs[sites[-1].module][0] or any(isinstance(value, Tensor) for value in extra):
             return None
-        return CachedSubmodule(module, sites[-1], frozenset(site.name for site in sites), rest)
+        return CachedSubmodule(module, sites[-1], frozenset(site.name for site in sites), extra_outputs)

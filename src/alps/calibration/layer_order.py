@@ -60,12 +60,12 @@ def calibrate(
         steps.setdefault(sites[0].parameter_name, []).append(sites)
     for step in steps.values():
         if isinstance(inputs, CachedForward):
-            inputs.expect(step)
+            inputs.begin_pass(step)
         yield observe(block, inputs, needs, device, step, reference, group)
     discovered = {site.name for sites in shared_inputs for site in sites}
     if late := [site for site in block.sites if site.name not in discovered]:
         if isinstance(inputs, CachedForward):
-            inputs.expect([[site] for site in late])
+            inputs.begin_pass([[site] for site in late])
         yield observe(block.with_sites(late), inputs, needs, device, reference=reference, group=group)
 
 

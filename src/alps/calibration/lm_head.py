@@ -92,7 +92,7 @@ def divergences(
     dense, carried = inputs.hidden[0], list[Tensor]()
 
     def after(block: Block, hidden: Tensor) -> Tensor:
-        return BlockInputs([hidden], inputs.calls).run(block.index, block.module, 0, device).to(home)
+        return BlockInputs([hidden], inputs.arguments).run(block.index, block.module, 0, device).to(home)
 
     with torch.no_grad():
         for block, mine in zip(blocks, changes, strict=True):
@@ -103,7 +103,7 @@ def divergences(
                         carried.append(after(block, dense))
                 dense = after(block, dense)
             done(block)
-        head = Head(model, blocks, inputs.bare)
+        head = Head(model, blocks, inputs.returns_tensor)
         with head.on(device):
             reference = head(dense, windows).flatten(0, -2)
             found = iter([_divergence(head(hidden, windows), reference) for hidden in carried])

@@ -1,7 +1,7 @@
-"""Mixtures of experts: what each expert's slice of a fused parameter is multiplied with, and tokens sent elsewhere.
+"""Hooks on mixtures of experts: inputs of each expert's slice of a fused parameter, and rerouting of tokens.
 
-The inputs of an expert's second map are no module's input. What is watched is the products themselves: while a block
-runs, every product of torch whose second operand lies where a slice lies is a call of that slice.
+The inputs of an expert's second map are the input of no module. So the hooks are on the products: while a block runs,
+every product of torch whose second operand has the address of a slice is a call of that slice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from alps.calibration.block_inputs import replaced_forward
 from alps.core.errors import UnsupportedModel
 from alps.models.sites import Site
 
-# Products of inputs with a weight by the name of the function: `linear` takes (out, in), the others (in, out).
+# Functions that multiply inputs by a weight: `linear` expects (out, in), the others (in, out).
 _PRODUCTS = {"linear", "matmul", "mm", "bmm"}
-# What the forwards that take any routing call their second argument.
+# Names of the second argument of forwards that accept any routing.
 _ROUTINGS = {"top_k_index", "router_indices"}
 
 
-class _Products(TorchFunctionMode):
-    """Calls `callback(site, x)` before every product of rows x with a watched slice."""
+class _ProductHooks(TorchFunctionMode):
+    """Mode that calls `callback(site, x)` before every product of rows x with the slice of a site."""
 
     def __init__(self, sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> None:
         super().__init__()
@@ -43,22 +43,22 @@ class _Products(TorchFunctionMode):
         if name in _PRODUCTS:
             x, weight = [*args, *kwargs.values()][:2]
             if weight.ndim == 3 and weight.data_ptr() in self._fused:
-                # All experts at once, each with as many rows: those of tokens that went elsewhere are zero.
-                for rows, one in zip(x, weight, strict=True):
-                    self._note(rows[(rows != 0).any(dim=-1)], one)
+                # All experts in one product with equal numbers of rows; rows of tokens routed elsewhere are zero.
+                for rows, expert_weight in zip(x, weight, strict=True):
+                    self._on_product(rows[(rows != 0).any(dim=-1)], expert_weight)
             elif weight.ndim == 2:
-                self._note(x, weight.T if name == "linear" else weight)
+                self._on_product(x, weight.T if name == "linear" else weight)
         return func(*args, **kwargs)
 
-    def _note(self, x: Tensor, weight: Tensor) -> None:
-        """One product x W with W (in, out)."""
+    def _on_product(self, x: Tensor, weight: Tensor) -> None:
+        """Call back for a product x W with W (in, out), if W is the slice of a site."""
         site = self._sites.get(weight.data_ptr())
         if site is None or weight.numel() != site.entries:
             return
         if weight.stride() != site.read().T.stride():
             raise UnsupportedModel(
-                f"{site.parameter_name} of {type(site.module).__name__} is multiplied from the other side than its "
-                "layout was taken to say: this mixture of experts cannot be pruned."
+                f"{site.parameter_name} of {type(site.module).__name__} has another layout than expected, with inputs "
+                "and outputs exchanged: this mixture of experts cannot be pruned."
             )
         if x.numel():
             self._callback(site, x)
@@ -66,47 +66,48 @@ class _Products(TorchFunctionMode):
 
 @contextmanager
 def matmul_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Call `callback(site, x)` before every product of a slice of `sites` for the time of the body.
+    """Context in which `callback(site, x)` is called before every product with the slice of a site.
 
-    Experts run by their plain forward meanwhile, which multiplies one expert after the other.
+    Meanwhile experts run by their plain forward, which multiplies one expert after the other.
 
     Raises:
-        UnsupportedModel: inside the body, when a slice is used as (in, out) and was taken for (out, in), or reversed.
+        UnsupportedModel: inside the context, when a slice is used as (in, out) and was expected as (out, in), or the
+            other way round.
     """
     modules = {id(site.module): site.module for site in sites}
     with ExitStack() as stack:
         for module in modules.values():
             if _has_kernels(module):
-                stack.enter_context(replaced_forward(module, partial(_plain(module), module)))
+                stack.enter_context(replaced_forward(module, partial(_plain_forward(module), module)))
         if sites:
-            stack.enter_context(_Products(sites, callback))
+            stack.enter_context(_ProductHooks(sites, callback))
         yield
 
 
-def reroutable(module: nn.Module) -> bool:
-    """Whether a module of experts has transformers' interface: (hidden states, expert numbers, weights)."""
-    names = list(inspect.signature(_plain(module)).parameters)
+def can_reroute(module: nn.Module) -> bool:
+    """Return True if a module of experts has transformers' interface: (hidden states, expert indices, weights)."""
+    names = list(inspect.signature(_plain_forward(module)).parameters)
     return _has_kernels(module) and len(names) == 4 and names[2] in _ROUTINGS
 
 
 @contextmanager
-def rerouted(module: nn.Module, instead: Callable[[Tensor, Callable[[int], None]], None]) -> Iterator[None]:
-    """Replace what a module of experts does for the time of the body.
+def rerouted(module: nn.Module, replacement: Callable[[Tensor, Callable[[int], None]], None]) -> Iterator[None]:
+    """Context in which a module of experts calls `replacement` in place of its forward, and returns zeros.
 
     Args:
-        module: one that is `reroutable`.
-        instead: is given the hidden states (tokens, features), and a function that sends all of them to one expert.
+        module: one for which `can_reroute` holds.
+        replacement: gets the hidden states (tokens, features), and a function that sends all of them to one expert.
     """
-    plain = _plain(module)
-    signature = inspect.signature(plain)
+    plain_forward = _plain_forward(module)
+    signature = inspect.signature(plain_forward)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         _, hidden, index, weights = signature.bind(module, *args, **kwargs).arguments.values()
 
         def send(expert: int) -> None:
-            plain(module, hidden, torch.full_like(index[:, :1], expert), torch.ones_like(weights[:, :1]))
+            plain_forward(module, hidden, torch.full_like(index[:, :1], expert), torch.ones_like(weights[:, :1]))
 
-        instead(hidden, send)
+        replacement(hidden, send)
         return torch.zeros_like(hidden)
 
     with replaced_forward(module, forward):
@@ -114,12 +115,12 @@ def rerouted(module: nn.Module, instead: Callable[[Tensor, Callable[[int], None]
 
 
 def _has_kernels(module: nn.Module) -> bool:
-    """Whether transformers chooses how these experts are computed; such a class says how its weights lie."""
+    """Return True if transformers chooses the kernel of these experts; such a class states its weight layout."""
     return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 
 
-def _plain(module: nn.Module) -> Callable[..., Any]:
-    """The forward that a class was written with, beneath transformers' choice of kernels."""
+def _plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a class without transformers' choice of kernels."""
     forward = type(module).forward
     plain: Callable[..., Any] = getattr(forward, "__wrapped__", forward)
     return plain

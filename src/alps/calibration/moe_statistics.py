@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import StopForward, input_hooks
-from alps.calibration.moe_hooks import reroutable, rerouted
+from alps.calibration.moe_hooks import can_reroute, rerouted
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.statistics import InputStats, InputSums, Needs
 from alps.models.blocks import Block
@@ -137,7 +137,7 @@ def _rerouted_pools(
     undersampled: Sequence[Site], block: Block, inputs: BlockInputs, needs: Needs, device: torch.device
 ) -> dict[str, InputSums]:
     """By name of a site, what it receives when all tokens are sent to its expert; only where that can be done."""
-    modules = {id(site.module): site.module for site in undersampled if reroutable(site.module)}
+    modules = {id(site.module): site.module for site in undersampled if can_reroute(site.module)}
     pools: dict[str, InputSums] = {}
     for module in modules.values():
         sites = [site for site in undersampled if site.module is module]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.activation_store import Activations
+from alps.calibration.activation_store import ActivationStore
 from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
@@ -233,11 +233,11 @@ def _capture(
     if reconstruction is not None:
         batch_size = context.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
     storage = torch.device("cpu") if context.offload else context.device
-    activations = Activations(storage, context.activation_bytes, context.spill_folder)
+    activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
     windows = context.group.shard(windows)
     inputs = capture_block_inputs(model, blocks, windows, batch_size, activations)
     batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
-    return inputs, OutputLoss(Head(model, blocks, inputs.bare), batches)
+    return inputs, OutputLoss(Head(model, blocks, inputs.returns_tensor), batches)
 
 
 def _forward_of(

@@ -90,7 +90,7 @@ def measure_block(
         if recipe.true_sequential:
             forward = CachedForward(block, inputs, device, advances=recipe.reconstruction is None)
             # The search for cached parts takes one window: little in a run, and much here.
-            forward.expect([])
+            forward.begin_pass([])
         start = time.perf_counter()
         observations = list(
             calibrate(block, forward, recipe.needs, device, true_sequential=recipe.true_sequential, reference=reference)
@@ -100,9 +100,9 @@ def measure_block(
         sources = [source for observation in observations for source in observation.shared]
         times.inputs = [source.sites[0].shape[1] for source in sources]
         if isinstance(forward, CachedForward):
-            times.cached = [max(part.last.shape) for part in forward.parts or () if part.received or part.given]
+            times.cached = [max(part.last.shape) for part in forward.submodules or () if part.inputs or part.outputs]
             if recipe.reconstruction is None:
-                forward.expect([])
+                forward.begin_pass([])
                 times.advance = _timed_forward(forward, block, device) / tokens
         solver = LayerSolver(
             recipe=recipe,
