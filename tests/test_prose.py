@@ -24,8 +24,6 @@ _NOT_YET = frozenset(
         "calibration/lm_head.py",
         "calibration/moe_statistics.py",
         "data/calibration.py",
-        "finetuning/block_reconstruction.py",
-        "finetuning/reconstruct_checkpoint.py",
         "pruning",
         "evaluation/api.py",
         "evaluation/compare.py",

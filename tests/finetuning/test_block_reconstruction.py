@@ -21,7 +21,7 @@ from alps.reporting.records import ReconstructionRecord
 
 CPU = torch.device("cpu")
 # Windows of 16 tokens, three in a batch: eight batches, of which the last is held back.
-FAST = ReconstructionParameters(epochs=3, rate=2e-3, target=1.0)
+FAST = ReconstructionParameters(epochs=3, lr=2e-3, target=1.0)
 BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -145,7 +145,7 @@ def test_the_record_tells_the_loss_on_the_held_back_batch_before_and_after(
 def test_an_absurd_rate_leaves_the_block_as_it_was(case: Callable[..., Case], dtype: torch.dtype) -> None:
     one = case(dtype=dtype)
     before = one.bits()
-    record = one.match(replace(FAST, epochs=2, rate=100.0))
+    record = one.match(replace(FAST, epochs=2, lr=100.0))
     assert (record.after, record.best_step, record.steps) == (record.before, 0, 14)
     after = one.bits()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -185,7 +185,7 @@ def test_zeros_stay_zeros_and_kept_weights_stay_kept(case: Callable[..., Case], 
 def test_norms_and_biases_are_tuned_only_where_asked(case: Callable[..., Case], kind: str, norms: bool) -> None:
     one = case(kind)
     before = one.bits()
-    one.match(ReconstructionParameters(epochs=1, rate=2e-3, norms=norms))
+    one.match(ReconstructionParameters(epochs=1, lr=2e-3, norms=norms))
     for name, bits in one.bits().items():
         assert torch.equal(bits, before[name]) == (bits.ndim == 1 and not norms), name
 

@@ -73,7 +73,7 @@ def test_every_block_gains_and_nothing_frozen_or_pruned_moves(
 ) -> None:
     student, teacher = clone(pruned), weights(dense.model)
     before = weights(student.model)
-    records, run = reconstruct_model(dense, student, SETTINGS, source, NoProgress())
+    records, run = reconstruct_model(dense, student, SETTINGS, source, progress=NoProgress())
     after = weights(student.model)
     assert same(weights(dense.model), teacher)
     assert [record.block for record in records] == list(range(5)) and run.blocks == 5
@@ -113,7 +113,7 @@ def test_equal_settings_give_equal_weights_and_another_seed_does_not(
     found = []
     for settings in (SMALL, SMALL, SMALL.model_copy(update={"seed": 1}), SMALL.model_copy(update={"offload": True})):
         student = clone(pruned)
-        reconstruct_model(dense, student, settings, source, NoProgress())
+        reconstruct_model(dense, student, settings, source, progress=NoProgress())
         found.append(weights(student.model))
     assert same(found[0], found[1]) and same(found[0], found[3]) and not same(found[0], found[2])
 
@@ -136,7 +136,7 @@ def test_few_windows_still_leave_some_to_hold_back(
 
     monkeypatch.setattr(matched, "reconstruct_block", spy)
     # Eight windows of 32 tokens fit in one batch: they are two, one to train on and one to look at.
-    reconstruct_model(dense, clone(pruned), SMALL.model_copy(update={"seed": 5}), source, NoProgress())
+    reconstruct_model(dense, clone(pruned), SMALL.model_copy(update={"seed": 5}), source, progress=NoProgress())
     assert seen == [([4, 4], 5)] * 5
 
 
@@ -147,7 +147,7 @@ def test_every_kind_of_model_keeps_its_zeros(kind: str, tiny_model: Callable[...
     before = weights(student.model)
     text = CalibrationMix((CalibrationSource(Text("letters", ["the quick brown fox, and the lazy dog; " * 60])),))
     records, _ = reconstruct_model(
-        dense, student, SMALL.model_copy(update={"epochs": 4, "samples": 40}), text, NoProgress()
+        dense, student, SMALL.model_copy(update={"epochs": 4, "samples": 40}), text, progress=NoProgress()
     )
     assert all(record.after < record.before for record in records)
     blocks = find_blocks(student.model)
@@ -174,7 +174,7 @@ def test_one_block_of_each_model_is_on_the_device_at_a_time(
 
     student = clone(pruned)
     monkeypatch.setattr(matched, "on_device", spy)
-    reconstruct_model(dense, student, SMALL, source, NoProgress())
+    reconstruct_model(dense, student, SMALL, source, progress=NoProgress())
     assert order == ["dense", "pruned"] * 5
 
 
@@ -189,7 +189,7 @@ def test_windows_of_self_are_sampled_from_the_dense_model(
         return Windows(ids, SELF, samples)
 
     monkeypatch.setattr(loaded, "generate_windows", sampled)
-    _, run = reconstruct_model(dense, clone(pruned), SMALL, load_calibration("self", 8), NoProgress())
+    _, run = reconstruct_model(dense, clone(pruned), SMALL, load_calibration("self", 8), progress=NoProgress())
     assert asked == [dense.model] and run.calibration.source == "self"
 
 
@@ -209,7 +209,7 @@ def test_models_that_cannot_be_matched(
     ]:
         before = weights(student.model)
         with pytest.raises(ConfigError) as refused:
-            reconstruct_model(teacher, student, SMALL, source, NoProgress())
+            reconstruct_model(teacher, student, SMALL, source, progress=NoProgress())
         assert expected in str(refused.value) and "\n" not in str(refused.value)
         assert same(weights(student.model), before)
 

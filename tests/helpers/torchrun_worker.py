@@ -29,7 +29,7 @@ def main() -> None:
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
     reconstruction = (
-        ReconstructionParameters(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, rate=1e-2)
+        ReconstructionParameters(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, lr=1e-2)
         if int(epochs)
         else None
     )

@@ -183,7 +183,7 @@ def test_finished_blocks_are_not_solved_again(
     [
         (
             "alps.pruning.config.ReconstructionParameters",
-            partial(ReconstructionParameters, rate=1e-3),
+            partial(ReconstructionParameters, lr=1e-3),
             r"reconstruct_steps was 0\.0003 on 2048 tokens and is 0\.001 on 2048 tokens",
         ),
         ("alps.pruning.job.PRIOR_TOKENS", 1024, "dense_target_prior_tokens was 16384 and is 1024"),

@@ -42,7 +42,7 @@ class ReconstructionParameters:
     Attributes:
         epochs: passes over the calibration windows.
         target: share t of the dense model's outputs in the target.
-        rate: largest step size of Adam.
+        lr: largest step size of Adam.
         floor: share of the largest step size to which it falls along a cosine.
         held_back: share of the windows on which the best state is chosen, and which are not trained on.
         tokens: in a step.
@@ -52,7 +52,7 @@ class ReconstructionParameters:
 
     epochs: int = 1
     target: float = DEFAULT_RECONSTRUCT_TARGET
-    rate: float = 3e-4
+    lr: float = 3e-4
     floor: float = 0.1
     held_back: float = 0.0625
     tokens: int = 2048
@@ -149,7 +149,7 @@ def reconstruct_block(
     # Nothing outside the block may take a gradient, the head least of all.
     module = block.module if output_loss is None else output_loss.head.model
     head = nullcontext() if output_loss is None else output_loss.head.on(device)
-    with head, torch.enable_grad(), MaskedAdamW(module, trainable, parameters.rate, torch.float64) as optimiser:
+    with head, torch.enable_grad(), MaskedAdamW(module, trainable, parameters.lr, torch.float64) as optimiser:
         return training.run(optimiser)
 
 

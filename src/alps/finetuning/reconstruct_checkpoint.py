@@ -1,12 +1,13 @@
-"""What `alps match` does: a dense checkpoint and one pruned from it in, the latter with its blocks matched out.
+"""Block reconstruction of a pruned checkpoint: the blocks of the pruned model are tuned to those of the dense model.
 
-Both models are walked side by side. The dense activations advance through the dense blocks, the pruned ones through
-the pruned blocks as they are once matched; only one block of each model is on the device at a time.
+The job runs through both models block by block. Dense activations pass through dense blocks, the pruned model's through
+its reconstructed blocks. Only one block of each model is on the device at a time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ from alps.finetuning.checkpoint_pair import (
     describe,
     write_changed,
 )
-from alps.models.blocks import find_blocks, on_device
+from alps.models.blocks import Block, find_blocks, on_device
 from alps.reporting.records import ReconstructionRecord, ReconstructionRun, calibration_record
 from alps.reporting.run_report import RunReport
 
@@ -88,24 +89,26 @@ class ReconstructConfig(BaseModel):
 
     def parameters(self) -> ReconstructionParameters:
         """Return the parameters of the block reconstruction."""
-        return ReconstructionParameters(epochs=self.epochs, target=self.target, rate=self.lr)
+        return ReconstructionParameters(epochs=self.epochs, target=self.target, lr=self.lr)
 
 
 def reconstruct_directory(
     dense: str, pruned: str, out: Path, settings: ReconstructConfig, progress: Progress
 ) -> RunReport:
-    """Check everything that can be checked, then load both models, match the pruned one's blocks and write it to `out`.
+    """Load a dense and a pruned checkpoint, reconstruct the blocks of the pruned one, and write it to `out`.
+
+    Everything that can be checked is checked before the models are loaded.
 
     Returns:
-        The report of the pruned directory with the matching added, as written.
+        The report of the pruned directory with the reconstruction added, as written.
 
     Raises:
-        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: one sentence each; nothing is written then.
+        ConfigError, UnsupportedModel, SolveFailed, CheckpointError: nothing is written then.
     """
     earlier = check_request(dense, pruned, out, device=settings.device, dtype=settings.dtype)
     source = load_calibration(settings.calibration, settings.samples)
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
-    records, run = reconstruct_model(teacher, student, settings, source, progress)
+    records, run = reconstruct_model(teacher, student, settings, source, progress=progress)
     report = earlier or describe(student, dense, run.device)
     report.reconstructions += records
     report.reconstruction_runs.append(run)
@@ -118,23 +121,24 @@ def reconstruct_model(
     pruned: LoadedModel,
     settings: ReconstructConfig,
     source: CalibrationMix,
+    *,
     progress: Progress,
 ) -> tuple[list[ReconstructionRecord], ReconstructionRun]:
-    """Match every block of a pruned model, in place, to the dense model's.
+    """Reconstruct every block of a pruned model in place.
 
     Args:
-        dense: gives the targets, and the windows of `self`; unchanged.
-        pruned: tuned; its zeros, and all that is outside its blocks, keep their bits.
+        dense: gives the targets, and samples the windows of `self`; unchanged.
+        pruned: tuned; its zeros, and all parameters outside its blocks, keep their bits.
         settings: see `ReconstructConfig`.
-        source: what the calibration windows are drawn from.
-        watcher: told after every block.
+        source: of the calibration windows.
+        progress: counts the blocks.
 
     Returns:
-        A record of every block, and one of the whole.
+        A record of every block, and one of the run.
 
     Raises:
         ConfigError: for models that do not belong together, a model without a weight left, or too little text.
-        UnsupportedModel: when the models have no decoder blocks or cannot be walked.
+        UnsupportedModel: when the blocks cannot be found, or not be run one by one.
         SolveFailed: when outputs of a block are not finite.
     """
     check_pair(dense, pruned)
@@ -144,14 +148,16 @@ def reconstruct_model(
             f"Nothing is left to tune in '{pruned.name}': every weight of its linear layers is zero; prune less."
         )
     device = pick_device(settings.device)
-    # The two vocabularies are the same where both are known; either tokenizer will do.
+    # `check_pair` compared the vocabularies, so either tokenizer may be used.
     reader = LoadedModel(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
     windows = reader.calibration(source, settings.samples, settings.seqlen, settings.seed, device, progress)
     reader.check_ids(windows)
     training = dense.model.training, pruned.model.training
     start = time.perf_counter()
     try:
-        records = _match_blocks(dense.model.eval(), pruned.model.eval(), windows.ids, settings, device, progress)
+        records = _reconstruct_blocks(
+            dense.model.eval(), pruned.model.eval(), windows.ids, settings, device=device, progress=progress
+        )
     finally:
         dense.model.train(training[0])
         pruned.model.train(training[1])
@@ -174,52 +180,58 @@ def reconstruct_model(
     )
 
 
-def _match_blocks(
+def _reconstruct_blocks(
     dense: nn.Module,
     pruned: nn.Module,
     ids: Tensor,
     settings: ReconstructConfig,
+    *,
     device: torch.device,
     progress: Progress,
 ) -> list[ReconstructionRecord]:
-    matching = settings.parameters()
-    models, tuned = find_blocks(dense), find_blocks(pruned)
-    # Two batches at least: one is held back.
-    batch = max(min(matching.tokens // ids.shape[1], len(ids) // 2), 1)
-    storage = torch.device("cpu") if settings.offload else device
+    """Tune all blocks of `pruned` in order, on windows of token ids (windows, seqlen)."""
+    parameters = settings.parameters()
+    dense_blocks, blocks = find_blocks(dense), find_blocks(pruned)
+    # At least two batches, since one is held back.
+    batch_size = max(min(parameters.tokens // ids.shape[1], len(ids) // 2), 1)
+    storage_device = torch.device("cpu") if settings.offload else device
     records = []
-    progress.start("match", len(tuned))
+    progress.start("reconstruct", len(blocks))
     try:
         with (
             out_of_memory_as_error("use --offload, or give fewer --samples or a lower --seqlen"),
             exact_float32(),
             half_matmul_in_float32(device, dense, pruned),
         ):
-            targets = _captured(capture_block_inputs(dense, models, ids, batch), storage)
-            inputs = _captured(capture_block_inputs(pruned, tuned, ids, batch), storage)
-            output_loss = OutputLoss(Head(pruned, tuned), torch.split(ids, batch))
-            for model, block in zip(models, tuned, strict=True):
-                with on_device(model, device), on_device(block, device):
-                    targets.advance(model.index, model.module, device)
+            targets = _capture(dense, dense_blocks, ids, batch_size, storage_device)
+            inputs = _capture(pruned, blocks, ids, batch_size, storage_device)
+            output_loss = OutputLoss(Head(pruned, blocks), torch.split(ids, batch_size))
+            for dense_block, block in zip(dense_blocks, blocks, strict=True):
+                is_last = block is blocks[-1]
+                with on_device(dense_block, device), on_device(block, device):
+                    targets.advance(dense_block.index, dense_block.module, device)
                     record = reconstruct_block(
                         block,
                         inputs,
                         targets.hidden,
-                        matching,
+                        parameters,
                         device=device,
-                        dense_block=model,
-                        output_loss=output_loss if block is tuned[-1] else None,
+                        dense_block=dense_block,
+                        output_loss=output_loss if is_last else None,
                         seed=settings.seed,
                     )
-                    records.append(record)
-                    if block is not tuned[-1]:
+                    if not is_last:
                         inputs.advance(block.index, block.module, device)
-                progress.step(f"block {block.index}  loss {records[-1].before:.4f} -> {records[-1].after:.4f}")
+                records.append(record)
+                progress.step(f"block {block.index}  loss {record.before:.4f} -> {record.after:.4f}")
     finally:
         progress.finish()
     return records
 
 
-def _captured(inputs: BlockInputs, storage: torch.device) -> BlockInputs:
-    inputs.hidden = [hidden.to(storage) for hidden in inputs.hidden]
+def _capture(
+    model: nn.Module, blocks: Sequence[Block], ids: Tensor, batch_size: int, storage_device: torch.device
+) -> BlockInputs:
+    inputs = capture_block_inputs(model, blocks, ids, batch_size)
+    inputs.hidden = [hidden.to(storage_device) for hidden in inputs.hidden]
     return inputs

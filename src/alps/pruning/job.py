@@ -72,7 +72,7 @@ class PruneJob:
         entries = self._settings() if self.config is None else dict(self.config.fingerprint_fields())
         if (reconstruction := recipe.reconstruction) is not None:
             # These are no settings, and another version may have other values.
-            entries["reconstruct_steps"] = f"{reconstruction.rate} on {reconstruction.tokens} tokens"
+            entries["reconstruct_steps"] = f"{reconstruction.lr} on {reconstruction.tokens} tokens"
         if recipe.dense_target:
             entries["dense_target_prior_tokens"] = str(PRIOR_TOKENS)
         if recipe.row_weights != "equal":
