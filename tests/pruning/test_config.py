@@ -132,31 +132,6 @@ def test_a_target_that_cannot_be_is_refused(values: dict[str, Any], complaint: s
     assert complaint in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ("model: m\n  bad: [1\n", "is not valid YAML (line 2)"),
-        ("a: b: c", "is not valid YAML (line 1)"),
-        (b"model: \xff\xfe", "is not valid YAML"),
-        (b"model: a\0b", "is not valid YAML"),
-        ("[" * 2000, "is not valid YAML"),
-        ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
-        ("", "must be a mapping"),
-        ("- model", "must be a mapping"),
-        ("model", "must be a mapping"),
-    ],
-    ids=["indent", "colons", "not UTF-8", "NUL", "deep", "object", "empty", "list", "word"],
-)
-def test_a_broken_file_is_refused(tmp_path: Path, content: str | bytes, complaint: str) -> None:
-    assert complaint in _refused(tmp_path, content)
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=r"cannot be read: .+\."):
-            load_prune_config(path, {})
-
-
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_built_with_its_defaults(name: str, refit: bool) -> None:

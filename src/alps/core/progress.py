@@ -56,11 +56,11 @@ class ConsoleProgress:
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=self._console,
             )
             self._bar.start()
@@ -79,6 +79,7 @@ class ConsoleProgress:
             self._console.print(
                 f"{self._title}: {self._done}/{self._total}  {detail}  {left:.0f} s left",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
 
