@@ -27,7 +27,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_list_of_commands_says_what_their_own_help_says(name: str) -> None:
-    command = cli.imported(name)
+    command = cli.import_command(name)
     assert command.name == name
     assert command.help.splitlines()[0] == cli.COMMANDS[name][2]
 
@@ -281,7 +281,7 @@ def test_distill_keeps_the_zeros_that_inspect_counts(
     capsys.readouterr()
     assert run_alps(monkeypatch, "distill", stories, pruned, out, "--steps", 12, *sizes) == 0
     printed = capsys.readouterr()
-    assert "Recovered by distillation, not one-shot: 12 steps, 1,536 tokens, lr 0.002" in printed.out
+    assert "Distilled, so not one-shot: 12 steps, 1,536 tokens, lr 0.002" in printed.out
     assert "158,600 of 226,560 weights are zero" in printed.out
     assert "12/12" in printed.err
     zeros = []
@@ -347,7 +347,7 @@ def test_pack_and_unpack(
 
     assert run_alps(monkeypatch, "unpack", packed, back) == 0
     printed = capsys.readouterr().out
-    assert "Unpacked 47 tensors, 520,064 bytes, every one with the sha256 it was packed with." in printed
+    assert "Unpacked 47 tensors, 520,064 bytes, each with the sha256 recorded at packing." in printed
     assert {path.name: path.read_bytes() for path in back.iterdir()} == {
         path.name: path.read_bytes() for path in pruned.iterdir()
     }

@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import alps
-from alps.cli.main import app, imported
+from alps.cli.main import app, import_command
 from alps.cli.settings_page import settings_page
 from alps.core.settings import describe_fields
 from alps.evaluation.compare_config import CompareConfig
+from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.finetuning.distillation import DistillConfig
 from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
 from alps.pruning.config import PruneConfig
@@ -35,8 +36,16 @@ _CASES: dict[str, tuple[type[BaseModel], Callable[[], Callable[..., Any]]]] = {
 def test_command_python_and_yaml_have_the_same_settings(name: str) -> None:
     config, function = _CASES[name]
     settings = set(config.model_fields)
-    assert {parameter.name for parameter in imported(name).params} - _COMMAND - {"help"} == settings
+    assert {parameter.name for parameter in import_command(name).params} - _COMMAND - {"help"} == settings
     assert set(inspect.signature(function()).parameters) - _PYTHON == settings
+
+
+def test_evaluate_and_evaluate_tasks_have_the_settings_of_eval() -> None:
+    settings = set(EvaluateConfig.model_fields)
+    assert {parameter.name for parameter in import_command("eval").params} - {"help"} == settings
+    functions = (alps.evaluate, alps.evaluate_tasks)
+    parameters = {name for function in functions for name in inspect.signature(function).parameters}
+    assert parameters - {"progress", "group"} == settings
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -58,7 +67,7 @@ def test_defaults_in_python_are_those_of_the_config(name: str) -> None:
 @pytest.mark.parametrize("name", _CASES)
 def test_options_are_the_names_with_dashes_and_say_their_default(name: str) -> None:
     config, _ = _CASES[name]
-    options: dict[str, Any] = {parameter.name: parameter for parameter in imported(name).params}
+    options: dict[str, Any] = {parameter.name: parameter for parameter in import_command(name).params}
     for field in describe_fields(config):
         if field.name == "model":
             continue
@@ -83,7 +92,9 @@ def test_the_page_of_settings_is_that_of_the_code() -> None:
     assert page.read_text() == settings_page(), "run python -m alps.cli.settings_page > docs/settings.md"
 
 
-@pytest.mark.parametrize("config", [config for config, _ in _CASES.values()], ids=lambda config: config.__name__)
+@pytest.mark.parametrize(
+    "config", [EvaluateConfig, *(config for config, _ in _CASES.values())], ids=lambda config: config.__name__
+)
 def test_every_setting_is_described_in_a_sentence(config: type[BaseModel]) -> None:
     for field in describe_fields(config):
         assert field.help[0].isupper() and field.help.endswith("."), field.name

@@ -267,7 +267,7 @@ def test_the_command_end_to_end(
     steps = ["--lr", 0.003, "--epochs", 2, "--target", 0]
     assert run_alps(monkeypatch, "reconstruct", stories, pruned, out, *sizes, *steps) == 0
     printed = capsys.readouterr()
-    assert "5 of 5 blocks gained" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
+    assert "5 of 5 blocks improved" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err
     report = json.loads((out / "report.json").read_text())
     assert [ReconstructionRecord.model_validate(row).steps for row in report["reconstructions"]] == [2] * 5

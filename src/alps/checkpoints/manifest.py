@@ -62,7 +62,7 @@ class TensorRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """Content of a packed directory.
 
@@ -79,6 +79,13 @@ class Manifest:
     shards: dict[str, FileRecord]
     files: dict[str, CopyRecord]
     tensors: dict[str, TensorRecord]
+
+    def __repr__(self) -> str:
+        """Summarise the content in a line, for notebooks."""
+        packed = sum(record.kept is not None for record in self.tensors.values())
+        before = sum(record.bytes for record in self.tensors.values())
+        after = sum(record.stored_bytes for record in self.tensors.values())
+        return f"Manifest: {packed} of {len(self.tensors)} tensors packed, {before:,} -> {after:,} bytes"
 
     def text(self) -> str:
         """Return the content of packed.json, with its own hash: that of the same text with 64 zeros as the hash."""

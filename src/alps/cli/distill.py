@@ -9,7 +9,7 @@ import typer
 
 from alps.cli.console import console_output
 from alps.cli.options import config_options
-from alps.cli.tables import match_summary, recovery_summary
+from alps.cli.tables import distillation_summary, reconstruction_summary
 from alps.core.settings import COMMAND_LINE, make_config
 from alps.finetuning.distillation import DistillConfig, distill_directory
 from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
@@ -25,7 +25,7 @@ def distill_command(dense: _Dense, pruned: _Pruned, out: _Out, values: dict[str,
     config = make_config(DistillConfig, values, COMMAND_LINE)
     with console_output() as (console, progress):
         report = distill_directory(dense, pruned, out, config, progress)
-        console.print(recovery_summary(report, out), soft_wrap=True)
+        console.print(distillation_summary(report, out), soft_wrap=True)
 
 
 @config_options(ReconstructConfig)
@@ -34,4 +34,4 @@ def reconstruct_command(dense: _Dense, pruned: _Pruned, out: _Out, values: dict[
     config = make_config(ReconstructConfig, values, COMMAND_LINE)
     with console_output() as (console, progress):
         report = reconstruct_directory(dense, pruned, out, config, progress)
-        console.print(match_summary(report, out), soft_wrap=True)
+        console.print(reconstruction_summary(report, out), soft_wrap=True)

@@ -1,86 +1,61 @@
-"""`alps eval` and `alps inspect`: what a checkpoint is worth, and what is in it."""
+"""`alps eval` and `alps inspect`: measurements of a checkpoint, and counts of its zeros."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from alps.cli.console import console_output
+from alps.cli.options import config_options
 from alps.cli.tables import evaluation_table, inspection_tables, task_table
 from alps.core.device import pick_device
 from alps.core.distributed import process_group
-from alps.core.errors import ConfigError
 from alps.core.memory import out_of_memory_as_error
+from alps.core.settings import COMMAND_LINE, make_config
 from alps.data.calibration import load
 from alps.evaluation.api import evaluate
+from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.reporting.records import EvaluationRecord, TaskRecord
 
 
+@config_options(EvaluateConfig)
 def evaluate_command(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A checkpoint, as MODEL of `alps prune`, or a packed one.")
-    ],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A text or .jsonl file, wikitext2:FILE for a raw WikiText-2 file, or wikitext2, c4, ptb, "
-            "python-docs. May be given several times."
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The dense checkpoint: how far DIR's predictions on the texts are from its.")
-    ] = None,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first N windows.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Zero-shot tasks, separated by commas, e.g. piqa,arc_easy; needs lm-eval.")
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(help="Folder of local items, TASK.jsonl each.  [default: lm-eval's, from the hub]")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N items of each task.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences in a forward of a task.  [default: 8]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=EvaluateConfig.model_fields["model"].description)],
+    values: dict[str, Any],
 ) -> None:
-    """Perplexity of DIR on each text, and its score in each task: tables on stderr, JSON on stdout."""
-    _check_needed("--text", text, {"--reference": reference, "--windows": windows})
-    _check_needed("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--batch-size": batch_size})
-    if not text and tasks is None:
-        raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
+    """Measure MODEL's perplexity on each text, and its score in each task: tables on stderr, JSON on stdout."""
+    config = make_config(EvaluateConfig, {"model": model, **values}, COMMAND_LINE)
+    config.check_needed()
+    device = pick_device(config.device)
+    # Tasks are checked before the model is loaded.
+    tasks = find_tasks(config.tasks, config.task_folder, config.limit) if "tasks" in config.model_fields_set else None
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
-    place = pick_device(device)
-    wanted = None if tasks is None else find_tasks(tasks.split(","), task_data, limit)
     with process_group() as group, console_output(quiet=not group.is_main) as (_, progress):
-        loaded = load(directory, dtype)
-        if text:
-            dense = None if reference is None else load(reference, dtype)
+        loaded = load(model, config.dtype)
+        if config.texts:
+            reference = None if config.reference is None else load(config.reference, config.dtype)
             with out_of_memory_as_error("lower --seqlen, or use --dtype bfloat16 or --device cpu"):
-                found = evaluate(
+                records = evaluate(
                     loaded,
-                    text,
-                    reference=dense,
-                    seqlen=seqlen,
-                    windows=windows,
-                    device=device,
+                    config.texts,
+                    reference=reference,
+                    seqlen=config.seqlen,
+                    windows=config.windows,
+                    device=config.device,
                     progress=progress,
                     group=group,
                 )
-            rows += found
+            rows += records
             if group.is_main:
-                errors.print(evaluation_table(found))
-        if wanted is not None:
+                errors.print(evaluation_table(records))
+        if tasks is not None:
             with out_of_memory_as_error("lower --batch-size, or use --dtype bfloat16 or --device cpu"):
-                scores = score_tasks(
-                    loaded, wanted, group.device(device, place), batch_size=batch_size or 8, group=group
-                )
+                device = group.device(config.device, device)
+                scores = score_tasks(loaded, tasks, device, batch_size=config.batch_size, group=group)
             rows += scores
             if group.is_main:
                 errors.print(task_table(scores))
@@ -88,23 +63,16 @@ def evaluate_command(
         print(json.dumps([row.model_dump() for row in rows], indent=1))
 
 
-def _check_needed(option: str, value: object, given: dict[str, object]) -> None:
-    """Refuse options that would have no effect."""
-    for name, used in given.items():
-        if used is not None and not value:
-            raise ConfigError(f"{name} has no effect without {option}: give {option} too, or leave {name} out.")
-
-
 def inspect_command(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory, pruned by anything.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory, pruned by any program.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Sparsity by block and site, whether N:M groups hold, and what was left dense and why."""
+    """Count the zeros of every layer in DIR, check N:M groups, and list what is dense and why."""
     from alps.evaluation.inspect import inspect
 
-    findings = inspect(directory)
+    inspection = inspect(directory)
     if as_json:
-        print(json.dumps({"sparsity": findings.sparsity, **findings.model_dump()}, indent=1))
+        print(json.dumps({"sparsity": inspection.sparsity, **inspection.model_dump()}, indent=1))
         return
-    for table in inspection_tables(findings):
+    for table in inspection_tables(inspection):
         Console().print(table, soft_wrap=True)

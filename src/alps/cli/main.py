@@ -1,4 +1,4 @@
-"""The command line: its commands, its version, and how it ends."""
+"""The command line: commands, version, exit codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typer.main import get_command
 from alps import __version__
 from alps.core.errors import AlpsError
 
-# Module of alps.cli, function, and the first line of its help. A command is imported when it is called: torch and
-# transformers take seconds, which a list of commands, a version or a mistyped name need not wait for.
+# Module of alps.cli, function, and first line of the help of every command. A command is imported when it is called,
+# because torch and transformers take seconds, and a list of commands or a version does not need them.
 COMMANDS = {
     "prune": (
         "prune",
@@ -26,12 +26,12 @@ COMMANDS = {
     "eval": (
         "evaluate",
         "evaluate_command",
-        "Perplexity of DIR on each text, and its score in each task: tables on stderr, JSON on stdout.",
+        "Measure MODEL's perplexity on each text, and its score in each task: tables on stderr, JSON on stdout.",
     ),
     "inspect": (
         "evaluate",
         "inspect_command",
-        "Sparsity by block and site, whether N:M groups hold, and what was left dense and why.",
+        "Count the zeros of every layer in DIR, check N:M groups, and list what is dense and why.",
     ),
     "distill": (
         "distill",
@@ -51,17 +51,17 @@ COMMANDS = {
     "report": (
         "report",
         "report_command",
-        "Draw DIR/report.html anew from its JSON: tables and figures in one file, for any browser, without a network.",
+        "Draw DIR/report.html from its JSON: tables and figures in one file, for any browser, without a network.",
     ),
     "pack": (
         "pack",
         "pack_command",
-        "Store the checkpoint in DIR without its zeros; `alps unpack` gives it back, to the bit.",
+        "Store the checkpoint in DIR without its zeros; `alps unpack` restores it to the bit.",
     ),
     "unpack": (
         "pack",
         "unpack_command",
-        "Write the ordinary, dense checkpoint that was packed, with every hash checked.",
+        "Restore the ordinary, dense checkpoint from PACKED, and check every hash.",
     ),
     "generate": (
         "generate",
@@ -71,39 +71,39 @@ COMMANDS = {
     "demo": (
         "demo",
         "demo",
-        "Prune a real 135M-parameter LLaMA to 70 %, and compare methods; needs pip's package index once, no hub.",
+        "Prune a real LLaMA of 135M parameters to 70 %, and compare methods; it is fetched from pip's index once.",
     ),
 }
 
 # Commands that several processes can run together.
-_TOGETHER = ("prune", "eval")
+_DISTRIBUTED_COMMANDS = ("prune", "eval")
 
 
 class _Commands(TyperGroup):
-    """All commands by name and first line; the one that is called is imported."""
+    """Group that lists all commands without importing them, and imports the one that is called."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands.update({name: TyperCommand(name, help=line) for name, (_, _, line) in COMMANDS.items()})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As of any group, of the command itself."""
+        """Import the command that is called, and resolve it."""
         if args and args[0] in COMMANDS:
-            self.commands[args[0]] = imported(args[0])
+            self.commands[args[0]] = import_command(args[0])
         return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
     cls=_Commands,
-    help="Prune large language models in one shot, and see what it did to them.",
+    help="Prune large language models in one shot, and measure the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-def imported(name: str) -> Any:
-    """The command of that name with its options, as typer makes it."""
+def import_command(name: str) -> Any:
+    """Import a command with its options."""
     module, function, _ = COMMANDS[name]
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name)(getattr(importlib.import_module(f"alps.cli.{module}"), function))
@@ -111,11 +111,14 @@ def imported(name: str) -> Any:
 
 
 class _Terminated(KeyboardInterrupt):
-    """The system asks the program to end; it ends as at an interrupt."""
+    """SIGTERM, handled like an interrupt."""
 
 
 def run() -> None:
-    """Run a command; every user error is one line on stderr and exit code 2, an interrupt 130, a termination 143."""
+    """Run a command.
+
+    A user error is one line on stderr and exit code 2. The exit code is 130 after an interrupt, and 143 after SIGTERM.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -123,7 +126,7 @@ def run() -> None:
         print(f"Error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
-        # typer turns an interrupt into an exit of its own, and drops what it says.
+        # typer turns an interrupt into its own exit, without the message.
         stop = _interrupt_behind(end)
         if stop is None:
             raise
@@ -132,7 +135,7 @@ def run() -> None:
 
 
 def _one_line(sentence: str) -> str:
-    """A name in it may hold line breaks, or what a terminal takes for a command."""
+    """Escape line breaks and control characters, which names of files may contain."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
 
 
@@ -146,8 +149,8 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"alps {__version__}")
         raise typer.Exit
 
@@ -156,11 +159,11 @@ def _version(wanted: bool) -> None:
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Prune large language models in one shot, and see what it did to them."""
-    if not version and context.invoked_subcommand not in _TOGETHER:
+    """Prune large language models in one shot, and measure the result."""
+    if not version and context.invoked_subcommand not in _DISTRIBUTED_COMMANDS:
         from alps.core.distributed import require_single_process
 
         require_single_process(str(context.invoked_subcommand))

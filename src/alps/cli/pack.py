@@ -12,13 +12,18 @@ from alps.cli.tables import pack_summary, unpack_summary
 
 
 def pack_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint directory, of safetensors.")],
-    out: Annotated[Path, typer.Argument(help="Directory to create for the packed files.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A pruned checkpoint directory with safetensors files.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the packed files.")],
     compress: Annotated[
-        bool, typer.Option("--compress", help="Also compress them with zstd, for transport; needs zstandard.")
+        bool,
+        typer.Option(
+            "--compress", help="Also compress the files with zstd, for transport; needs the package zstandard."
+        ),
     ] = False,
 ) -> None:
-    """Store the checkpoint in DIR without its zeros; `alps unpack` gives it back, to the bit."""
+    """Store the checkpoint in DIR without its zeros; `alps unpack` restores it to the bit."""
     from alps.checkpoints.pack import pack_directory
 
     with console_output() as (console, _):
@@ -26,10 +31,10 @@ def pack_command(
 
 
 def unpack_command(
-    packed: Annotated[Path, typer.Argument(help="A directory that `alps pack` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Directory to create for the checkpoint.")],
+    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="A directory written by `alps pack`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the checkpoint.")],
 ) -> None:
-    """Write the ordinary, dense checkpoint that was packed, with every hash checked."""
+    """Restore the ordinary, dense checkpoint from PACKED, and check every hash."""
     from alps.checkpoints.unpack import unpack_directory
 
     with console_output() as (console, _):

@@ -13,9 +13,9 @@ from alps.reporting.publish import rebuild_page
 
 def report_command(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Of `alps compare`, or a checkpoint of `alps prune`.")
+        Path, typer.Argument(metavar="DIR", help="A directory written by `alps compare` or `alps prune`.")
     ],
 ) -> None:
-    """Draw DIR/report.html anew from its JSON: tables and figures in one file, for any browser, without a network."""
+    """Draw DIR/report.html from its JSON: tables and figures in one file, for any browser, without a network."""
     with console_output() as (console, _):
         console.print(f"Written to {rebuild_page(directory)}.", markup=False, highlight=False, soft_wrap=True)

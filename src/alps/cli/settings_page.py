@@ -6,12 +6,14 @@ from pydantic import BaseModel
 
 from alps.core.settings import describe_fields
 from alps.evaluation.compare_config import CompareConfig
+from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.finetuning.distillation import DistillConfig
 from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
 from alps.pruning.config import PruneConfig
 
 _CONFIGS: dict[str, type[BaseModel]] = {
     "prune": PruneConfig,
+    "eval": EvaluateConfig,
     "compare": CompareConfig,
     "reconstruct": ReconstructConfig,
     "distill": DistillConfig,
@@ -19,9 +21,10 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 _INTRODUCTION = """\
 # Settings
 
-Every setting of `alps prune`, `alps compare`, `alps reconstruct` and `alps distill`. A setting has one name: the key in
-a YAML file (`--config`, for the first two commands), the keyword argument of the Python function of the same name, and,
-with dashes, the option of the command line. A switch `--name` also has a form `--no-name`. *By preset* means that the
+Every setting of `alps prune`, `alps eval`, `alps compare`, `alps reconstruct` and `alps distill`. A setting has one
+name: the key in a YAML file (`--config` of `alps prune` and `alps compare`), the keyword argument in Python
+(`alps.prune`, `alps.evaluate` and `alps.evaluate_tasks`, `alps.compare`, `alps.reconstruct`, `alps.distill`), and, with
+dashes, the option of the command line. A switch `--name` also has a form `--no-name`. *By preset* means that the
 value of `--preset` applies where the setting is not given ([presets](presets.md)).
 
 This page is generated from the code: `python -m alps.cli.settings_page > docs/settings.md`.

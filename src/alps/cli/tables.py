@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, made from records."""
+"""Summaries and tables that the commands print, made from records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DENSE_LINES = 20
 
 
 def prune_summary(report: RunReport, out: Path) -> Text:
-    """A few lines on what was pruned, how well, at what cost, and where it is."""
+    """Summarise a run in a few lines: zeros, errors, warnings, cost, files."""
     lines = [
         f"{report.method} {all_patterns(report)}: {report.zeros:,} of {report.entries:,} weights are zero "
         f"({100 * report.sparsity:.3f} %) in {len(report.layers)} linear layers."
@@ -43,70 +43,70 @@ def prune_summary(report: RunReport, out: Path) -> Text:
         lines.append(f"Left dense: {len(skipped)} parameters besides the embeddings, first {first}.")
     noted = [(site.name, note) for site in report.layers for note in site.solve["notes"]]
     if noted:
-        lines.append(f"Notes on {len(noted)} sites in report.json, first {noted[0][0]}: {noted[0][1]}.")
+        lines.append(f"Notes on {len(noted)} layers in report.json, first {noted[0][0]}: {noted[0][1]}.")
     phases = ", ".join(
         f"{phase} {seconds:.1f}"
-        for phase, seconds in sorted(report.seconds.items(), key=lambda one: one[0] != "load")
+        for phase, seconds in sorted(report.seconds.items(), key=lambda item: item[0] != "load")
         if phase not in (*INSIDE_SOLVE, "total")
     )
     memory = format_peak_memory(report.peak_host_bytes, report.peak_device_bytes, report.device)
     lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
-    lines.append(f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.")
+    lines.append(f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.")
     return Text("\n".join(lines))
 
 
 def _warnings(report: RunReport) -> list[str]:
-    """Experts that few tokens were routed to, in one line, and the notes of the run."""
+    """Return the notes of the run, and a line on experts that received too few tokens."""
     lines = [f"Note: {note}" for note in report.notes]
-    if starving := [site for site in report.layers if site.pooled_tokens]:
-        experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in starving}
-        among = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.layers if site.expert is not None}
-        worst = min(starving, key=lambda site: (site.tokens or 0) / site.shape[1])
+    if undersampled := [site for site in report.layers if site.pooled_tokens]:
+        experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in undersampled}
+        all_experts = {(site.name.rsplit(".", 2)[0], site.expert) for site in report.layers if site.expert is not None}
+        worst = min(undersampled, key=lambda site: (site.tokens or 0) / site.shape[1])
         lines.append(
-            f"WARNING: {len(experts)} of {len(among)} experts received too few calibration tokens, the worst "
-            f"{worst.tokens} for {worst.shape[1]} inputs ({worst.name}): they were filled up with average tokens of "
-            "all experts; use more samples."
+            f"WARNING: {len(experts)} of {len(all_experts)} experts received too few calibration tokens, the worst "
+            f"{worst.tokens} for {worst.shape[1]} inputs ({worst.name}): their statistics were completed with average "
+            "tokens of all experts; use more samples."
         )
     return lines
 
 
-def recovery_summary(report: RunReport, out: Path) -> Text:
-    """A few lines on what the last recovery did, and where it is."""
+def distillation_summary(report: RunReport, out: Path) -> Text:
+    """Summarise the last distillation in a few lines."""
     last = report.distillations[-1]
     memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     lines = [
-        f"Recovered by distillation, not one-shot: {last.steps} steps, {last.tokens:,} tokens, lr {last.lr:g}, "
+        f"Distilled, so not one-shot: {last.steps} steps, {last.tokens:,} tokens, lr {last.lr:g}, "
         f"{last.seconds:.0f} s ({last.stopped}).",
         f"KL to the dense model on {last.held_back_windows} held-back windows: {last.kl_before:.4f} before, "
         f"{last.kl_after:.4f} after (step {last.best_step}).",
         f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
-        f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.",
+        f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.",
     ]
     return Text("\n".join(lines))
 
 
-def match_summary(report: RunReport, out: Path) -> Text:
-    """A few lines on what the last block matching did, and where it is."""
+def reconstruction_summary(report: RunReport, out: Path) -> Text:
+    """Summarise the last block reconstruction in a few lines."""
     last = report.reconstruction_runs[-1]
     rows = report.reconstructions[-last.blocks :]
     memory = format_peak_memory(last.peak_host_bytes, last.peak_device_bytes, last.device)
     before, after = (sum(values) / len(rows) for values in ([r.before for r in rows], [r.after for r in rows]))
     lines = [
-        f"Matched to the dense model block by block: {sum(row.after < row.before for row in rows)} of {len(rows)} "
-        f"blocks gained, mean relative loss on held-back windows {before:.4f} before, {after:.4f} after; "
+        f"Reconstructed block by block: {sum(row.after < row.before for row in rows)} of {len(rows)} blocks improved, "
+        f"mean relative loss on held-back windows {before:.4f} before, {after:.4f} after; "
         f"{last.seconds:.0f} s.",
         f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
-        f"Written to {out}: weights, tokenizer, report.json, {_shown(out)}README.md.",
+        f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.",
     ]
     return Text("\n".join(lines))
 
 
-def _shown(out: Path) -> str:
+def _page_name(out: Path) -> str:
     return f"{PAGE_NAME}, " if (out / PAGE_NAME).is_file() else ""
 
 
 def demo_table(rows: Sequence[DemoRow]) -> Table:
-    """Dense and pruned perplexities side by side."""
+    """Tabulate the dense and the pruned perplexities of the demo."""
     first = rows[0].evaluation
     table = Table(
         title=f"Perplexity on {first.text} ({first.windows} windows of {first.seqlen} tokens)",
@@ -129,7 +129,7 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
 
 
 def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
-    """Perplexities of one model on several texts, beside those of a reference where they were compared."""
+    """Tabulate the perplexities of a model on several texts, with those of the reference if there is one."""
     compared = any(isinstance(row, ComparisonRecord) for row in rows)
     more = ("reference", "ratio", "KL nats", "agreement") if compared else ()
     table = Table()
@@ -144,92 +144,92 @@ def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
 
 
 def task_table(rows: Sequence[TaskRecord]) -> Table:
-    """Scores of one model in several tasks: accuracies in per cent, other metrics as they are."""
+    """Tabulate the scores of a model in several tasks; accuracies are in per cent."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     table = Table()
     for heading in ("model", "task", "items", "shots", *metrics):
         _add_column(table, heading, heading not in ("model", "task"))
     for row in rows:
         items = "" if row.items is None else str(row.items)
-        cells = [_estimate(metric, row.metrics.get(metric)) for metric in metrics]
+        cells = [_format_estimate(metric, row.metrics.get(metric)) for metric in metrics]
         table.add_row(row.model, row.task, items, str(row.num_fewshot), *cells)
     return table
 
 
-def _add_column(table: Table, heading: str, figures: bool) -> None:
-    """A narrow terminal shortens names, and figures last."""
-    table.add_column(heading, justify="right" if figures else "left", no_wrap=figures)
+def _add_column(table: Table, heading: str, numeric: bool) -> None:
+    # A narrow terminal truncates names first, and numbers last.
+    table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
 
 
-def _estimate(metric: str, found: Estimate | None) -> str:
-    if found is None:
+def _format_estimate(metric: str, estimate: Estimate | None) -> str:
+    if estimate is None:
         return ""
     scale, form = (100.0, ".1f") if metric.startswith("acc") else (1.0, ".4g")
-    value = f"{scale * found.value:{form}}"
-    return value if found.stderr is None else f"{value} ± {scale * found.stderr:{form}}"
+    value = f"{scale * estimate.value:{form}}"
+    return value if estimate.stderr is None else f"{value} ± {scale * estimate.stderr:{form}}"
 
 
 def pack_summary(manifest: Manifest, out: Path) -> Text:
-    """Bytes before and after packing: of the packed tensors, and of the checkpoint."""
+    """Summarise a packing: bytes before and after, of the packed tensors and of the checkpoint."""
     tensors = list(manifest.tensors.values())
     packed = [tensor for tensor in tensors if tensor.kept is not None]
     dense, stored = sum(tensor.bytes for tensor in packed), sum(tensor.stored_bytes for tensor in packed)
-    # Of files, not of tensors: with headers, and with all that was copied along.
+    # Bytes of files rather than tensors: with headers, and with the files that were copied.
     shards, others = (sum(file.bytes for file in files.values()) for files in (manifest.shards, manifest.files))
     lines = [
-        f"Packed {len(packed)} of {len(tensors)} tensors: {_shrunk(dense, stored)}."
+        f"Packed {len(packed)} of {len(tensors)} tensors: {_size_change(dense, stored)}."
         if packed
         else f"None of {len(tensors)} tensors has enough zeros to be packed: all are stored dense.",
-        f"All weights: {_shrunk(sum(tensor.bytes for tensor in tensors), shards)}, in {len(manifest.shards)} "
+        f"All weights: {_size_change(sum(tensor.bytes for tensor in tensors), shards)}, in {len(manifest.shards)} "
         f"file{'s' * (len(manifest.shards) > 1)}; other files {others:,} bytes.",
-        f"Written to {out}; `alps unpack {out} NEW-DIRECTORY` gives the checkpoint back.",
+        f"Written to {out}; `alps unpack {out} NEW-DIRECTORY` restores the checkpoint.",
     ]
     return Text("\n".join(lines))
 
 
-def _shrunk(before: int, after: int) -> str:
+def _size_change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} bytes" + (f" ({after / before:.4f})" if before else "")
 
 
 def unpack_summary(manifest: Manifest, out: Path) -> Text:
-    """What was written, and that it was checked."""
+    """Summarise an unpacking: tensors, bytes and files."""
     total = sum(tensor.bytes for tensor in manifest.tensors.values())
     return Text(
-        f"Unpacked {len(manifest.tensors)} tensors, {total:,} bytes, every one with the sha256 it was packed with.\n"
+        f"Unpacked {len(manifest.tensors)} tensors, {total:,} bytes, each with the sha256 recorded at packing.\n"
         f"Written to {out}: {', '.join(sorted(manifest.headers))}, and {len(manifest.files)} other files."
     )
 
 
-def inspection_tables(findings: Inspection) -> list[RenderableType]:
-    """Sparsity by block and kind of site, the totals, the pattern checks, and what is dense."""
-    kinds = list(dict.fromkeys(site.kind for site in findings.layers))
-    table = Table(title=f"Zeros in {findings.directory}, per cent", title_justify="left")
+def inspection_tables(inspection: Inspection) -> list[RenderableType]:
+    """Tabulate sparsities by block and kind of layer, and list totals, pattern checks and dense parameters."""
+    kinds = list(dict.fromkeys(layer.kind for layer in inspection.layers))
+    table = Table(title=f"Zeros in {inspection.directory}, per cent", title_justify="left")
     table.add_column("block", justify="right")
     for kind in [*kinds, "all"]:
         table.add_column(kind.removesuffix("_proj"), justify="right")
-    blocks = sorted({site.block for site in findings.layers})
+    blocks = sorted({layer.block for layer in inspection.layers})
     for block in blocks:
-        inside = [site for site in findings.layers if site.block == block]
-        cells = [_percent([site for site in inside if site.kind == kind]) for kind in kinds]
-        table.add_row(str(block), *cells, _percent(inside))
-    columns = [_percent([site for site in findings.layers if site.kind == kind]) for kind in kinds]
-    table.add_row("all", *columns, _percent(findings.layers), style="bold")
-    lines = [f"Total sparsity of the linear layers: {100 * findings.sparsity:.4f} %"]
-    if findings.claimed:
-        lines.append(f"Its report says {findings.claimed}.")
+        in_block = [layer for layer in inspection.layers if layer.block == block]
+        cells = [_percent([layer for layer in in_block if layer.kind == kind]) for kind in kinds]
+        table.add_row(str(block), *cells, _percent(in_block))
+    columns = [_percent([layer for layer in inspection.layers if layer.kind == kind]) for kind in kinds]
+    table.add_row("all", *columns, _percent(inspection.layers), style="bold")
+    lines = [f"Total sparsity of the linear layers: {100 * inspection.sparsity:.4f} %"]
+    if inspection.claimed:
+        lines.append(f"Its report says {inspection.claimed}.")
     lines += [
         f"Pattern {check.pattern}: holds in all {check.groups:,} groups."
         if check.violations == 0
         else f"Pattern {check.pattern}: BROKEN in {check.violations:,} of {check.groups:,} groups."
-        for check in findings.checks
+        for check in inspection.checks
     ]
-    lines += [f"Dense: {row.name} {tuple(row.shape)}: {row.reason}" for row in findings.dense[:_DENSE_LINES]]
-    if len(findings.dense) > _DENSE_LINES:
-        lines.append(f"Dense: {len(findings.dense) - _DENSE_LINES} more, see --json")
+    lines += [f"Dense: {row.name} {tuple(row.shape)}: {row.reason}" for row in inspection.dense[:_DENSE_LINES]]
+    if len(inspection.dense) > _DENSE_LINES:
+        lines.append(f"Dense: {len(inspection.dense) - _DENSE_LINES} more, see --json")
     return [table, Text("\n".join(lines))]
 
 
-def _percent(sites: Sequence[object]) -> str:
-    entries = sum(site.entries for site in sites)  # type: ignore[attr-defined]
-    zeros = sum(site.zeros for site in sites)  # type: ignore[attr-defined]
+def _percent(layers: Sequence[object]) -> str:
+    entries = sum(layer.entries for layer in layers)  # type: ignore[attr-defined]
+    zeros = sum(layer.zeros for layer in layers)  # type: ignore[attr-defined]
     return f"{100 * zeros / entries:.2f}" if entries else ""

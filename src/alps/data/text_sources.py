@@ -126,7 +126,7 @@ def _hub_rows(corpus: str, split: Split) -> list[str]:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"Text '{corpus}' needs the package datasets: pip install datasets, or give a file."
+            f"Text '{corpus}' needs the package datasets: run pip install 'alps-prune[datasets]', or give a text file."
         ) from None
     calibrating = split == "calibration"
     part = "train" if calibrating else ("validation" if corpus == "c4" else "test")

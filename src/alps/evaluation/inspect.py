@@ -66,6 +66,14 @@ class Inspection(BaseModel):
         """Fraction of zeros among the weights of all layers."""
         return sum(layer.zeros for layer in self.layers) / sum(layer.entries for layer in self.layers)
 
+    def __repr__(self) -> str:
+        """Summarise the counts in a few lines, for notebooks."""
+        lines = [f"Inspection of '{self.directory}': {self.sparsity:.2%} zeros in {len(self.layers)} layers"]
+        lines += [f"  {check.pattern}: {check.violations:,} of {check.groups:,} groups broken" for check in self.checks]
+        return "\n".join([*lines, f"  {len(self.dense)} dense parameters"])
+
+    __str__ = __repr__
+
 
 def inspect(directory: str | Path) -> Inspection:
     """Count zeros and check groups in a checkpoint.

@@ -190,6 +190,25 @@ class RunReport(Record):
         """Mean over layers of the error that magnitude pruning leaves on the same inputs; None if not measured."""
         return _mean([layer.magnitude_error for layer in self.layers])
 
+    def __repr__(self) -> str:
+        """Summarise the run in a few lines, for notebooks."""
+        lines = [
+            f"RunReport of {self.architecture} '{self.model}': {self.method} {all_patterns(self)}",
+            f"  {self.zeros:,} of {self.entries:,} weights are zero ({self.sparsity:.2%}) in {len(self.layers)} layers",
+        ]
+        if self.mean_error is not None and self.mean_magnitude_error is not None:
+            lines.append(
+                f"  mean relative error {self.mean_error:.4f}; magnitude pruning {self.mean_magnitude_error:.4f}"
+            )
+        for run in self.distillations:
+            lines.append(
+                f"  distilled in {run.steps} steps: KL to the dense model {run.kl_before:.4f} -> {run.kl_after:.4f}"
+            )
+        lines.append(f"  {self.seconds.get('total', 0.0):.1f} s; fields: {', '.join(type(self).model_fields)}")
+        return "\n".join(lines)
+
+    __str__ = __repr__
+
     def with_seconds(self, phase: str, seconds: float) -> RunReport:
         """Return a copy with the time of a phase added, also to the total."""
         times = dict(self.seconds)
