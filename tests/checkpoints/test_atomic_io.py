@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alps.checkpoints.atomic_io import check_target, new_directory
+from alps.checkpoints.atomic_io import check_target, new_directory, remove_partial
 from alps.core.errors import CheckpointError
 from alps.data.calibration import LoadedModel
 from alps.pruning.write import write
@@ -197,3 +197,11 @@ def test_what_is_written_with_a_marker_can_be_replaced_by_the_same_call(
     assert (tmp_path / "out" / ".marker").is_file() and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     with pytest.raises(CheckpointError, match="not empty"):
         write(loaded, report, tmp_path / "out")
+
+
+def test_what_a_kill_left_of_an_output_is_removed(tmp_path: Path) -> None:
+    for name in (".out.partial-abc", ".out.partial-old-abc", ".out2.partial-abc", ".other.partial-abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_partial(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-abc", ".out2.partial-abc"]

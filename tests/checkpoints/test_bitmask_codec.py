@@ -149,15 +149,3 @@ def test_parts_that_contradict_each_other_are_refused(change: object, complaint:
     packed = pack(made_up(3, 40, torch.float16, 0.6))
     with pytest.raises(ValueError, match=complaint):
         unpack(change(packed))  # type: ignore[operator]
-
-
-def test_a_frame_is_not_believed() -> None:
-    octets = torch.arange(200, dtype=torch.uint8)
-    frame = compress(octets)
-    assert torch.equal(decompress(frame, 200), octets)
-    with pytest.raises(ValueError, match="another size"):
-        decompress(frame, 199)
-    with pytest.raises(ValueError, match="cannot be read"):
-        decompress(frame[:-3], 200)
-    with pytest.raises(ValueError, match="cannot be read"):
-        decompress(octets, 200)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from alps.checkpoints.atomic_io import remove_partial
 from alps.checkpoints.journal import check_journal, journal_directory, open_journal
-from alps.checkpoints.safetensors_io import DTYPES, TensorToWrite, list_tensors, write_tensors
-from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
 from helpers.cli_process import run_code
 
@@ -99,85 +93,7 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         assert journal.record(0) == {}
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=0, max_size=5
-    )
-)
-def test_files_hold_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, wanted: list[tuple[str, list[int]]]
-) -> None:
-    path = tmp_path_factory.mktemp("shards") / "one.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        f"t{n}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[word])
-        for n, (word, shape) in enumerate(wanted)
-    }
-    write_tensors(path, [TensorToWrite(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()])  # type: ignore[misc]
-    from safetensors.torch import load_file
-
-    result = load_file(path)
-    ours = {item.name: item for item in list_tensors(read_weight_file(path))}
-    assert result.keys() == tensors.keys() == ours.keys()
-    for name, tensor in tensors.items():
-        assert result[name].dtype == tensor.dtype and torch.equal(result[name], tensor)
-        assert torch.equal(ours[name].read(), tensor)
-        mapped = ours[name].memory_map()
-        assert mapped.dtype == tensor.dtype and torch.equal(mapped, tensor)
-        if tensor.ndim == 2 and len(tensor) > 1:
-            assert torch.equal(
-                ours[name].contiguous_slice(tensor.shape[1], (len(tensor) - 1, tensor.shape[1])).read(), tensor[1:]
-            )
-
-
-def test_a_file_that_shrank_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "one.safetensors"
-    write_tensors(path, [TensorToWrite("w", torch.float32, (100,), lambda: torch.ones(100))])
-    (stored,) = list_tensors(read_weight_file(path))
-    path.write_bytes(path.read_bytes()[:-8])
-    for read in (stored.read, stored.memory_map):
-        with pytest.raises(CheckpointError, match="ends inside w"):
-            read()
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_mapped_tensor_takes_no_memory_until_it_is_touched_and_writes_nothing(tmp_path: Path) -> None:
-    path, size = tmp_path / "one.safetensors", 2**24
-    write_tensors(path, [TensorToWrite("w", torch.float32, (size,), lambda: torch.ones(size))])
-    content = hashlib.sha256(path.read_bytes()).digest()
-    before = _private_bytes()
-    (stored,) = list_tensors(read_weight_file(path))
-    mapped = stored.memory_map()
-    assert float(mapped.sum()) == size and _private_bytes() - before < stored.nbytes / 4
-    mapped[: size // 2] = 2.0
-    assert _private_bytes() - before > stored.nbytes / 4
-    assert float(stored.memory_map().sum()) == size and hashlib.sha256(path.read_bytes()).digest() == content
-
-
-def _private_bytes() -> int:
-    """Memory of this process that no file stands behind."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    def stop() -> torch.Tensor:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
-        write_tensors(tmp_path / "one.safetensors", [TensorToWrite("w", torch.float32, (1,), stop)])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_journal_is_readable_json(tmp_path: Path) -> None:
     _keep_two(tmp_path / "out")
     content = json.loads((journal_directory(tmp_path / "out") / "journal.json").read_text())
     assert content == {"format": 1, "fingerprint": _FINGERPRINT, "notes": {"patterns": {"a": "0.5"}}}
-
-
-def test_what_a_kill_left_of_an_output_is_removed(tmp_path: Path) -> None:
-    for name in (".out.partial-abc", ".out.partial-old-abc", ".out2.partial-abc", ".other.partial-abc"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    remove_partial(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-abc", ".out2.partial-abc"]

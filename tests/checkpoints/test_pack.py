@@ -1,8 +1,7 @@
-"""Packed directories: the checkpoint comes back to the byte, any damage is refused, and nothing is half-written."""
+"""Packed directories: what is packed and how, and a checkpoint that comes back to the byte."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,8 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alps.checkpoints.bitmask_codec import BIT_DTYPES
@@ -26,20 +24,9 @@ from alps.checkpoints.manifest import Manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
 from alps.core.errors import CheckpointError
+from helpers.packing import contents, pruned, small
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def pruned(weight: Tensor, sparsity: float, seed: int = 0) -> Tensor:
-    """Exactly round(sparsity n) weights set to +0.0, at random."""
-    weight = weight.clone()
-    where = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))
-    weight.view(-1)[where[: round(sparsity * weight.numel())]] = 0
-    return weight
 
 
 @pytest.fixture
@@ -58,15 +45,6 @@ def checkpoint(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "lock").write_text("not to be copied")
-    return folder
-
-
-def small(folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:
-    """A directory of a few tensors."""
-    folder.mkdir(parents=True)
-    tensors = tensors or {"a": pruned(torch.randn(8, 64), 0.7), "b": torch.randn(8, 64), "c": torch.ones(3)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text('{"model_type": "none"}')
     return folder
 
 
@@ -235,117 +213,6 @@ def test_the_reader_of_the_documentation_reads_a_pack(checkpoint: Path, tmp_path
     for name, weight in expected.items():
         assert result[name].shape == weight.shape and result[name].dtype == "<u2"
         assert result[name].tobytes() == weight.view(torch.uint8).numpy().tobytes(), name
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
-def test_one_changed_byte_anywhere_is_refused(tmp_path: Path, compress: bool) -> None:
-    pack_directory(small(tmp_path / "in"), tmp_path / "packed", compress)
-    names = sorted(path.name for path in (tmp_path / "packed").iterdir())
-    assert names == ["README.md", "config.json", "packed.json", "packed.safetensors"]
-    for name in names[1:]:
-        path = tmp_path / "packed" / name
-        whole = path.read_bytes()
-        for position in {0, 9, *range(20, len(whole), len(whole) // 20 + 1), len(whole) - 1}:
-            flip(path, position)
-            with pytest.raises(CheckpointError) as refused:
-                unpack_directory(tmp_path / "packed", tmp_path / "back")
-            assert name in str(refused.value) or "install a newer" in str(refused.value)
-            assert not (tmp_path / "back").exists()
-            flip(path, position)
-        assert path.read_bytes() == whole
-    unpack_directory(tmp_path / "packed", tmp_path / "back")
-
-
-def resigned(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest and give it the hash that fits, so that what is behind it has to be noticed."""
-    fields = json.loads((folder / "packed.json").read_text())
-    change(fields)
-    for name in fields.get("shards", {}):
-        data = (folder / name).read_bytes()
-        fields["shards"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps({**fields, "sha256": "0" * 64})
-    (folder / "packed.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
-
-
-@pytest.mark.parametrize("part", ["mask", "values", "offsets", "b"])
-def test_a_shard_with_a_hash_that_fits_is_not_believed(tmp_path: Path, part: str) -> None:
-    pack_directory(small(tmp_path / "in"), tmp_path / "packed")
-    path = tmp_path / "packed" / "packed.safetensors"
-    tensors = load_file(path)
-    name = part if part == "b" else f"a.{part}"
-    tensors[name].view(torch.uint8).view(-1)[5] ^= 1
-    save_file(tensors, path)
-    resigned(tmp_path / "packed", lambda fields: None)
-    with pytest.raises(CheckpointError, match=r"^Tensor [ab] (differs from what was packed|cannot be unpacked)"):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda f: f.update(version=2), "packed in version 2 .* reads version 1: install a newer alps"),
-        (lambda f: f.update(format="other"), "damaged"),
-        (lambda f: f.update(compression="lzma"), "damaged"),
-        (lambda f: f.pop("tensors"), "damaged"),
-        (lambda f: f["tensors"].pop("a"), "damaged"),
-        (lambda f: f["headers"].update({"model.safetensors": "[]"}), "damaged"),
-        (lambda f: f["headers"].update({"model.safetensors": '{"a": 3}'}), "damaged"),
-        (lambda f: f["headers"].update({"model.safetensors": '{"a": {"data_offsets": [0, "x"]}}'}), "damaged"),
-        (
-            lambda f: f["tensors"]["a"].update(sha256=f["tensors"]["b"]["sha256"]),
-            "Tensor a differs from what was packed",
-        ),
-        (lambda f: f["tensors"]["a"].update(kept=None), "contradicts itself"),
-        (lambda f: f["tensors"]["b"].update(kept=3), "contradicts itself"),
-        (lambda f: f["tensors"]["a"].update(shape=[8, 33]), "Tensor a differs from what was packed|cannot be unpacked"),
-        (lambda f: f["files"]["config.json"].update(name="../config.json"), "damaged"),
-        (lambda f: f.update(headers={"/tmp/model.safetensors": "{}"}), "damaged"),
-    ],
-)
-def test_a_manifest_with_a_hash_that_fits_is_not_believed(tmp_path: Path, change: Any, complaint: str) -> None:
-    pack_directory(small(tmp_path / "in"), tmp_path / "packed")
-    resigned(tmp_path / "packed", change)
-    with pytest.raises(CheckpointError, match=complaint):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"kept": 153}, "a zstd frame of it has another size"),
-        ({"itemsize": 2}, "Tensor a differs from what was packed"),
-    ],
-)
-def test_a_compressed_tensor_of_another_size_is_refused(tmp_path: Path, change: dict[str, int], complaint: str) -> None:
-    pack_directory(small(tmp_path / "in"), tmp_path / "packed", compress=True)
-    resigned(tmp_path / "packed", lambda fields: fields["tensors"]["a"].update(change))
-    with pytest.raises(CheckpointError, match=complaint):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-def test_what_is_cut_short_or_missing_is_named(tmp_path: Path) -> None:
-    pack_directory(small(tmp_path / "in"), tmp_path / "packed")
-    path = tmp_path / "packed" / "packed.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:-100])
-    message = rf"packed.safetensors' has {len(data) - 100:,} bytes instead of {len(data):,}: fetch"
-    with pytest.raises(CheckpointError, match=message):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"packed.safetensors' is missing"):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
-    (tmp_path / "packed" / "packed.json").unlink()
-    with pytest.raises(CheckpointError, match=r"is not a packed directory: it has no packed.json"):
-        unpack_directory(tmp_path / "packed", tmp_path / "back")
 
 
 def _no_weights(folder: Path) -> None:
