@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alps.checkpoints.journal import open_journal
@@ -18,14 +18,12 @@ from alps.data.calibration import LoadedModel, load, open_model
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
-from alps.models.meta_model import open_lazy_model
 from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal
 from alps.pruning.run import prune_model
 from alps.solvers.patterns import Unstructured
 from helpers.decoders import DENSE, MOE, decoder
-from helpers.log_messages import log_messages
 from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
@@ -178,40 +176,6 @@ def test_one_block_at_a_time_is_in_memory(
         context = make_context(journal=DiskJournal(journal, ProcessGroup()))
         prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), _recipe(), context)
     assert seen == [{"model.layers.0"}, {"model.layers.1"}]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda tensors: {f"odd.{name}": t for name, t in tensors.items()}, "under another name"),
-        (lambda tensors: {name: t.to(torch.int8) for name, t in tensors.items()}, "integers"),
-    ],
-)
-def test_what_cannot_be_streamed_is_loaded_whole_and_said(
-    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    reason: str,
-    tiny_model: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
-    whole = LoadedModel("whole", nn.Linear(2, 2), None)
-    monkeypatch.setattr("alps.data.calibration.load", lambda name, dtype: whole)
-    with log_messages() as messages:
-        assert open_model(str(tmp_path), "auto") is whole
-    assert len(messages) == 1 and reason in messages[0]
-
-
-def test_a_model_without_a_skeleton_is_loaded_whole_and_told_why(
-    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> nn.Module:
-        raise ValueError("no such layer.\nAnd more.")
-
-    tiny_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("alps.models.meta_model.empty_model", fail)
-    assert open_lazy_model(str(tmp_path), None) == "transformers cannot build it without its weights (no such layer)"
 
 
 def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Writing of pruned models: whole ones by transformers, lazy ones file by file, shared among ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from alps.checkpoints.journal import open_journal
+from alps.models.blocks import find_blocks
+from alps.models.lazy_weights import LazyWeights
+from alps.models.load import load_model, load_tokenizer
+from alps.models.meta_model import open_lazy_model
+from alps.models.save import save_model, save_without_weights, write_weight_files
+from helpers.vision import vision_model
+
+
+def test_a_model_in_memory_is_saved_with_tokenizer_and_processor(word_tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    model = vision_model("llava")
+    source.mkdir()
+    (source / "preprocessor_config.json").write_text('{"size": 16}')
+    model.name_or_path = str(source)
+    save_model(model, word_tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 16}'
+    assert load_tokenizer(str(tmp_path / "out"))("abc").input_ids == word_tokenizer("abc").input_ids
+    again = load_model(str(tmp_path / "out"))
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in again.named_parameters())
+
+
+def test_ranks_write_every_file_once_with_the_blocks_of_the_journal(
+    tiny_model: Callable[..., Any], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    store = open_lazy_model(str(tmp_path / "dense"), None)
+    assert isinstance(store, LazyWeights)
+    blocks = find_blocks(store.model)
+    names = sorted(file.name for file in store.files)
+    assert len(names) > 3
+    out = tmp_path / "out"
+    out.mkdir()
+    with open_journal(tmp_path / "run", {}) as journal:
+        for block in blocks:
+            halved = {name: p / 2 for name, p in dense.get_submodule(block.name).named_parameters()}
+            journal.save_tensors(block.index, halved)
+            journal.save_record(block.index, {})
+        write_weight_files(store, blocks, journal, out, first=1, step=2)
+        first = sorted(path.name for path in out.iterdir())
+        assert len(first) == len(names) // 2
+        write_weight_files(store, blocks, journal, out, first=0, step=2)
+    assert sorted(path.name for path in out.iterdir()) == names
+    save_without_weights(store, word_tokenizer, out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    written = {name: (path.name, t) for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in sorted(written.items())}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in written.values())
+    inside = tuple(f"{block.name}." for block in blocks)
+    for name, parameter in dense.named_parameters():
+        expected = parameter / 2 if name.startswith(inside) else parameter
+        assert torch.equal(written[name][1], expected), name
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert load_tokenizer(str(out))("abc").input_ids == word_tokenizer("abc").input_ids
