@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from pydantic import BaseModel
+import typer
+from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 import alps
 from alps.cli.main import app, import_command
+from alps.cli.options import config_options
 from alps.cli.settings_page import settings_page
-from alps.core.settings import describe_fields
+from alps.core.settings import HOW, Setting, describe_fields, load_config
 from alps.evaluation.compare_config import CompareConfig
 from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.finetuning.distillation import DistillConfig
@@ -120,3 +123,47 @@ def test_texts_that_cannot_be_read_are_refused(values: dict[str, Any], complaint
     with pytest.raises(alps.AlpsError) as caught:
         PruneConfig.model_validate({"model": "m", "sparsity": 0.5, **values})
     assert complaint in str(caught.value)
+
+
+class _Extended(PruneConfig):
+    """The settings with one more."""
+
+    sharpness: Annotated[float | None, Setting(HOW, "SHARE")] = Field(default=0.5, description="A new option.")
+
+
+def test_a_new_field_is_an_option_a_yaml_key_and_part_of_the_fingerprint(tmp_path: Path) -> None:
+    received: list[dict[str, Any]] = []
+
+    @config_options(_Extended)
+    def command(model: Annotated[str, typer.Argument()], values: dict[str, Any]) -> None:
+        received.append({"model": model, **values})
+
+    single = typer.Typer()
+    single.command()(command)
+    done = CliRunner().invoke(single, ["m", "--sharpness", "0.25", "--sparsity", "0.5"])
+    assert done.exit_code == 0, done.output
+    assert received[0]["sharpness"] == 0.25 and received[0]["samples"] is None
+    (tmp_path / "run.yaml").write_text("sharpness: 0.75\nsamples: 3\n")
+    config = load_config(_Extended, tmp_path / "run.yaml", {**received[0], "sharpness": None})
+    assert (config.sharpness, config.samples) == (0.75, 3)
+    assert config.fingerprint_fields()["sharpness"] == "0.75"
+    assert "(default: 0.5)" in CliRunner().invoke(single, ["--help"], env={"COLUMNS": "200"}).output
+
+
+def _declares(tree: ast.AST, name: str) -> bool:
+    """Find the name as a parameter, an annotated field, a keyword argument or the key of a dictionary."""
+    return any(
+        (isinstance(node, ast.arg | ast.keyword) and node.arg == name)
+        or (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name)
+        or (isinstance(node, ast.Dict) and any(isinstance(k, ast.Constant) and k.value == name for k in node.keys))
+        for node in ast.walk(tree)
+    )
+
+
+@pytest.mark.parametrize("name", ["keep_zeros", "dense_target", "reconstruct_epochs", "effort", "activation_memory"])
+def test_an_option_is_declared_in_at_most_four_files(name: str) -> None:
+    source = Path(alps.__file__).parent
+    files = {path.name for path in source.rglob("*.py") if _declares(ast.parse(path.read_text()), name)}
+    # The class of the method knows its own option.
+    assert files - {"__init__.py"} <= {"config.py", "recipe.py", "presets.py", "api.py"}
+    assert {"config.py", "api.py"} <= files

@@ -18,7 +18,7 @@ from alps.data.mixture import CalibrationMix, load_calibration
 from alps.models.finite_check import check_finite
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
-from alps.pruning.job import PruneJob, prune_checkpoint, run_job
+from alps.pruning.job import prune_checkpoint
 from alps.pruning.presets import PAPER, apply_preset
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.run import make_calibration_windows, prune_model
@@ -134,32 +134,16 @@ def prune(
         "activation_memory": activation_memory,
     }
     config = _make_config(values, method)
-    recipe = config.resolve(method=_method_object(method, config))
-    if out is not None:
-        check_target(Path(out))
-    elif not isinstance(model, nn.Module):
-        raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
+    method_object = _method_object(method, config)
     progress = progress or NoProgress()
     if isinstance(model, nn.Module):
-        return _prune_in_memory(model, tokenizer, calibration, config, recipe, out, progress)
-    assert out is not None
-    if isinstance(method, str) and not isinstance(calibration, Tensor):
-        return prune_checkpoint(config, Path(out), progress, resume=resume)
-    context = RunContext(
-        device=config.pick_device(), progress=progress, offload=offload, activation_bytes=config.activation_bytes
-    )
-    source = calibration if isinstance(calibration, Tensor) else config.calibration
-    job = PruneJob(
-        model=config.model,
-        recipe=recipe,
-        calibration=source if recipe.reads_inputs else None,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-    )
-    return run_job(job, Path(out), context, resume=resume)
+        return _prune_in_memory(
+            model, tokenizer, calibration, config, config.resolve(method=method_object), out, progress
+        )
+    if out is None:
+        raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
+    token_ids = calibration if isinstance(calibration, Tensor) else None
+    return prune_checkpoint(config, Path(out), progress, resume=resume, method=method_object, token_ids=token_ids)
 
 
 def _prune_in_memory(
@@ -171,6 +155,8 @@ def _prune_in_memory(
     out: str | Path | None,
     progress: Progress,
 ) -> RunReport:
+    if out is not None:
+        check_target(Path(out))
     start = time.perf_counter()
     check_finite(model.named_parameters(), config.model)
     loaded = LoadedModel(config.model, model, tokenizer)

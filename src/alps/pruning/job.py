@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from alps.checkpoints.atomic_io import check_target, remove_partial
@@ -31,7 +31,7 @@ from alps.pruning.dry_run import Forecast, forecast
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
-from alps.pruning.run import check_calibrated, make_calibration_windows, prune_model
+from alps.pruning.run import make_calibration_windows, prune_model
 from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
@@ -45,58 +45,40 @@ class PruneJob:
     """A checkpoint by its name, and how to prune it.
 
     Attributes:
-        model: directory, GGUF file or hub name.
-        recipe: method, pattern and options.
-        calibration: text or texts as `alps prune --calibration` takes them, token ids (windows, tokens), or None.
-        samples: calibration windows to draw.
-        seqlen: tokens in each window.
-        seed: of the draws.
-        device: name of the device, or `auto`.
-        dtype: of the weights, or `auto` for the checkpoint's.
-        config: settings that all this was made from, if any; written beside the weights.
+        config: the settings.
+        method: method object in place of the one that the settings name; None for that one.
+        token_ids: calibration windows (windows, tokens) in place of the settings' text; None for the text.
     """
 
-    model: str
-    recipe: PruneRecipe
-    calibration: str | Tensor | None
-    samples: int
-    seqlen: int
-    seed: int
-    device: str = "auto"
-    dtype: str = "auto"
-    config: PruneConfig | None = None
+    config: PruneConfig
+    method: Method | None = None
+    token_ids: Tensor | None = None
+
+    @cached_property
+    def recipe(self) -> PruneRecipe:
+        """Method, pattern and options as objects."""
+        return self.config.resolve(method=self.method)
+
+    @property
+    def config_to_save(self) -> PruneConfig | None:
+        """The settings if they describe the job completely, else None."""
+        return self.config if self.method is None and self.token_ids is None else None
 
     def fingerprint(self) -> dict[str, str]:
         """Return everything that the pruned weights depend on but model and calibration text, by name."""
-        recipe = self.recipe
-        entries = self._settings() if self.config is None else dict(self.config.fingerprint_fields())
+        recipe, entries = self.recipe, self.config.fingerprint_fields()
+        if self.method is not None:
+            entries["method"] = _describe_method(self.method)
+        if self.token_ids is not None:
+            entries |= dict.fromkeys(("samples", "seqlen", "seed"), "token ids")
+        # These are not settings, and another version may have other values.
         if (reconstruction := recipe.reconstruction) is not None:
-            # These are no settings, and another version may have other values.
             entries["reconstruct_steps"] = f"{reconstruction.lr} on {reconstruction.tokens} tokens"
         if recipe.dense_target:
             entries["dense_target_prior_tokens"] = str(PRIOR_TOKENS)
         if recipe.row_weights != "equal":
             entries["row_weight_tokens"] = str(ROW_WEIGHT_TOKENS)
         return entries
-
-    def _settings(self) -> dict[str, str]:
-        recipe, reconstruction = self.recipe, self.recipe.reconstruction
-        drawn = not torch.is_tensor(self.calibration)
-        values = {
-            "method": _describe_method(recipe.method),
-            "pattern": recipe.pattern,
-            "rules": recipe.rules,
-            "keep_zeros": recipe.keep_zeros,
-            "true_sequential": recipe.true_sequential,
-            "dense_target": recipe.dense_target,
-            "allocation": recipe.allocation,
-            "row_weights": recipe.row_weights,
-            "reconstruction": None if reconstruction is None else (reconstruction.epochs, reconstruction.target),
-            "measure_error": recipe.measure_error,
-            "dtype": self.dtype,
-            "windows": (self.samples, self.seqlen, self.seed) if drawn else "token ids",
-        }
-        return {name: value if isinstance(value, str) else repr(value) for name, value in values.items()}
 
 
 def _describe_method(method: Method) -> str:
@@ -111,9 +93,12 @@ def prune_checkpoint(
     *,
     resume: bool = False,
     group: ProcessGroup = SINGLE_PROCESS,
+    method: Method | None = None,
+    token_ids: Tensor | None = None,
 ) -> RunReport:
-    """Carry out `alps prune`; see `run_job`."""
-    return run_job(_make_job(config), out, make_context(config, progress, group), resume=resume)
+    """Carry out `alps prune`; see `PruneJob` and `run_job`."""
+    job = PruneJob(config=config, method=method, token_ids=token_ids)
+    return run_job(job, out, make_context(config, progress, group), resume=resume)
 
 
 def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = False) -> RunReport:
@@ -130,9 +115,9 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     Raises:
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError, RankLost: `out` is not written then.
     """
-    group = context.group
+    config, group = job.config, context.group
     source = _check(job, out)
-    context = replace(context, device=group.device(job.device, context.device))
+    context = replace(context, device=group.device(config.device, context.device))
     fingerprint = job.fingerprint()
     group.broadcast_from_main(lambda: check_journal(out, fingerprint, resume))
     start = time.perf_counter()
@@ -140,7 +125,9 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     load_seconds = time.perf_counter() - start
     fingerprint["model_sha256"] = loaded.identity()
     windows: Windows | None = group.broadcast_from_main(
-        lambda: make_calibration_windows(loaded, source, context, samples=job.samples, seqlen=job.seqlen, seed=job.seed)
+        lambda: make_calibration_windows(
+            loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed
+        )
     )
     if windows is not None:
         fingerprint["calibration_sha256"] = windows.sha256
@@ -154,10 +141,10 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
             windows,
             job.recipe,
             replace(context, journal=DiskJournal(journal, group), spill_folder=journal.directory),
-            seed=job.seed if isinstance(source, CalibrationMix) else None,
+            seed=config.seed if isinstance(source, CalibrationMix) else None,
             load_seconds=load_seconds,
         )
-        report = write(loaded, report, out, config=job.config, journal=journal, group=group)
+        report = write(loaded, report, out, config=job.config_to_save, journal=journal, group=group)
         group.barrier()
         if group.is_main:
             journal.discard()
@@ -170,25 +157,10 @@ def estimate_run(config: PruneConfig, out: Path) -> Forecast:
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: that the run would raise before it prunes.
     """
-    job = _make_job(config)
+    job = PruneJob(config=config)
     source = _check(job, out)
     context = make_context(config, NoProgress())
-    return forecast(_open(job, source), job.recipe, context, samples=job.samples, seqlen=job.seqlen)
-
-
-def _make_job(config: PruneConfig) -> PruneJob:
-    recipe = config.resolve()
-    return PruneJob(
-        model=config.model,
-        recipe=recipe,
-        calibration=config.calibration if recipe.reads_inputs else None,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-        config=config,
-    )
+    return forecast(_open(job, source), job.recipe, context, samples=config.samples, seqlen=config.seqlen)
 
 
 def make_context(config: PruneConfig, progress: Progress, group: ProcessGroup = SINGLE_PROCESS) -> RunContext:
@@ -207,19 +179,21 @@ def make_context(config: PruneConfig, progress: Progress, group: ProcessGroup = 
 
 
 def _check(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
-    """Refuse what can be refused without the model, and return the source of the calibration windows."""
-    parse_dtype(job.dtype)
-    if job.model != DEMO_MODEL_NAME:
-        check_model_path(job.model)
+    """Reject what can be rejected without the model, and return the source of the calibration windows."""
+    config, recipe = job.config, job.recipe
+    parse_dtype(config.dtype)
+    if config.model != DEMO_MODEL_NAME:
+        check_model_path(config.model)
     check_target(out)
-    check_calibrated(job.recipe, job.calibration is not None)
-    return load_calibration(job.calibration, job.samples) if isinstance(job.calibration, str) else job.calibration
+    if not recipe.reads_inputs:
+        return None
+    return load_calibration(config.calibration, config.samples) if job.token_ids is None else job.token_ids
 
 
 def _open(job: PruneJob, source: CalibrationMix | Tensor | None) -> LoadedModel:
     # A model that samples its own text has to be in memory.
     samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.sources)
-    return (load if samples_itself else open_model)(job.model, job.dtype)
+    return (load if samples_itself else open_model)(job.config.model, job.config.dtype)
 
 
 @contextmanager
