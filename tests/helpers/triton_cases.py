@@ -1,7 +1,7 @@
 """Tests of the GPU kernels against float64, compiled on a GPU, or else in triton's interpreter on the CPU.
 
-Not collected by itself: test_triton.py runs it with TRITON_INTERPRET=1, which has to be set before triton is imported.
-With a GPU, `pytest tests/helpers/triton_cases.py` is the check that the kernels do there what they should.
+Not collected by itself: test_triton_backend.py runs it with TRITON_INTERPRET=1, which has to be set before triton is
+imported. With a GPU, `pytest tests/helpers/triton_cases.py` is the check that the kernels do there what they should.
 """
 
 from __future__ import annotations

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alps.checkpoints.pack import pack_directory
 from alps.inference import packed_linear as linear
 from alps.inference.build_kernel import LIBRARY_NAME, compile_library
 from alps.inference.cpu_backend import Kernel
+from helpers.packed_models import prune
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,14 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def packed_stories(stories: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Return the directories of a trained model at 70 % sparsity in float32, dense and packed."""
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "dense")
+    pack_directory(tmp_path / "dense", tmp_path / "packed")
+    return tmp_path / "dense", tmp_path / "packed"

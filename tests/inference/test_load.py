@@ -13,45 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
-from typer.testing import CliRunner
 
 import alps
 from alps.checkpoints.pack import pack_directory
-from alps.cli import main as cli
 from alps.core.errors import CheckpointError
 from alps.data.calibration import LoadedModel
 from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.inference.packed_linear import PackedLinear
-from alps.inference.text_generation import generate_text
 from helpers.cli_process import run_code
+from helpers.packed_models import logits, prune
 
 SITES = {"llama": 7, "opt": 6, "opt-postnorm": 6, "gpt2": 4}
-
-
-def prune(model: nn.Module, sparsity: float = 0.7) -> None:
-    """Set the smallest weights of every matrix outside embeddings and head to zero."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "emb" not in name and "head" not in name and "wte" not in name and "wpe" not in name:
-            order = parameter.data.abs().float().flatten().argsort()
-            parameter.data.view(-1)[order[: round(sparsity * len(order))]] = 0
-
-
-@pytest.fixture
-def packed_stories(stories: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Return the directories of a trained model at 70 % sparsity in float32, dense and packed."""
-    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    prune(model)
-    model.save_pretrained(tmp_path / "dense")
-    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "dense")
-    pack_directory(tmp_path / "dense", tmp_path / "packed")
-    return tmp_path / "dense", tmp_path / "packed"
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(input_ids=ids).logits
-    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -171,16 +144,6 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
     assert sizes["grown"] < 0.55 * dense, (sizes, dense)
 
 
-def test_an_ordinary_directory_loads_dense_and_can_be_packed(
-    multiplier: str, packed_stories: tuple[Path, Path], ids: Tensor
-) -> None:
-    model, packed = alps.load(packed_stories[0]).model, alps.load(packed_stories[1]).model
-    assert list(packed_modules(model)) == []
-    assert alps.pack_linears(model) == 35
-    assert [name for name, _ in packed_modules(model)] == [name for name, _ in packed_modules(packed)]
-    assert torch.equal(logits(model, ids), logits(packed, ids))
-
-
 def test_tied_and_sparse_embeddings_are_dense(tmp_path: Path, tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("gpt2")
     prune(model)
@@ -258,46 +221,3 @@ def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
     pack_directory(tmp_path / "dense", tmp_path / "packed")
     with pytest.raises(CheckpointError, match=r"no tensor .*experts.*alps unpack"):
         alps.load(tmp_path / "packed")
-
-
-def test_save_pretrained_is_rejected(packed_stories: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="save_pretrained"):
-        alps.load(packed_stories[1]).model.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path], english_file: Path) -> None:
-    dense, packed = map(str, packed_stories)
-    runner = CliRunner()
-    options = ("--prompt", "Once upon a time", "--tokens", "40")
-    result = runner.invoke(cli.app, ["generate", packed, *options])
-    assert result.exit_code == 0, result.output
-    model, tokenizer = alps.load(dense).model, AutoTokenizer.from_pretrained(dense)
-    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
-    assert result.stdout.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
-    message = result.stderr.replace("\n", " ")
-    assert f"{len(expected)} tokens after {ids.shape[1]}: the first in" in message and "tokens/s; weights" in message
-    assert "35 packed layers by" in message and "peak memory" in message
-    written = generate_text(model, tokenizer, "Once upon a time", 1)
-    assert written.tokens == 1 and written.tokens_per_second is None
-    # Sampling with the same seed gives the same text.
-    texts = [generate_text(model, tokenizer, "Once", 20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    refused = runner.invoke(cli.app, ["generate", packed, *options, "--chat"])
-    assert refused.exit_code != 0 and "chat template" in str(refused.exception)
-
-    measured = []
-    for folder in (dense, packed):
-        told = runner.invoke(cli.app, ["eval", folder, "--text", str(english_file), "--seqlen", "64", "--windows", "4"])
-        assert told.exit_code == 0, told.output
-        measured.append(json.loads(told.stdout)[0]["perplexity"])
-    assert f"{measured[0]:.4g}" == f"{measured[1]:.4g}"
-
-
-def test_the_chat_template_is_applied(packed_stories: tuple[Path, Path]) -> None:
-    model, tokenizer = alps.load(packed_stories[1]).model, AutoTokenizer.from_pretrained(packed_stories[1])
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Once"
-    plain = generate_text(model, tokenizer, "Hello", 5)
-    chat = generate_text(model, tokenizer, "Hello", 5, chat=True)
-    assert chat.prompt_tokens > plain.prompt_tokens
