@@ -163,3 +163,21 @@ def _trace(restarts: bool, error: float) -> list[SupportCheck]:
         )  # fmt: skip
         rho, change, gap = 1.2 * rho, max(int(change * 0.72), 1), gap * 0.82
     return checks
+
+
+def measured_result(
+    method: str, pattern: str = "0.5", seed: int | None = 0, perplexity: float = 10.0, **more: Any
+) -> Result:
+    """Return one result with a perplexity, and a divergence where it is not of the dense model."""
+    record: dict[str, Any] = {"model": "m", "text": "t", "windows": 1, "seqlen": 9, "predicted_tokens": 8, "loss": 1.0}
+    evaluation: EvaluationRecord = EvaluationRecord(**record, perplexity=perplexity)
+    if method != "dense":
+        far: dict[str, Any] = {
+            "reference": "d",
+            "reference_perplexity": 9.0,
+            "ratio": perplexity / 9,
+            "kl": perplexity / 100,
+        }
+        evaluation = ComparisonRecord(**record, perplexity=perplexity, agreement=0.5, **far)
+    base = {"model": "m", "model_sha256": "ab" * 32, "architecture": "A", "dtype": "float32", "device": "cpu"}
+    return Result(**{**base, "method": method, "pattern": pattern, "seed": seed, "evaluations": [evaluation], **more})

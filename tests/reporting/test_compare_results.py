@@ -5,30 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import alps
 from alps.core.errors import CheckpointError
 from alps.reporting.compare_results import Result, mean_std, read_results, write_results
-from alps.reporting.markdown_tables import summary
-from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
-
-
-def result(method: str, pattern: str = "0.5", seed: int | None = 0, perplexity: float = 10.0, **more: Any) -> Result:
-    record: dict[str, Any] = {"model": "m", "text": "t", "windows": 1, "seqlen": 9, "predicted_tokens": 8, "loss": 1.0}
-    found: EvaluationRecord = EvaluationRecord(**record, perplexity=perplexity)
-    if method != "dense":
-        far: dict[str, Any] = {
-            "reference": "d",
-            "reference_perplexity": 9.0,
-            "ratio": perplexity / 9,
-            "kl": perplexity / 100,
-        }
-        found = ComparisonRecord(**record, perplexity=perplexity, agreement=0.5, **far)
-    base = {"model": "m", "model_sha256": "ab" * 32, "architecture": "A", "dtype": "float32", "device": "cpu"}
-    return Result(**{**base, "method": method, "pattern": pattern, "seed": seed, "evaluations": [found], **more})
+from alps.reporting.records import ComparisonRecord, EvaluationRecord
+from helpers.comparisons import measured_result
 
 
 def test_a_result_keeps_the_traces_of_the_best_the_middle_and_the_worst_site(
@@ -53,7 +37,7 @@ def test_a_result_keeps_the_traces_of_the_best_the_middle_and_the_worst_site(
 
 def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    rows = [result("dense", "", None), result("wanda", perplexity=0.1 + 0.2)]
+    rows = [measured_result("dense", "", None), measured_result("wanda", perplexity=0.1 + 0.2)]
     write_results(path, rows)
     found = read_results(path)
     assert found == rows and isinstance(found[1].evaluations[0], ComparisonRecord)
@@ -76,33 +60,3 @@ def test_spread() -> None:
     assert found.mean == 6 and found.deviation == pytest.approx(statistics.stdev(values))
     assert found.text(".1f") == "6.0 ± 3.6" and mean_std([2.25]).text(".1f") == "2.2"
     assert mean_std([1.0, math.inf]).deviation == math.inf
-
-
-def test_the_table_has_means_over_seeds_and_the_best_in_bold() -> None:
-    rows = [result("dense", "", None, 9.0)]
-    rows += [result("a", seed=0, perplexity=20.0), result("a", seed=1, perplexity=22.0), result("b", perplexity=30.0)]
-    rows += [result("b", "2:4", perplexity=40.0)]
-    lines = summary(rows).splitlines()
-    start = lines.index("## Perplexity on t (dense 9.00)")
-    assert lines[start + 2 : start + 6] == [
-        "| | 0.5 | 2:4 |",
-        "|---|---:|---:|",
-        "| a | **21.0 ± 1.4** |  |",
-        "| b | 30.0 | 40.0 |",
-    ]
-    assert "| a | **0.210 ± 0.014** |  |" in lines and "Mean relative" not in summary(rows)
-
-
-def test_the_table_has_accuracies_in_per_cent_with_their_errors() -> None:
-    def scored(value: float) -> list[TaskRecord]:
-        metrics = {"acc_norm": Estimate(value=0.9, stderr=0.1), "acc": Estimate(value=value, stderr=0.02)}
-        return [TaskRecord(model="m", task="piqa", metrics=metrics, items=50, num_fewshot=0, lm_eval="0")]
-
-    rows = [
-        result("dense", "", None, tasks=scored(0.7)),
-        result("a", tasks=scored(0.5)),
-        result("b", tasks=scored(0.6)),
-    ]
-    lines = summary(rows).splitlines()
-    start = lines.index("## piqa, per cent on 50 items (dense 70.0)")
-    assert lines[start + 4 : start + 6] == ["| a | 50.0 ± 2.0 |", "| b | **60.0 ± 2.0** |"]
