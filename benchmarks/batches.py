@@ -25,7 +25,7 @@ from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.provenance import provenance
 from alps.core.statistics import Needs
-from alps.data.calibration import LoadedModel, open_model
+from alps.data.loaded_model import LoadedModel, open_model
 from alps.models.blocks import on_device
 from layers import ended_in_words, markdown
 

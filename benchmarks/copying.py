@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from alps.core.device import pick_device
 from alps.core.half_precision import half_matmul_in_float32
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.evaluation.perplexity import window_losses
 
 _PASSAGE = 64

@@ -113,7 +113,7 @@ def perplexities(name: str, options: argparse.Namespace) -> list[float]:
         return [
             row.perplexity for row in alps.evaluate(name, options.text, seqlen=options.seqlen, windows=options.windows)
         ]
-    reader = alps.data.calibration.load(options.dense)
+    reader = alps.data.loaded_model.load(options.dense)
     model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, all_logits=True)
     return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]
 

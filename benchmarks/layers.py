@@ -15,7 +15,7 @@ from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import AlpsError
 from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, Needs
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.models.blocks import Block, find_blocks
 from alps.solvers import Method

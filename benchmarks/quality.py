@@ -22,7 +22,7 @@ from rich.console import Console
 from alps.core.device import pick_device
 from alps.core.memory import reset_peak_memory
 from alps.core.progress import ConsoleProgress
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import load_calibration
 from alps.evaluation.api import evaluate
 from alps.evaluation.compare_config import method_settings

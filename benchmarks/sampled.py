@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.self_generated import generate_windows
 
 

@@ -28,7 +28,7 @@ from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup, process_group
 from alps.core.provenance import provenance
 from alps.core.statistics import InputStats, InputSums, Needs
-from alps.data.calibration import LoadedModel, open_model
+from alps.data.loaded_model import LoadedModel, open_model
 from alps.data.mixture import load_calibration
 from alps.models.blocks import on_device
 from alps.solvers.alps import Alps

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alps.core.provenance import provenance
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.evaluation.api import evaluate_tasks
 
 Run = dict[str, Any]

@@ -17,7 +17,7 @@ import inference
 import model as whole_model
 import quality
 from alps.core.memory import peak_host_bytes
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.mixture import load_calibration
 from alps.inference.cpu_backend import find_kernel
 from helpers import cli_process as started

@@ -81,12 +81,12 @@ def test_a_column_shorter_than_its_keys_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_comparisons_ask_for_the_grid_of_the_paper(name: str) -> None:
     asked = load_compare_config(FOLDER / f"{name}.yaml", {})
-    runs = asked.combinations()
-    assert len(runs) == 5 * 8 * 5 and {one.settings.calibration for one in runs} == {"c4"}
+    runs = asked.runs()
+    assert len(runs) == 5 * 8 * 5 and {one.config.calibration for one in runs} == {"c4"}
     assert {one.pattern for one in runs} == {"0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8"}
-    assert {(one.settings.samples, one.settings.seqlen) for one in runs} == {(128, 2048)}
+    assert {(one.config.samples, one.config.seqlen) for one in runs} == {(128, 2048)}
     here = load_compare_config(FOLDER / f"{name}.yaml", {"model": "smollm2-135m", "seeds": 1, "samples": 64})
-    assert len(here.combinations()) == 40 and here.model == "smollm2-135m"
+    assert len(here.runs()) == 40 and here.model == "smollm2-135m"
 
 
 def test_models_named_in_the_recipe_are_those_with_figures() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alps.checkpoints.api import pack, unpack
     from alps.core.errors import AlpsError
-    from alps.data.calibration import LoadedModel, load
+    from alps.data.loaded_model import LoadedModel, load
     from alps.evaluation.api import compare, evaluate, evaluate_tasks
     from alps.evaluation.inspect import inspect
     from alps.finetuning.api import distill, reconstruct
@@ -52,7 +52,7 @@ _LAZY_EXPORTS = {
     "Alps": "alps.solvers",
     "AlpsError": "alps.core.errors",
     "DSnoT": "alps.solvers",
-    "LoadedModel": "alps.data.calibration",
+    "LoadedModel": "alps.data.loaded_model",
     "Magnitude": "alps.solvers",
     "Refitted": "alps.solvers",
     "SemiStructured": "alps.solvers.patterns",
@@ -64,7 +64,7 @@ _LAZY_EXPORTS = {
     "evaluate": "alps.evaluation.api",
     "evaluate_tasks": "alps.evaluation.api",
     "inspect": "alps.evaluation.inspect",
-    "load": "alps.data.calibration",
+    "load": "alps.data.loaded_model",
     "pack": "alps.checkpoints.api",
     "pack_linears": "alps.inference.convert",
     "prune": "alps.pruning.api",

@@ -22,7 +22,7 @@ from alps.core.errors import UnsupportedModel
 from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.core.statistics import InputStats, Needs
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.finetuning.distillation import DistillConfig, distill_model
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site

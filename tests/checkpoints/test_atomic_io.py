@@ -15,7 +15,7 @@ import pytest
 
 from alps.checkpoints.atomic_io import check_target, new_directory, remove_partial
 from alps.core.errors import CheckpointError
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import alps
 from alps.core.errors import ConfigError
 from alps.data import self_generated as generated
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.self_generated import first_token, forbidden_tokens, generate_windows

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from alps.core.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
 from alps.core.progress import NoProgress
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.evaluation.cached_reference import CachedReferenceModel
@@ -142,9 +142,9 @@ def test_what_is_done_is_not_done_again_and_a_comparison_may_grow(
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "samples": ({"samples": 5}, "samples 4, and 5 is asked for"),
-    "eval": ({"eval_seqlen": 32}, "eval_seqlen 64, and 32"),
-    "texts": ({"texts": ["python-docs"]}, "and ['python-docs'] is asked for"),
+    "samples": ({"samples": 5}, "samples 4, not 5"),
+    "eval": ({"eval_seqlen": 32}, "eval_seqlen 64, not 32"),
+    "texts": ({"texts": ["python-docs"]}, "not ['python-docs']"),
 }
 
 
@@ -231,7 +231,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
                 tmp_path / "all",
                 NoProgress(),
             )
-    assert any(line.startswith("Failed, the others go on: sparsegpt") for line in messages)
+    assert any(line.startswith("Failed, and the other runs continue: sparsegpt") for line in messages)
     kept = read_results(tmp_path / "all" / RESULTS_NAME)
     assert [result.method for result in kept] == ["dense", "wanda", "magnitude"]
 
@@ -255,7 +255,7 @@ def test_two_at_once_and_foreign_directories_are_refused(
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no pattern": ({"sparsity": []}, "There is no pattern"),
     "nothing to measure": ({"texts": []}, "nothing to measure"),
-    "twice": ({"sparsity": [0.5, 0.5]}, "asked for twice"),
+    "twice": ({"sparsity": [0.5, 0.5]}, "occurs twice"),
     "method": ({"methods": ["wandaa"]}, "Did you mean 'wanda'"),
     "setting": ({"methods": ["wanda+refitt"]}, "Did you mean 'refit'"),
     "value": ({"methods": ["alps+dense_target=2"]}, "Setting 'dense_target'"),
@@ -301,7 +301,7 @@ def test_calibration_text_is_read_once(
         read.append(purpose)
         return load_text(name, purpose)  # type: ignore[arg-type]
 
-    for module in ("alps.data.mixture", "alps.data.calibration"):
+    for module in ("alps.data.mixture", "alps.data.loaded_model"):
         monkeypatch.setattr(f"{module}.load_text", counted)
     go(settings(short_stories, english_file, seeds=2), tmp_path / "all")
     assert read == ["calibration", "evaluation"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import alps
 from alps.core.errors import ConfigError
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.evaluation.kl_divergence import token_divergences
 from alps.reporting.records import ComparisonRecord, EvaluationRecord
 

@@ -11,7 +11,7 @@ import pytest
 
 import alps
 from alps.core.errors import ConfigError
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.tasks import find_tasks
 

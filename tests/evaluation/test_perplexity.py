@@ -12,7 +12,7 @@ import torch
 
 import alps
 from alps.core.errors import ConfigError
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 
 
 def _naive(model: Any, tokens: list[int], seqlen: int) -> tuple[int, float]:

@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval")
 import alps
 from alps.cli import main as cli
 from alps.core.errors import ConfigError
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.tasks import _record, find_tasks, local_task
 from alps.reporting.records import TaskRecord

@@ -157,7 +157,7 @@ def _settings(path: Path) -> Any:
 def _comparison(path: Path) -> Any:
     found = load_compare_config(path, {})
     if found.seeds * len(found.methods) * len(found.sparsity) < 1000:
-        found.combinations()
+        found.runs()
     return found.to_yaml()
 
 

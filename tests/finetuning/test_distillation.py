@@ -17,7 +17,7 @@ import alps
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.data.text_sources import load_text
 from alps.evaluation.inspect import inspect
 from alps.finetuning import training_loop as distillation

@@ -19,7 +19,7 @@ from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.data import calibration as loaded
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibration
 from alps.data.text_sources import SELF, Text
 from alps.data.windows import Windows

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from alps.core.distributed import process_group
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.pruning.context import RunContext

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import alps
 from alps.checkpoints.pack import pack_directory
 from alps.core.errors import CheckpointError
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.inference.packed_linear import PackedLinear

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import alps
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
 from alps.solvers.patterns import Unstructured, keep_largest

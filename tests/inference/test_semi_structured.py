@@ -15,7 +15,7 @@ import alps
 from alps.checkpoints.bitmask_codec import pack
 from alps.checkpoints.pack import pack_directory
 from alps.core.errors import ConfigError
-from alps.data import calibration
+from alps.data import loaded_model
 from alps.inference.packed_linear import PackedLinear
 from alps.inference.semi_structured import (
     SemiStructuredLinear,
@@ -95,7 +95,7 @@ def test_incompatible_layers_stay_packed(anywhere: None) -> None:
 def test_load_converts_compatible_layers(
     anywhere: None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "check_device", lambda device: None)
+    monkeypatch.setattr(loaded_model, "check_device", lambda device: None)
     model = alps.load(stories).model
     for name, parameter in model.named_parameters():
         if "proj" in name and parameter.shape[1] == 64:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alps.checkpoints.journal import open_journal
 from alps.checkpoints.safetensors_io import TensorOnDisk
 from alps.core.distributed import ProcessGroup
-from alps.data.calibration import LoadedModel, load, open_model
+from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
@@ -28,7 +28,7 @@ from helpers.runs import make_context, make_recipe
 
 _CPU = torch.device("cpu")
 _IDS = torch.randint(2, 60, (4, 12), generator=torch.Generator().manual_seed(5))
-_NO_TOKENIZER = "alps.data.calibration.load_tokenizer"
+_NO_TOKENIZER = "alps.data.loaded_model.load_tokenizer"
 
 
 @pytest.fixture(autouse=True)

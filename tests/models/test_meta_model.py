@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alps.data.calibration import LoadedModel, open_model
+from alps.data.loaded_model import LoadedModel, open_model
 from alps.models.lazy_weights import LazyWeights
 from alps.models.meta_model import open_lazy_model
 from helpers.log_messages import log_messages
@@ -34,7 +34,7 @@ def test_what_cannot_be_streamed_is_loaded_whole_and_said(
     tiny_model("llama").save_pretrained(tmp_path)
     save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     whole = LoadedModel("whole", nn.Linear(2, 2), None)
-    monkeypatch.setattr("alps.data.calibration.load", lambda name, dtype: whole)
+    monkeypatch.setattr("alps.data.loaded_model.load", lambda name, dtype: whole)
     with log_messages() as messages:
         assert open_model(str(tmp_path), "auto") is whole
     assert len(messages) == 1 and reason in messages[0]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alps
 from alps.core.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
 from alps.core.progress import NoProgress
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.pruning import run as running
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.job import prune_checkpoint

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from alps.cli.main import app
 from alps.core.errors import ConfigError
-from alps.data.calibration import LoadedModel, open_model
+from alps.data.loaded_model import LoadedModel, open_model
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.dry_run import _seconds, forecast, forecast_summary, peak
@@ -28,7 +28,7 @@ _HALF = Unstructured(0.5)
 def test_counts_and_sizes_are_exact(
     tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alps.data.calibration.load_tokenizer", lambda name: None)
+    monkeypatch.setattr("alps.data.loaded_model.load_tokenizer", lambda name: None)
     tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path)
     loaded = open_model(str(tmp_path))
     recipe = make_recipe("alps", _HALF, dense_target=0.4, true_sequential=True)

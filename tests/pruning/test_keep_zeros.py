@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import alps
 from alps.cli.main import app
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.models.blocks import find_blocks
 from alps.reporting.run_report import RunReport
 from alps.solvers import METHODS, get_method

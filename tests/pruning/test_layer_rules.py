@@ -15,7 +15,7 @@ import alps
 from alps.cli.tables import prune_summary
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.evaluation.compare_config import method_settings
 from alps.evaluation.inspect import inspect
 from alps.models.blocks import Block, find_blocks

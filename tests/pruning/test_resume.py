@@ -19,7 +19,7 @@ import alps
 from alps.checkpoints.journal import Journal, journal_directory
 from alps.core.errors import CheckpointError, SolveFailed
 from alps.core.progress import NoProgress
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.pruning.config import PruneConfig, load_prune_config

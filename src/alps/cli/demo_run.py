@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alps.checkpoints.atomic_io import check_target
 from alps.core.progress import Progress
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.models.demo_model import DEMO_MODEL_NAME, fetch_demo_model

@@ -15,7 +15,7 @@ from alps.core.device import pick_device
 from alps.core.distributed import process_group
 from alps.core.memory import out_of_memory_as_error
 from alps.core.settings import COMMAND_LINE, make_config
-from alps.data.calibration import load
+from alps.data.loaded_model import load
 from alps.evaluation.api import evaluate
 from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.evaluation.tasks import find_tasks, score_tasks

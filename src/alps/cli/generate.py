@@ -29,7 +29,7 @@ def generate_command(
     ] = "auto",
 ) -> None:
     """Continue a text with a packed or dense model: text to stdout as it comes, speed and memory to stderr."""
-    from alps.data.calibration import load
+    from alps.data.loaded_model import load
     from alps.inference.text_generation import generate_text, summary
 
     def write_text(text: str) -> None:

@@ -11,7 +11,7 @@ from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig
 from alps.evaluation.kl_divergence import measure_divergence

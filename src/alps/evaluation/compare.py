@@ -1,13 +1,14 @@
-"""Many runs on the same inputs: every method, pattern and seed from the same dense weights, measured alike.
+"""Comparison of methods, patterns and seeds: each prunes a copy of the same dense model, measured in the same way.
 
-The dense model stays in memory beside a copy, which gets its weights back before every run. Each finished run is a
-line of results.jsonl at once, so that a kill costs one run.
+The dense model stays in memory, and so does the copy, which gets the dense weights again before every run. Each
+finished run is written to results.jsonl immediately, so that an interruption costs one run.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +20,11 @@ from alps.core.memory import reset_peak_memory
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name, format_duration
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.evaluation.cached_reference import CachedReferenceModel
-from alps.evaluation.compare_config import COMPARISON_NAME, Combination, CompareConfig
+from alps.evaluation.compare_config import COMPARISON_NAME, CompareConfig, ComparisonRun
 from alps.evaluation.kl_divergence import measure_divergence
 from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.sample_outputs import continue_prompts
@@ -46,70 +47,74 @@ _LOG = logging.getLogger("alps")
 _BATCH_SIZE = 8
 
 
-def run_comparison(settings: CompareConfig, out: Path, progress: Progress) -> list[Result]:
-    """Do what is missing of a comparison in `out`, and return all of its results, the dense model's first.
+def run_comparison(config: CompareConfig, out: Path, progress: Progress) -> list[Result]:
+    """Do the missing runs of a comparison in `out`, and return all results, those of the dense model first.
 
     Args:
-        settings: what to compare, and on what.
-        out: directory; results.jsonl, a table, the settings and in the end a page of figures appear in it. One that
-            holds the same comparison is gone on with.
-        watcher: told of the steps of every run.
+        config: methods, patterns, seeds and measurements.
+        out: directory for results.jsonl, a table, the settings and finally a page of figures. An unfinished comparison
+            in it is continued.
+        progress: receives the steps of every run.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: nothing was run.
         SolveFailed: some runs failed, the first of them named; all others are done.
     """
-    combinations = settings.combinations()
-    parse_dtype(settings.dtype)
-    pick_device(settings.device)
-    if settings.model != DEMO_MODEL_NAME:
-        check_model_path(settings.model)
-    tasks = find_tasks(settings.tasks, _path(settings.task_data), settings.limit) if settings.tasks else None
-    read = [one.settings for one in combinations if one.settings.resolve().reads_inputs]
-    sources = {spec: load_calibration(*spec) for spec in dict.fromkeys((one.calibration, one.samples) for one in read)}
+    runs = config.runs()
+    parse_dtype(config.dtype)
+    pick_device(config.device)
+    if config.model != DEMO_MODEL_NAME:
+        check_model_path(config.model)
+    task_data = None if config.task_data is None else Path(config.task_data)
+    tasks = find_tasks(config.tasks, task_data, config.limit) if config.tasks else None
+    calibrated = [run.config for run in runs if run.config.resolve().reads_inputs]
+    sources = {key: load_calibration(*key) for key in dict.fromkeys((c.calibration, c.samples) for c in calibrated)}
     with locked_directory(out, COMPARISON_NAME):
-        settings.check_continues(out)
-        done = read_results(out / RESULTS_NAME)
-        bench = _Bench(settings, load(settings.model, settings.dtype), tasks, sources, progress)
+        config.check_continues(out)
+        results = read_results(out / RESULTS_NAME)
+        bench = _Bench(config, load(config.model, config.dtype), tasks, sources, progress)
         blocks = find_blocks(bench.dense.model)
-        for one in combinations:
-            ruled = one.settings.rules().applied(bench.dense.model, blocks)
-            check_fit(ruled.blocks, one.settings.build_pattern(), ruled.patterns)
-        bench.check_calibrations(read)
-        bench.check_same(done, out)
-        write_text(out / COMPARISON_NAME, settings.to_yaml())
-        return _run_missing(bench, combinations, done, out)
+        for run in runs:
+            rules = run.config.rules().applied(bench.dense.model, blocks)
+            check_fit(rules.blocks, run.config.build_pattern(), rules.patterns)
+        bench.check_calibrations(calibrated)
+        bench.check_same(results, out)
+        write_text(out / COMPARISON_NAME, config.to_yaml())
+        return _do_missing(bench, runs, results, out)
 
 
-def _run_missing(bench: _Bench, combinations: list[Combination], done: list[Result], out: Path) -> list[Result]:
+def _do_missing(bench: _Bench, runs: list[ComparisonRun], results: list[Result], out: Path) -> list[Result]:
     failed: list[str] = []
-    if not any(result.method == DENSE for result in done):
-        _LOG.info(f"Measuring the dense model {bench.settings.model} ...")
-        done = _keep(out, [bench.dense_result(), *done])
-    known = {result.key for result in done}
-    missing = [one for one in combinations if one.key not in known]
-    spent: list[float] = []
-    for number, one in enumerate(missing, 1):
-        left = f", about {format_duration(sum(spent) / len(spent) * (len(missing) - number + 1))} left" if spent else ""
-        _LOG.info(f"Run {number} of {len(missing)}: {one.title}{left} ...")
-        start = datetime.now(UTC)
+    if not any(result.method == DENSE for result in results):
+        _LOG.info(f"Measuring the dense model {bench.config.model} ...")
+        results = _save(out, [bench.measure_dense(), *results])
+    finished = {result.key for result in results}
+    missing = [run for run in runs if run.key not in finished]
+    durations: list[float] = []
+    for number, run in enumerate(missing, 1):
+        left = ""
+        if durations:
+            seconds = sum(durations) / len(durations) * (len(missing) - number + 1)
+            left = f", about {format_duration(seconds)} left"
+        _LOG.info(f"Run {number} of {len(missing)}: {run.title}{left} ...")
+        start = time.perf_counter()
         try:
-            done = _keep(out, [*done, bench.result(one)])
+            results = _save(out, [*results, bench.do_run(run)])
         except SolveFailed as error:
-            failed.append(f"{one.title}: {error}")
-            _LOG.warning(f"Failed, the others go on: {failed[-1]}")
-        except KeyboardInterrupt as stop:
-            raise type(stop)(
-                f"Interrupted: {number - 1} runs are kept in '{out}', and the same command goes on with the rest."
+            failed.append(f"{run.title}: {error}")
+            _LOG.warning(f"Failed, and the other runs continue: {failed[-1]}")
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(
+                f"Interrupted: {number - 1} runs are kept in '{out}', and the same command does the others."
             ) from None
-        spent.append((datetime.now(UTC) - start).total_seconds())
-    publish(out, done)
+        durations.append(time.perf_counter() - start)
+    publish(out, results)
     if failed:
         raise SolveFailed(f"{len(failed)} of {len(missing)} runs failed, first {failed[0]}")
-    return done
+    return results
 
 
-def _keep(out: Path, results: list[Result]) -> list[Result]:
+def _save(out: Path, results: list[Result]) -> list[Result]:
     write_results(out / RESULTS_NAME, results)
     write_text(out / TABLE_NAME, summary(results))
     return results
@@ -117,47 +122,47 @@ def _keep(out: Path, results: list[Result]) -> list[Result]:
 
 @dataclass
 class _Bench:
-    """Everything that the runs share: the dense model, a copy to prune, texts, tasks, and calibration windows."""
+    """What all runs share: the dense model, a copy to prune, texts, tasks and calibration windows."""
 
-    settings: CompareConfig
+    config: CompareConfig
     dense: LoadedModel
     tasks: TaskSet | None
     sources: dict[tuple[str, int], CalibrationMix]
     progress: Progress
-    drawn: dict[tuple[str, int, int, int], Windows] = field(default_factory=dict)
+    _windows: dict[tuple[str, int, int, int], Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = self.settings
-        self.device = pick_device(wanted.device)
+        config = self.config
+        self.device = pick_device(config.device)
         self.sha256 = model_sha256(self.dense.model)
-        self.texts = [self.dense.evaluation(text, wanted.eval_seqlen, wanted.windows) for text in wanted.texts]
+        self.texts = [self.dense.evaluation(text, config.eval_seqlen, config.windows) for text in config.texts]
         self.copy = LoadedModel(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
-        # Every run is measured against the dense model on the same windows.
+        # Every run is compared with the dense model on the same windows.
         self.reference = CachedReferenceModel(self.dense.model)
 
-    def windows(self, wanted: PruneConfig) -> Windows:
-        """Calibration windows, drawn once; where the model samples its own, it is the dense one."""
-        sizes = (wanted.samples, wanted.seqlen, wanted.seed)
-        key = (wanted.calibration, *sizes)
-        if key not in self.drawn:
-            source = self.sources[wanted.calibration, wanted.samples]
-            self.drawn[key] = self.dense.calibration(source, *sizes, self.device, self.progress)
-        return self.drawn[key]
+    def windows(self, config: PruneConfig) -> Windows:
+        """Return the calibration windows of a run, drawn once; `self` is sampled from the dense model."""
+        sizes = (config.samples, config.seqlen, config.seed)
+        key = (config.calibration, *sizes)
+        if key not in self._windows:
+            source = self.sources[config.calibration, config.samples]
+            self._windows[key] = self.dense.calibration(source, *sizes, self.device, self.progress)
+        return self._windows[key]
 
-    def check_calibrations(self, wanted: list[PruneConfig]) -> None:
-        """Draw the windows of the first seed from every text, so that one that is too short is told before any run."""
-        for one in wanted:
-            parts = self.sources[one.calibration, one.samples].sources
-            if one.seed == 0 and all(part.text is not None for part in parts):
-                self.windows(one)
+    def check_calibrations(self, configs: list[PruneConfig]) -> None:
+        """Draw the windows of the first seed from every text, so that a text that is too short fails before any run."""
+        for config in configs:
+            parts = self.sources[config.calibration, config.samples].sources
+            if config.seed == 0 and all(part.text is not None for part in parts):
+                self.windows(config)
 
-    def check_same(self, done: list[Result], out: Path) -> None:
-        """Refuse to go on where the model or a text is no longer what the results were measured on.
+    def check_same(self, results: list[Result], out: Path) -> None:
+        """Reject a comparison whose model or text has changed since the results were measured.
 
         Raises:
-            CheckpointError: names what has changed.
+            CheckpointError: naming what has changed.
         """
-        for result in done:
+        for result in results:
             changed = "model" if result.model_sha256 != self.sha256 else None
             for record, text in zip(result.evaluations, self.texts, strict=False):
                 changed = changed or (f"text '{text.source}'" if record.sha256 != text.sha256 else None)
@@ -170,12 +175,12 @@ class _Bench:
                     f"'{out}' holds results with another {changed} under the same name: give another OUT."
                 )
 
-    def dense_result(self) -> Result:
-        """The dense model, measured like all others."""
+    def measure_dense(self) -> Result:
+        """Measure the dense model in the same way as the pruned ones."""
         model = self.dense
         reset_peak_memory(self.device)
         return Result(
-            model=self.settings.model,
+            model=self.config.model,
             model_sha256=self.sha256,
             architecture=type(model.model).__name__,
             dtype=dtype_name(next(model.model.parameters()).dtype),
@@ -184,8 +189,8 @@ class _Bench:
             pattern="",
             seed=None,
             evaluations=[
-                measure_perplexity(self.reference, w, name=model.name, device=self.device, progress=self.progress)
-                for w in self.texts
+                measure_perplexity(self.reference, text, name=model.name, device=self.device, progress=self.progress)
+                for text in self.texts
             ],
             tasks=self._scores(model),
             continuations=self._continuations(model),
@@ -193,27 +198,27 @@ class _Bench:
             finished=_now(),
         )
 
-    def result(self, one: Combination) -> Result:
-        """Prune the copy as asked for, and measure it."""
+    def do_run(self, run: ComparisonRun) -> Result:
+        """Prune the copy and measure it."""
         self.copy.model.load_state_dict(self.dense.model.state_dict())
-        recipe, context = one.settings.resolve(), make_context(one.settings, self.progress)
-        windows = self.windows(one.settings) if recipe.reads_inputs else None
+        recipe, context = run.config.resolve(), make_context(run.config, self.progress)
+        windows = self.windows(run.config) if recipe.reads_inputs else None
         reset_peak_memory(self.device)
-        report = prune_model(self.copy, windows, recipe, context, seed=one.seed)
-        names = (f"{self.dense.name}, {one.method} {one.pattern}", self.dense.name)
+        report = prune_model(self.copy, windows, recipe, context, seed=run.seed)
+        names = (f"{self.dense.name}, {run.method} {run.pattern}", self.dense.name)
         models = (self.copy.model, self.reference)
-        found: list[EvaluationRecord] = [
+        evaluations: list[EvaluationRecord] = [
             measure_divergence(*models, text, names=names, device=self.device, progress=self.progress)
             for text in self.texts
         ]
         return Result.from_report(
             report,
-            one.method,
+            run.method,
             model_sha256=self.sha256,
-            pattern=one.pattern,
-            seed=one.seed,
-            settings=one.settings.model_dump(mode="json"),
-            evaluations=found,
+            pattern=run.pattern,
+            seed=run.seed,
+            settings=run.config.model_dump(mode="json"),
+            evaluations=evaluations,
             tasks=self._scores(self.copy),
             continuations=self._continuations(self.copy),
             finished=_now(),
@@ -223,12 +228,8 @@ class _Bench:
         return [] if self.tasks is None else score_tasks(model, self.tasks, self.device, batch_size=_BATCH_SIZE)
 
     def _continuations(self, model: LoadedModel) -> list[Continuation]:
-        pairs = continue_prompts(model, self.settings.prompts, self.settings.prompt_tokens, self.device)
+        pairs = continue_prompts(model, self.config.prompts, self.config.prompt_tokens, self.device)
         return [Continuation(prompt=prompt, text=text) for prompt, text in pairs]
-
-
-def _path(folder: str | None) -> Path | None:
-    return None if folder is None else Path(folder)
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: methods, patterns and seeds on one model, measured on the same texts and tasks."""
+"""Settings of `alps compare`, and the runs that they stand for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from alps.pruning.presets import PRESETS
 from alps.solvers import METHODS
 
 COMPARISON_NAME = "compare.yaml"
-# A comparison may grow in these; everything else has to stay as it was for its runs to be comparable.
-_MAY_GROW = ("methods", "sparsity", "pattern", "seeds")
+# Settings that may change when a comparison is continued; with other changes its runs would not be comparable.
+_EXTENDABLE = ("methods", "sparsity", "pattern", "seeds")
 
 
 def split_numbers(numbers: Any) -> Any:
@@ -35,23 +35,29 @@ def split_numbers(numbers: Any) -> Any:
         raise ConfigError(f"Sparsities '{numbers}' are not numbers: write them as 0.5,0.7.") from None
 
 
-class Combination(BaseModel):
-    """One run of a comparison; what tells it apart is `alps.reporting.compare_results.Result.key`."""
+class ComparisonRun(BaseModel):
+    """Run of a comparison.
+
+    Attributes:
+        method, pattern, seed: names in tables, and the key of the run.
+        config: settings of the pruning run.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     method: str
     pattern: str
     seed: int
-    settings: PruneConfig
+    config: PruneConfig
 
     @property
     def key(self) -> tuple[str, str, int | None]:
+        """Identity of the run, as in `alps.reporting.compare_results.Result.key`."""
         return self.method, self.pattern, self.seed
 
     @property
     def title(self) -> str:
-        """As progress and errors name it."""
+        """Name of the run in messages."""
         return f"{self.method} {self.pattern}, seed {self.seed}"
 
 
@@ -116,11 +122,11 @@ class CompareConfig(BaseModel):
         default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
     )
 
-    def combinations(self) -> list[Combination]:
-        """All runs: the first seed of everything first, so that an early table is a whole one.
+    def runs(self) -> list[ComparisonRun]:
+        """List all runs, those of the first seed first, so that an early table is complete.
 
         Raises:
-            ConfigError: for no pattern, no text and no task, the same run twice, or settings that do not exist.
+            ConfigError: for no pattern, for no text and no task, for the same run twice, or for unknown settings.
         """
         if not self.sparsity and not self.pattern:
             raise ConfigError("There is no pattern to prune to: give --sparsity (such as 0.5,0.7), --pattern, or both.")
@@ -128,30 +134,32 @@ class CompareConfig(BaseModel):
             raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
         if self.task_data is not None and not self.tasks:
             raise ConfigError("--task-data has no effect without --tasks: give --tasks too, or leave it out.")
-        found = list(self._all())
-        for one in found:
-            if sum(one.key == other.key for other in found) > 1:
-                raise ConfigError(f"The run {one.title} is asked for twice: name each method and pattern once.")
-        return found
+        runs = list(self._all_runs())
+        for run in runs:
+            if sum(run.key == other.key for other in runs) > 1:
+                raise ConfigError(f"The run {run.title} occurs twice: name each method and pattern once.")
+        return runs
 
-    def _all(self) -> Iterator[Combination]:
+    def _all_runs(self) -> Iterator[ComparisonRun]:
         for seed in range(self.seeds):
-            aims: list[dict[str, Any]] = [{"sparsity": one} for one in self.sparsity]
-            for aim in [*aims, *({"pattern": one} for one in self.pattern)]:
+            patterns: list[tuple[str, dict[str, Any]]] = [
+                (f"{share:g}", {"sparsity": share}) for share in self.sparsity
+            ]
+            patterns += [(pattern, {"pattern": pattern}) for pattern in self.pattern]
+            for pattern, setting in patterns:
                 for method in self.methods:
-                    settings = self._settings(method, aim, seed)
-                    pattern = aim["pattern"] if "pattern" in aim else f"{aim['sparsity']:g}"
-                    yield Combination(method=method, pattern=pattern, seed=seed, settings=settings)
+                    config = self._prune_config(method, setting, seed)
+                    yield ComparisonRun(method=method, pattern=pattern, seed=seed, config=config)
 
-    def _settings(self, method: str, aim: dict[str, Any], seed: int) -> PruneConfig:
+    def _prune_config(self, method: str, pattern: dict[str, Any], seed: int) -> PruneConfig:
         shared = {key: getattr(self, key) for key in ("model", "calibration", "samples", "seqlen", "device", "dtype")}
-        return load_prune_config(None, {**shared, "seed": seed, **aim, **method_settings(method)})
+        return load_prune_config(None, {**shared, "seed": seed, **pattern, **method_settings(method)})
 
     def check_continues(self, folder: Path) -> None:
-        """Refuse to go on with a comparison that was begun with other settings, named in the sentence.
+        """Reject a directory with a comparison under other settings.
 
         Raises:
-            CheckpointError: when what is in `folder` was measured under other conditions.
+            CheckpointError: naming the first setting that differs.
         """
         path = folder / COMPARISON_NAME
         if not path.exists():
@@ -159,14 +167,14 @@ class CompareConfig(BaseModel):
         before = load_compare_config(path, {})
         for key in type(self).model_fields:
             old, new = getattr(before, key), getattr(self, key)
-            if key not in _MAY_GROW and old != new:
+            if key not in _EXTENDABLE and old != new:
                 raise CheckpointError(
-                    f"'{folder}' holds a comparison with {key} {old!r}, and {new!r} is asked for: "
-                    "give the same settings to go on with it, or another OUT."
+                    f"'{folder}' holds a comparison with {key} {old!r}, not {new!r}: "
+                    "give the same settings to continue it, or another OUT."
                 )
 
     def to_yaml(self) -> str:
-        """The settings, one key a line."""
+        """Return the settings as YAML, one key a line."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
@@ -180,9 +188,10 @@ def load_compare_config(path: Path | None, overrides: dict[str, Any]) -> Compare
 
 
 def method_settings(method: str) -> dict[str, Any]:
-    """Settings of `alps prune` for a method or a preset and what follows it after plus signs.
+    """Parse a method or preset with settings after plus signs, as in `alps+true_sequential+dense_target=0.4`.
 
-    `alps+true_sequential+dense_target=0.4`; a key alone is true, as in `wanda+refit`.
+    Returns:
+        Settings of `alps prune`; a key without a value is True, as in `wanda+refit`.
     """
     name, *words = method.split("+")
     return {"preset" if name in PRESETS else "method": name, **dict(map(_setting, words))}
@@ -191,5 +200,5 @@ def method_settings(method: str) -> dict[str, Any]:
 def _setting(word: str) -> tuple[str, Any]:
     key, equals, value = word.partition("=")
     if key == "keep_dense" and equals:
-        return key, value  # a name may begin with a star, which YAML would take for something else
+        return key, value  # a star at the beginning is an alias in YAML
     return key, read_value(value, word) if equals else True

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 
 
 def continue_prompts(

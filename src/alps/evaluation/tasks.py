@@ -26,7 +26,7 @@ from packaging.version import Version
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError, did_you_mean
 from alps.core.half_precision import half_matmul_in_float32
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
 from alps.evaluation.task_schemas import Document
 from alps.reporting.records import Estimate, TaskRecord

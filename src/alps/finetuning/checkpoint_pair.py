@@ -12,7 +12,7 @@ from alps.core.errors import ConfigError
 from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.finite_check import check_result

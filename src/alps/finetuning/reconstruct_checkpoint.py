@@ -25,7 +25,7 @@ from alps.core.progress import Progress
 from alps.core.provenance import provenance
 from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
 from alps.core.text_format import dtype_name
-from alps.data.calibration import LoadedModel, load
+from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.finetuning.block_reconstruction import (
     DEFAULT_RECONSTRUCT_TARGET,

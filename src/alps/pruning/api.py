@@ -13,7 +13,7 @@ from alps.checkpoints.atomic_io import check_target
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.models.finite_check import check_finite
 from alps.pruning.config import PruneConfig

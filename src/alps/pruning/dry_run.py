@@ -14,7 +14,7 @@ from torch import Tensor
 from alps.calibration.dense_reference import select_within_budget
 from alps.core.statistics import InputSums
 from alps.core.text_format import format_duration, format_size
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.models.blocks import Block
 from alps.pruning.context import RunContext
 from alps.pruning.recipe import PruneRecipe

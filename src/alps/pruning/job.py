@@ -20,7 +20,7 @@ from alps.checkpoints.journal import Journal, check_journal, follow_journal, ope
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import AlpsError
 from alps.core.progress import NoProgress, Progress
-from alps.data.calibration import LoadedModel, load, open_model
+from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.models.demo_model import DEMO_MODEL_NAME

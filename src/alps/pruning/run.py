@@ -10,7 +10,7 @@ from alps.core.errors import ConfigError
 from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows
 from alps.models.auto_class import is_composite

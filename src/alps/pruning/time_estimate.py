@@ -19,7 +19,7 @@ from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.phase_timer import PhaseTimer
 from alps.core.progress import NoProgress
-from alps.data.calibration import LoadedModel
+from alps.data.loaded_model import LoadedModel
 from alps.models.blocks import Block, on_device
 from alps.pruning.context import RunContext
 from alps.pruning.layer_solver import LayerSolver

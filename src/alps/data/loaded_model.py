@@ -1,4 +1,4 @@
-"""A model in memory with its tokenizer, and the windows of tokens that can be fed to it."""
+"""A model with its tokenizer, and the calibration and evaluation windows made for it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass
 class LoadedModel:
-    """A causal language model, its tokenizer if any, and the name a user gave it.
+    """A causal language model and its tokenizer.
 
     Attributes:
-        name, model, tokenizer: see above.
-        store: where the weights of a skeleton lie; None where the model holds them.
+        name: name of the model as the user gave it.
+        model: a transformers model in evaluation mode.
+        tokenizer: its tokenizer, or None.
+        store: access to weights that are still in their files; None for a model that is in memory.
     """
 
     name: str
@@ -45,17 +47,20 @@ class LoadedModel:
     tokenizer: Any
     store: LazyWeights | None = None
 
+    def __repr__(self) -> str:
+        return f"LoadedModel('{self.name}', {type(self.model).__name__})"
+
     def blocks(self) -> list[Block]:
-        """The decoder blocks; those of a skeleton fetch their weights when they are needed.
+        """Return the decoder blocks; weights that are still in files are read when a block needs them.
 
         Raises:
             UnsupportedModel: when there are none.
         """
-        found = find_blocks(self.model)
-        return found if self.store is None else self.store.attach_to(found)
+        blocks = find_blocks(self.model)
+        return blocks if self.store is None else self.store.attach_to(blocks)
 
     def identity(self) -> str:
-        """A hash that tells whether these are the same weights; of a skeleton, of what was read of its files."""
+        """Return a hash of the weights; for a model without weights in memory, a hash of its files."""
         return model_sha256(self.model) if self.store is None else self.store.identity()
 
     def calibration(
@@ -67,13 +72,15 @@ class LoadedModel:
         device: torch.device | None = None,
         progress: Progress | None = None,
     ) -> Windows:
-        """Seeded calibration windows from a text, from the model itself, or from a mix of such sources.
+        """Draw calibration windows from a text, from the model itself, or from a mix of such sources.
 
         Args:
-            source: where they come from.
-            samples, seqlen, seed: windows, tokens in each, and how they are drawn.
-            device: where the model samples; None for where it is.
-            watcher: told of the sampling.
+            source: text, or mix of texts and the model.
+            samples: number of windows.
+            seqlen: tokens per window.
+            seed: seed of the draw.
+            device: device on which the model samples; None for its own.
+            progress: receives the steps of the sampling.
 
         Raises:
             ConfigError: for text without a tokenizer, a text that is too short, windows longer than the model takes,
@@ -90,7 +97,7 @@ class LoadedModel:
         self.check_length(seqlen)
         counts, seeds = mix.counts(samples), mix.seeds(seed)
         drawn: dict[int, Windows] = {}
-        # Texts first: one that is too short is told before the model samples for minutes.
+        # Texts first, so that a text that is too short fails before the model samples for minutes.
         for i in sorted(range(len(counts)), key=lambda i: mix.sources[i].text is None):
             if (text := mix.sources[i].text) is not None:
                 drawn[i] = draw_calibration_windows(
@@ -109,10 +116,11 @@ class LoadedModel:
         return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
     def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
-        """Consecutive windows of a text given by path or name.
+        """Cut a text, given by path or name, into consecutive windows.
 
         Raises:
-            ConfigError: for a text that is missing or too short, or windows longer than the model takes.
+            ConfigError: for a text that is missing or too short, windows longer than the model takes, or a missing
+                tokenizer.
         """
         if self.tokenizer is None:
             raise ConfigError(f"Evaluation on a text needs a tokenizer, and '{self.name}' has none.")
@@ -122,10 +130,10 @@ class LoadedModel:
         return windows
 
     def check_same(self, windows: Windows, text: str, limit: int | None) -> None:
-        """Refuse to be compared on windows that another model's tokenizer cut from a text.
+        """Reject windows that another model's tokenizer cut from a text in another way.
 
         Raises:
-            ConfigError: unless this model's own tokenizer, if it has one, cuts the same windows.
+            ConfigError: when this model's own tokenizer cuts other windows.
         """
         if self.tokenizer is None:
             self.check_length(windows.ids.shape[1])
@@ -137,7 +145,7 @@ class LoadedModel:
             )
 
     def check_length(self, seqlen: int) -> None:
-        """Refuse windows that are longer than the model's positions."""
+        """Reject windows that are longer than the model takes."""
         config = text_config(self.model)
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if isinstance(limit, int) and seqlen > limit:
@@ -146,7 +154,7 @@ class LoadedModel:
             )
 
     def token_ids(self, ids: Tensor) -> Windows:
-        """Calibration windows that a caller made.
+        """Make calibration windows of token ids.
 
         Raises:
             ConfigError: unless `ids` are integers of shape (windows, tokens), with at least one window of two tokens.
@@ -160,7 +168,7 @@ class LoadedModel:
         return Windows(ids.to("cpu", torch.int64), "token ids", len(ids))
 
     def check_ids(self, windows: Windows) -> None:
-        """Refuse token ids that the model has no embedding for."""
+        """Reject token ids for which the model has no embedding."""
         size = self.model.get_input_embeddings().num_embeddings
         low, high = int(windows.ids.min()), int(windows.ids.max())
         if low < 0 or high >= size:
@@ -221,14 +229,14 @@ def open_model(name: str, dtype: str = "auto") -> LoadedModel:
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
-    place = resolve_model_path(name)
-    check_model_path(place)
-    found = open_lazy_model(place, parse_dtype(dtype))
-    if isinstance(found, LazyWeights):
-        return LoadedModel(name, found.model, load_tokenizer(place), found)
+    path = resolve_model_path(name)
+    check_model_path(path)
+    opened = open_lazy_model(path, parse_dtype(dtype))
+    if isinstance(opened, LazyWeights):
+        return LoadedModel(name, opened.model, load_tokenizer(path), opened)
     try:
         loaded = load(name, dtype)
     except MemoryError:
-        raise ConfigError(f"Model '{name}' does not fit into memory, and has to be loaded whole: {found}.") from None
-    _LOG.warning(f"'{name}' is in memory whole: {found}.")
+        raise ConfigError(f"Model '{name}' does not fit into memory, and has to be loaded whole: {opened}.") from None
+    _LOG.warning(f"Model '{name}' is loaded into memory whole: {opened}.")
     return loaded
