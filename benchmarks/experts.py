@@ -14,12 +14,11 @@ from torch import Tensor
 
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.dense_reference import input_hooks
-from alps.core.statistics import InputStats, InputSums
+from alps.core.statistics import InputStats, InputSums, relative_error
 from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.models.blocks import find_blocks
 from alps.solvers import get_method
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 from layers import calibration_options, markdown
 

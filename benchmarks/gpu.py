@@ -20,14 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from alps.core.device import exact_float32
 from alps.core.provenance import provenance
-from alps.core.statistics import InputStats, InputSums
+from alps.core.statistics import InputStats, InputSums, relative_error
 from alps.models.blocks import find_blocks
 from alps.pruning.context import RunContext
 from alps.pruning.pipeline import prune_blocks
 from alps.pruning.recipe import PruneRecipe
 from alps.solvers import Method, get_method
 from alps.solvers.base import Solution
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import parse_pattern
 
 _SHAPES = (

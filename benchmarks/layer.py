@@ -16,8 +16,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from alps.core.device import exact_float32
+from alps.core.statistics import relative_error
 from alps.solvers import METHODS, Alps, Method, Refitted, get_method
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import parse_pattern
 from layers import Problem, calibration_options, exact_weights, layer_problems, origin, support
 

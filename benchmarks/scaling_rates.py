@@ -27,13 +27,12 @@ from alps.calibration.moe_statistics import LayerInput
 from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup, process_group
 from alps.core.provenance import provenance
-from alps.core.statistics import InputStats, InputSums, Needs
+from alps.core.statistics import InputStats, InputSums, Needs, relative_errors
 from alps.data.loaded_model import LoadedModel, open_model
 from alps.data.mixture import load_calibration
 from alps.models.blocks import on_device
 from alps.solvers.alps import Alps
 from alps.solvers.hessian import ScaledHessian
-from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.topk import apply_mask
 from layers import calibration_options

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from alps.core.device import exact_float32
 from alps.core.provenance import provenance
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.solvers import Alps, Method, get_method
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, SemiStructured, parse_pattern
 from layers import calibration_options, captured, markdown
 

@@ -11,14 +11,13 @@ import yaml
 from torch import Tensor
 
 from alps.core.errors import ConfigError
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.core.yaml_io import read_yaml
 from alps.evaluation.compare_config import load_compare_config
 from alps.reporting.compare_results import Result
 from alps.reporting.records import Estimate, EvaluationRecord, TaskRecord
 from alps.solvers import Alps, get_method
 from alps.solvers.hessian import absolute_damping
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, support
 from paper.dependence import grams, inflation, made_up, narrowed, solved, spearman

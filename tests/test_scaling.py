@@ -19,9 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import scaling
 import scaling_rates
 import scaling_runs
-from alps.core.statistics import InputSums, Needs
+from alps.core.statistics import InputSums, Needs, relative_errors
 from alps.solvers.hessian import invert_
-from alps.solvers.objective import relative_errors
 from cost_model import Counts, Model, Run
 from helpers import cli_process
 from machines import Card, Measured, gram_flops

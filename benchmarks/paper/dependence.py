@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.solvers import Alps, SparseGPT
 from alps.solvers.hessian import scaled
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, layer_problems, markdown, support
 from paper.recipe import Dependence

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from alps.core.statistics import relative_errors
 from alps.solvers import admm
 from alps.solvers.admm import AdmmSettings, PlainSteps
 from alps.solvers.hessian import scaled
-from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import Pattern, keep_largest
 from alps.solvers.topk import apply_mask
 from layers import Problem, exact_weights

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from alps.core.statistics import relative_error
 from alps.solvers import Alps, Method, Refitted, get_method
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 from layers import Problem, exact_weights, markdown, support
 from paper.penalties import courses

@@ -18,7 +18,7 @@ from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
-from alps.data import calibration as loaded
+from alps.data import loaded_model as loaded
 from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibration
 from alps.data.text_sources import SELF, Text

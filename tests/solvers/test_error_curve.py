@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.solvers import Alps
 from alps.solvers.error_curve import POINTS, error_curve, inverse_diagonal, removal_costs
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Unstructured
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.solvers.hessian import damped
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from helpers.methods import METHOD_NAMES, solve
 from helpers.problems import ADVERSARIAL, PROBLEMS, correlated_inputs, normal

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_error
 from alps.solvers import Alps, Magnitude, Refitted, Wanda, get_method
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
 from helpers.problems import correlated, hessian64
 

@@ -5,7 +5,7 @@ X is the matrix of those inputs, tokens as rows, shape (tokens, in); X_d is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -224,6 +224,24 @@ class InputStats:
         """Check that no sum holds a NaN or an infinity."""
         sums = [self.total, self.square, self.upper, self.input_shift]
         return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
+
+
+def relative_errors(pruned: Sequence[Tensor], dense: Tensor, stats: InputStats) -> list[float]:
+    """Return the relative reconstruction error of each pruned weight, all (out, in); 0 if the dense output is 0.
+
+    legend  W      dense weight                     (out, in)
+            W_hat  pruned weight                    (out, in)
+            G      Gram of the inputs, X^T X        (in, in)
+    The error of Table 1 in ALPS (arXiv 2406.07831):
+            ||X (W_hat - W)^T||_F^2 / ||X W^T||_F^2 = tr(D G D^T) / tr(W G W^T),  D = W_hat - W
+    """
+    reference = stats.energy(dense)
+    return [stats.energy(weight - dense) / reference if reference > 0 else 0.0 for weight in pruned]
+
+
+def relative_error(pruned: Tensor, dense: Tensor, stats: InputStats) -> float:
+    """Return the relative reconstruction error of one pruned weight; 0 if the dense output is 0."""
+    return relative_errors([pruned], dense, stats)[0]
 
 
 def _mirror(upper: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from alps.checkpoints.atomic_io import check_target, new_directory
+from alps.checkpoints.safetensors_io import check_result
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError
 from alps.core.memory import peak_device_bytes, peak_host_bytes
@@ -15,7 +16,6 @@ from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel
 from alps.models.blocks import dense_parameters, find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
-from alps.models.finite_check import check_result
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.save import save_model
 from alps.models.sites import Site

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite
+from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite, check_finite
 from alps.checkpoints.weight_files import WeightFile
 from alps.models.blocks import Block
-from alps.models.finite_check import check_finite
 from alps.models.key_mapping import KeyMapping
 
 _META = torch.device("meta")

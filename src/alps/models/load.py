@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
+from alps.checkpoints.safetensors_io import check_finite
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_index, find_weight_files
 from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.auto_class import auto_class
-from alps.models.finite_check import check_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

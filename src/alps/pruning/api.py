@@ -10,12 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from alps.checkpoints.atomic_io import check_target
+from alps.checkpoints.safetensors_io import check_finite
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix, load_calibration
-from alps.models.finite_check import check_finite
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.job import prune_checkpoint

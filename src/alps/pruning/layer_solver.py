@@ -14,7 +14,7 @@ from alps.calibration.moe_statistics import LayerInput
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.core.phase_timer import PhaseTimer
-from alps.core.statistics import InputStats
+from alps.core.statistics import InputStats, relative_errors
 from alps.models.blocks import Block
 from alps.models.sites import Site
 from alps.pruning.context import RunContext
@@ -23,7 +23,6 @@ from alps.reporting.run_report import LayerRecord, solve_record
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method, Solution
 from alps.solvers.dense_target import shifted_weight, target_damping, target_shift
-from alps.solvers.objective import relative_errors
 from alps.solvers.patterns import MaskedPattern, Pattern, keep_largest, restrict_to_nonzeros
 from alps.solvers.topk import apply_mask
 

@@ -10,10 +10,10 @@ import torch
 from pydantic import ConfigDict, ValidationError
 
 from alps.checkpoints.journal import Journal
+from alps.checkpoints.safetensors_io import check_result
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import CheckpointError
 from alps.models.blocks import Block
-from alps.models.finite_check import check_result
 from alps.reporting.records import ReconstructionRecord, Record
 from alps.reporting.run_report import LayerRecord
 from alps.solvers.patterns import Pattern, Unstructured, parse_pattern

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, divergences
-from alps.core.statistics import Needs
+from alps.core.statistics import Needs, relative_error
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
 from alps.pruning.context import RunContext
 from alps.solvers.error_curve import ErrorCurve, error_curve, inverse_diagonal, removal_costs
-from alps.solvers.objective import relative_error
 from alps.solvers.patterns import Pattern, keep_largest
 from alps.solvers.topk import apply_mask
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from alps.checkpoints.atomic_io import new_directory
 from alps.checkpoints.journal import Journal
+from alps.checkpoints.safetensors_io import check_result
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.data.loaded_model import LoadedModel
-from alps.models.finite_check import check_result
 from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.config import SETTINGS_NAME, PruneConfig
 from alps.reporting.model_card import model_card

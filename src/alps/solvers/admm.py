@@ -26,7 +26,6 @@ from alps.core.errors import ConfigError
 from alps.solvers.base import Status, TracePoint
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.patterns import Pattern
-from alps.solvers.row_parallel import select
 from alps.solvers.topk import apply_mask
 
 
@@ -134,7 +133,7 @@ class PlainSteps:
 
     def restart(self) -> None:
         """Set D to the projection of the dense weight, and V to 0."""
-        self.mask = select(self._dense.abs(), self._pattern)
+        self.mask = self._pattern.select(self._dense.abs())
         self._D, self._V = apply_mask(self._dense, self.mask), torch.zeros_like(self._dense)
         self._W, self._inverse, self._rho = self._dense, None, 0.0
 
@@ -212,7 +211,7 @@ def project(W: Tensor, V: Tensor, rho: float, pattern: Pattern) -> tuple[Tensor,
     D equals W + V / rho on its support, so that the new V is rho (W + V / rho) off the support and zero on it.
     """
     Z = torch.add(W, V, alpha=1 / rho)
-    mask = select(Z.abs(), pattern)
+    mask = pattern.select(Z.abs())
     D = apply_mask(Z, mask)
     return D, Z.sub_(D).mul_(rho), mask
 

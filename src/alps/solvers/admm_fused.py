@@ -25,7 +25,7 @@ from torch import Tensor
 
 from alps.solvers.hessian import ScaledHessian
 from alps.solvers.patterns import MaskedPattern, Pattern, Unstructured
-from alps.solvers.row_parallel import RowShard, select
+from alps.solvers.row_parallel import RowShard
 from alps.solvers.topk import LocalScores, approx_topk_mask
 
 # Largest error of the number of kept entries in every projection but the last, as a fraction of that number. It is a
@@ -124,4 +124,4 @@ class FusedSteps:
             flat = sizes.view(-1)
             approx_topk_mask(LocalScores(flat) if part is None else part.scores(flat), kept, slack, self._M.view(-1))
         else:
-            self._M.copy_(select(sizes, self._pattern))
+            self._M.copy_(self._pattern.select(sizes))

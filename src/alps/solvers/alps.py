@@ -24,11 +24,10 @@ from alps.solvers import admm
 from alps.solvers.admm import AdmmResult, Steps
 from alps.solvers.admm_fused import FusedSteps
 from alps.solvers.base import Method, Solution, SolveInfo, Status
-from alps.solvers.hessian import ScaledHessian, scaled
+from alps.solvers.hessian import ScaledHessian, inner, scaled
 from alps.solvers.patterns import Pattern, Unstructured, keep_largest
 from alps.solvers.pcg import RefitResult, pcg_iterations
-from alps.solvers.reductions import inner
-from alps.solvers.row_parallel import RowShard, agreed, select
+from alps.solvers.row_parallel import RowShard, all_reduce_max_and_sum
 from alps.solvers.topk import apply_mask
 
 # A layer with at least this many weights spends most of its time in matrix products.
@@ -97,7 +96,7 @@ class Alps(Method):
             raise SolveFailed("the dense weights hold NaN or infinite values: repair the checkpoint first")
         part = RowShard.of(dense, pattern.sparsity, entries, group) if isinstance(pattern, Unstructured) else pattern
         if not nonzero:
-            mask = select(dense.abs(), part)
+            mask = part.select(dense.abs())
             return Solution(dense.clone(), mask, SolveInfo(Status.UNCHANGED, notes=list(state.notes)))
         solution = self._run_admm_and_refit(dense, state, part, entries=entries, group=group)
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
@@ -166,7 +165,7 @@ class Alps(Method):
         info.error_before_refit = state.undamped(energy, delta) / reference
         # The iterations need the memory.
         del W, C, delta
-        _, total_energy = agreed(0.0, energy, group, R.device)
+        _, total_energy = all_reduce_max_and_sum(0.0, energy, group, R.device)
         refined = pcg_iterations(
             state.matrix,
             R,

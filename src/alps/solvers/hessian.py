@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alps.core.errors import SolveFailed
 from alps.core.statistics import InputStats
-from alps.solvers.reductions import column_squares, inner
+from alps.solvers.topk import chunk_size
 
 _UNUSABLE_INPUTS = "the Hessian stays indefinite under any damping: the calibration inputs are unusable"
 # Inverses are cached for the other layers of an input, whose solves start with the same penalties. The limit is a
@@ -238,3 +238,24 @@ def inverse_factor(stats: InputStats, fraction: float) -> InverseFactor:
             if not int(failed):
                 return InverseFactor(upper.float(), damping, notes)
     raise SolveFailed(_UNUSABLE_INPUTS)
+
+
+def rows_per_chunk(matrix: Tensor) -> int:
+    """Return the number of rows of a matrix to handle at a time."""
+    return max(chunk_size(matrix) // matrix.shape[1], 1)
+
+
+def row_inner(A: Tensor, B: Tensor) -> Tensor:
+    """Return the inner product of every row of A with that of B, shape (rows,); sums are in their dtype."""
+    size = rows_per_chunk(A)
+    return torch.cat([(a * b).sum(dim=1) for a, b in zip(torch.split(A, size), torch.split(B, size), strict=True)])
+
+
+def inner(A: Tensor, B: Tensor) -> float:
+    """Return the inner product of two matrices; rows are summed in their dtype, the sums of rows in float64."""
+    return float(row_inner(A, B).sum(dtype=torch.float64))
+
+
+def column_squares(A: Tensor) -> Tensor:
+    """Return the sum of squares of every column of A (rows, columns), shape (columns,)."""
+    return torch.stack([a.square().sum(dim=0) for a in torch.split(A, rows_per_chunk(A))]).sum(dim=0)

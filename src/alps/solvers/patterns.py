@@ -77,6 +77,10 @@ class Unstructured(_PatternDefaults):
         """True if the pattern prunes nothing."""
         return self.sparsity == 0
 
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask (out, in) of the entries with the largest scores, which are not negative."""
+        return keep_largest(scores, self)
+
 
 @dataclass(frozen=True)
 class SemiStructured(_PatternDefaults):
@@ -116,6 +120,10 @@ class SemiStructured(_PatternDefaults):
     def keeps_all(self) -> bool:
         """False: with N < M something is always pruned."""
         return False
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask (out, in) of the entries with the largest scores, which are not negative."""
+        return keep_largest(scores, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +186,10 @@ class MaskedPattern:
     def addable(self, mask: Tensor) -> Tensor:
         """Return the mask of the entries outside a support that may be added to it."""
         return self.allowed & ~mask
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask (out, in) of the entries with the largest scores, which are not negative."""
+        return keep_largest(scores, self)
 
 
 Pattern = Unstructured | SemiStructured | MaskedPattern

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
-from alps.solvers.reductions import row_inner
-from alps.solvers.row_parallel import agreed
+from alps.solvers.hessian import row_inner
+from alps.solvers.row_parallel import all_reduce_max_and_sum
 from alps.solvers.topk import apply_mask
 
 
@@ -92,7 +92,7 @@ def pcg_iterations(
     rz = row_inner(R, P)
     buffer = torch.empty_like(R)
     steps, gain, last = 0, 0.0, float("inf")
-    residual, _ = agreed(_largest_residual(R, rhs_norm), 0.0, group, R.device)
+    residual, _ = all_reduce_max_and_sum(_largest_residual(R, rhs_norm), 0.0, group, R.device)
     while steps < max_steps and residual > tolerance and last > min_gain:
         HP = torch.mm(P, H, out=buffer).mul_(kept)
         # A finished row has R = P = 0, so that its step is 0 / 0, which `_ratio` replaces by 0.
@@ -104,7 +104,7 @@ def pcg_iterations(
         rz_next = row_inner(R, Z)
         P.mul_(_ratio(rz_next, rz)[:, None]).add_(Z)
         rz = rz_next
-        residual, last = agreed(_largest_residual(R, rhs_norm), step_gain, group, R.device)
+        residual, last = all_reduce_max_and_sum(_largest_residual(R, rhs_norm), step_gain, group, R.device)
         steps, gain = steps + 1, gain + step_gain
     return RefitResult(X, steps, residual, gain)
 
