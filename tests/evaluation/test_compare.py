@@ -13,14 +13,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from alps.core.errors import AlpsError, CheckpointError, ConfigError, SolveFailed
+from alps.core.errors import AlpsError, CheckpointError, SolveFailed
 from alps.core.progress import NoProgress
 from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.evaluation.api import evaluate
 from alps.evaluation.cached_reference import CachedReferenceModel
 from alps.evaluation.compare import run_comparison
-from alps.evaluation.compare_config import CompareConfig, load_compare_config
+from alps.evaluation.compare_config import CompareConfig
 from alps.pruning import run as running
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_checkpoint
@@ -279,17 +279,6 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
         go(settings(short_stories, english_file, **changes), tmp_path / "all")
     assert complaint in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "all").exists()
-
-
-def test_settings_come_from_yaml_and_back(tmp_path: Path, short_stories: Path, english_file: Path) -> None:
-    asked = settings(short_stories, english_file, pattern=["2:4", "4:8"], tasks=["piqa"], limit=3)
-    path = tmp_path / "compare.yaml"
-    path.write_text(asked.to_yaml())
-    assert load_compare_config(path, {}) == asked
-    assert load_compare_config(path, {"seeds": 3, "samples": None}) == asked.model_copy(update={"seeds": 3})
-    path.write_text("model: x\npattern: [2:4, 4:8]\nsparsities: [0.5]\n")
-    with pytest.raises(ConfigError, match=r"Setting 'sparsities' in .* is unknown\. Did you mean 'sparsity'"):
-        load_compare_config(path, {})
 
 
 def test_calibration_text_is_read_once(

@@ -123,12 +123,3 @@ def test_what_cannot_be_compared(
         alps.evaluate(
             load(str(stories)), text, seqlen=129, windows=2, reference=LoadedModel("t", tiny_model("gpt2"), None)
         )
-
-
-def test_names_do_and_a_bare_model_is_refused_in_a_sentence(stories: Path, english_file: Path) -> None:
-    texts = [str(english_file)]
-    (named,) = alps.evaluate(stories, texts, seqlen=64, windows=3, reference=str(stories))
-    (loaded,) = alps.evaluate(load(str(stories)), texts, seqlen=64, windows=3)
-    assert named.loss == loaded.loss and isinstance(named, ComparisonRecord) and named.kl == 0
-    with pytest.raises(ConfigError, match=r"A LlamaForCausalLM cannot be measured without its tokenizer"):
-        alps.evaluate(load(str(stories)).model, texts, seqlen=64, windows=3)

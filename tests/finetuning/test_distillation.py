@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import alps
 from alps.core.errors import ConfigError
@@ -221,12 +221,6 @@ def test_a_time_is_kept_and_the_step_size_falls_to_its_end(
         assert max(clock.shares) > 0.95 and clock.shares[-1] < 0.05
 
 
-def test_the_schedule_of_the_step_size() -> None:
-    assert rate_share(0.0) == 0 and rate_share(0.05) == 1 and rate_share(0.025) == pytest.approx(0.5)
-    assert rate_share(0.525) == pytest.approx(0.5) and rate_share(1.0) == pytest.approx(0, abs=1e-12)
-    assert rate_share(1.2) == pytest.approx(0, abs=1e-12)
-
-
 def test_every_kind_of_model_keeps_its_zeros(
     kind: str, tiny_model: Callable[..., Any], word_tokenizer: Any, settings: Settings
 ) -> None:
@@ -242,35 +236,6 @@ def test_every_kind_of_model_keeps_its_zeros(
     for name, weight in weights(student.model).items():
         assert torch.equal(weight, before[name]) == (name in frozen), name
         assert name not in sites or torch.equal(weight == 0, before[name] == 0)
-
-
-def _refusals(
-    dense: LoadedModel, pruned: LoadedModel, tiny: Callable[..., Any], words: Any
-) -> dict[str, tuple[Any, ...]]:
-    shorter = copy.deepcopy(dense.model)
-    shorter.model.layers = shorter.model.layers[:-1]
-    wide = copy.deepcopy(dense.model)
-    wide.model.layers[2].mlp.up_proj = nn.Linear(64, 8, bias=False)
-    return {
-        "another class": (LoadedModel("other", tiny("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
-        "fewer blocks": (LoadedModel("short", shorter, None), pruned, "only one of them has model.layers.4."),
-        "another shape": (LoadedModel("wide", wide, None), pruned, "model.layers.2.mlp.up_proj.weight is (8, 64)"),
-        "another vocabulary": (LoadedModel("words", dense.model, words), pruned, "tokenizers differ in"),
-        "not pruned": (dense, dense, "Nothing is pruned in"),
-        "in the wrong order": (pruned, dense, "Nothing is pruned in"),
-    }
-
-
-@pytest.mark.parametrize(
-    "case", ["another class", "fewer blocks", "another shape", "another vocabulary", "not pruned", "in the wrong order"]
-)
-def test_models_that_do_not_belong_together(
-    dense: LoadedModel, pruned: LoadedModel, settings: Settings, tiny_model: Any, word_tokenizer: Any, case: str
-) -> None:
-    teacher, student, expected = _refusals(dense, pruned, tiny_model, word_tokenizer)[case]
-    with pytest.raises(ConfigError) as refused:
-        distill_model(teacher, student, settings(steps=1), NoProgress())
-    assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

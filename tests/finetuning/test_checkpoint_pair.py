@@ -1,0 +1,108 @@
+"""Pairs of a dense and a pruned model: what makes them one, counts of a foreign checkpoint, and what is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import alps
+from alps.core.errors import CheckpointError, ConfigError
+from alps.data.loaded_model import LoadedModel, load
+from alps.finetuning.checkpoint_pair import check_pair, check_request, count_zeros, describe, write_changed
+from alps.reporting.run_report import RunReport
+
+Tiny = Callable[..., Any]
+
+
+def _pruned(tiny_model: Tiny, pattern: str = "2:4") -> Any:
+    model = tiny_model("llama")
+    alps.prune(model, pattern=pattern, method="magnitude", measure_error=False)
+    return model
+
+
+def test_a_pair_differs_in_values_alone(tiny_model: Tiny, word_tokenizer: Any) -> None:
+    dense, pruned = tiny_model("llama"), _pruned(tiny_model)
+    entries = sum(p.numel() for name, p in dense.named_parameters() if "proj" in name)
+    assert count_zeros(dense) == 0 and count_zeros(pruned) == entries // 2
+    check_pair(LoadedModel("dense", dense, word_tokenizer), LoadedModel("pruned", pruned, word_tokenizer))
+    # A tokenizer that one of them lacks proves nothing.
+    check_pair(LoadedModel("dense", dense, None), LoadedModel("pruned", pruned, word_tokenizer))
+
+
+def _refusals(tiny_model: Tiny, words: Any) -> dict[str, tuple[LoadedModel, LoadedModel, str]]:
+    dense, pruned = tiny_model("llama"), LoadedModel("pruned", _pruned(tiny_model), words)
+    shorter, wide = copy.deepcopy(dense), copy.deepcopy(dense)
+    shorter.model.layers = shorter.model.layers[:-1]
+    wide.model.layers[2].mlp.up_proj = nn.Linear(32, 8, bias=False)
+    more = copy.deepcopy(words)
+    more.add_tokens(["more"])
+    whole = LoadedModel("dense", dense, words)
+    return {
+        "another class": (LoadedModel("other", tiny_model("gpt2"), None), pruned, "one is a GPT2LMHeadModel"),
+        "fewer blocks": (LoadedModel("short", shorter, None), pruned, "only one of them has model.layers.2."),
+        "another shape": (
+            LoadedModel("wide", wide, None),
+            pruned,
+            "model.layers.2.mlp.up_proj.weight is (8, 32) in one and (44, 32) in the other",
+        ),
+        "another vocabulary": (LoadedModel("words", dense, more), pruned, "their tokenizers differ in 'more'"),
+        "not pruned": (whole, LoadedModel("same", dense, words), "Nothing is pruned in 'same'"),
+        "in the wrong order": (pruned, whole, "Nothing is pruned in 'dense'"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case", ["another class", "fewer blocks", "another shape", "another vocabulary", "not pruned", "in the wrong order"]
+)
+def test_models_that_do_not_belong_together(tiny_model: Tiny, word_tokenizer: Any, case: str) -> None:
+    dense, pruned, complaint = _refusals(tiny_model, word_tokenizer)[case]
+    with pytest.raises(ConfigError) as refused:
+        check_pair(dense, pruned)
+    assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("pattern", "named"), [("2:4", "2:4"), ("3:4", "25%")])
+def test_a_foreign_checkpoint_is_described_by_its_zeros(tiny_model: Tiny, pattern: str, named: str) -> None:
+    pruned = LoadedModel("pruned", _pruned(tiny_model, pattern), None)
+    report = describe(pruned, "dense", "cpu")
+    assert (report.model, report.method, report.pattern, report.dtype) == ("dense", "unknown", named, "float32")
+    assert report.sparsity == 1 - int(pattern[0]) / 4 and len(report.layers) == 21
+    assert all(layer.error is None and layer.sparsity == report.sparsity for layer in report.layers)
+    assert {row.reason for row in report.dense} == {"embedding or output head"}
+
+
+def test_a_changed_model_is_written_whole(tiny_model: Tiny, word_tokenizer: Any, tmp_path: Path) -> None:
+    pruned = LoadedModel("pruned", _pruned(tiny_model), word_tokenizer)
+    report = describe(pruned, "dense", "cpu")
+    write_changed(pruned, report, tmp_path / "out")
+    assert RunReport.read(tmp_path / "out") == report and (tmp_path / "out" / "README.md").is_file()
+    again = load(str(tmp_path / "out"))
+    assert all(torch.equal(p, pruned.model.get_parameter(name)) for name, p in again.model.named_parameters())
+    with torch.no_grad():
+        pruned.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(Exception, match="NaN"):
+        write_changed(pruned, report, tmp_path / "broken")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_request_is_checked_before_anything_is_loaded(tiny_model: Tiny, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    dense, options = str(tmp_path / "dense"), {"device": "cpu", "dtype": "auto"}
+    assert check_request(dense, dense, tmp_path / "out", **options) is None
+    for changes, complaint in (
+        ({"dtype": "int3"}, "Dtype 'int3' is unknown"),
+        ({"device": "quantum"}, "cannot be used here"),
+        ({"pruned": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"dense": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"out": tmp_path / "dense"}, "is not empty"),
+    ):
+        request: dict[str, Any] = {"dense": dense, "pruned": dense, "out": tmp_path / "out", **options, **changes}
+        with pytest.raises((ConfigError, CheckpointError), match=complaint):
+            check_request(**request)
+    assert not (tmp_path / "out").exists()
