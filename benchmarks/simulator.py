@@ -1,7 +1,7 @@
 """Simulate the time of `alps prune` with ALPS on several ranks.
 
 Every rank has a clock. Work advances one clock; a collective call first advances all clocks to the latest one.
-`alps.pruning.work_sharing` assigns layers to ranks, and `machines.py` gives the time of each piece of work.
+`alps.pruning.work_distribution` assigns layers to ranks, and `machines.py` gives the time of each piece of work.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alps.core.statistics import InputSums, Needs
-from alps.pruning.work_sharing import assign_inputs, solve_cost
+from alps.pruning.work_distribution import assign_inputs, solve_cost
 from alps.solvers import get_method
 from cost_model import Machine, Run
 

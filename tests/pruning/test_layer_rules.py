@@ -194,7 +194,7 @@ def test_rules_may_name_what_is_dense_anyway(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     rules = Rules(("lm_head", "*.gate", "*.embed_tokens.weight", "*norm*"))
     blocks = find_blocks(model)
-    ruled = rules.applied(model, blocks)
+    ruled = rules.apply(model, blocks)
     assert [block.sites for block in ruled.blocks] == [block.sites for block in blocks] and not ruled.kept
 
 
@@ -282,9 +282,9 @@ def test_overrides_from_a_file_reach_weights_report_card_and_inspection(
     ("settings", "complaint"),
     [
         ({"overrides": {"*.dwn_proj": 0.5}}, r"Rule '\*\.dwn_proj' names nothing .* Did you mean '\*\.down_proj'"),
-        ({"overrides": {"lm_head": 0.5}}, "Override 'lm_head' decides the pattern of no linear layer"),
-        ({"overrides": {"*.q_proj": 0.5, "*.self_attn": 0.6}}, r"Override '\*\.q_proj' decides .* later override"),
-        ({"overrides": {"*.q_proj": 0.5}, "keep_dense": ["*.q_proj"]}, r"Override '\*\.q_proj' decides .* kept dense"),
+        ({"overrides": {"lm_head": 0.5}}, "Override 'lm_head' applies to no linear layer"),
+        ({"overrides": {"*.q_proj": 0.5, "*.self_attn": 0.6}}, r"Override '\*\.q_proj' applies .* later override"),
+        ({"overrides": {"*.q_proj": 0.5}, "keep_dense": ["*.q_proj"]}, r"Override '\*\.q_proj' applies .* kept dense"),
         ({"overrides": {"*.q_proj": 1.5}}, r"Override '\*\.q_proj': Sparsity 1\.5 is outside"),
         ({"overrides": {"*.q_proj": "two"}}, r"Override '\*\.q_proj': Pattern 'two' is not understood"),
         ({"overrides": {"*.down_proj": "4:8"}}, r"Pattern 4:8 does not divide .* model\.layers\.0\.mlp\.down_proj"),

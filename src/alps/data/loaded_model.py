@@ -224,7 +224,8 @@ def open_model(name: str, dtype: str = "auto") -> LoadedModel:
     """Open a model without reading its weights, where its checkpoint allows it; else load it.
 
     Args:
-        name, dtype: as for `load`.
+        name: as for `load`.
+        dtype: as for `load`.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.

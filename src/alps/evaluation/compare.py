@@ -75,7 +75,7 @@ def run_comparison(config: CompareConfig, out: Path, progress: Progress) -> list
         bench = _Bench(config, load(config.model, config.dtype), tasks, sources, progress)
         blocks = find_blocks(bench.dense.model)
         for run in runs:
-            rules = run.config.rules().applied(bench.dense.model, blocks)
+            rules = run.config.rules().apply(bench.dense.model, blocks)
             check_fit(rules.blocks, run.config.build_pattern(), rules.patterns)
         bench.check_calibrations(calibrated)
         bench.check_same(results, out)
@@ -122,7 +122,7 @@ def _save(out: Path, results: list[Result]) -> list[Result]:
 
 @dataclass
 class _Bench:
-    """What all runs share: the dense model, a copy to prune, texts, tasks and calibration windows."""
+    """State that all runs share: the dense model, a copy to prune, texts, tasks and calibration windows."""
 
     config: CompareConfig
     dense: LoadedModel

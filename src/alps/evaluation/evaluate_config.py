@@ -64,12 +64,12 @@ class EvaluateConfig(BaseModel):
         Raises:
             ConfigError: naming the option that is missing.
         """
-        given = self.model_fields_set
+        settings = self.model_fields_set
         for option, names in (("texts", ("reference", "windows")), ("tasks", ("task_data", "limit", "batch_size"))):
             for name in names:
-                if option not in given and name in given:
+                if option not in settings and name in settings:
                     raise _no_effect(name, option.removesuffix("s") if option == "texts" else option)
-        if not given & {"texts", "tasks"}:
+        if not settings & {"texts", "tasks"}:
             raise ConfigError("There is nothing to measure: give --text, --tasks or both.")
 
 

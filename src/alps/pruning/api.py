@@ -63,7 +63,7 @@ def prune(
 ) -> RunReport:
     """Prune a causal language model.
 
-    A model given by name is pruned as by `alps prune`: one block in memory at a time, with a journal beside `out`, so
+    A model given by name is pruned as by `alps prune`: one block in memory at a time, with a journal next to `out`, so
     that the same call continues an interrupted run. The settings are described in docs/settings.md.
 
     Args:
@@ -88,7 +88,7 @@ def prune(
         samples, seqlen, seed: calibration windows to choose, unless `calibration` is token ids.
         device: device to compute on; `auto` is the first GPU, or the device of a model in memory.
         dtype: data type of the weights of a model given by name.
-        offload, activation_memory: keep activations in CPU memory, and at most so many GiB of them.
+        offload, activation_memory: keep activations in CPU memory, and at most this many GiB of them.
         tokenizer: tokenizer of a model in memory; saved with it.
         out: directory to write; required for a model given by name.
         resume: fail when there is no unfinished run to continue.

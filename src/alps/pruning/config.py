@@ -169,7 +169,7 @@ class PruneConfig(BaseModel):
             default=None,
             ge=0,
             allow_inf_nan=False,
-            description="GiB of activations to keep in memory; the others go to files beside OUT.",
+            description="GiB of activations to keep in memory; the others go to files next to OUT.",
         )
     )
 

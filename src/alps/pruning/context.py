@@ -14,7 +14,7 @@ from alps.pruning.resume import NullJournal, RunJournal
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Where and with what a run is carried out. Nothing in it changes the pruned weights.
+    """Device, ranks and limits of a run. Nothing in it changes the pruned weights.
 
     Attributes:
         device: where blocks run and layers are solved; every block is brought there and back.

@@ -81,7 +81,7 @@ def forecast(loaded: LoadedModel, recipe: PruneRecipe, context: RunContext, *, s
     """
     start = time.perf_counter()
     all_blocks = loaded.blocks()
-    applied = recipe.rules.applied(loaded.model, all_blocks)
+    applied = recipe.rules.apply(loaded.model, all_blocks)
     blocks = applied.blocks
     check_fit(blocks, recipe.pattern, applied.patterns)
     loaded.check_length(seqlen)

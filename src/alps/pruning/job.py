@@ -1,6 +1,6 @@
 """Prune a checkpoint by its name: check the settings, open the model, prune it, write a directory.
 
-Finished blocks are kept in a journal beside the output, from which a later process resumes the run.
+Finished blocks are kept in a journal next to the output, from which a later process resumes the run.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def prune_checkpoint(
 def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = False) -> RunReport:
     """Check everything that can be checked, then open the model, prune it and write it.
 
-    Finished blocks are kept beside `out` until it is written, and the same job resumes after them.
+    Finished blocks are kept next to `out` until it is written, and the same job resumes after them.
 
     Args:
         job: model and settings, the same on all ranks.

@@ -1,7 +1,7 @@
-"""Rules by name: which parts of a model stay dense, and which are pruned to a pattern of their own.
+"""Layer rules: names with wildcards that keep layers dense or give them a pattern of their own.
 
-A rule is a name with the wildcards of `fnmatch`, whose `*` goes across dots. It names every module, every parameter and
-every expert's slice that it matches, and all that is inside a module that it matches.
+A rule is a name with the wildcards of `fnmatch`, whose `*` matches dots, too. It applies to every module, parameter and
+expert slice that it matches, and to everything inside a module that it matches.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from alps.solvers.patterns import Pattern, parse_pattern
 
 @dataclass(frozen=True)
 class Rules:
-    """What a user says of parts of a model by name.
+    """Layers to keep dense and patterns of single layers, by name.
 
     Attributes:
-        keep_dense: rules; what they name stays as it is, to the bit.
-        overrides: patterns of the sites that a rule names; of several rules that name a site the last one holds.
+        keep_dense: rules of parameters that stay unchanged, to the bit.
+        overrides: pattern by rule. If several rules match a layer, the last one applies.
     """
 
     keep_dense: Sequence[str] = ()
     overrides: Mapping[str, Pattern] = field(default_factory=dict)
 
-    def applied(self, model: nn.Module, blocks: list[Block]) -> AppliedRules:
-        """The rules on one model.
+    def apply(self, model: nn.Module, blocks: list[Block]) -> AppliedRules:
+        """Apply the rules to one model.
 
         Args:
-            model: which the blocks belong to.
-            blocks: of the model, with all of their sites.
+            model: the model of the blocks.
+            blocks: its decoder blocks, with all of their sites.
 
         Raises:
-            ConfigError: for a rule that names nothing, a pattern that no site takes, or rules that leave nothing to
-                prune.
+            ConfigError: for a rule that matches nothing, an override that applies to no layer, or rules that leave
+                nothing to prune.
         """
         sites = [site for block in blocks for site in block.sites]
         _check_named([*self.keep_dense, *self.overrides], model, sites)
@@ -53,8 +53,8 @@ class Rules:
         for rule in self.overrides:
             if rule not in chosen.values():
                 raise ConfigError(
-                    f"Override '{rule}' decides the pattern of no linear layer: what it names is never pruned, kept "
-                    "dense, or named by a later override; leave it out, or put it last."
+                    f"Override '{rule}' applies to no linear layer: its layers are never pruned, kept dense, or "
+                    "matched by a later override; leave it out, or put it last."
                 )
         patterns = {name: self.overrides[rule] for name, rule in chosen.items()}
         return AppliedRules([self._open(block, kept) for block in blocks], kept, patterns)
@@ -68,12 +68,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class AppliedRules:
-    """The blocks of one model under some rules.
+    """The rules of a run, resolved on the blocks of one model.
 
     Attributes:
-        blocks: with those sites alone that are to be pruned.
-        kept: which rule keeps a site dense, by the site's name.
-        patterns: of those sites that have their own, by name.
+        blocks: blocks with only those sites that are pruned.
+        kept: rule that keeps a site dense, by the name of the site.
+        patterns: pattern of a site that does not use the one of the run, by name.
     """
 
     blocks: list[Block]
@@ -81,11 +81,11 @@ class AppliedRules:
     patterns: dict[str, Pattern] = field(default_factory=dict)
 
     def dense(self, model: nn.Module, blocks: Sequence[Block], pruned: set[str]) -> list[DenseRecord]:
-        """All that has two or more dimensions and was left dense, and why; of a fused parameter what was left of it.
+        """List the dense parameters of two or more dimensions with the reason; of a fused one, its dense slices.
 
         Args:
-            model: which the blocks belong to.
-            blocks: of the model, with all of their sites.
+            model: the model of the blocks.
+            blocks: its decoder blocks, with all of their sites.
             pruned: names of the sites that were pruned.
         """
         owners: dict[str, list[Site]] = {}
@@ -107,22 +107,22 @@ class AppliedRules:
 
 
 def parse_overrides(values: Mapping[str, Pattern | str | float]) -> dict[str, Pattern]:
-    """Patterns by rule from what a user wrote: 0.6, `60%`, `2:4`, or patterns.
+    """Parse the patterns of overrides: 0.6, `60%`, `2:4`, or pattern objects.
 
     Raises:
-        ConfigError: naming the rule whose pattern is none.
+        ConfigError: for a pattern that cannot be parsed; names its rule.
     """
-    found: dict[str, Pattern] = {}
+    patterns: dict[str, Pattern] = {}
     for rule, value in values.items():
         try:
-            found[rule] = parse_pattern(str(value)) if isinstance(value, str | float | int) else value
+            patterns[rule] = parse_pattern(str(value)) if isinstance(value, str | float | int) else value
         except ConfigError as error:
             raise ConfigError(f"Override '{rule}': {error}") from None
-    return found
+    return patterns
 
 
 def matches(rule: str, name: str) -> bool:
-    """Whether a rule names something: by its own dotted name, or as a part of a module that it matches."""
+    """Return True if a rule matches a dotted name, or the name of a module around it."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:length]), rule) for length in range(1, len(parts) + 1))
 
@@ -137,10 +137,10 @@ def _reason(rule: str | None) -> str:
 
 
 def _check_named(rules: Sequence[str], model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse a rule that names nothing at all of a model.
+    """Refuse a rule that matches nothing of a model.
 
     Raises:
-        ConfigError: naming the rule, and a near one that names something.
+        ConfigError: names the rule, and a similar name that exists.
     """
     names = [name for name, _ in model.named_modules()] if rules else []
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)] if rules else []

@@ -35,7 +35,7 @@ from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import BlockResult
 from alps.pruning.row_weights import compute_row_weights
 from alps.pruning.sparsity_allocation import allocate_sparsity, check_fit
-from alps.pruning.work_sharing import solve_layers
+from alps.pruning.work_distribution import solve_layers
 from alps.reporting.records import ReconstructionRecord
 from alps.reporting.run_report import DenseRecord, LayerRecord
 from alps.solvers.patterns import Pattern
@@ -80,7 +80,7 @@ def prune_blocks(
         SolveFailed: when activations or solutions are not finite; names the block or the layer.
         CheckpointError: when a finished block cannot be kept, or is damaged.
     """
-    applied = recipe.rules.applied(model, blocks)
+    applied = recipe.rules.apply(model, blocks)
     check_fit(applied.blocks, recipe.pattern, applied.patterns)
     assert windows is not None or not recipe.reads_inputs, "windows are missing"
     if not recipe.reads_inputs or context.journal.is_finished(blocks[-1]):

@@ -92,5 +92,5 @@ class PruneRecipe:
 
     @property
     def uses_dense_reference(self) -> bool:
-        """True if the run needs the dense model's activations beside the pruned ones."""
+        """True if the run needs the dense model's activations together with the pruned ones."""
         return self.dense_target > 0 or self.reconstruction is not None

@@ -80,7 +80,7 @@ class NullJournal:
 
 @dataclass(frozen=True)
 class DiskJournal:
-    """Journal in a directory beside the output.
+    """Journal in a directory next to the output.
 
     Attributes:
         journal: files of the directory.

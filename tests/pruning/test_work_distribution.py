@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps.pruning.work_sharing import assign, assign_inputs, rank_loads, solve_cost
+from alps.pruning.work_distribution import assign, assign_inputs, rank_loads, solve_cost
 from alps.reporting.run_report import RunReport
 from alps.solvers import get_method
 from helpers import torchrun_worker
