@@ -1,4 +1,4 @@
-"""The README's first command on the real 135M-parameter model, as a new user runs it."""
+"""The demo: on the real 135M-parameter model, as a new user runs it, and what it must not replace."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from helpers.command_line import contents, run_alps
 
 
 def run_demo(folder: Path, *flags: str) -> str:
@@ -57,3 +59,15 @@ def test_demo_compares_the_methods_and_leaves_a_checkpoint(tmp_path: Path) -> No
     again = run_demo(tmp_path, "--quick")
     assert list(column(again, 1)) == ["dense", "alps"]
     assert column(again, 1) == {name: perplexity[name] for name in ("dense", "alps")}
+
+
+def test_the_demo_replaces_nothing_but_an_earlier_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALPS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    before = contents(tmp_path)
+    assert run_alps(monkeypatch, "demo", "--out", tmp_path / "mine") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert contents(tmp_path) == before

@@ -1,0 +1,80 @@
+"""The commands that measure and count: what they refuse, and what is broken or dense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.command_line import run_alps
+
+
+def test_inspect_counts_broken_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path
+) -> None:
+    out = text.parent / "pruned"
+    arguments = ["--pattern", "2:4", "--method", "magnitude", "--no-measure-error"]
+    assert run_alps(monkeypatch, "prune", stories, out, *arguments) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, :4] = 1.0
+        weight[5, 8:11] = 1.0
+    model.save_pretrained(out)
+    assert run_alps(monkeypatch, "inspect", out) == 0
+    assert "Pattern 2:4: BROKEN in 2 of 56,640 groups." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{model}", "--text", "{text}", "--seqlen", "200000"], "longer than the 512"),
+        (["{model}", "--text", "{short}", "--seqlen", "256"], "too few for one window"),
+        (["{model}", "--text", "nowhere.txt", "--seqlen", "64"], "neither a file nor one of"),
+        (["{model}", "--text", "self", "--seqlen", "64"], "one of wikitext2, c4, ptb, python-docs.\n"),
+        (["nowhere/at/all", "--text", "{text}"], "neither an existing directory"),
+        (["{model}"], "nothing to measure: give --text, --tasks or both"),
+        (["{model}", "--text", "{text}", "--seqlen", "64", "--reference", "nowhere/at/all"], "neither an existing"),
+        (["{model}", "--tasks", "piqa", "--reference", "{model}"], "--reference has no effect without --text"),
+        (["{model}", "--tasks", "piqa", "--windows", "3"], "--windows has no effect without --text"),
+        (["{model}", "--text", "{text}", "--limit", "3"], "--limit has no effect without --tasks"),
+        (["{model}", "--text", "{text}", "--task-data", "x"], "--task-data has no effect without --tasks"),
+        (["{model}", "--text", "{text}", "--batch-size", "2"], "--batch-size has no effect without --tasks"),
+        (["{model}", "--tasks", ","], "No task is named"),
+        # A model that does not exist: tasks are checked before it is loaded.
+        (["nowhere/at/all", "--tasks", "piqa", "--task-data", "{text}"], "is not a directory"),
+        (["nowhere/at/all", "--tasks", "piqa,pica", "--task-data", "{tmp}"], "piqa.jsonl', which does not exist"),
+        (["nowhere/at/all", "--tasks", "pica", "--task-data", "{tmp}"], "Did you mean 'piqa'?"),
+        (["nowhere/at/all", "--tasks", "winogrande", "--task-data", "{tmp}"], "Line 1 of "),
+    ],
+)
+def test_wrong_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stories: Path,
+    text: Path,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    short = text.parent / "short.txt"
+    short.write_text("Too short.")
+    (text.parent / "winogrande.jsonl").write_text('{"sentence": "a _", "option1": "b"}')
+    filled = [word.format(model=stories, text=text, short=short, tmp=text.parent) for word in arguments]
+    assert run_alps(monkeypatch, "eval", *filled) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1
+
+
+def test_inspecting_a_dense_model_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path
+) -> None:
+    assert run_alps(monkeypatch, "inspect", stories, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sparsity"] == 0 and found["claimed"] is None and found["checks"] == []
+    reasons = [row["reason"] for row in found["dense"]]
+    assert reasons == ["embedding or output head"] + ["no zeros in it"] * 35
+    assert run_alps(monkeypatch, "inspect", stories) == 0
+    assert "Dense: 16 more, see --json" in capsys.readouterr().out
