@@ -148,9 +148,8 @@ def test_the_page_on_architecture_names_every_package_and_existing_files() -> No
     assert [name for name, _ in rows] == list(_FLOORS)
     assert {name: set(allowed.split(", ")) for name, allowed in rows if allowed != "any"} == _REACHABLE
     journey = page.split("## The journey of a weight")[1].split("\n## ")[0]
-    steps = re.findall(r"^\d+\. ", journey, re.MULTILINE)
-    files = re.findall(r"`(\w+/[\w/]+\.py)`", journey)
-    assert len(steps) == len(files) == len(set(files)) <= 15
+    files = re.findall(r"^\d+\. `([\w/]+\.py)`", journey, re.MULTILINE)
+    assert 0 < len(files) == len(set(files)) <= 15
     assert [name for name in files if not (_SOURCE / "alps" / name).is_file()] == []
 
 

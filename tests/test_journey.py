@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,3 +59,12 @@ def test_a_weight_passes_few_files(fused: bool, tmp_path: Path, monkeypatch: pyt
         prune_checkpoint(settings, tmp_path / "out", NoProgress(), token_ids=ids)
     assert {"/models/sites.py", "/solvers/pcg.py", "/checkpoints/journal.py"} <= files
     assert len(files) <= _MOST_FILES, sorted(files)
+    # Small layers take the steps of admm.py alone.
+    assert files | {"/solvers/admm_fused.py"} == {f"/{name}" for name in _documented_files()}
+
+
+def _documented_files() -> list[str]:
+    """Return the files that the page on architecture names for the journey, in its order."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    journey = page.split("## The journey of a weight")[1].split("\n## ")[0]
+    return re.findall(r"^\d+\. `([\w/]+\.py)`", journey, re.MULTILINE)
