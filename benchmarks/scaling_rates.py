@@ -139,7 +139,7 @@ def _blocks(options: argparse.Namespace, loaded: LoadedModel, inputs: BlockInput
         with on_device(block, _CPU), torch.no_grad():
             if block.index in solved:
                 groups = discover(block, inputs, _CPU)
-                seen = timer.time("observing", partial(observe, block, inputs, Needs.GRAM, _CPU, groups), share)
+                seen = timer.time("observing", partial(observe, block, inputs, Needs.GRAM, _CPU, groups=groups), share)
                 timer.found["observing"][-1] -= seen.seconds * share
                 for shared in seen.shared:
                     _input(shared, Unstructured(options.sparsity), options.seqlen, timer, counts)

@@ -83,7 +83,7 @@ def test_two_walks_over_the_same_inputs_do_not_touch_each_other(
 ) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)
-    inputs = capture_block_inputs(model, blocks, ids, 2, ActivationStore(_CPU, 0, tmp_path))
+    inputs = capture_block_inputs(model, blocks, ids, 2, activations=ActivationStore(_CPU, 0, tmp_path))
     before = [hidden.clone() for hidden in inputs.hidden]
     beside = inputs.copy()
     beside.advance(0, blocks[0].module, _CPU)

@@ -61,7 +61,7 @@ def test_batches_may_differ_in_size_and_a_window_is_run_alone(tiny_model: Callab
     assert [len(hidden) for hidden in inputs.hidden] == sizes
     with torch.no_grad():
         whole = inputs.run(0, blocks[0].module, 0, torch.device("cpu"))
-        alone = [inputs.run(0, blocks[0].module, 0, torch.device("cpu"), window) for window in range(3)]
+        alone = [inputs.run(0, blocks[0].module, 0, torch.device("cpu"), window=window) for window in range(3)]
     torch.testing.assert_close(torch.cat(alone), whole)
     assert not torch.equal(alone[0], alone[1])
 

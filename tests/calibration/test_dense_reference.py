@@ -1,4 +1,4 @@
-"""Order and target of the walk: which inputs a site is solved on, held against forward passes of whole models."""
+"""The dense reference: true-sequential order and dense target, compared with forward passes of whole models."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_every_site_is_solved_on_the_inputs_of_its_order_and_target(
             X, X_d, W = received[site.name].double(), originals[site.name].double(), site.read().double()
             stats = InputStats.of(X)
             H = X.T @ X + absolute_damping(stats, 0.1) * torch.eye(X.shape[1], dtype=torch.float64)
-            aim = W + share * W @ torch.linalg.solve(H, (X.T @ (X_d - X))).T
-            expected = method.solve(aim.float(), method.prepare(stats), _HALF).weight
+            target = W + share * W @ torch.linalg.solve(H, (X.T @ (X_d - X))).T
+            expected = method.solve(target.float(), method.prepare(stats), _HALF).weight
             agree = ((expected != 0) == (answers[site.name] != 0)).float().mean()
             assert agree > 0.98, site.name
             assert float((X @ (expected - answers[site.name]).double().T).norm() / (X @ W.T).norm()) < 0.03, site.name
@@ -70,13 +70,13 @@ def test_every_site_is_solved_on_the_inputs_of_its_order_and_target(
 def _before(
     prefix: nn.Module, sites: list[Any], site: Any, answers: dict[str, Tensor], ids: Tensor, site_inputs: Inputs
 ) -> dict[str, Tensor]:
-    """Inputs with every site pruned whose input lies before this site's; sites of one input wait for each other."""
-    mine = site_inputs(prefix, ids)[site.name]
+    """Inputs of all sites when those that precede this site's input are pruned; sites of one input are not."""
     trial = copy.deepcopy(prefix)
     twins = {other.name: other for block in find_blocks(trial) for other in block.sites}
     plain = site_inputs(prefix, ids)
+    own = plain[site.name]
     for other in sites:
-        if plain[other.name].shape == mine.shape and torch.equal(plain[other.name], mine):
+        if plain[other.name].shape == own.shape and torch.equal(plain[other.name], own):
             break
         twins[other.name].write(answers[other.name])
     return site_inputs(trial, ids)
@@ -103,23 +103,23 @@ def test_the_drift_is_that_of_the_real_inputs(
     for site in find_blocks(model)[0].sites:
         site.write(site.read() * 0.7)
     real, real_dense = site_inputs(model, ids), site_inputs(dense, ids)
-    one, two = find_blocks(model), find_blocks(dense)
+    blocks, dense_blocks = find_blocks(model), find_blocks(dense)
     inputs, dense_inputs = (
-        capture_block_inputs(model, one, ids, batch_size),
-        capture_block_inputs(dense, two, ids, batch_size),
+        capture_block_inputs(model, blocks, ids, batch_size),
+        capture_block_inputs(dense, dense_blocks, ids, batch_size),
     )
     reference = DenseReference(dense_inputs)
-    for mine, theirs in zip(one, two, strict=True):
-        groups = discover(mine, inputs, _CPU) if grouped else []
-        reference.begin_block(theirs)
-        seen = observe(mine, inputs, Needs.INPUT_SHIFT, _CPU, groups, reference)
-        assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in mine.sites)
+    for block, dense_block in zip(blocks, dense_blocks, strict=True):
+        groups = discover(block, inputs, _CPU) if grouped else []
+        reference.begin_block(dense_block)
+        seen = observe(block, inputs, Needs.INPUT_SHIFT, _CPU, groups=groups, reference=reference)
+        assert sorted(s.name for shared in seen.shared for s in shared.sites) == sorted(s.name for s in block.sites)
         for shared in seen.shared:
             assert shared.stats.input_shift is not None and shared.stats.tokens == ids.numel()
-            X, X_d = (found[shared.sites[0].name].double() for found in (real, real_dense))
+            X, X_d = (inputs_of[shared.name].double() for inputs_of in (real, real_dense))
             expected = (X_d - X).T @ X
             torch.testing.assert_close(shared.stats.input_shift.double(), expected, rtol=1e-3, atol=1e-3)
-        inputs.advance(mine.index, mine.module, _CPU)
+        inputs.advance(block.index, block.module, _CPU)
         reference.advance(_CPU)
 
 
@@ -130,7 +130,7 @@ def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable
     group = discover(blocks[0], inputs, _CPU)[0]
     called: list[str] = []
     hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: called.append("down"))
-    seen = observe(blocks[0], inputs, Needs.GRAM, _CPU, [group])
+    seen = observe(blocks[0], inputs, Needs.GRAM, _CPU, groups=[group])
     hook.remove()
     assert called == [] and [shared.sites for shared in seen.shared] == [group]
     assert seen.shared[0].stats.tokens == ids.numel() and seen.unused == []
@@ -153,13 +153,13 @@ def test_the_dense_target_brings_the_outputs_nearer_to_the_dense_models(
 ) -> None:
     dense = tiny_model("llama")
     with torch.no_grad():
-        wanted = dense(input_ids=ids).logits
+        expected = dense(input_ids=ids).logits
     distances = {}
     for share in (0.0, 1.0):
         model = tiny_model("llama")
         _prune(model, ids, method="alps", dense_target=share)
         with torch.no_grad():
-            distances[share] = float((model(input_ids=ids).logits - wanted).square().sum())
+            distances[share] = float((model(input_ids=ids).logits - expected).square().sum())
     assert distances[1.0] < 0.97 * distances[0.0]
 
 

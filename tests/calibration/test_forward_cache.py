@@ -183,8 +183,8 @@ def test_a_single_window_begins_at_the_start(ids: Tensor) -> None:
     settled = _observed(blocks[0], inputs)
     settled.begin_pass([])
     with torch.no_grad():
-        mine = settled.run(0, blocks[0].module, 0, _CPU, 1)
-        assert torch.equal(mine, inputs.run(0, blocks[0].module, 0, _CPU, 1))
+        mine = settled.run(0, blocks[0].module, 0, _CPU, window=1)
+        assert torch.equal(mine, inputs.run(0, blocks[0].module, 0, _CPU, window=1))
         assert torch.equal(settled.run(0, blocks[0].module, 0, _CPU), inputs.run(0, blocks[0].module, 0, _CPU))
 
 

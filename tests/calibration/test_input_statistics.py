@@ -1,4 +1,4 @@
-"""The statistics of a block's sites: who shares an input, and that the sums are those of the real inputs."""
+"""Input statistics: sites that share an input, and sums that are those of the real inputs."""
 
 from __future__ import annotations
 
@@ -158,9 +158,9 @@ def test_a_site_that_first_receives_something_in_a_late_batch_is_not_forgotten(i
         def forward(self, hidden: Tensor) -> Tensor:
             even = hidden[:, 0, 0] % 2 == 0
             out = torch.zeros_like(hidden)
-            for chosen, linear in ((even, self.even), (~even, self.odd)):
-                if bool(chosen.any()):
-                    out[chosen] = linear(hidden[chosen])
+            for selected, linear in ((even, self.even), (~even, self.odd)):
+                if bool(selected.any()):
+                    out[selected] = linear(hidden[selected])
             return out
 
     class Model(nn.Module):
@@ -268,9 +268,9 @@ class _Mixture(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         even = hidden[:, 0, 0] % 2 == 0
         mixed = torch.zeros_like(hidden)
-        for chosen, linear in ((even, self.even), (~even, self.odd)):
-            if bool(chosen.any()):
-                mixed[chosen] = linear(hidden[chosen])
+        for selected, linear in ((even, self.even), (~even, self.odd)):
+            if bool(selected.any()):
+                mixed[selected] = linear(hidden[selected])
         out: Tensor = self.out(mixed)
         return out
 
@@ -289,7 +289,7 @@ class _Counted(_Around):
     ids=["both, even, both", "both, odd, even", "even, odd, both", "both always", "odd at the end"],
 )
 def test_nothing_is_skipped_where_sites_meet_tokens_in_only_some_batches(ids: Tensor, firsts: list[int]) -> None:
-    """A batch in which every site was met teaches nothing about the next one."""
+    """A batch in which every site received tokens does not predict the next one."""
     windows = ids[:6].clone()
     windows[:, 0] = torch.tensor(firsts)
     tokens = _check_sums(_Counted(_Mixture()), windows, 2)
@@ -336,8 +336,8 @@ def test_the_first_batch_stops_there_too_in_a_block_like_one_before(
         seen = observe(block, inputs, Needs.GRAM, _CPU)
     # The first block ran to its end once, the second one never; its sums are those of a block that did.
     assert ended == [blocks[0].name]
-    assert [[site.name for site in one.sites] for one in seen.shared] == [
-        [site.name for site in one.sites] for one in expected.shared
+    assert [[site.name for site in shared.sites] for shared in seen.shared] == [
+        [site.name for site in shared.sites] for shared in expected.shared
     ]
-    for mine, theirs in zip(seen.shared, expected.shared, strict=True):
-        assert mine.stats.tokens == ids.numel() and torch.equal(mine.stats.gram(), theirs.stats.gram())
+    for shared, reference in zip(seen.shared, expected.shared, strict=True):
+        assert shared.stats.tokens == ids.numel() and torch.equal(shared.stats.gram(), reference.stats.gram())

@@ -1,4 +1,4 @@
-"""What follows the blocks: logits of the last states, and what changes inside blocks do to them."""
+"""The LM head: logits of the last hidden states, and divergences caused by changes inside blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import capture_block_inputs
-from alps.calibration.lm_head import Change, Head, divergences
+from alps.calibration.lm_head import Change, LMHead, measure_divergences
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
 
@@ -35,11 +35,11 @@ def test_divergences_are_those_of_whole_models(tiny_model: Callable[..., Any], k
         [partial(scaled, site, 0.3) for site in chosen if site in block.sites] for block in blocks
     ]
     changes[0].append(partial(scaled, chosen[0], 1.0))
-    found = divergences(model, blocks, ids, _CPU, changes)
-    assert [len(mine) for mine in found] == [2, 2, 1] and found[0].pop() == pytest.approx(0.0, abs=1e-6)
+    divergences = measure_divergences(model, blocks, ids, changes, device=_CPU)
+    assert [len(values) for values in divergences] == [2, 2, 1] and divergences[0].pop() == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         before = dense(input_ids=ids).logits.double().log_softmax(-1)
-    for site, value in zip(chosen, [one for mine in found for one in mine], strict=True):
+    for site, value in zip(chosen, [value for values in divergences for value in values], strict=True):
         with scaled(site, 0.3), torch.no_grad():
             after = model(input_ids=ids).logits.double().log_softmax(-1)
         expected = float((before.exp() * (before - after)).sum(-1).mean())
@@ -56,7 +56,7 @@ def test_the_head_is_what_follows_the_blocks(tiny_model: Callable[..., Any], kin
         inputs.advance(block.index, block.module, _CPU)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        torch.testing.assert_close(Head(model, blocks)(inputs.hidden[0], ids), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(LMHead(model, blocks)(inputs.hidden[0], ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_all_but_the_blocks_is_brought_to_the_heads_device_and_back(
@@ -69,7 +69,7 @@ def test_all_but_the_blocks_is_brought_to_the_heads_device_and_back(
     places = [tensor.data_ptr() for tensor in tensors]
     # Stands in for another device, on any machine: a copy at another place.
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _device: tensor.clone())
-    with pytest.raises(RuntimeError, match="stop"), Head(model, blocks).on(_CPU):
+    with pytest.raises(RuntimeError, match="stop"), LMHead(model, blocks).on(_CPU):
         moved = [tensor.data_ptr() != place for tensor, place in zip(tensors, places, strict=True)]
         assert moved == [id(tensor) not in inside for tensor in tensors] and any(moved) and not all(moved)
         raise RuntimeError("stop")

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what every expert's slice receives, against references that route the tokens themselves."""
+"""Input statistics of mixtures of experts, against references that route the tokens themselves."""
 
 from __future__ import annotations
 
@@ -54,28 +54,30 @@ def _seen(model: nn.Module, ids: Tensor, batch_size: int = 7, needs: Needs = Nee
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, batch_size)
     for block in blocks:
-        yield from (one for one in observe(block, inputs, needs, _CPU).shared if one.sites[0].expert is not None)
+        yield from (
+            source for source in observe(block, inputs, needs, _CPU).shared if source.sites[0].expert is not None
+        )
         inputs.advance(block.index, block.module, _CPU)
 
 
-def _routed(model: nn.Module, ids: Tensor, kind: str, everything: bool = False) -> dict[str, Tensor]:
-    """What every slice receives, in float64: tokens gathered by the numbers that the experts are called with.
+def _routed(model: nn.Module, ids: Tensor, kind: str, all_experts: bool = False) -> dict[str, Tensor]:
+    """Inputs of every slice in float64: tokens selected by the expert indices of the call.
 
-    With `everything` all tokens go to every expert.
+    With `all_experts` all tokens go to every expert.
     """
-    found: dict[str, Tensor] = {}
+    received: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: Any, args: tuple[Tensor, ...]) -> None:
             hidden, index = args[0].detach().double(), args[1]
             for expert in range(module.num_experts):
                 first = module.gate_up_proj[expert].detach().double()
-                x = hidden if everything else hidden[(index == expert).any(dim=-1)]
+                x = hidden if all_experts else hidden[(index == expert).any(dim=-1)]
                 inner = x @ first if kind in _INPUTS_FIRST else x @ first.T
                 if module.has_bias:
                     inner = inner + module.gate_up_proj_bias[expert].detach().double()
-                found[f"{name}.gate_up_proj.{expert}"] = x
-                found[f"{name}.down_proj.{expert}"] = module._apply_gate(inner)
+                received[f"{name}.gate_up_proj.{expert}"] = x
+                received[f"{name}.down_proj.{expert}"] = module._apply_gate(inner)
 
         return keep
 
@@ -87,7 +89,7 @@ def _routed(model: nn.Module, ids: Tensor, kind: str, everything: bool = False) 
         model(input_ids=ids)
     for handle in handles:
         handle.remove()
-    return found
+    return received
 
 
 def _sums(x: Tensor, pool: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,30 +114,30 @@ def test_the_sums_are_those_of_the_tokens_routed_there_filled_up_by_the_rule(
     kind: str, many: Tensor, batch_size: int
 ) -> None:
     model, many = decoder(kind), many[:16]
-    mine, everything = _routed(model, many, kind), _routed(model, many, kind, everything=True)
+    routed, pools = _routed(model, many, kind), _routed(model, many, kind, all_experts=True)
     sites = _slices(model)
-    if kind == "granitemoe" and not mine:
+    if kind == "granitemoe" and not routed:
         pytest.skip("this transformers keeps these experts as it does JetMoE's")
-    assert mine.keys() == sites.keys() and len(sites) > 0
-    starving = 0
-    for one in _seen(model, many, batch_size):
-        (site,) = one.sites
-        x, pool = mine[site.name], everything[site.name]
-        assert one.tokens == len(x) and len(pool) == many.numel()
-        assert one.stats.tokens == max(len(x), MIN_TOKENS_PER_INPUT * site.shape[1])
-        _assert_sums(one.stats, _sums(x, pool))
-        starving += one.pooled_tokens > 0
+    assert routed.keys() == sites.keys() and len(sites) > 0
+    undersampled = 0
+    for source in _seen(model, many, batch_size):
+        (site,) = source.sites
+        x, pool = routed[site.name], pools[site.name]
+        assert source.tokens == len(x) and len(pool) == many.numel()
+        assert source.stats.tokens == max(len(x), MIN_TOKENS_PER_INPUT * site.shape[1])
+        _assert_sums(source.stats, _sums(x, pool))
+        undersampled += source.pooled_tokens > 0
         sites.pop(site.name)
-    assert not sites and starving > 0
+    assert not sites and undersampled > 0
 
 
 @pytest.mark.parametrize("kind", MOE)
 @pytest.mark.parametrize("batch_size", [1, 24])
 def test_every_token_is_counted_with_every_expert_it_was_sent_to(kind: str, many: Tensor, batch_size: int) -> None:
     tokens: dict[str, int] = {}
-    for one in _seen(decoder(kind), many, batch_size, Needs.MOMENTS):
-        fused = one.sites[0].parameter_name
-        tokens[fused] = tokens.get(fused, 0) + one.tokens
+    for source in _seen(decoder(kind), many, batch_size, Needs.MOMENTS):
+        fused = source.sites[0].parameter_name
+        tokens[fused] = tokens.get(fused, 0) + source.tokens
     assert len(tokens) >= 4 and set(tokens.values()) == {_CHOSEN.get(kind, 2) * many.numel()}
 
 
@@ -148,33 +150,33 @@ def test_llama_4_counts_only_tokens_that_were_sent_there(many: Tensor) -> None:
         model(input_ids=many)
     handle.remove()
     logits = entered[0] @ layer.router.weight.detach().double().T
-    chosen = logits.argmax(dim=-1)
-    shared = {one.sites[0].name: one for one in _seen(model, many)}
+    selected = logits.argmax(dim=-1)
+    shared = {source.sites[0].name: source for source in _seen(model, many)}
     firsts, seconds = [], []
     for expert in range(4):
-        x = (entered[0] * logits[:, expert : expert + 1].sigmoid())[chosen == expert]
+        x = (entered[0] * logits[:, expert : expert + 1].sigmoid())[selected == expert]
         gate, up = (x @ layer.experts.gate_up_proj[expert].detach().double()).chunk(2, dim=-1)
         firsts.append(x)
         seconds.append(up * F.silu(gate))
     for name, inputs in (("gate_up_proj", firsts), ("down_proj", seconds)):
         for expert, x in enumerate(inputs):
-            one = shared[f"model.layers.1.feed_forward.experts.{name}.{expert}"]
-            assert one.tokens == len(x)
-            _assert_sums(one.stats, _sums(x, torch.cat(inputs)))
+            source = shared[f"model.layers.1.feed_forward.experts.{name}.{expert}"]
+            assert source.tokens == len(x)
+            _assert_sums(source.stats, _sums(x, torch.cat(inputs)))
 
 
 def test_an_expert_without_a_token_gets_the_pool_alone(many: Tensor) -> None:
     model = decoder("gpt_oss")
     with torch.no_grad():
         model.model.layers[1].mlp.router.bias[3] = -1e4
-    everything = _routed(model, many, "gpt_oss", everything=True)
-    empty = [one for one in _seen(model, many) if one.tokens == 0]
+    pools = _routed(model, many, "gpt_oss", all_experts=True)
+    empty = [source for source in _seen(model, many) if source.tokens == 0]
     prefix = "model.layers.1.mlp.experts"
-    assert [one.sites[0].name for one in empty] == [f"{prefix}.gate_up_proj.3", f"{prefix}.down_proj.3"]
-    for one in empty:
-        pool = everything[one.sites[0].name]
-        assert one.stats.tokens == one.pooled_tokens == MIN_TOKENS_PER_INPUT * pool.shape[1]
-        _assert_sums(one.stats, _sums(pool[:0], pool))
+    assert [source.sites[0].name for source in empty] == [f"{prefix}.gate_up_proj.3", f"{prefix}.down_proj.3"]
+    for source in empty:
+        pool = pools[source.sites[0].name]
+        assert source.stats.tokens == source.pooled_tokens == MIN_TOKENS_PER_INPUT * pool.shape[1]
+        _assert_sums(source.stats, _sums(pool[:0], pool))
     report = alps.prune(model, sparsity=0.6, calibration=many, true_sequential=True)
     records = {site.name: site for site in report.layers}
     assert records[f"{prefix}.down_proj.3"].tokens == 0 and all(
@@ -183,26 +185,26 @@ def test_an_expert_without_a_token_gets_the_pool_alone(many: Tensor) -> None:
 
 
 def _mixtral_inputs(model: Any, ids: Tensor, layer: int) -> dict[str, Tensor]:
-    """What the slices of one Mixtral layer receive, by the softmax and top 2 of its gate's own weight; float32."""
+    """Inputs of the slices of one Mixtral layer, by the softmax and top 2 of its gate's own weight; float32."""
     mlp, entered = model.model.layers[layer].mlp, []
     handle = mlp.register_forward_pre_hook(lambda _module, args: entered.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         model(input_ids=ids)
     handle.remove()
     hidden = entered[0].detach()
-    chosen = (hidden @ mlp.gate.weight.detach().T).topk(2, dim=-1).indices
-    found, prefix = {}, f"model.layers.{layer}.mlp.experts"
+    selected = (hidden @ mlp.gate.weight.detach().T).topk(2, dim=-1).indices
+    inputs, prefix = {}, f"model.layers.{layer}.mlp.experts"
     for expert in range(4):
         W = mlp.experts.gate_up_proj[expert].detach()
-        for name, x in (("mine", hidden[(chosen == expert).any(dim=-1)]), ("pool", hidden)):
+        for name, x in (("routed", hidden[(selected == expert).any(dim=-1)]), ("pool", hidden)):
             gate, up = (x @ W.T).chunk(2, dim=-1)
-            found[f"{prefix}.gate_up_proj.{expert}/{name}"] = x
-            found[f"{prefix}.down_proj.{expert}/{name}"] = F.silu(gate) * up
-    return found
+            inputs[f"{prefix}.gate_up_proj.{expert}/{name}"] = x
+            inputs[f"{prefix}.down_proj.{expert}/{name}"] = F.silu(gate) * up
+    return inputs
 
 
 def _reference_stats(inputs: dict[str, Tensor], name: str) -> InputStats:
-    x = inputs[f"{name}/mine"]
+    x = inputs[f"{name}/routed"]
     total, square, gram = _sums(x.double(), inputs[f"{name}/pool"].double())
     return InputStats(max(len(x), MIN_TOKENS_PER_INPUT * x.shape[1]), total.float(), square.float(), gram.float())
 
@@ -230,7 +232,7 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
                 # ALPS moves a few entries with the rounding of the sums.
                 distance = stats.energy(expected - answers[site.name]) / stats.energy(W)
                 assert distance < (1e-2 if method == "alps" else 1e-5), site.name
-                assert records[site.name].tokens == len(inputs[f"{site.name}/mine"])
+                assert records[site.name].tokens == len(inputs[f"{site.name}/routed"])
                 wanted = stats.energy(answers[site.name] - W) / stats.energy(W)
                 assert records[site.name].error == pytest.approx(wanted, rel=1e-3)
         for site in block.sites:
@@ -241,8 +243,8 @@ def test_mixtral_is_pruned_as_each_expert_alone_on_the_tokens_routed_to_it(
 def test_sequential_order_prunes_second_maps_on_what_pruned_first_ones_make(many: Tensor) -> None:
     pruned, prefix = decoder("mixtral"), decoder("mixtral")
     report = alps.prune(pruned, sparsity=0.6, method="magnitude", calibration=many, true_sequential=True)
-    mine = [site for site in report.layers if site.block == 0 and site.expert is not None]
-    assert [site.kind for site in mine] == ["experts.gate_up_proj"] * 4 + ["experts.down_proj"] * 4
+    records = [site for site in report.layers if site.block == 0 and site.expert is not None]
+    assert [site.kind for site in records] == ["experts.gate_up_proj"] * 4 + ["experts.down_proj"] * 4
     answers, dense = _slices(pruned), _slices(prefix)
     before = _mixtral_inputs(prefix, many, 0)
     for block in find_blocks(pruned)[:1]:
@@ -251,7 +253,7 @@ def test_sequential_order_prunes_second_maps_on_what_pruned_first_ones_make(many
             if site.kind != "experts.down_proj":
                 twins[site.name].write(site.read())
     after = _mixtral_inputs(prefix, many, 0)
-    for record in mine[4:]:
+    for record in records[4:]:
         W, W_hat = dense[record.name].read(), answers[record.name].read()
         errors = []
         for inputs in (before, after):
@@ -268,7 +270,11 @@ def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
     model = decoder("qwen3_moe")
     # The first window is one token all along: most experts see none of it.
     many[0] = 7
-    first = {one.sites[0].name for one in _seen(decoder("qwen3_moe"), many[:1], needs=Needs.MOMENTS) if not one.tokens}
+    first = {
+        source.sites[0].name
+        for source in _seen(decoder("qwen3_moe"), many[:1], needs=Needs.MOMENTS)
+        if not source.tokens
+    }
     report = alps.prune(model, sparsity=0.5, method="wanda", calibration=many, true_sequential=order == "sequential")
     records = {site.name: site for site in report.layers}
     assert first and all(records[name].tokens for name in first) and len(report.layers) == 48
@@ -391,7 +397,7 @@ class _Model(nn.Module):
 
 def test_experts_multiplied_from_the_other_side_are_refused(ids: Tensor) -> None:
     """Square slices: nothing but the product shows that rows are inputs."""
-    plain = {one.sites[0].name: one.tokens for one in _seen(_Model(inputs_first=False), ids)}
+    plain = {source.sites[0].name: source.tokens for source in _seen(_Model(inputs_first=False), ids)}
     assert plain == {f"layers.0.0.{i}": ids.numel() // 4 for i in range(4)}
     model = _Model(inputs_first=True)
     with pytest.raises(UnsupportedModel, match=r"^layers\.0\.0\.weight of _Experts has another layout than expected"):
@@ -411,25 +417,27 @@ def test_the_summary_warns_of_experts_with_too_few_tokens(many: Tensor, tmp_path
     report = alps.prune(model, sparsity=0.6, method="wanda", calibration=many, dense_target=0.4)
     lines = prune_summary(report, tmp_path).plain.splitlines()
     (warning,) = [line for line in lines if line.startswith("WARNING")]
-    starving = {
+    undersampled = {
         (s.block, s.expert)
         for s in report.layers
         if s.tokens is not None and s.tokens < MIN_TOKENS_PER_INPUT * s.shape[1]
     }
-    starving = {pair for pair in starving if pair[1] is not None}
-    assert 1 < len(starving) < 16
+    undersampled = {pair for pair in undersampled if pair[1] is not None}
+    assert 1 < len(undersampled) < 16
     assert warning.startswith(
-        f"WARNING: {len(starving)} of 16 experts received too few calibration tokens, the worst 0 "
+        f"WARNING: {len(undersampled)} of 16 experts received too few calibration tokens, the worst 0 "
     )
     assert "0 for 32 inputs (model.layers.1.mlp.experts.gate_up_proj.3)" in warning
     assert any(line.startswith("Note: the experts were pruned without the dense target") for line in lines)
-    noted = {site.name for site in report.layers if any("were routed here" in note for note in site.solve["notes"])}
+    noted = {
+        site.name for site in report.layers if any("were routed to this expert" in note for note in site.solve["notes"])
+    }
     assert noted == {site.name for site in report.layers if site.pooled_tokens}
 
-    augment_undersampled = alps.prune(decoder("gpt_oss"), sparsity=0.6, method="wanda", calibration=many.repeat(20, 1))
+    sufficient = alps.prune(decoder("gpt_oss"), sparsity=0.6, method="wanda", calibration=many.repeat(20, 1))
     assert (
-        not any(site.pooled_tokens for site in augment_undersampled.layers)
-        and "WARNING" not in prune_summary(augment_undersampled, tmp_path).plain
+        not any(site.pooled_tokens for site in sufficient.layers)
+        and "WARNING" not in prune_summary(sufficient, tmp_path).plain
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import alps
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.core.errors import SolveFailed
 from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block, relative_loss
 from alps.models.blocks import Block, find_blocks
@@ -33,10 +33,12 @@ class Recording(BlockInputs):
     trained: list[int] = field(default_factory=list)
     looked_at: list[int] = field(default_factory=list)
 
-    def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
+    def run(
+        self, index: int, block: nn.Module, batch: int, device: torch.device, *, window: int | None = None
+    ) -> Tensor:
         if not window and block is self.watched:
             (self.trained if torch.is_grad_enabled() else self.looked_at).append(batch)
-        return super().run(index, block, batch, device, window)
+        return super().run(index, block, batch, device, window=window)
 
 
 @dataclass
@@ -276,7 +278,7 @@ def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = divergence()
-    predictions = OutputLoss(Head(model, find_blocks(model)), torch.split(ids, 3))
+    predictions = OutputLoss(LMHead(model, find_blocks(model)), torch.split(ids, 3))
     record = reconstruct_block(last, sides[1], sides[0].hidden, FAST, device=CPU, output_loss=predictions)
     assert record.before == pytest.approx(before, rel=1e-4)
     assert record.after == pytest.approx(divergence(), rel=1e-4) and record.after < 0.95 * before

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import alps
 from alps.calibration.block_inputs import capture_block_inputs
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.models.blocks import find_blocks
 from helpers.decoders import DENSE, MOE, decoder
 from helpers.vision import VISION, vision_model
@@ -99,7 +99,7 @@ def examine(kind: str) -> Row:
         inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
         for block in blocks:
             inputs.advance(block.index, block.module, torch.device("cpu"))
-        logits = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+        logits = LMHead(model, blocks)(torch.cat(inputs.hidden), ids)
     parity = float((logits - expected).abs().max() / expected.abs().max())
     assert parity < 1e-5, (kind, parity)
     start = time.perf_counter()

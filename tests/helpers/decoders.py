@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alps.calibration.block_inputs import capture_block_inputs
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.models.blocks import Block
 
 _SIZES: dict[str, Any] = {
@@ -222,5 +222,5 @@ def check_walk(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
             inputs.advance(block.index, block.module, torch.device("cpu"))
             # Leaving out a block of small effect would go unnoticed.
             assert float((torch.cat(inputs.hidden) - before).norm() / before.norm()) > 0.05, block.name
-        logits = Head(model, blocks)(torch.cat(inputs.hidden), ids)
+        logits = LMHead(model, blocks)(torch.cat(inputs.hidden), ids)
     assert float((logits - expected).abs().max()) < 1e-5 * max(float(expected.abs().max()), 1.0)

@@ -38,7 +38,7 @@ def _exact(model: nn.Module, inputs: BlockInputs) -> dict[str, Tensor]:
     for site in block.sites:
         site.module.register_forward_hook(lambda _m, _a, z, name=site.name: outputs.update({name: z}))
     with torch.enable_grad():
-        states = inputs.run(0, block.module, 0, _CPU, 0)
+        states = inputs.run(0, block.module, 0, _CPU, window=0)
         relative = states / states.detach().norm(dim=-1, keepdim=True)
         for one in relative.flatten():
             slopes = torch.autograd.grad(one, list(outputs.values()), retain_graph=True, allow_unused=True)
@@ -129,7 +129,7 @@ def test_directions_belong_to_the_window(ids: Tensor) -> None:
 
     def slopes(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        found = _slopes(block.sites, lambda: inputs.run(0, block.module, 0, _CPU, 0), generator)[0]
+        found = _slopes(block.sites, lambda: inputs.run(0, block.module, 0, _CPU, window=0), generator)[0]
         assert found is not None
         return found
 

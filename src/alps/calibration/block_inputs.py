@@ -71,7 +71,9 @@ class BlockInputs:
         """Return the same inputs for another pass over the blocks; tensors are shared."""
         return replace(self, hidden=list(self.hidden))
 
-    def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
+    def run(
+        self, index: int, block: nn.Module, batch: int, device: torch.device, *, window: int | None = None
+    ) -> Tensor:
         """Run block `index` on a batch, or on one window of it.
 
         Args:
@@ -113,6 +115,7 @@ def capture_block_inputs(
     blocks: Sequence[Block],
     windows: Tensor,
     batch_size: int | list[int],
+    *,
     activations: ActivationStore | None = None,
 ) -> BlockInputs:
     """Run the model over all windows with its blocks replaced by recorders.

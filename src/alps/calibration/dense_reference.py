@@ -1,4 +1,4 @@
-"""Activations of the dense model, and hooks on the inputs of sites."""
+"""Activations of the dense model, and hooks on the inputs of layers."""
 
 from __future__ import annotations
 
@@ -14,45 +14,55 @@ from alps.calibration.moe_hooks import matmul_hooks
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
-# What sites received, of either model, is kept until their block is done while it takes no more than this.
-KEEP_BYTES = 2**31
+# Most bytes of layer inputs or outputs that one model caches for the current block.
+MAX_CACHE_BYTES = 2**31
 
 
 def select_within_budget(sizes: Sequence[int], limit: int | None) -> list[int]:
-    """Indices of what one stream keeps of the block that is being pruned, besides the hidden states between blocks.
+    """Return the indices of the tensors that are cached for the current block.
+
+    The hidden states between blocks are no part of this budget.
 
     Args:
-        sizes: in bytes, in the order in which they are kept while there is room; what is too large is left out.
-        limit: of activations in memory, None for no other than `KEEP_BYTES`.
+        sizes: in bytes, in the order of caching. A tensor that does not fit any more is skipped.
+        limit: bytes of activations in memory; None for `MAX_CACHE_BYTES` alone.
     """
-    found, room = list[int](), KEEP_BYTES if limit is None else min(KEEP_BYTES, limit)
+    selected, free_bytes = list[int](), MAX_CACHE_BYTES if limit is None else min(MAX_CACHE_BYTES, limit)
     for index, size in enumerate(sizes):
-        if size <= room:
-            found.append(index)
-            room -= size
-    return found
+        if size <= free_bytes:
+            selected.append(index)
+            free_bytes -= size
+    return selected
 
 
 class StopForward(Exception):
-    """Nothing that the rest of a block's forward computes is wanted."""
+    """End of a forward whose remaining results are not needed."""
 
 
 @contextmanager
-def input_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None], first: bool = False) -> Iterator[None]:
-    """Call `callback(site, input)` before every forward of a site for the time of the body.
+def input_hooks(
+    sites: Sequence[Site], callback: Callable[[Site, Tensor], None], prepend: bool = False
+) -> Iterator[None]:
+    """Context in which `callback(site, input)` is called before every forward of a site.
 
-    An expert's slice has no forward: it is called back before every product with it. With `first` the call comes before
-    those of others that watch the same site already.
+    The slice of an expert has no forward: the callback precedes every product with it.
+
+    Args:
+        sites: to watch.
+        callback: may raise `StopForward`.
+        prepend: call before the hooks that these sites have already.
     """
 
-    def hook(site: Site) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def make_hook(site: Site) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             callback(site, args[0] if args else next(iter(kwargs.values())))
 
-        return before
+        return hook
 
-    alone = [site for site in sites if site.expert is None]
-    handles = [site.module.register_forward_pre_hook(hook(site), prepend=first, with_kwargs=True) for site in alone]
+    linears = [site for site in sites if site.expert is None]
+    handles = [
+        site.module.register_forward_pre_hook(make_hook(site), prepend=prepend, with_kwargs=True) for site in linears
+    ]
     try:
         with matmul_hooks([site for site in sites if site.expert is not None], callback):
             yield
@@ -62,7 +72,7 @@ def input_hooks(sites: Sequence[Site], callback: Callable[[Site, Tensor], None],
 
 
 class DenseReference:
-    """Activations of the dense model beside those of the pruned one, block by block.
+    """Activations of the dense model, which advances block by block together with the pruned one.
 
     Attributes:
         block: dense copy of the current block, with the same site names; None without inputs.
@@ -77,9 +87,9 @@ class DenseReference:
         """
         self.block: Block | None = None
         self._inputs = inputs
-        self._advanced = False
-        # What sites received, batch by batch and call by call, and outputs of the block, batch by batch.
-        self._received: list[dict[str, list[Tensor]]] = []
+        self._has_advanced = False
+        # For each batch, the inputs of the recorded sites, call by call, and the output of the block.
+        self._site_inputs: list[dict[str, list[Tensor]]] = []
         self._outputs: list[Tensor] = []
 
     @classmethod
@@ -88,22 +98,22 @@ class DenseReference:
         return cls(inputs.copy() if needed and inputs.hidden else None)
 
     def begin_block(self, block: Block) -> None:
-        """Copy a block while it is dense; the inputs are those of this block."""
-        # The copy before it is freed first.
-        self.block, self._advanced = None, False
+        """Copy a block while it is dense; the stored hidden states must be its inputs."""
+        # The previous copy is freed first.
+        self.block, self._has_advanced = None, False
         if self._inputs is not None:
             self.block = block.clone()
 
     @property
     def outputs(self) -> list[Tensor]:
         """Outputs of the current block in the dense model, batch by batch; valid after `advance`."""
-        assert self._inputs is not None and self._advanced
+        assert self._inputs is not None and self._has_advanced
         return self._inputs.hidden
 
     def record(self, sites: Sequence[Site], device: torch.device) -> None:
-        """Run the block once over all batches and keep what `sites` receive, and the outputs, if memory allows.
+        """Run the block over all batches and cache the inputs of `sites` and the outputs, if memory allows.
 
-        Without it every later call of `received` runs the block.
+        Without this cache every call of `collect_inputs` runs the block.
         """
         if self._inputs is None:
             return
@@ -113,27 +123,29 @@ class DenseReference:
         names = {site.name for site in sites}
         for batch, hidden in enumerate(self._inputs.hidden):
             with torch.no_grad():
-                received, output = self._run(names, batch, device, stop_early=False)
+                inputs, output = self._run(names, batch, device, stop_early=False)
             assert output is not None
-            self._received.append({name: [x.to(hidden.device) for x in calls] for name, calls in received.items()})
+            self._site_inputs.append({name: [x.to(hidden.device) for x in calls] for name, calls in inputs.items()})
             self._outputs.append(output.to(hidden.device))
 
-    def received(self, names: set[str], batch: int, device: torch.device, stop_early: bool) -> dict[str, list[Tensor]]:
-        """Return what the named sites receive in one batch, call by call.
+    def collect_inputs(
+        self, names: set[str], batch: int, device: torch.device, *, stop_early: bool
+    ) -> dict[str, list[Tensor]]:
+        """Return the inputs of sites in one batch by the name of the site, call by call.
 
         Args:
             names: of the sites.
             batch: number of the batch.
             device: of the tensors, and where the block is run if nothing was recorded.
-            stop_early: end a forward when every site has received something.
+            stop_early: end a forward as soon as every site has received an input.
         """
-        if self._received and names <= self._received[batch].keys():
-            return {name: [x.to(device) for x in self._received[batch][name]] for name in names}
+        if self._site_inputs and names <= self._site_inputs[batch].keys():
+            return {name: [x.to(device) for x in self._site_inputs[batch][name]] for name in names}
         return self._run(names, batch, device, stop_early)[0]
 
     def advance(self, device: torch.device) -> None:
         """Turn the inputs of the current block into its outputs, once; later calls for the same block do nothing."""
-        if self._inputs is None or self._advanced:
+        if self._inputs is None or self._has_advanced:
             return
         assert self.block is not None
         if self._outputs:
@@ -141,21 +153,22 @@ class DenseReference:
                 self._inputs.replace_batch(batch, output)
         else:
             self._inputs.advance(self.block.index, self.block.module, device)
-        self._received, self._outputs, self._advanced = [], [], True
+        self._site_inputs, self._outputs, self._has_advanced = [], [], True
 
     def _run(
         self, names: set[str], batch: int, device: torch.device, stop_early: bool
     ) -> tuple[dict[str, list[Tensor]], Tensor | None]:
-        assert self._inputs is not None and self.block is not None, "the dense model's activations are not followed"
-        received: dict[str, list[Tensor]] = {name: [] for name in names}
+        """Run the block on one batch; return the inputs of sites, and the output, or None if the run was stopped."""
+        assert self._inputs is not None and self.block is not None, "the dense reference has no inputs"
+        site_inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         output = None
 
-        def note(site: Site, x: Tensor) -> None:
-            received[site.name].append(x)
-            if stop_early and all(received.values()):
+        def on_input(site: Site, x: Tensor) -> None:
+            site_inputs[site.name].append(x)
+            if stop_early and all(site_inputs.values()):
                 raise StopForward
 
         sites = [site for site in self.block.sites if site.name in names]
-        with input_hooks(sites, note), suppress(StopForward):
+        with input_hooks(sites, on_input), suppress(StopForward):
             output = self._inputs.run(self.block.index, self.block.module, batch, device)
-        return received, output
+        return site_inputs, output

@@ -93,14 +93,16 @@ class CachedForward(BlockInputs):
             if submodule.last.name in {site.name for site in group} and submodule.names <= done
         ]
 
-    def run(self, index: int, block: nn.Module, batch: int, device: torch.device, window: int | None = None) -> Tensor:
+    def run(
+        self, index: int, block: nn.Module, batch: int, device: torch.device, *, window: int | None = None
+    ) -> Tensor:
         """Run the block like `BlockInputs.run`, with bit-identical outputs."""
         assert block is self._block.module, "the cache is that of one block"
         if window is not None:
-            return super().run(index, block, batch, device, window)
+            return super().run(index, block, batch, device, window=window)
         with ExitStack() as stack:
             for site, submodule in self._to_cache:
-                stack.enter_context(input_hooks([site], partial(self._cache_input, submodule, batch), first=True))
+                stack.enter_context(input_hooks([site], partial(self._cache_input, submodule, batch), prepend=True))
             for submodule in self.submodules or ():
                 is_cached = batch in submodule.inputs or batch in submodule.outputs
                 if submodule.names <= self._pruned and is_cached:
@@ -146,13 +148,13 @@ def _find_submodules(block: Block, inputs: BlockInputs, device: torch.device) ->
     trace = _Trace(block)
     with torch.no_grad():
         with trace.recording():
-            expected = inputs.run(block.index, block.module, 0, device, 0)
+            expected = inputs.run(block.index, block.module, 0, device, window=0)
 
         def is_exact(submodules: Sequence[CachedSubmodule]) -> bool:
             with ExitStack() as stack:
                 for submodule in submodules:
                     stack.enter_context(replaced_forward(submodule.module, partial(trace.replay, submodule)))
-                return torch.equal(expected, inputs.run(block.index, block.module, 0, device, 0))
+                return torch.equal(expected, inputs.run(block.index, block.module, 0, device, window=0))
 
         candidates = trace.submodules()
         if not candidates or is_exact(candidates):

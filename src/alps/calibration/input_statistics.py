@@ -1,4 +1,4 @@
-"""Collect the input statistics of a block's sites; sites fed by the same tensor share one record."""
+"""Input statistics of a block's sites, collected in one pass; sites that receive the same tensor share them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from alps.models.sites import Site
 
 @dataclass
 class Observation:
-    """What one pass over the calibration batches saw.
+    """Input statistics of one pass over the calibration batches.
 
     Attributes:
-        shared: the distinct inputs, in the order in which they appear in the forward.
+        shared: the distinct inputs, in the order of the forward.
         unused: sites that received nothing.
-        seconds: time spent summing statistics, a part of the pass.
+        seconds: time spent on the sums, a part of the pass.
     """
 
     shared: list[LayerInput]
@@ -36,144 +36,168 @@ class Observation:
 
 
 class _Collector:
-    """Hooks for one pass: a site's first batch finds out whose input it shares, later ones watch one site per input."""
+    """Callbacks of the input hooks of one pass, and the sums of every distinct input.
+
+    The first call of a site shows whose input it shares. In later batches only the first site of each input is watched.
+    """
 
     def __init__(
-        self, needs: Needs, device: torch.device, groups: Sequence[Sequence[Site]] = (), last: int | None = None
+        self,
+        needs: Needs,
+        device: torch.device,
+        groups: Sequence[Sequence[Site]] = (),
+        stop_after: int | None = None,
     ) -> None:
-        self.needs, self.device, self._last = needs, device, last
+        """Start before the first batch.
+
+        Args:
+            needs: statistics to collect.
+            device: of the sums.
+            groups: sites by their shared input, each called once in a batch; may be empty.
+            stop_after: the first batch ends when as many sites have received an input; None runs it to its end.
+        """
+        self.needs, self.device, self._stop_after = needs, device, stop_after
         self.shared: list[LayerInput] = []
-        # By the name of a site, its input.
-        self._owner: dict[str, LayerInput] = {}
+        self._input_by_site: dict[str, LayerInput] = {}
         for group in groups:
-            self._begin(group)
+            self._add_input(group)
         self.seconds = 0.0
-        # What the dense model's sites receive in this batch.
-        self.dense: dict[str, list[Tensor]] = {}
-        # How often each input's first site has received something in this batch.
-        self._received: dict[str, int] = {}
-        self.may_stop = bool(groups)  # whether a batch may end at its last input
-        self._shape = torch.Size()  # windows and tokens of this batch
-        # Inputs of this batch that met a new site; held, so that identity means the same tensor.
-        self._met: list[tuple[Tensor, LayerInput]] = []
+        # Inputs of this batch in the dense model, by the name of the site, call by call.
+        self.dense_inputs: dict[str, list[Tensor]] = {}
+        # Calls of each input's first site in this batch.
+        self._calls: dict[str, int] = {}
+        self.may_stop = bool(groups)  # a batch may end at its last input
+        self._batch_shape = torch.Size()  # (windows, tokens)
+        # Tensors of this batch that reached a site for the first time. A tensor that is kept has a unique identity.
+        self._seen_inputs: list[tuple[Tensor, LayerInput]] = []
 
-    def knows(self, site: Site) -> bool:
-        """Whether a site has received something."""
-        return site.name in self._owner
+    def has_seen(self, site: Site) -> bool:
+        """Return True if a site has an input."""
+        return site.name in self._input_by_site
 
-    def first(self, site: Site, x: Tensor) -> None:
-        """A site that was not known when the batch began receives `x`.
-
-        Raises:
-            AllSeen: when every site was met in the first batch, and none is called again.
-        """
-        self._meet(site, x)
-        if len(self._owner) == self._last:
-            raise StopForward
-
-    def _meet(self, site: Site, x: Tensor) -> None:
-        owner = self._owner.get(site.name)
-        if owner is None:
-            for tensor, shared in self._met:
-                if tensor is x:
-                    shared.sites.append(site)
-                    self._owner[site.name] = shared
-                    return
-            owner = self._begin([site])
-        self._met.append((x, owner))
-        self._add(owner, x)
-
-    def later(self, site: Site, x: Tensor) -> None:
-        """The first site of a known input receives `x`.
+    def on_first_input(self, site: Site, x: Tensor) -> None:
+        """Process the input of a site that had none when the batch began.
 
         Raises:
-            AllSeen: when nothing more is to be expected in this batch.
+            StopForward: when every site has received an input, and none is called again.
         """
-        self._add(self._owner[site.name], x)
-        if self.may_stop and len(self._received) == len(self.shared):
+        self._assign_input(site, x)
+        if len(self._input_by_site) == self._stop_after:
             raise StopForward
 
-    def begin_starved(self, sites: Sequence[Site]) -> None:
-        """Empty sums for those experts among `sites` that received nothing where others of their like did."""
+    def on_input(self, site: Site, x: Tensor) -> None:
+        """Process the input of a site that is the first one of its shared input.
+
+        Raises:
+            StopForward: when no other input is expected in this batch.
+        """
+        self._update_sums(self._input_by_site[site.name], x)
+        if self.may_stop and len(self._calls) == len(self.shared):
+            raise StopForward
+
+    def add_unreached_experts(self, sites: Sequence[Site]) -> None:
+        """Add empty sums for experts among `sites` without a token if other experts of the parameter have tokens."""
         fused = {site.parameter_name for shared in self.shared for site in shared.sites if site.expert is not None}
         for site in sites:
-            if site.parameter_name in fused and not self.knows(site):
-                self._begin([site])
+            if site.parameter_name in fused and not self.has_seen(site):
+                self._add_input([site])
 
-    def synchronise(self, sites: Sequence[Site], group: ProcessGroup) -> None:
-        """Make the inputs the same on all ranks, in the same order; those that this rank has not seen are empty.
+    def sync_groups(self, sites: Sequence[Site], group: ProcessGroup) -> None:
+        """Make the inputs the same on all ranks, in the same order; inputs that this rank lacks have empty sums.
 
         Raises:
             UnsupportedModel: when ranks disagree on which sites share an input.
         """
-        by_name = {site.name: site for site in sites}
-        groups = {names[0]: names for part in group.all_gather_object(self._groups()) for names in part}
+        site_by_name = {site.name: site for site in sites}
+        site_names = {names[0]: names for part in group.all_gather_object(self._groups()) for names in part}
         local = {names[0]: names for names in self._groups()}
-        if any(local.get(leader, names) != names for leader, names in groups.items()) or any(
-            self.knows(by_name[name]) for leader, names in groups.items() if leader not in local for name in names
+        if any(local.get(leader, names) != names for leader, names in site_names.items()) or any(
+            self.has_seen(site_by_name[name])
+            for leader, names in site_names.items()
+            if leader not in local
+            for name in names
         ):
             raise UnsupportedModel(
-                "Which sites share an input differs between the windows of two processes: prune in one process."
+                "The calibration windows of two processes disagree on which layers share an input: prune in one "
+                "process."
             )
-        for leader, names in groups.items():
+        for leader, names in site_names.items():
             if leader not in local:
-                self._begin([by_name[name] for name in names])
-        order = list(groups)
+                self._add_input([site_by_name[name] for name in names])
+        order = list(site_names)
         self.shared.sort(key=lambda source: order.index(source.name))
 
     def _groups(self) -> list[list[str]]:
-        return [[site.name for site in one.sites] for one in self.shared]
+        return [[site.name for site in source.sites] for source in self.shared]
 
-    def received_once(self, shared: LayerInput) -> bool:
-        """Whether an input has been met exactly once since the batch began."""
-        return self._received.get(shared.sites[0].name) == 1
+    def is_called_once(self, shared: LayerInput) -> bool:
+        """Return True if an input has been received exactly once in this batch."""
+        return self._calls.get(shared.name) == 1
 
     def begin_batch(self, hidden: Tensor) -> None:
-        """The next inputs are made of these hidden states (windows, tokens, features)."""
-        self._shape = hidden.shape[:2]
+        """Begin a batch with the block's hidden states (windows, tokens, features)."""
+        self._batch_shape = hidden.shape[:2]
 
     def end_batch(self, complete: bool) -> None:
-        """Let go of the inputs of this batch; `complete` when every site is known.
+        """Release the tensors of this batch, and decide if later batches may stop at their last input.
 
-        Once every input has been met exactly once in a batch, later batches may stop at their last input.
+        They may if every input was received exactly once.
+
+        Args:
+            complete: every site has an input.
         """
-        self.may_stop = complete and all(self.received_once(one) for one in self.shared)
-        # In later batches a site that is met for the first time may come before others that were met in the first one.
-        self._last = None
-        self._received.clear()
-        self._met.clear()
+        self.may_stop = complete and all(self.is_called_once(source) for source in self.shared)
+        # In later batches a new site may be called before sites that were seen in the first batch.
+        self._stop_after = None
+        self._calls.clear()
+        self._seen_inputs.clear()
 
-    def _begin(self, sites: Sequence[Site]) -> LayerInput:
-        # Which tokens an expert receives may differ between the dense and the pruned model: it has no drift.
+    def _assign_input(self, site: Site, x: Tensor) -> None:
+        """Add `x` to the sums of a site, unless it is the input of another site, which is then shared."""
+        source = self._input_by_site.get(site.name)
+        if source is None:
+            for tensor, shared in self._seen_inputs:
+                if tensor is x:
+                    shared.sites.append(site)
+                    self._input_by_site[site.name] = shared
+                    return
+            source = self._add_input([site])
+        self._seen_inputs.append((x, source))
+        self._update_sums(source, x)
+
+    def _add_input(self, sites: Sequence[Site]) -> LayerInput:
+        # The routers of the dense and the pruned model may send an expert different tokens: it has no input shift.
         needs = self.needs if sites[0].expert is None else min(self.needs, Needs.GRAM)
         shared = LayerInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
         self.shared.append(shared)
-        self._owner |= {site.name: shared for site in sites}
+        self._input_by_site |= {site.name: shared for site in sites}
         return shared
 
-    def _add(self, shared: LayerInput, x: Tensor) -> None:
-        start = self._now()
-        name = shared.sites[0].name
-        count = self._received.get(name, 0)
-        dense = None if shared.sums.input_shift is None else self._by_window(self._twin(name, count, x))
-        shared.sums.update(self._by_window(x), dense)
-        self.seconds += self._now() - start
-        self._received[name] = count + 1
+    def _update_sums(self, shared: LayerInput, x: Tensor) -> None:
+        start = self._synchronised_time()
+        name = shared.name
+        call = self._calls.get(name, 0)
+        dense = None if shared.sums.input_shift is None else self._split_windows(self._dense_input(name, call, x))
+        shared.sums.update(self._split_windows(x), dense)
+        self.seconds += self._synchronised_time() - start
+        self._calls[name] = call + 1
 
-    def _twin(self, name: str, call: int, x: Tensor) -> Tensor:
-        calls = self.dense[name]
+    def _dense_input(self, name: str, call: int, x: Tensor) -> Tensor:
+        """Return the input of the same call in the dense model."""
+        calls = self.dense_inputs[name]
         if call >= len(calls) or calls[call].shape != x.shape:
             raise UnsupportedModel(
-                f"Site {name} receives other tokens in the pruned model than in the dense one, so that their inputs "
-                "cannot be compared: use --dense-target 0."
+                f"Layer {name} receives different tokens in the pruned and in the dense model, so their inputs cannot "
+                "be compared: use --dense-target 0."
             )
         return calls[call]
 
-    def _by_window(self, x: Tensor) -> Tensor:
-        """The same rows; where a model has laid the tokens of all windows in one row (OPT), window by window again."""
-        return x.reshape(*self._shape, x.shape[1]) if x.ndim == 2 and len(x) == self._shape.numel() else x
+    def _split_windows(self, x: Tensor) -> Tensor:
+        """Reshape (windows * tokens, features), as in OPT, to (windows, tokens, features); keep all other shapes."""
+        is_flat = x.ndim == 2 and len(x) == self._batch_shape.numel()
+        return x.reshape(*self._batch_shape, x.shape[1]) if is_flat else x
 
-    def _now(self) -> float:
+    def _synchronised_time(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -184,73 +208,82 @@ def observe(
     inputs: BlockInputs,
     needs: Needs,
     device: torch.device,
+    *,
     groups: Sequence[Sequence[Site]] = (),
     reference: DenseReference | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Observation:
-    """Run `block` over all batches and sum up what its sites receive.
+    """Run a block over all batches and collect the input statistics of its sites.
 
-    A batch ends at the last site's input, since nothing after it is wanted: a block that calls its sites once each
-    is not run to its end but for the first batch, and that only in the first block of its structure. One that calls a
-    site a second time in a later batch or block only, which no decoder is known to do, would have that call overlooked.
+    A batch ends at the last site's input, since no later result is needed. If a block calls each site once, only its
+    first batch runs to the end, and only in the first block of this structure. A second call of a site that occurs in
+    later batches or blocks alone would be missed; no known decoder has one.
 
     Args:
-        block: the block, already on `device`.
-        inputs: hidden states and arguments of this block.
-        needs: what to collect.
-        device: where the forward runs and the sums live.
-        groups: the sites to watch, as `discover` grouped them: each group shares one input and is called once in a
-            batch. Without it all sites are watched, and who shares what is found out.
-        reference: the dense model's activations of the same batches, needed for `Needs.INPUT_SHIFT`.
+        block: on `device`.
+        inputs: of the block.
+        needs: statistics to collect.
+        device: where the block runs and the sums are kept.
+        groups: the sites to watch by their shared input, as returned by `discover`, each called once in a batch. If
+            empty, all sites are watched, and this pass finds out which of them share an input.
+        reference: activations of the dense model in the same batches, needed for `Needs.INPUT_SHIFT`.
         group: ranks that observe other windows. All of them get the same inputs in the same order, each with the sums
             of its own windows.
 
     Raises:
-        UnsupportedModel: when a site receives other tokens in the dense model, or shares another input elsewhere.
+        UnsupportedModel: when a site receives other tokens in the dense model, or ranks disagree on shared inputs.
     """
-    wanted = [site for group in groups for site in group] or block.sites
-    structure = _structure(block, wanted)
-    collector = _Collector(needs, device, groups, len(wanted) if structure in inputs.called_once else None)
+    sites = [site for shared_sites in groups for site in shared_sites] or block.sites
+    structure = _structure(block, sites)
+    collector = _Collector(needs, device, groups, len(sites) if structure in inputs.called_once else None)
     with torch.no_grad():
         for batch in range(len(inputs.hidden)):
             leaders = [shared.sites[0] for shared in collector.shared]
             # In a mixture of experts a site may receive its first tokens in a late batch.
-            strangers = [site for site in wanted if not collector.knows(site)]
+            unseen_sites = [site for site in sites if not collector.has_seen(site)]
             if needs >= Needs.INPUT_SHIFT:
-                assert reference is not None, "the input shift is measured against the dense model"
-                names = {site.name for site in leaders + strangers if site.expert is None}
-                collector.dense = (
-                    reference.received(names, batch, device, stop_early=collector.may_stop) if names else {}
+                assert reference is not None, "the input shift needs a dense reference"
+                names = {site.name for site in leaders + unseen_sites if site.expert is None}
+                collector.dense_inputs = (
+                    reference.collect_inputs(names, batch, device, stop_early=collector.may_stop) if names else {}
                 )
-            hooks = input_hooks(leaders, collector.later), input_hooks(strangers, collector.first)
             collector.begin_batch(inputs.hidden[batch])
-            with hooks[0], hooks[1], suppress(StopForward):
+            with (
+                input_hooks(leaders, collector.on_input),
+                input_hooks(unseen_sites, collector.on_first_input),
+                suppress(StopForward),
+            ):
                 inputs.run(block.index, block.module, batch, device)
-            collector.end_batch(complete=all(map(collector.knows, wanted)))
+            collector.end_batch(complete=all(map(collector.has_seen, sites)))
             if not batch and not groups and collector.may_stop:
                 inputs.called_once.add(structure)
-    collector.begin_starved(wanted)
-    collector.synchronise(wanted, group)
-    shared = augment_undersampled(collector.shared, block, inputs, needs, device, group)
-    return Observation(shared, [site for site in wanted if not collector.knows(site)], collector.seconds)
+    collector.add_unreached_experts(sites)
+    collector.sync_groups(sites, group)
+    shared = augment_undersampled(collector.shared, block, inputs, needs, device=device, group=group)
+    return Observation(shared, [site for site in sites if not collector.has_seen(site)], collector.seconds)
 
 
 def _structure(block: Block, sites: Sequence[Site]) -> Structure:
-    # What `only` leaves of a block has fewer sites, and is another structure.
+    # A subset of a block's sites, as `only` selects it, is another structure.
     return type(block.module), tuple(site.name.removeprefix(block.name) for site in sites)
 
 
 def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[list[Site]]:
-    """Which sites share an input, in the order of the forward, as seen in the first batch.
+    """Group the sites of a block by their shared input in the first batch, in the order of the forward.
 
-    Sites that receive nothing in that batch, or something more than once, are left out; experts without a token are
-    not where others of their like have some, and come last.
+    Sites that receive nothing in this batch, or an input more than once, are left out. Experts without a token are
+    included, at the end, if other experts of the same parameter have tokens.
+
+    Args:
+        block: on `device`.
+        inputs: of the block.
+        device: where the block runs.
     """
     collector = _Collector(Needs.NOTHING, device)
     collector.begin_batch(inputs.hidden[0])
-    with torch.no_grad(), input_hooks(block.sites, collector.first):
+    with torch.no_grad(), input_hooks(block.sites, collector.on_first_input):
         inputs.run(block.index, block.module, 0, device)
-    met = list(collector.shared)
-    collector.begin_starved(block.sites)
-    again = {shared.sites[0].parameter_name for shared in met if not collector.received_once(shared)}
-    return [shared.sites for shared in collector.shared if shared.sites[0].parameter_name not in again]
+    received = list(collector.shared)
+    collector.add_unreached_experts(block.sites)
+    repeated = {shared.sites[0].parameter_name for shared in received if not collector.is_called_once(shared)}
+    return [shared.sites for shared in collector.shared if shared.sites[0].parameter_name not in repeated]

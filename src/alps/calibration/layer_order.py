@@ -1,4 +1,4 @@
-"""Collect the inputs of a block's layers: all at once, or one by one while the layers before are pruned."""
+"""Collect the inputs of a block's layers: all at once, or one by one while earlier layers are pruned."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def calibrate(
 
     Args:
         block: on `device`.
-        inputs: of the block. Those of a method that reads none have no batches; a `CachedForward` continues where the
-            last pass ended.
+        inputs: of the block. They have no batches if the method reads no inputs. A `CachedForward` reuses the outputs
+            of submodules that are already pruned.
         needs: statistics to collect.
         device: where the forward runs and the sums are kept.
-        true_sequential: yield the inputs one by one in the order of the forward (those of all experts at once, first
-            maps before second ones), and then those that the first batch did not reach. Otherwise yield once.
+        true_sequential: yield the inputs one by one in the order of the forward, and then those that the first batch
+            did not reach. The inputs of all experts' first projections are one step, those of the second ones another.
+            Otherwise yield once.
         reference: activations of the dense model, needed for `Needs.INPUT_SHIFT`.
         group: ranks that observe other windows, see `observe`.
     """
@@ -61,7 +62,7 @@ def calibrate(
     for step in steps.values():
         if isinstance(inputs, CachedForward):
             inputs.begin_pass(step)
-        yield observe(block, inputs, needs, device, step, reference, group)
+        yield observe(block, inputs, needs, device, groups=step, reference=reference, group=group)
     discovered = {site.name for sites in shared_inputs for site in sites}
     if late := [site for site in block.sites if site.name not in discovered]:
         if isinstance(inputs, CachedForward):
@@ -70,15 +71,15 @@ def calibrate(
 
 
 def _without_inputs(block: Block, device: torch.device) -> Observation:
-    """Return empty sums, one for each site."""
-    sums = [InputSums.zeros(site.shape[1], Needs.NOTHING, device) for site in block.sites]
-    return Observation([LayerInput(part, [site]) for part, site in zip(sums, block.sites, strict=True)], [], 0.0)
+    """Return empty sums for each site."""
+    inputs = [LayerInput(InputSums.zeros(site.shape[1], Needs.NOTHING, device), [site]) for site in block.sites]
+    return Observation(inputs, [], 0.0)
 
 
 def _discover_on_main(
     block: Block, inputs: BlockInputs, device: torch.device, group: ProcessGroup
 ) -> Sequence[Sequence[Site]]:
-    """Return which sites share an input, as the first batch of the main rank shows it."""
+    """Group the sites by their shared input, as seen in the first batch of the main rank."""
     sites = {site.name: site for site in block.sites}
     names = group.broadcast_from_main(
         lambda: [[site.name for site in shared] for shared in discover(block, inputs, device)]
@@ -87,5 +88,5 @@ def _discover_on_main(
 
 
 def _comparable(sites: Sequence[Site]) -> list[Site]:
-    """Return the sites that receive the same tokens in the dense model; a router may send an expert others."""
+    """Return the sites that receive the same tokens in the dense model; routers may send experts different ones."""
     return [site for site in sites if site.expert is None]

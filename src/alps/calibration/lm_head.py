@@ -1,4 +1,4 @@
-"""Ask the whole model what a change inside one block does to its answers, by replaying what comes after it."""
+"""Logits of a whole model for changed outputs of its blocks, and the divergence that a change of weights causes."""
 
 from __future__ import annotations
 
@@ -13,102 +13,122 @@ from alps.calibration.block_inputs import BlockInputs, capture_block_inputs, rep
 from alps.core.kl_divergence import kl_divergence
 from alps.models.blocks import Block, non_block_weights, on_device
 
+# Makes a context within which some weights of a block have other values.
 Change = Callable[[], AbstractContextManager[None]]
 
 
-class Head:
-    """Everything of a model that comes after its blocks, as a function of the last block's output."""
+class LMHead:
+    """Part of a model after its blocks, as a function of the last block's output.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], bare: bool | None = None) -> None:
+    Attributes:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], returns_tensor: bool | None = None) -> None:
+        """Describe a model.
+
+        Args:
+            model: a causal language model.
+            blocks: its decoder blocks.
+            returns_tensor: blocks return their hidden states as a tensor, not first in a tuple; None runs a block to
+                learn this.
+        """
         self.model, self._blocks = model, blocks
-        self._bare = bare  # whether a block returns its hidden states alone; None: one is asked
+        self._returns_tensor = returns_tensor
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Logits (batch, tokens, vocabulary) for the last block's output (batch, tokens, features)."""
-        home = self._outside()[0].device
-        answer = hidden.to(home)
+        """Compute logits (batch, tokens, vocabulary).
 
-        def stand_in(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        Args:
+            hidden: outputs of the last block, (batch, tokens, features).
+            ids: token ids (batch, tokens).
+        """
+        device = self._non_block_tensors()[0].device
+        last_output = hidden.to(device)
+
+        def make_forward(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if self._bare is None:
+                if self._returns_tensor is None:
                     with torch.no_grad():
-                        self._bare = torch.is_tensor(real(*args, **kwargs))
-                passed = args[0] if args else kwargs["hidden_states"]
-                states = answer if index == len(self._blocks) - 1 else passed
-                return states if self._bare else (states,)
+                        self._returns_tensor = torch.is_tensor(original(*args, **kwargs))
+                block_input = args[0] if args else kwargs["hidden_states"]
+                states = last_output if index == len(self._blocks) - 1 else block_input
+                return states if self._returns_tensor else (states,)
 
             return forward
 
-        with replaced_forwards(self._blocks, stand_in):
-            logits: Tensor = self.model(input_ids=ids.to(home), use_cache=False).logits
+        with replaced_forwards(self._blocks, make_forward):
+            logits: Tensor = self.model(input_ids=ids.to(device), use_cache=False).logits
         return logits
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Bring all that lies outside the blocks to a device for the time of the body, which must not change it."""
+        """Context in which all tensors outside the blocks are on a device; changes made inside it may be lost."""
         with non_block_weights(self._blocks):
-            tensors = self._outside()
-            homes = [tensor.data for tensor in tensors]
+            tensors = self._non_block_tensors()
+            original_data = [tensor.data for tensor in tensors]
             try:
                 for tensor in tensors:
                     tensor.data = tensor.data.to(device)
                 yield
             finally:
-                for tensor, data in zip(tensors, homes, strict=True):
+                for tensor, data in zip(tensors, original_data, strict=True):
                     tensor.data = data
 
-    def _outside(self) -> list[Tensor]:
-        """Parameters and buffers outside the blocks, each once."""
-        inside = {id(t) for block in self._blocks for t in (*block.module.parameters(), *block.module.buffers())}
-        return [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in inside]
+    def _non_block_tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers outside the blocks, each once."""
+        block_tensors = {id(t) for block in self._blocks for t in (*block.module.parameters(), *block.module.buffers())}
+        return [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in block_tensors]
 
 
-def divergences(
+def measure_divergences(
     model: nn.Module,
     blocks: Sequence[Block],
     windows: Tensor,
-    device: torch.device,
     changes: Sequence[Sequence[Change]],
-    done: Callable[[Block], None] = lambda _: None,
+    *,
+    device: torch.device,
+    on_block_done: Callable[[Block], None] = lambda _: None,
 ) -> list[list[float]]:
-    """What each of many changes, made alone, does to the model's answers.
+    """Measure the divergence of the model's predictions for each of many changes, one change at a time.
 
-    One sweep: every block comes to the device once. What a change leaves behind in its block's output is carried
-    through the blocks after it, beside the unchanged states.
+    Every block is moved to the device once. The changed outputs of earlier blocks run through it together with the
+    unchanged hidden states.
 
     Args:
-        model: in evaluation mode; left as it was.
+        model: in evaluation mode; left unchanged.
         blocks: its decoder blocks.
         windows: token ids (windows, tokens), run as one batch.
-        device: where blocks and head run.
-        changes: for every block, contexts within which some of its weights are other ones.
-        done: told when a block has been run for the last time.
+        changes: for every block, contexts within which some of its weights have other values.
+        device: where blocks and LM head run.
+        on_block_done: called after the last run of a block.
 
     Returns:
         For every change, mean KL(model || changed model) per token in nats.
     """
     inputs = capture_block_inputs(model, blocks, windows, len(windows))
-    home = inputs.hidden[0].device
-    dense, carried = inputs.hidden[0], list[Tensor]()
+    original_device = inputs.hidden[0].device
+    dense_states, changed_states = inputs.hidden[0], list[Tensor]()
 
-    def after(block: Block, hidden: Tensor) -> Tensor:
-        return BlockInputs([hidden], inputs.arguments).run(block.index, block.module, 0, device).to(home)
+    def run_block(block: Block, hidden: Tensor) -> Tensor:
+        output = BlockInputs([hidden], inputs.arguments).run(block.index, block.module, 0, device)
+        return output.to(original_device)
 
     with torch.no_grad():
-        for block, mine in zip(blocks, changes, strict=True):
+        for block, block_changes in zip(blocks, changes, strict=True):
             with on_device(block, device):
-                carried = [after(block, hidden) for hidden in carried]
-                for change in mine:
+                changed_states = [run_block(block, hidden) for hidden in changed_states]
+                for change in block_changes:
                     with change():
-                        carried.append(after(block, dense))
-                dense = after(block, dense)
-            done(block)
-        head = Head(model, blocks, inputs.returns_tensor)
+                        changed_states.append(run_block(block, dense_states))
+                dense_states = run_block(block, dense_states)
+            on_block_done(block)
+        head = LMHead(model, blocks, inputs.returns_tensor)
         with head.on(device):
-            reference = head(dense, windows).flatten(0, -2)
-            found = iter([_divergence(head(hidden, windows), reference) for hidden in carried])
-    return [[next(found) for _ in mine] for mine in changes]
+            reference = head(dense_states, windows).flatten(0, -2)
+            divergences = iter([_mean_divergence(head(hidden, windows), reference) for hidden in changed_states])
+    return [[next(divergences) for _ in block_changes] for block_changes in changes]
 
 
-def _divergence(logits: Tensor, reference: Tensor) -> float:
+def _mean_divergence(logits: Tensor, reference: Tensor) -> float:
     return float(kl_divergence(logits.flatten(0, -2), reference, len(reference)))

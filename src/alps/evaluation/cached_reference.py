@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.models.blocks import find_blocks
 
 
@@ -31,7 +31,7 @@ class CachedReferenceModel(nn.Module):
         # Callers restore the mode of this wrapper afterwards, and with it that of the model.
         self.training = model.training
         self._blocks = find_blocks(model)
-        self._head = Head(model, self._blocks)
+        self._head = LMHead(model, self._blocks)
         self._outputs: dict[tuple[torch.Size, bytes], Tensor] = {}
         self._is_exact: bool | None = None  # the head gives bit-identical logits; None before the first batch
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import SolveFailed
 from alps.core.kl_divergence import kl_divergence
@@ -69,7 +69,7 @@ class OutputLoss:
         ids: token ids of every batch, from which the head's masks are made.
     """
 
-    head: Head
+    head: LMHead
     ids: Sequence[Tensor]
 
     def loss(self, output: Tensor, target: Tensor, batch: int, window: int) -> Tensor:
@@ -133,11 +133,11 @@ def reconstruct_block(
         if dense_block is None or parameters.target == 1:
             return dense
         with torch.no_grad():
-            local = inputs.run(dense_block.index, dense_block.module, batch, device, window)
+            local = inputs.run(dense_block.index, dense_block.module, batch, device, window=window)
         return local.float().lerp(dense.float(), parameters.target).to(dense.dtype)
 
     def loss_of(batch: int, window: int) -> Tensor:
-        output = inputs.run(block.index, block.module, batch, device, window)
+        output = inputs.run(block.index, block.module, batch, device, window=window)
         target = target_of(batch, window)
         return relative_loss(output, target) if output_loss is None else output_loss.loss(output, target, batch, window)
 

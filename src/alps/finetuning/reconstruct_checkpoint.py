@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.core.device import exact_float32, pick_device
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
@@ -205,7 +205,7 @@ def _reconstruct_blocks(
         ):
             targets = _capture(dense, dense_blocks, ids, batch_size, storage_device)
             inputs = _capture(pruned, blocks, ids, batch_size, storage_device)
-            output_loss = OutputLoss(Head(pruned, blocks), torch.split(ids, batch_size))
+            output_loss = OutputLoss(LMHead(pruned, blocks), torch.split(ids, batch_size))
             for dense_block, block in zip(dense_blocks, blocks, strict=True):
                 is_last = block is blocks[-1]
                 with on_device(dense_block, device), on_device(block, device):

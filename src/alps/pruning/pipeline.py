@@ -21,7 +21,7 @@ from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_blo
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import calibrate
-from alps.calibration.lm_head import Head
+from alps.calibration.lm_head import LMHead
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error
@@ -235,9 +235,9 @@ def _capture(
     storage = torch.device("cpu") if context.offload else context.device
     activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
     windows = context.group.shard(windows)
-    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations)
+    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=activations)
     batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
-    return inputs, OutputLoss(Head(model, blocks, inputs.returns_tensor), batches)
+    return inputs, OutputLoss(LMHead(model, blocks, inputs.returns_tensor), batches)
 
 
 def _forward_of(

@@ -54,7 +54,7 @@ def compute_row_weights(
     for batch, window, number in _windows(inputs, group):
         # Seeded by the index of the window among those of all ranks.
         generator = torch.Generator().manual_seed(number)
-        forward = partial(inputs.run, block.index, block.module, batch, device, window)
+        forward = partial(inputs.run, block.index, block.module, batch, device, window=window)
         for site, slope in zip(sites, _slopes(sites, forward, generator), strict=True):
             # NaN leaves the layer out, on every rank.
             sums[site.name] += math.nan if slope is None else slope.flatten(0, -2).double().square().sum(dim=0)

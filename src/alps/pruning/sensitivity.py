@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
 from alps.calibration.input_statistics import observe
-from alps.calibration.lm_head import Change, divergences
+from alps.calibration.lm_head import Change, measure_divergences
 from alps.core.statistics import Needs, relative_error
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
@@ -119,7 +119,7 @@ def sensitivities(
     def report(block: Block) -> None:
         context.progress.step(f"block {block.index} probed")
 
-    divergence_lists = divergences(model, blocks, windows, context.device, changes, report)
+    divergence_lists = measure_divergences(model, blocks, windows, changes, device=context.device, on_block_done=report)
     for part, kls in zip(names, divergence_lists, strict=True):
         for name, kl in zip(part, kls, strict=True):
             error = sum(profile.cut_error for profile in parameters[name])
