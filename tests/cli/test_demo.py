@@ -68,6 +68,6 @@ def test_the_demo_replaces_nothing_but_an_earlier_demo(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.json").write_text("{}")
     before = contents(tmp_path)
-    assert run_alps(monkeypatch, "demo", "--out", tmp_path / "mine") == 2
+    assert run_alps(monkeypatch, "demo", tmp_path / "mine") == 2
     assert "is not empty" in capsys.readouterr().err
     assert contents(tmp_path) == before

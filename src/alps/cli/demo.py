@@ -12,7 +12,12 @@ from alps.cli.tables import demo_table, prune_summary
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pruned model.")] = Path("alps-demo"),
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Directory to create for the pruned model. (default: alps-demo)", show_default=False
+        ),
+    ] = Path("alps-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Prune with ALPS only.")] = False,
     device: Annotated[str, typer.Option(help="Device to compute on: auto, cpu or cuda:N.")] = "auto",
 ) -> None:
