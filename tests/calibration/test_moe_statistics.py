@@ -18,7 +18,6 @@ from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import MIN_TOKENS_PER_INPUT, LayerInput
 from alps.cli.main import app
 from alps.cli.tables import prune_summary
-from alps.core.errors import UnsupportedModel
 from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.core.statistics import InputStats, Needs
@@ -326,18 +325,6 @@ def test_matching_tunes_experts_and_leaves_zeros_and_routers_alone(kind: str, ma
     assert all(int((site.read() == 0).sum()) == site.entries // 2 for site in _slices(matched).values())
 
 
-@pytest.mark.parametrize("kind", MOE)
-def test_observing_leaves_no_trace(kind: str, ids: Tensor) -> None:
-    model = decoder(kind)
-    with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits
-    report = alps.prune(model, sparsity=0.0, calibration=ids)
-    assert report.zeros == 0
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
-    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
-
-
 def test_budgets_read_experts_and_leave_them_as_they_were(many: Tensor) -> None:
     model, before = decoder("mixtral"), decoder("mixtral").state_dict()
     patterns = allocate_sparsity(
@@ -366,43 +353,6 @@ def test_half_precision_experts_get_exact_zeros(kind: str, dtype: torch.dtype, m
         assert bool(site.read().isfinite().all()) and not torch.equal(site.read(), dense[name].read())
     assert report.mean_error is not None and 0 < report.mean_error < 0.2
     assert any(site.pooled_tokens for site in report.layers)
-
-
-class _Experts(nn.Module):
-    """Four maps in one parameter, from 8 features to 8, multiplied from the side that `inputs_first` says."""
-
-    def __init__(self, inputs_first: bool) -> None:
-        super().__init__()
-        self.num_experts, self.inputs_first = 4, inputs_first
-        self.weight = nn.Parameter(torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        parts = [
-            part @ self.weight[i] if self.inputs_first else F.linear(part, self.weight[i])
-            for i, part in enumerate(hidden.chunk(4, dim=1))
-        ]
-        return torch.cat(parts, dim=1)
-
-
-class _Model(nn.Module):
-    def __init__(self, inputs_first: bool) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, 8)
-        self.layers = nn.ModuleList([nn.Sequential(_Experts(inputs_first))])
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-        hidden: Tensor = self.layers[0](self.embed(input_ids))
-        return hidden
-
-
-def test_experts_multiplied_from_the_other_side_are_refused(ids: Tensor) -> None:
-    """Square slices: nothing but the product shows that rows are inputs."""
-    plain = {source.sites[0].name: source.tokens for source in _seen(_Model(inputs_first=False), ids)}
-    assert plain == {f"layers.0.0.{i}": ids.numel() // 4 for i in range(4)}
-    model = _Model(inputs_first=True)
-    with pytest.raises(UnsupportedModel, match=r"^layers\.0\.0\.weight of _Experts has another layout than expected"):
-        list(_seen(model, ids))
-    assert "forward" not in model.layers[0].__dict__
 
 
 def test_patterns_that_do_not_divide_a_slice_name_it(ids: Tensor) -> None:
