@@ -75,7 +75,7 @@ def test_a_weight_that_is_not_a_number_is_named(
         prune(model, ids, method, _HALF, measure_error=measured)
     sentence = str(caught.value)
     # In the forward a NaN in k reaches the inputs of o_proj first; k itself is solved before those are looked at.
-    assert sentence.startswith("Site model.layers.1.self_attn.k_proj: the dense weights hold NaN")
+    assert sentence.startswith("Layer model.layers.1.self_attn.k_proj: the dense weights hold NaN")
     assert sentence.endswith(".") and not sentence.endswith("..")
     changed = [name for name, weight in layer_weights(model).items() if not torch.equal(weight, dense[name])]
     assert len([name for name in changed if ".layers.0." in name]) == 7
@@ -102,6 +102,6 @@ class _Explosive(Method):
 
 
 def test_weights_that_overflow_the_checkpoint_name_the_site(tiny_model: Callable[..., Any], ids: Tensor) -> None:
-    with pytest.raises(SolveFailed, match=r"^Site model\.layers\.0\.self_attn\.q_proj: .* overflow torch\.float16"):
+    with pytest.raises(SolveFailed, match=r"^Layer model\.layers\.0\.self_attn\.q_proj: .* overflow torch\.float16"):
         prune(tiny_model("llama", torch.float16), ids, _Explosive(), _HALF)
     assert prune(tiny_model("llama", torch.bfloat16), ids, _Explosive(), _HALF, measure_error=False).layers

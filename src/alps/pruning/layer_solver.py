@@ -93,7 +93,7 @@ class LayerProblem:
         stored = self.site.write(solution.weight)
         if not bool(torch.isfinite(stored).all()):
             raise SolveFailed(
-                f"Site {self.site.name}: pruned weights overflow {self.site.dtype}: run with --dtype bfloat16 or "
+                f"Layer {self.site.name}: pruned weights overflow {self.site.dtype}: run with --dtype bfloat16 or "
                 "float32."
             )
         return stored
@@ -247,7 +247,7 @@ def _layer_names(sites: Sequence[Site]) -> Iterator[None]:
     try:
         yield
     except SolveFailed as error:
-        raise SolveFailed(f"Site {names}: {error}.") from error
+        raise SolveFailed(f"Layer {names}: {error}.") from error
     except (RuntimeError, MemoryError) as error:
-        error.add_note(f"Site {names}")
+        error.add_note(f"Layer {names}")
         raise
