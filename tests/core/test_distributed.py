@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.statistics import InputSums
+from helpers import group_threads
+from helpers.cli_process import run_group
 
 
 def test_ranks_that_do_not_own_statistics_release_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +50,9 @@ def test_one_process_is_a_group_without_messages() -> None:
     assert torch.equal(group.shard(values), values) and group.all_reduce_sum(values) is values
     with pytest.raises(ConfigError, match="4 windows cannot be split over 5 processes"):
         ProcessGroup(1, 5).shard(values)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_no_thread_outlives_the_group() -> None:
+    ended = run_group(2, work=group_threads.main)
+    assert [(process.returncode, process.stdout) for process in ended] == [(0, "[]\n")] * 2, ended

@@ -7,6 +7,7 @@ Tensors on GPUs travel by NCCL, everything else by gloo.
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -231,6 +232,9 @@ def process_group() -> Iterator[ProcessGroup]:
     if not _is_distributed():
         yield ProcessGroup()
         return
+    # Its functions have the default group as a default argument. Imported while there is one, as torch._dynamo does,
+    # they keep it alive: its threads would outlive `destroy_process_group`, and sometimes abort the exiting process.
+    importlib.import_module("torch.distributed.nn.functional")
     limit = datetime.timedelta(seconds=timeout())
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
