@@ -264,8 +264,8 @@ def _arguments(settings: dict[str, Any], out: Path) -> list[str]:
 def test_signals_end_a_run_in_a_sentence(
     number: signal.Signals, code: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    # Ten seconds if nothing stops it: the signal must not come after the end.
-    chosen = {**settings, "method": "alps", "samples": 32, "reconstruct_epochs": 60}
+    # Some seconds if nothing stops it: the signal must not come after the end.
+    chosen = {**settings, "method": "alps", "samples": 32, "reconstruct_epochs": 20}
     running = started.start(*_arguments(chosen, tmp_path / "out"))
     place = journal_directory(tmp_path / "out")
     deadline = time.monotonic() + 120
