@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alps.core.device import pick_device
-from alps.core.distributed import ProcessGroup
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
@@ -39,7 +39,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[EvaluationRecord]:
     """Measure the perplexity of a model on each text; see `alps.evaluation.perplexity` for the convention.
 
@@ -59,7 +59,6 @@ def evaluate(
         ConfigError: for a text that is missing or too short, windows longer than the model takes, a model without a
             tokenizer, or a reference with another tokenizer or vocabulary.
     """
-    group = group or ProcessGroup()
     loaded, torch_device = _load(model, dtype), group.device(device, pick_device(device))
     cut = [loaded.evaluation(str(text), seqlen, windows) for text in texts]
     settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
@@ -81,7 +80,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[TaskRecord]:
     """Measure zero-shot accuracies of a model by lm-eval (`pip install lm-eval accelerate`).
 
@@ -99,7 +98,6 @@ def evaluate_tasks(
     """
     torch_device = pick_device(device)
     task_set = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
-    group = group or ProcessGroup()
     device_of_rank = group.device(device, torch_device)
     return score_tasks(_load(model, dtype), task_set, device_of_rank, batch_size=batch_size, group=group)
 

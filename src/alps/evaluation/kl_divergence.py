@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alps.core.distributed import ProcessGroup
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
@@ -31,7 +31,7 @@ def measure_divergence(
     names: tuple[str, str],
     device: torch.device,
     progress: Progress | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> ComparisonRecord:
     """Compare a causal language model with a reference on windows of tokens.
 
@@ -47,7 +47,7 @@ def measure_divergence(
     Raises:
         ConfigError: when the vocabularies have different sizes.
     """
-    progress, group = progress or NoProgress(), group or ProcessGroup()
+    progress = progress or NoProgress()
     training = model.training, reference.training
     model, reference = model.to(device).eval(), reference.to(device).eval()
     parts = batches(windows)[group.rank :: group.size]

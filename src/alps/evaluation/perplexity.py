@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from alps.core.distributed import ProcessGroup
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
@@ -32,7 +32,7 @@ def measure_perplexity(
     name: str,
     device: torch.device,
     progress: Progress | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRecord:
     """Measure a causal language model on windows of tokens.
 
@@ -44,7 +44,7 @@ def measure_perplexity(
         progress: counts the batches.
         group: ranks among which the batches are distributed; all get the record of all windows.
     """
-    progress, group = progress or NoProgress(), group or ProcessGroup()
+    progress = progress or NoProgress()
     training = model.training
     model = model.to(device).eval()
     parts = batches(windows)[group.rank :: group.size]

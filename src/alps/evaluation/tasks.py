@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from alps.core.distributed import ProcessGroup
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import ConfigError, did_you_mean
 from alps.core.half_precision import half_matmul_in_float32
 from alps.data.loaded_model import LoadedModel
@@ -91,7 +91,12 @@ def find_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
 
 
 def score_tasks(
-    loaded: LoadedModel, tasks: TaskSet, device: torch.device, *, batch_size: int = 8, group: ProcessGroup | None = None
+    loaded: LoadedModel,
+    tasks: TaskSet,
+    device: torch.device,
+    *,
+    batch_size: int = 8,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[TaskRecord]:
     """Score a causal language model on tasks, in their order.
 
@@ -110,7 +115,7 @@ def score_tasks(
         raise ConfigError("Tasks need the model's tokenizer: pass it with the model.")
     if batch_size < 1:
         raise ConfigError(f"Batches of {batch_size} sequences hold nothing: give at least 1.")
-    group, training = group or ProcessGroup(), loaded.model.training
+    training = loaded.model.training
     for name, documents in (tasks.documents or {}).items():
         if len(documents) < group.size:
             raise ConfigError(
