@@ -31,7 +31,7 @@ class ComparisonResults(list[Result]):
 
 def evaluate(
     model: LoadedModel | str | Path,
-    texts: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
     *,
     reference: LoadedModel | str | Path | None = None,
     seqlen: int = 2048,
@@ -45,7 +45,8 @@ def evaluate(
 
     Args:
         model: what `alps.load` returns or takes, or a model in memory as `LoadedModel(name, model, tokenizer)`.
-        texts: text or .jsonl files, `wikitext2:FILE`, or names of standard texts, as in `alps eval --text`.
+        texts: one text or several: text or .jsonl files, `wikitext2:FILE`, or names of standard texts, as in
+            `alps eval --text`.
         reference: the dense model, measured on the same windows. Every record is then a `ComparisonRecord`, with the
             divergence from it; see `alps.evaluation.kl_divergence`.
         seqlen: tokens per window.
@@ -60,12 +61,13 @@ def evaluate(
             tokenizer, or a reference with another tokenizer or vocabulary.
     """
     loaded, torch_device = _load(model, dtype), group.device(device, pick_device(device))
-    cut = [loaded.evaluation(str(text), seqlen, windows) for text in texts]
+    sources = [texts] if isinstance(texts, str | Path) else texts
+    cut = [loaded.evaluation(str(text), seqlen, windows) for text in sources]
     settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
     if reference is None:
         return [measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut]
     dense = _load(reference, dtype)
-    for part, text in zip(cut, texts, strict=True):
+    for part, text in zip(cut, sources, strict=True):
         dense.check_same(part, str(text), windows)
     names = (loaded.name, dense.name)
     return [measure_divergence(loaded.model, dense.model, part, names=names, **settings) for part in cut]
