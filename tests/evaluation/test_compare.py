@@ -224,7 +224,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
         patch.setattr(SparseGPT, "prepare", broken)
         with (
             log_messages() as messages,
-            pytest.raises(SolveFailed, match=r"1 of 3 runs failed, first sparsegpt 0\.5, seed 0: Site .*singular"),
+            pytest.raises(SolveFailed, match=r"1 of 3 runs failed, first sparsegpt 0\.5, seed 0: Layer .*singular"),
         ):
             run_comparison(
                 settings(short_stories, english_file, methods=["wanda", "sparsegpt", "magnitude"]),
