@@ -101,10 +101,10 @@ class DistillConfig(BaseModel):
 
 
 def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfig, progress: Progress) -> RunReport:
-    """Check everything that can be checked, then load both models, recover the pruned one and write it to `out`.
+    """Check everything that can be checked, then load both models, distill into the pruned one and write it to `out`.
 
     Returns:
-        The report of the pruned directory with the recovery added, as written.
+        The report of the pruned directory with the distillation added, as written.
 
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: one sentence each; nothing is written then.

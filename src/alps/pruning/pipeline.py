@@ -85,63 +85,76 @@ def prune_blocks(
     assert windows is not None or not recipe.reads_inputs, "windows are missing"
     if not recipe.reads_inputs or context.journal.is_finished(blocks[-1]):
         windows = None
-    device, timer = context.device, PhaseTimer(context.device)
-    results: list[BlockResult] = []
-    earlier_seconds = 0.0
+    timer = PhaseTimer(context.device)
+    restorable = sum(context.journal.is_finished(block) for block in applied.blocks)
     with (
         out_of_memory_as_error(_MEMORY_HINT, _HOST_MEMORY_HINT),
         exact_float32(),
-        half_matmul_in_float32(device, model),
+        half_matmul_in_float32(context.device, model),
     ):
         patterns = _layer_patterns(model, applied, windows, recipe, context, timer)
         with _progress(applied.blocks, recipe, context):
-            with timer.measure("capture"):
-                inputs, output_loss = _capture(model, applied.blocks, windows, recipe, context)
-            reference = DenseReference.start(inputs, needed=recipe.uses_dense_reference)
-            for block in applied.blocks:
-                is_last = block is applied.blocks[-1]
-                with on_device(block, device):
-                    reference.begin_block(block)
-                    forward = _forward_of(block, inputs, recipe, device, is_last)
-                    result = context.journal.restore(block)
-                    if result is None:
-                        solver = LayerSolver(
-                            recipe=recipe,
-                            context=context,
-                            patterns=patterns,
-                            traced=block.index in _traced_blocks(blocks),
-                            timer=PhaseTimer(device),
-                        )
-                        result = _prune_block(
-                            block,
-                            solver,
-                            inputs=inputs,
-                            forward=forward,
-                            reference=reference,
-                            output_loss=output_loss if is_last else None,
-                        )
-                        with timer.measure("journal"):
-                            context.journal.save(block, result)
-                    else:
-                        earlier_seconds += _restored(result, context)
-                    results.append(result)
-                    if not is_last:
-                        with timer.measure("forward"):
-                            reference.advance(device)
-                            # Reconstruction changes weights that the cached outputs of `forward` are made of.
-                            following = forward if recipe.reconstruction is None else inputs
-                            following.advance(block.index, block.module, device)
+            results = _prune_in_order(
+                model, applied.blocks, windows, patterns=patterns, recipe=recipe, context=context, timer=timer
+            )
+    for result in results:
+        for phase, seconds in result.seconds.items():
+            if phase != "total":
+                timer.add(phase, seconds)
     layers = [layer for result in results for layer in result.layers]
-    for phase, seconds in (item for result in results for item in result.seconds.items()):
-        if phase != "total":
-            timer.add(phase, seconds)
     return BlockResults(
         layers=layers,
         reconstructions=[result.reconstruction for result in results if result.reconstruction is not None],
         dense=applied.dense(model, blocks, {layer.name for layer in layers}),
         seconds=timer.seconds,
-        earlier_seconds=earlier_seconds,
+        earlier_seconds=sum(result.seconds.get("total", 0.0) for result in results[:restorable]),
     )
+
+
+def _prune_in_order(
+    model: nn.Module,
+    blocks: list[Block],
+    windows: Tensor | None,
+    *,
+    patterns: Mapping[str, Pattern],
+    recipe: PruneRecipe,
+    context: RunContext,
+    timer: PhaseTimer,
+) -> list[BlockResult]:
+    """Prune the blocks one after the other, or restore them from the journal."""
+    device, traced = context.device, _traced_blocks(blocks)
+    with timer.measure("capture"):
+        inputs, output_loss = _capture(model, blocks, windows, recipe, context)
+    reference = DenseReference.start(inputs, needed=recipe.uses_dense_reference)
+    results: list[BlockResult] = []
+    for block in blocks:
+        is_last = block is blocks[-1]
+        with on_device(block, device):
+            reference.begin_block(block)
+            forward = _forward_of(block, inputs, recipe, device, is_last)
+            result = _restore(block, context)
+            if result is None:
+                solver = LayerSolver(
+                    recipe=recipe,
+                    context=context,
+                    patterns=patterns,
+                    traced=block.index in traced,
+                    timer=PhaseTimer(device),
+                )
+                loss = output_loss if is_last else None
+                result = _prune_block(
+                    block, solver, inputs=inputs, forward=forward, reference=reference, output_loss=loss
+                )
+                with timer.measure("journal"):
+                    context.journal.save(block, result)
+            results.append(result)
+            if not is_last:
+                with timer.measure("forward"):
+                    reference.advance(device)
+                    # Reconstruction changes weights that the cached outputs of `forward` are made of.
+                    following = forward if recipe.reconstruction is None else inputs
+                    following.advance(block.index, block.module, device)
+    return results
 
 
 def _prune_block(
@@ -264,8 +277,10 @@ def _progress(blocks: list[Block], recipe: PruneRecipe, context: RunContext) -> 
         context.progress.finish()
 
 
-def _restored(result: BlockResult, context: RunContext) -> float:
-    """Report the layers of a restored block as done, and return the seconds that an earlier process spent on it."""
-    for layer in result.layers:
-        context.progress.step(f"{layer.name}  restored")
-    return result.seconds.get("total", 0.0)
+def _restore(block: Block, context: RunContext) -> BlockResult | None:
+    """Restore a block that is finished in the journal, and report its layers as done; None for any other block."""
+    result = context.journal.restore(block)
+    if result is not None:
+        for layer in result.layers:
+            context.progress.step(f"{layer.name}  restored")
+    return result
