@@ -67,6 +67,18 @@ def test_parts_add_up(width: int) -> None:
         assert torch.equal(other.gram(), whole.gram())
 
 
+def test_the_input_shift_is_a_sum_over_tokens() -> None:
+    dense, inputs = integers(3, 24, 8).double(), integers(4, 24, 8).double()
+    sums = InputSums.zeros(8, Needs.INPUT_SHIFT)
+    for part in (slice(7), slice(7, 24)):
+        sums.update(inputs[part].float(), dense[part].float())
+    stats = sums.to_stats()
+    assert stats.input_shift is not None and stats.is_finite()
+    assert torch.equal(stats.input_shift.double(), (dense - inputs).T @ inputs)
+    sums.update(inputs.float(), torch.full((24, 8), torch.nan))
+    assert not sums.to_stats().is_finite()
+
+
 def test_adding_leaves_the_parts_alone() -> None:
     left, right = InputSums.of(integers(3, 4, 6)), InputSums.of(integers(4, 5, 6))
     before = left.to_stats().gram()

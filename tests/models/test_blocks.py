@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alps.core.errors import UnsupportedModel
-from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.blocks import dense_parameters, find_blocks, on_device
 
 _OPT_SITES = {
     "self_attn.k_proj": (32, 32),
@@ -149,3 +149,17 @@ def test_experts_nested_in_a_block_are_not_taken_for_the_blocks() -> None:
     blocks = find_blocks(model)
     assert [block.name for block in blocks] == ["layers.0", "layers.1"]
     assert [len(block.sites) for block in blocks] == [6, 6]
+
+
+def test_a_block_returns_to_its_device_with_its_changes(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = find_blocks(tiny_model("llama"))[1]
+    devices: list[torch.device] = []
+    monkeypatch.setattr(block.module, "to", devices.append)  # meta tensors could not return
+    with pytest.raises(KeyError), on_device(block, torch.device("meta")):
+        assert devices == [torch.device("meta")]
+        block.sites[0].write(torch.ones(block.sites[0].shape))
+        raise KeyError
+    assert devices == [torch.device("meta"), torch.device("cpu")]
+    assert bool((block.sites[0].read() == 1).all())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alps.checkpoints.journal import open_journal
 from alps.checkpoints.safetensors_io import TensorOnDisk
 from alps.core.distributed import ProcessGroup
+from alps.core.errors import CheckpointError
 from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
@@ -176,6 +177,27 @@ def test_one_block_at_a_time_is_in_memory(
         context = make_context(journal=DiskJournal(journal, ProcessGroup()))
         prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), _recipe(), context)
     assert seen == [{"model.layers.0"}, {"model.layers.1"}]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_together_check_every_tensor(tiny_model: Callable[..., Any], tmp_path: Path, ranks: int) -> None:
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            value = parameter.flatten()[-1].clone()
+            parameter.flatten()[-1].fill_(torch.nan)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            parameter.flatten()[-1].fill_(value)
+        store = open_model(str(tmp_path / name)).store
+        assert isinstance(store, LazyWeights)
+        found = []
+        for rank in range(ranks):
+            try:
+                store.check_finite(rank, ranks)
+            except CheckpointError as error:
+                found.append(str(error))
+        assert len(found) == 1 and name in found[0]
 
 
 def test_identities_differ_where_weights_do(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

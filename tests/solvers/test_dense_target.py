@@ -37,18 +37,6 @@ def _objective(W_hat: Tensor, W: Tensor, X: Tensor, X_d: Tensor, share: float, d
     return (X @ W_hat.T - Y).square().sum() + damping * (W_hat - W).square().sum()
 
 
-def test_the_input_shift_is_a_sum_over_tokens() -> None:
-    X, X_d, _ = _inputs()
-    expected = (X_d - X).double().T @ X.double()
-    whole, parts = _sums(X, X_d), _sums(X[:90], X_d[:90]) + _sums(X[90:], X_d[90:], parts=3)
-    for stats in (whole.to_stats(), parts.to_stats()):
-        assert stats.input_shift is not None
-        torch.testing.assert_close(stats.input_shift.double(), expected, rtol=1e-5, atol=1e-3)
-    assert whole.to_stats().is_finite()
-    whole.update(X, torch.full_like(X, torch.nan))
-    assert not whole.to_stats().is_finite()
-
-
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_the_target_weight_minimises_the_objective(share: float) -> None:
     X, X_d, W = _inputs()
