@@ -183,3 +183,20 @@ def test_a_reference_advances_once_a_block(tiny_model: Callable[..., Any], ids: 
     for _ in range(2):
         reference.advance(_CPU)
         assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, reference.outputs, strict=True))
+
+
+def test_a_recorded_block_runs_once_and_its_record_ends_with_it(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    blocks = find_blocks(model := tiny_model("llama"))
+    inputs = capture_block_inputs(model, blocks, ids, 3)
+    reference = DenseReference.start(inputs, needed=True)
+    runs: list[nn.Module] = []
+    for count, block in enumerate(blocks, start=1):
+        reference.begin_block(block)
+        assert reference.block is not None
+        reference.block.module.register_forward_pre_hook(lambda module, _: runs.append(module))
+        reference.record(block.sites[:1], _CPU)
+        for batch, hidden in enumerate(inputs.hidden):
+            (x,) = reference.collect_inputs({block.sites[0].name}, batch, _CPU, stop_early=True)[block.sites[0].name]
+            assert x.shape == hidden.shape
+        reference.advance(_CPU)
+        assert len(runs) == count * len(inputs.hidden) == 3 * count

@@ -58,6 +58,18 @@ def test_later_inputs_are_those_of_what_was_pruned_before(
     assert bool(grams["o_proj"].any()) != true_sequential and bool(grams["q_proj"].any())
 
 
+def test_layers_that_the_first_batch_does_not_reach_come_last_together(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    real = mlp.forward
+    mlp.forward = lambda x: real(x) if len(x) < 3 else x
+    steps = _steps(model, ids, 0, true_sequential=True)
+    assert len(ids) % 3 != 0 and steps[:2] == [[["q_proj", "k_proj", "v_proj"]], [["o_proj"]]]
+    assert steps[2:] == [[["gate_proj", "up_proj"], ["down_proj"]]]
+
+
 def test_a_method_without_inputs_gets_every_layer_by_itself(tiny_model: Callable[..., Any]) -> None:
     block = find_blocks(tiny_model("gpt2"))[0]
     (step,) = calibrate(block, BlockInputs([], []), Needs.NOTHING, _CPU, true_sequential=True)

@@ -107,8 +107,13 @@ def test_gradients_of_the_input_and_the_bias(multiplier: str) -> None:
     torch.autograd.backward((F.linear(other, dense.weight, bias) ** 2).sum())
     assert x.grad is not None and other.grad is not None
     assert_same(x.grad, other.grad)
-    # Without a gradient of the input.
-    packed.bias.grad = None
+    # One of the two gradients alone.
+    again = x.detach().requires_grad_()
+    packed.bias.requires_grad_(False)
+    torch.autograd.backward((packed(again) ** 2).sum())
+    assert again.grad is not None
+    assert_same(again.grad, other.grad)
+    packed.bias.requires_grad_().grad = None
     torch.autograd.backward((packed(x.detach()) ** 2).sum())
     assert packed.bias.grad is not None and bias.grad is not None
     assert_same(packed.bias.grad, bias.grad)
