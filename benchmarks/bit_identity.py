@@ -320,7 +320,7 @@ class CaseFailed(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What one case has left.
+    """Files and figures of one case.
 
     Attributes:
         files: hash of every weight file, by its path.
@@ -451,7 +451,7 @@ def kill(arguments: list[str], blocks: int) -> None:
 
 @contextlib.contextmanager
 def captured() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """What is printed in the body, on stdout and on stderr."""
+    """Capture what is printed inside the context, on stdout and on stderr."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         yield out, errors
@@ -513,7 +513,7 @@ def flat(content: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_part(path: str, parts: Iterable[str]) -> bool:
-    """Whether one of the parts is in a path, between slashes."""
+    """True if one of the parts is in a path, between slashes."""
     return any(f"/{part}/" in f"/{path}/" for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""What a model makes of what a text has said before: losses in nats of copied and of other tokens, a row a checkpoint.
+"""Measure copying: losses in nats of tokens that repeat a pair of the text, and of others, one row per checkpoint.
 
 A token is copied when the pair of it and the token before it stood in its window before. `again` is a passage of 64
 tokens of the first text that has just been read, against `once`, the first time: what is left of it is what the heads
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def copied(ids: Tensor) -> Tensor:
-    """Which tokens but the first of windows (windows, tokens) complete a pair that stood there before; bool."""
+    """Mark the tokens of windows (windows, tokens), without the first, that complete a pair seen before; bool."""
     found = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     for row, window in zip(found, ids.tolist(), strict=True):
         seen: set[tuple[int, int]] = set()

@@ -51,7 +51,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the schedule takes: R, K and S, the last by the shape (m, n) where it was seen."""
+    """Counts of the penalty schedule: R, K and S, the last by the shape (m, n) of the layer."""
 
     iterations: float = 33.0
     inverses: float = 11.0
@@ -65,7 +65,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Changes:
-    """What the program does not do yet.
+    """Improvements that the program does not have yet.
 
     Attributes:
         aside: errors of a split site are summed over rows, too; blocks are written and read while others are solved.

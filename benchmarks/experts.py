@@ -1,4 +1,4 @@
-"""How far an expert with few tokens should lean on the pool: held-out error over tokens and `MIN_TOKENS_PER_INPUT`.
+"""Measure the pooling of experts with few tokens: held-out error over tokens and `MIN_TOKENS_PER_INPUT`.
 
 No trained mixture of experts is needed: the inputs of one block of a dense model are sent to the two nearest of eight
 centres, and a map is pruned for each centre on so many of the tokens that went there, filled up from all tokens. The

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs of the dense model, optimal weights, options, words, Markdown tables."""
+"""Shared parts of the benchmarks: inputs of the dense model, optimal weights, options, Markdown tables."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def exact_weights(problem: Problem, mask: Tensor, damping: float = 0.01) -> Tens
 
 
 def origin(options: argparse.Namespace) -> str:
-    """What layer problems were measured on, and where, in one line."""
+    """Describe the inputs of the layer problems and the machine in one line."""
     facts = provenance()
     return (
         f"{options.model}, {options.samples} x {options.seqlen} tokens of {options.calibration}, seed {options.seed}, "

@@ -1,4 +1,4 @@
-"""What work takes on a machine: as it was measured on this one, or as it is assumed of GPUs that were not at hand.
+"""Rates of work on a machine: measured on this one, or assumed for GPUs that were not available.
 
 legend  n  inputs of a site, m its outputs    scalars
         T  calibration tokens                 scalar

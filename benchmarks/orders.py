@@ -1,4 +1,4 @@
-"""What the order of a block costs: seconds of forward passes in block order, and in sequential order twice.
+"""Measure the cost of true-sequential order: seconds of forward passes without it, and with it in two ways.
 
     python benchmarks/orders.py smollm2-135m --dtype bfloat16
 

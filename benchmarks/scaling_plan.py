@@ -54,7 +54,7 @@ def plan_table(run: Run, sizes: list[int]) -> str:
 
 
 def variants_table(run: Run) -> str:
-    """The same for one number of processes, as the program is and as it could be."""
+    """Row of the plan for one number of processes, as the program is and as it could be."""
     heads = ["", "min", *(f"{phase} s" for phase in PHASES), "waiting s", "TB sent"]
     rows = []
     for name, changes in VARIANTS.items():

@@ -93,7 +93,7 @@ class _Timer:
         self._group = group
 
     def time(self, name: str, work: Callable[[], Any], share: float = 1.0) -> Any:
-        """What `work` returns; `share` turns its seconds into those of a unit."""
+        """Return the result of `work`; `share` converts its seconds into those of a unit."""
         self._group.barrier()
         start = time.perf_counter()
         made = work()

@@ -1,4 +1,4 @@
-"""What the ratio of ALPS's error to SparseGPT's, optimal weights on both supports, depends on.
+"""Find properties of the inputs that explain the ratio of ALPS's error to SparseGPT's, both refitted.
 
 legend  H    damped Gram                                              (in, in)
         R    H scaled to unit diagonal                                (in, in)
@@ -57,7 +57,7 @@ def dependence(recipe: Dependence, problems: dict[str, Problem]) -> str:
 
 
 def _correlations(rows: Sequence[Row]) -> str:
-    """How well each property of the inputs orders the ratios; nothing for a single site."""
+    """Rank correlation of each property of the inputs with the ratios; empty for a single site."""
     if len(rows) < 2:
         return ""
     properties = {"VIF": [one.vif for one in rows], "condition": [one.condition for one in rows]}

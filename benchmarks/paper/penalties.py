@@ -24,7 +24,7 @@ from layers import Problem, exact_weights
 
 @dataclass(frozen=True)
 class Look:
-    """What there was after an iteration.
+    """State after one iteration.
 
     Attributes:
         error: relative error of D.

@@ -1,4 +1,4 @@
-"""What a table of the paper is asked for with: recipes of layer problems, read from YAML, unknown keys refused."""
+"""Recipes of the paper's tables on layer problems, read from YAML; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Published(Strict):
 
 
 class LayerRecipe(Strict):
-    """Which layer problems: sites of a model, and the inputs they get in the dense model.
+    """Layer problems of a recipe: layers of a model, and their inputs in the dense model.
 
     Attributes:
         model, calibration, samples, seqlen, seed: as in `alps.pruning.config.PruneConfig`.

@@ -44,7 +44,7 @@ def _ratio(errors: dict[str, float]) -> float | None:
 
 
 def _trends(ours: dict[float, dict[str, float]], theirs: dict[float, dict[str, float]]) -> str:
-    """What the paper says of its table, each for both."""
+    """Figures of the paper's table, each for both methods."""
     lines = [
         f"- ALPS's support is the best at every sparsity: measured {_both(ours, _best)}, paper {_both(theirs, _best)}.",
         f"- ALPS / SparseGPT is lower at the last sparsity than at the first: measured {_both(ours, _slope)}, "

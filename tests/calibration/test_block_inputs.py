@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 def _block_outputs(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What every block of the real model returns, by plain hooks, and the logits."""
+    """Outputs of every block of the real model, by plain hooks, and the logits."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:

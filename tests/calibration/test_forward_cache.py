@@ -48,7 +48,7 @@ def _pass(block: Block, inputs: BlockInputs, dense: DenseReference) -> list[Inpu
 
 
 def _walked(model: nn.Module, ids: Tensor, resumed: bool) -> tuple[list[InputStats], list[Tensor], list[list[str]]]:
-    """The same over all blocks: the sums, what the blocks gave, and the last sites of the parts of every block."""
+    """Sums, outputs and last layers of the cached submodules of every block, over all blocks."""
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 3)
     dense = DenseReference.start(inputs, needed=True)

@@ -101,7 +101,7 @@ def records(data: Path, stories: Path) -> dict[str, TaskRecord]:
 
 @pytest.fixture(scope="module")
 def own(data: Path, stories: Path) -> Any:
-    """What lm-eval finds by its own configurations, unchanged: only the hub's answers are these items."""
+    """Scores of lm-eval by its own configurations; only the hub's answers are replaced by these items."""
     import datasets
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -196,7 +196,7 @@ _NAMES += ["results", "report"]
 
 
 def _fuzz(target: Target, folder: Path, examples: int) -> tuple[int, int]:
-    """How many inputs were refused, and how many were valid."""
+    """Count the inputs that were refused and those that were valid."""
     counts = [0, 0]
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck))

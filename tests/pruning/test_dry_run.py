@@ -1,4 +1,4 @@
-"""What a dry run says: exact counts and sizes, estimates that follow their formulas, and nothing changed."""
+"""Dry runs: exact counts and sizes, estimates that follow their formulas, and nothing changed."""
 
 from __future__ import annotations
 

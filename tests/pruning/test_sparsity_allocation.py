@@ -105,7 +105,7 @@ def test_the_walk_prunes_by_the_plan(tiny_model: Callable[..., Any], ids: Tensor
 
 
 class _Told:
-    """What a watcher was told, job by job: title, steps that were announced, steps that came."""
+    """Progress by job: title, announced steps, reported steps."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[str, int, int]] = []

@@ -1,4 +1,4 @@
-"""What all drawings share: colours, keys, digits and ticks."""
+"""Shared parts of the drawings: colours, keys, digits and ticks."""
 
 from __future__ import annotations
 
