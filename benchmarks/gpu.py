@@ -179,7 +179,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of the synthetic inputs")
     parser.add_argument("--rate-size", type=int, default=8192, help="of the products that measure the rates")
     parser.add_argument("--blocks", type=int, default=2, help="of the whole model; 0 leaves it out")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the whole model, a multiple of 512")
+    parser.add_argument(
+        "--hidden", type=int, default=4096, help="hidden size of the whole model: 128, 256 or a multiple of 512"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     return parser.parse_args()

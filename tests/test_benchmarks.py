@@ -53,7 +53,7 @@ def cells(printed: str) -> list[list[str]]:
 
 
 def test_gpu_prints_every_site_and_the_whole_model(tmp_path: Path) -> None:
-    sizes = "--shapes 48x64,64x48 --tokens 256 --rate-size 64 --blocks 1 --hidden 512 --samples 2 --seqlen 16"
+    sizes = "--shapes 48x64,64x48 --tokens 256 --rate-size 64 --blocks 1 --hidden 128 --samples 2 --seqlen 16"
     rows = run(tmp_path, "gpu.py", "--device", "cpu", *sizes.split())
     assert {"float32", "bfloat16"} <= {row[0] for row in rows if len(row) == 2}
     sites = [row[:2] for row in rows if row[0] in ("48x64", "64x48")]
@@ -385,10 +385,11 @@ def test_inference_prints_layers_and_models(
         # Bytes in closed form: a word of the mask for 32 columns, 2 bytes a weight, 97 offsets.
         assert abs(float(found["packed bfloat16 50%"][6]) - (96 * 20 + 0.5 * 96 * 160 * 2 + 97 * 4) / 1e6) < 0.06
     few = sizes.replace("1,20", "2").split()
-    rows = run(tmp_path, "inference.py", "layer", *few, "--path", "portable")
-    assert {"packed bfloat16 50%", "packed bfloat16 90%"} <= {row[3] for row in rows[2:]}
-    done = started.run_script(ROOT / "benchmarks" / "inference.py", "layer", *few, "--path", "none", cwd=tmp_path)
-    assert done.returncode == 2 and "Instruction set 'none' is unknown" in done.stderr
+    if find_kernel():
+        rows = run(tmp_path, "inference.py", "layer", *few, "--path", "portable")
+        assert {"packed bfloat16 50%", "packed bfloat16 90%"} <= {row[3] for row in rows[2:]}
+        done = started.run_script(ROOT / "benchmarks" / "inference.py", "layer", *few, "--path", "none", cwd=tmp_path)
+        assert done.returncode == 2 and "Instruction set 'none' is unknown" in done.stderr
     built = str(tmp_path_factory.mktemp("models") / "built")
     shape = "--vocabulary 64 --hidden 64 --intermediate 96 --layers 2 --heads 4 --kv-heads 2 --sparsities 0.7"
     assert run(tmp_path, "inference.py", "build", built, *shape.split()) == []
