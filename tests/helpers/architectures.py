@@ -49,8 +49,17 @@ names (`get_decoder`), so a vision tower with more layers is not mistaken for it
 AutoModelForImageTextToText if there is no causal language model of the kind, or if the checkpoint says that it holds
 more than a causal one; the files of the image processor are copied. What pruning does to answers about images has not
 been measured. Idefics 3 and SmolVLM are read block by block. Checkpoints of the other three use other tensor names than
-transformers and are loaded whole. A text decoder with layers of two classes (cross-attention layers in between, as in
-Mllama) is refused.
+transformers and are loaded whole.
+
+**What stays dense.** Blocks may be of several classes, as in hybrids of attention and state-space layers. Inside them
+these are left dense, and listed in the report with the reason:
+
+- routers of mixtures of experts, and gates of shared experts, to the bit. They are recognised by their place next to
+  experts and by having one output per expert, whatever they are called;
+- subclasses of linear layers that compute something else than the product of their inputs and their weight, such as the
+  block-diagonal projection of DeepSeek V4. The forward of the class is compared with the product on random inputs;
+- weights that several layers share, as in Zamba: pruned for the inputs of one layer, they would be wrong for another;
+- convolutions, norms, state matrices, tables of positions, and all parameters whose owner is no linear layer.
 
 **Refused**: encoder-decoders, also as the text part of another model, and quantized checkpoints.
 

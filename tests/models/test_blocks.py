@@ -1,4 +1,4 @@
-"""Finding the decoder blocks and naming what lies outside them."""
+"""Finding the decoder blocks and their layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alps.core.errors import UnsupportedModel
-from alps.models.blocks import dense_parameters, find_blocks, on_device
+from alps.models.blocks import find_blocks, on_device
 
 _OPT_SITES = {
     "self_attn.k_proj": (32, 32),
@@ -45,23 +45,6 @@ _EXPECTED = {
         },
     ),
 }
-_DENSE = {
-    "llama": {
-        "model.embed_tokens.weight": "embedding or output head",
-        "lm_head.weight": "embedding or output head",
-    },
-    "opt": {
-        "model.decoder.embed_tokens.weight": "embedding or output head",
-        "model.decoder.embed_positions.weight": "embedding or output head",
-        "model.decoder.project_in.weight": "outside the decoder blocks",
-        "model.decoder.project_out.weight": "outside the decoder blocks",
-    },
-    "gpt2": {
-        "transformer.wte.weight": "embedding or output head",
-        "transformer.wpe.weight": "embedding or output head",
-    },
-}
-_DENSE["opt-postnorm"] = _DENSE["opt"]
 
 
 def test_blocks_and_sites_of_every_kind(tiny_model: Callable[..., Any], kind: str) -> None:
@@ -79,31 +62,6 @@ def test_blocks_and_sites_of_every_kind(tiny_model: Callable[..., Any], kind: st
             assert site.module is model.get_submodule(site.name)
             assert site.kind == site.name.split(".")[-1]
             assert site.parameter_name in dict(model.named_parameters())
-
-
-def test_dense_parameters_are_everything_else_with_two_dimensions(tiny_model: Callable[..., Any], kind: str) -> None:
-    model = tiny_model(kind)
-    pruned = {site.parameter_name for block in find_blocks(model) for site in block.sites}
-    rows = dense_parameters(model, pruned)
-    assert {row.name: row.reason for row in rows} == _DENSE[kind]
-    assert all(row.shape == tuple(model.get_parameter(row.name).shape) for row in rows)
-
-
-def test_a_linear_left_unpruned_inside_a_block_is_listed(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llama")
-    pruned = {site.parameter_name for block in find_blocks(model) for site in block.sites}
-    skipped = "model.layers.1.mlp.up_proj.weight"
-    reasons = {row.name: row.reason for row in dense_parameters(model, pruned - {skipped})}
-    assert reasons[skipped] == "not a linear map that received calibration inputs"
-
-
-def test_fused_experts_are_listed(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llama")
-    model.model.layers[2].mlp.experts = nn.Parameter(torch.zeros(4, 8, 8))
-    pruned = {site.parameter_name for block in find_blocks(model) for site in block.sites}
-    rows = {row.name: row for row in dense_parameters(model, pruned)}
-    assert rows["model.layers.2.mlp.experts"].shape == (4, 8, 8)
-    assert "fused 3-D" in rows["model.layers.2.mlp.experts"].reason
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -149,6 +107,50 @@ def test_experts_nested_in_a_block_are_not_taken_for_the_blocks() -> None:
     blocks = find_blocks(model)
     assert [block.name for block in blocks] == ["layers.0", "layers.1"]
     assert [len(block.sites) for block in blocks] == [6, 6]
+
+
+class _Scaled(nn.Module):
+    """Block of another class than the others, with one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+
+def test_blocks_may_be_of_several_classes_and_need_no_layers() -> None:
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)), _Scaled(), nn.Identity(), _Scaled()])
+    model = nn.ModuleDict({"layers": layers, "others": nn.ModuleList([nn.Linear(64, 64) for _ in range(2)])})
+    blocks = find_blocks(model)
+    assert [block.name for block in blocks] == [f"layers.{i}" for i in range(4)]
+    assert [[site.name for site in block.sites] for block in blocks] == [
+        ["layers.0.0"],
+        ["layers.1.inner"],
+        [],
+        ["layers.3.inner"],
+    ]
+
+
+def test_layers_with_a_shared_weight_are_no_sites() -> None:
+    """As in Zamba, whose attention is the same in several layers; a weight may also be shared inside a block."""
+    first, second, third = (_Scaled() for _ in range(3))
+    for block in (first, second, third):
+        block.own = nn.Linear(8, 8)
+    second.inner = first.inner  # one module in two blocks
+    third.again = nn.Linear(8, 8)
+    third.again.weight = third.inner.weight  # one parameter in two modules
+    blocks = find_blocks(nn.ModuleDict({"layers": nn.ModuleList([first, second, third])}))
+    assert [[site.name for site in block.sites] for block in blocks] == [[f"layers.{i}.own"] for i in range(3)]
+
+
+def test_a_clone_has_the_sites_of_its_block_and_weights_of_its_own(tiny_model: Callable[..., Any]) -> None:
+    block = find_blocks(tiny_model("llama"))[1]
+    some = block.with_sites(block.sites[2:4])
+    clone = some.clone()
+    assert [site.name for site in clone.sites] == [site.name for site in some.sites]
+    for site, original in zip(clone.sites, some.sites, strict=True):
+        assert torch.equal(site.read(), original.read()) and site.module in set(clone.module.modules())
+        site.write(torch.zeros(site.shape))
+        assert bool(original.read().any())
 
 
 def test_a_block_returns_to_its_device_with_its_changes(

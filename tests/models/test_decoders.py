@@ -20,7 +20,8 @@ from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.statistics import Needs
 from alps.evaluation.inspect import inspect
-from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.blocks import find_blocks
+from alps.models.dense_parameters import dense_parameters
 from alps.reporting.run_report import RunReport
 from helpers.architectures import examine
 from helpers.decoders import DENSE, MOE, check_walk, decoder

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from alps.models.sites import Site, find_sites, routing_parameters
+from alps.models.routers import routing_parameters
+from alps.models.sites import Site, find_sites
 
 _OUT, _IN = 6, 4
 

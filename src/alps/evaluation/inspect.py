@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from alps.core.errors import CheckpointError
-from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.blocks import find_blocks
+from alps.models.dense_parameters import dense_parameters
 from alps.models.load import check_model_path, load_model
 from alps.models.sites import Site
 from alps.reporting.run_report import DenseRecord, RunReport

@@ -14,8 +14,9 @@ from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel
-from alps.models.blocks import dense_parameters, find_blocks
+from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
+from alps.models.dense_parameters import dense_parameters
 from alps.models.load import check_model_path, parse_dtype
 from alps.models.save import save_model
 from alps.models.sites import Site

@@ -36,7 +36,7 @@ from alps.finetuning.checkpoint_pair import (
 from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
 from alps.finetuning.training_loop import Distillation, Schedule
 from alps.models.blocks import find_blocks
-from alps.models.sites import routing_parameters
+from alps.models.routers import routing_parameters
 from alps.reporting.records import DistillationReport, calibration_record
 from alps.reporting.run_report import RunReport
 
@@ -215,8 +215,9 @@ def _trainable(model: nn.Module, stored_dtypes: dict[int, torch.dtype]) -> list[
     """List layers that have zeros, with their masks, and the vectors (norms, biases) outside head and routers."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    frozen |= routing_parameters(model)
-    weights = {id(site.parameter) for block in find_blocks(model) for site in block.sites}
+    blocks = find_blocks(model)
+    frozen |= {parameter for block in blocks for parameter in routing_parameters(block.module)}
+    weights = {id(site.parameter) for block in blocks for site in block.sites}
     trainable = []
     for parameter in model.parameters():
         if id(parameter) in weights and not bool(parameter.all()):

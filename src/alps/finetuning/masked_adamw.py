@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from alps.models.blocks import Block
-from alps.models.sites import Site, routing_parameters
+from alps.models.routers import routing_parameters
+from alps.models.sites import Site
 
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)

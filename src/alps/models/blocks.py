@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from torch import nn
 
 from alps.core.errors import UnsupportedModel
 from alps.models.auto_class import is_composite, text_config
-from alps.models.sites import Site, find_sites, is_fused, routing_parameters
+from alps.models.linear_maps import ProductCheck
+from alps.models.routers import is_inside
+from alps.models.sites import Site, find_sites
 
 
 class WeightStore(Protocol):
@@ -57,16 +60,11 @@ class Block:
     def clone(self) -> Block:
         """Return a copy with weights of its own, equal to the present ones; it has no store."""
         module = copy.deepcopy(self.module)
-        return Block(self.index, self.name, module, find_sites(self.name, module))
-
-
-@dataclass(frozen=True)
-class DenseParameter:
-    """Matrix-like parameter that is not pruned: name, shape, and the reason."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
+        inside = {
+            id(original): copied for original, copied in zip(self.module.modules(), module.modules(), strict=True)
+        }
+        sites = [replace(site, module=inside[id(site.module)]) for site in self.sites]
+        return Block(self.index, self.name, module, sites)
 
 
 @contextmanager
@@ -97,9 +95,11 @@ def non_block_weights(blocks: Sequence[Block]) -> AbstractContextManager[None]:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Find the decoder blocks: the members of the longest `ModuleList` of modules of one class that hold sites.
+    """Find the decoder blocks: the members of the longest `ModuleList` whose members hold linear layers.
 
-    In a model with several parts only the text decoder is searched, since a vision tower may have more layers.
+    They may be of several classes, such as attention and state-space layers. In a model with several parts only the
+    text decoder is searched, since a vision tower may have more layers. Layers whose weight has several owners are no
+    sites: pruned for the inputs of one of them, it would be wrong for the others.
 
     Raises:
         UnsupportedModel: when there is no such list, or the model is an encoder-decoder.
@@ -110,23 +110,37 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be pruned."
         )
     decoder_prefix = _text_decoder_prefix(model)
-    lists = [
-        (name, child)
-        for name, child in model.named_modules()
-        if isinstance(child, nn.ModuleList)
-        and name.startswith(decoder_prefix)
-        and len({type(block) for block in child}) == 1
-        and all(find_sites("", block) for block in child)
-    ]
+    is_product, shared = ProductCheck(), shared_parameters(model)
+    lists: dict[str, list[Block]] = {}
+    for name, modules in model.named_modules():
+        # A list inside a member of another list is part of a block: the experts of a layer, for example.
+        if isinstance(modules, nn.ModuleList) and name.startswith(decoder_prefix) and not is_inside(name, list(lists)):
+            blocks = [_block(f"{name}.{i}", i, module, is_product, shared) for i, module in enumerate(modules)]
+            if any(block.sites for block in blocks):
+                lists[name] = blocks
     if not lists:
         raise UnsupportedModel(
             f"No list of decoder blocks with linear layers was found in {type(model).__name__}: "
             "use a decoder-only model that transformers loads with AutoModelForCausalLM."
         )
-    # A list inside a member of another list is part of a block: the experts of a layer, for example.
-    outer = [(name, modules) for name, modules in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    name, modules = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
-    return [Block(i, f"{name}.{i}", module, find_sites(f"{name}.{i}", module)) for i, module in enumerate(modules)]
+    return max(lists.values(), key=_extent)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that have several names in a model: tied weights, and those of shared modules."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _block(name: str, index: int, module: nn.Module, is_product: ProductCheck, shared: set[int]) -> Block:
+    sites = [site for site in find_sites(name, module, is_product) if id(site.parameter) not in shared]
+    return Block(index, name, module, sites)
+
+
+def _extent(blocks: Sequence[Block]) -> tuple[int, int]:
+    """Return the number of blocks with sites, and that of their parameters."""
+    parameters = {id(p): p.numel() for block in blocks for p in block.module.parameters()}
+    return sum(bool(block.sites) for block in blocks), sum(parameters.values())
 
 
 def _text_decoder_prefix(model: nn.Module) -> str:
@@ -138,37 +152,3 @@ def _text_decoder_prefix(model: nn.Module) -> str:
     if not name:
         raise UnsupportedModel(f"{type(model).__name__} does not say which of its parts is the text decoder.")
     return f"{name}."
-
-
-def dense_parameters(model: nn.Module, pruned: set[str]) -> list[DenseParameter]:
-    """List the parameters with two or more dimensions that are not pruned, with the reason.
-
-    Norm weights and biases have one dimension and are never candidates.
-
-    Args:
-        model: a decoder-only model.
-        pruned: names of pruned parameters, which are left out.
-    """
-    embeddings = {
-        id(module.weight)
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if (module := getattr(model, name)()) is not None
-    }
-    embeddings |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    block_prefixes = tuple(f"{block.name}." for block in find_blocks(model))
-    routing, rows = routing_parameters(model), []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name in pruned:
-            continue
-        if id(parameter) in embeddings:
-            reason = "embedding or output head"
-        elif not name.startswith(block_prefixes):
-            reason = "outside the decoder blocks"
-        elif id(parameter) in routing:
-            reason = "router of a mixture of experts"
-        elif parameter.ndim > 2 and not is_fused(model.get_submodule(name.rpartition(".")[0]), parameter):
-            reason = f"fused {parameter.ndim}-D weights are not supported"
-        else:
-            reason = "not a linear map that received calibration inputs"
-        rows.append(DenseParameter(name, tuple(parameter.shape), reason))
-    return rows

@@ -7,7 +7,6 @@ confirm which.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Part of the name of a router: few weights, which decide over whole experts.
-_ROUTERS = re.compile(r"(^|\.)(router|shared_expert_gate)(\.|$)")
+from alps.models.linear_maps import ProductCheck, is_linear_layer
+from alps.models.routers import find_routers, is_fused, is_inside
+
 # Classes that store experts as (experts, in, out) without an attribute `is_transposed`.
 _INPUTS_FIRST = {"Llama4TextExperts"}
 
@@ -98,46 +98,25 @@ class Site:
         return bool(getattr(self.module, "is_transposed", type(self.module).__name__ in _INPUTS_FIRST))
 
 
-def find_sites(prefix: str, block: nn.Module) -> list[Site]:
+def find_sites(prefix: str, block: nn.Module, is_product: ProductCheck | None = None) -> list[Site]:
     """List the linear maps of a block in the order of registration, except routers.
 
     Args:
         prefix: name of the block inside the model.
         block: to search.
+        is_product: check of subclasses of linear layers, shared by the blocks of a model; None for a new one.
     """
-    routers, sites = set(_routers(block)), list[Site]()
+    is_product = is_product or ProductCheck()
+    routers, sites = find_routers(block), list[Site]()
     for name, module in block.named_modules():
-        if name in routers:
+        if is_inside(name, routers):
             continue
         full_name = f"{prefix}.{name}" if name else prefix
-        if isinstance(module, nn.Linear | Conv1D):
-            sites.append(Site(full_name, module))
-        else:
+        if not isinstance(module, nn.Linear | Conv1D):
             sites += _expert_slices(full_name, module)
+        elif is_linear_layer(module) and is_product(module):
+            sites.append(Site(full_name, module))
     return sites
-
-
-def routing_parameters(module: nn.Module) -> set[int]:
-    """Return the ids of all parameters of routers inside a block or a model, including biases."""
-    return {id(parameter) for name in _routers(module) for parameter in module.get_submodule(name).parameters()}
-
-
-def _routers(module: nn.Module) -> list[str]:
-    """Return the names of routers: modules with such a name, and a `gate` that is a sibling of `experts`."""
-    names = [name.rpartition(".") for name, _ in module.named_modules()]
-    expert_parents = {parent for parent, _, last in names if last == "experts"}
-    return [
-        "".join(parts)
-        for parts in names
-        if _ROUTERS.search("".join(parts)) or (parts[2] == "gate" and parts[0] in expert_parents)
-    ]
-
-
-def is_fused(module: nn.Module, parameter: Tensor) -> bool:
-    """Check if a parameter holds one matrix per expert: its first dimension is the module's number of experts."""
-    return parameter.ndim == 3 and any(
-        "experts" in name and type(value) is int and value == len(parameter) for name, value in vars(module).items()
-    )
 
 
 def _expert_slices(name: str, module: nn.Module) -> Iterator[Site]:

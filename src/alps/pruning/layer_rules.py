@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from alps.core.errors import ConfigError, did_you_mean
-from alps.models.blocks import Block, dense_parameters
+from alps.models.blocks import Block
+from alps.models.dense_parameters import dense_parameters
 from alps.models.sites import Site
 from alps.reporting.run_report import DenseRecord
 from alps.solvers.patterns import Pattern, parse_pattern
