@@ -7,12 +7,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alps.checkpoints.api import pack, unpack
     from alps.core.errors import AlpsError
     from alps.data.loaded_model import LoadedModel, load
     from alps.evaluation.api import compare, evaluate, evaluate_tasks
     from alps.evaluation.inspect import inspect
     from alps.finetuning.api import distill, reconstruct
+    from alps.inference.api import pack, unpack
     from alps.inference.convert import pack_linears
     from alps.pruning.api import prune
     from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
@@ -65,11 +65,11 @@ _LAZY_EXPORTS = {
     "evaluate_tasks": "alps.evaluation.api",
     "inspect": "alps.evaluation.inspect",
     "load": "alps.data.loaded_model",
-    "pack": "alps.checkpoints.api",
+    "pack": "alps.inference.api",
     "pack_linears": "alps.inference.convert",
     "prune": "alps.pruning.api",
     "reconstruct": "alps.finetuning.api",
-    "unpack": "alps.checkpoints.api",
+    "unpack": "alps.inference.api",
 }
 
 

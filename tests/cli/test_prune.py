@@ -83,8 +83,8 @@ WRONG = {
     "no path, no hub name": (["nonsense", "{tmp}/out"], "neither an existing directory"),
     "not a model": (["{tmp}/empty", "{tmp}/out"], "no config.json"),
     "a file that is no gguf": (["{text}", "{tmp}/out"], "not a .gguf"),
-    "unsupported architecture": (["{tmp}/bert", "{tmp}/out"], "cannot be loaded"),
-    "encoder-decoder": (["{tmp}/t5", "{tmp}/out"], "cannot be loaded"),
+    "unsupported architecture": (["{tmp}/vit", "{tmp}/out"], "(ViTModel) is not a causal language model"),
+    "encoder-decoder": (["{tmp}/t5", "{tmp}/out"], "is an encoder-decoder"),
     "unknown method": (["{model}", "{tmp}/out", "--method", "alsp"], "Did you mean 'alps'?"),
     "sparsity 1.2": (["{model}", "{tmp}/out", "--sparsity", "1.2"], "outside [0, 1)"),
     "pattern 5:4": (["{model}", "{tmp}/out", "--pattern", "5:4", "--sparsity="], "1 <= N < M"),
@@ -138,9 +138,9 @@ def test_wrong_inputs_are_one_sentence_and_write_nothing(
 
 
 def _lay_traps(folder: Path, stories: Path) -> None:
-    for name in ("empty", "bert", "t5"):
+    for name in ("empty", "vit", "t5"):
         (folder / name).mkdir()
-    (folder / "bert" / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    (folder / "vit" / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
     (folder / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
     (folder / "typo.yaml").write_text("sample: 3\n")
     (folder / "option.yaml").write_text("options:\n  refit_step: 3\n")

@@ -40,6 +40,24 @@ def test_a_new_process_says_the_same(name: str, tmp_path: Path, stories: Path) -
     assert scene.contents() == before
 
 
+_COMMANDS = ("prune", "prune --dry-run", "eval", "inspect", "pack", "generate", "distill", "reconstruct", "compare")
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_every_command_refuses_another_kind_of_model_first(command: str, tmp_path: Path, stories: Path) -> None:
+    scene = Scene(tmp_path, stories)
+    scene.settings("config.json", model_type="marian", architectures=["MarianMTModel"])
+    # Neither weights nor text are missed.
+    scene.weights.unlink()
+    scene.text.unlink()
+    outcome = run_in_scene(scene, arguments(scene, *command.split()))
+    assert (outcome.code, outcome.stdout, outcome.changed) == (2, "", False)
+    assert outcome.stderr == (
+        f"Error: Model '{scene.model}' (MarianMTModel) is an encoder-decoder: alps takes only decoder-only causal "
+        "language models, of text or of text and images.\n"
+    )
+
+
 def test_without_a_fault_the_run_comes_through(tmp_path: Path, stories: Path) -> None:
     scene = Scene(tmp_path, stories)
     assert run_in_scene(scene, arguments(scene, "prune")).code == 0

@@ -61,7 +61,10 @@ these are left dense, and listed in the report with the reason:
 - weights that several layers share, as in Zamba: pruned for the inputs of one layer, they would be wrong for another;
 - convolutions, norms, state matrices, tables of positions, and all parameters whose owner is no linear layer.
 
-**Refused**: encoder-decoders, also as the text part of another model, and quantized checkpoints.
+**Refused**, from config.json alone and before anything else: encoder-decoders, also as the text part of another model,
+their lone decoders, encoders, classifiers and reward models, base models without an output head, models of audio or
+images alone, and quantized checkpoints. What a class is for is read from the tables of transformers. Models that look
+ahead (XLNet, XLM) are found by two short forwards through the first block, and refused.
 
 ```sh
 python tests/helpers/architectures.py > docs/models.md

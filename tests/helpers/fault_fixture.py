@@ -124,6 +124,7 @@ def arguments(scene: Scene, command: str, *more: object) -> list[str]:
         "prune": [scene.model, scene.out, "--sparsity", 0.5, *small],
         "eval": [scene.model, "--text", scene.text, "--seqlen", 64],
         "inspect": [scene.model],
+        "generate": [scene.model, "--prompt", "Once"],
         "pack": [scene.model, scene.out],
         "unpack": [scene.folder / "packed", scene.out],
         "distill": [scene.source, scene.model, scene.out, "--steps", 2, *small],

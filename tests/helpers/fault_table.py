@@ -89,6 +89,10 @@ def _config(**changes: Any) -> Callable[[Scene], None]:
     return lambda s: s.settings("config.json", **changes)
 
 
+def _architecture(kind: str, name: str) -> Callable[[Scene], None]:
+    return _config(model_type=kind, architectures=[name])
+
+
 def _file(name: str, content: bytes | str, *option: str) -> Callable[[Scene], list[object]]:
     """Write a file, and pass it to an option."""
     return lambda s: [*option, s.write(name, content)]
@@ -216,6 +220,26 @@ FAULTS = [
     Fault("a configuration that is not JSON", "is not JSON", lambda s: _model_file(s, "config.json", "{")),
     Fault("a configuration with a text for a size", "cannot be loaded", _config(hidden_size="large")),
     Fault("an unknown architecture", "cannot be loaded", _config(model_type="unheard-of")),
+    Fault("an encoder-decoder", "is an encoder-decoder", _architecture("t5", "T5ForConditionalGeneration")),
+    Fault(
+        "an encoder-decoder; `alps pack`",
+        "is an encoder-decoder",
+        _architecture("whisper", "WhisperForConditionalGeneration"),
+        "pack",
+    ),
+    Fault("an encoder", "is for masked language modelling", _architecture("bert", "BertForMaskedLM")),
+    Fault(
+        "a classifier",
+        "prune the LlamaForCausalLM that it was made from",
+        _architecture("llama", "LlamaForSequenceClassification"),
+    ),
+    Fault(
+        "a base model; `alps eval`",
+        "is a base model without an output head",
+        _architecture("llama", "LlamaModel"),
+        "eval",
+    ),
+    Fault("an image model", "is for image classification", _architecture("vit", "ViTForImageClassification")),
     Fault("quantized weights", "are quantized", _config(quantization_config={"quant_method": "fp8"})),
     Fault(
         "a missing tensor",

@@ -175,13 +175,22 @@ def _read_header(path: Path) -> str:
     return header
 
 
-def _refuse_quantized(directory: Path) -> None:
+def read_config(directory: Path) -> Any:
+    """Return the content of a checkpoint's config.json; None if there is none.
+
+    Raises:
+        CheckpointError: when it is not JSON.
+    """
     path = directory / "config.json"
     if not path.is_file():
-        return
+        return None
     try:
-        config: Any = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"'{path}' is not JSON: fetch or save the model again.") from None
+
+
+def _refuse_quantized(directory: Path) -> None:
+    config = read_config(directory)
     if isinstance(config, dict) and config.get("quantization_config"):
         raise CheckpointError(f"The weights in '{directory}' are quantized: use the unquantized checkpoint.")

@@ -19,6 +19,7 @@ from alps.data.loaded_model import load
 from alps.evaluation.api import evaluate
 from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.evaluation.tasks import find_tasks, score_tasks
+from alps.models.load import check_architecture
 from alps.reporting.records import EvaluationRecord, TaskRecord
 
 
@@ -31,6 +32,9 @@ def evaluate_command(
     config = make_config(EvaluateConfig, {"model": model, **values}, COMMAND_LINE)
     config.check_needed()
     device = pick_device(config.device)
+    for name in (model, config.reference):
+        if name is not None:
+            check_architecture(name)
     # Tasks are checked before the model is loaded.
     tasks = find_tasks(config.tasks, config.task_folder, config.limit) if "tasks" in config.model_fields_set else None
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()

@@ -24,10 +24,10 @@ def pack_command(
     ] = False,
 ) -> None:
     """Store the checkpoint in DIR without its zeros; `alps unpack` restores it to the bit."""
-    from alps.checkpoints.pack import pack_directory
+    from alps.inference.api import pack
 
     with console_output() as (console, _):
-        console.print(pack_summary(pack_directory(directory, out, compress), out), soft_wrap=True)
+        console.print(pack_summary(pack(directory, out, compress=compress), out), soft_wrap=True)
 
 
 def unpack_command(
@@ -35,7 +35,7 @@ def unpack_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the checkpoint.")],
 ) -> None:
     """Restore the ordinary, dense checkpoint from PACKED, and check every hash."""
-    from alps.checkpoints.unpack import unpack_directory
+    from alps.inference.api import unpack
 
     with console_output() as (console, _):
-        console.print(unpack_summary(unpack_directory(packed, out), out), soft_wrap=True)
+        console.print(unpack_summary(unpack(packed, out), out), soft_wrap=True)

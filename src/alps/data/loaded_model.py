@@ -19,12 +19,13 @@ from alps.data.text_sources import Text, load_text
 from alps.data.windows import Windows, cut_evaluation_windows, draw_calibration_windows
 from alps.inference.load import is_packed, load_packed
 from alps.inference.semi_structured import check_device, convert_to_semi_structured
-from alps.models.auto_class import text_config
+from alps.models.auto_class import position_limit, text_config
 from alps.models.blocks import Block, find_blocks
+from alps.models.causality import check_causal
 from alps.models.demo_model import resolve_model_path
 from alps.models.fingerprint import model_sha256
 from alps.models.lazy_weights import LazyWeights
-from alps.models.load import check_model_path, load_model, load_tokenizer, parse_dtype
+from alps.models.load import check_checkpoint, load_model, load_tokenizer, parse_dtype
 from alps.models.meta_model import open_lazy_model
 
 _LOG = logging.getLogger("alps")
@@ -58,6 +59,14 @@ class LoadedModel:
         """
         blocks = find_blocks(self.model)
         return blocks if self.store is None else self.store.attach_to(blocks)
+
+    def check_causal(self) -> None:
+        """Refuse a model that looks ahead; see `alps.models.causality.check_causal`.
+
+        Raises:
+            UnsupportedModel: when it does.
+        """
+        check_causal(self.model, None if self.store is None else self.blocks())
 
     def identity(self) -> str:
         """Return a hash of the weights; for a model without weights in memory, a hash of its files."""
@@ -146,9 +155,8 @@ class LoadedModel:
 
     def check_length(self, seqlen: int) -> None:
         """Reject windows that are longer than the model takes."""
-        config = text_config(self.model)
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if isinstance(limit, int) and seqlen > limit:
+        limit = position_limit(text_config(self.model))
+        if limit is not None and seqlen > limit:
             raise ConfigError(
                 f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen."
             )
@@ -231,7 +239,7 @@ def open_model(name: str, dtype: str = "auto") -> LoadedModel:
         ConfigError, UnsupportedModel, CheckpointError: when it cannot be loaded.
     """
     path = resolve_model_path(name)
-    check_model_path(path)
+    check_checkpoint(path)
     opened = open_lazy_model(path, parse_dtype(dtype))
     if isinstance(opened, LazyWeights):
         return LoadedModel(name, opened.model, load_tokenizer(path), opened)

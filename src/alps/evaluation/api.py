@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from alps.evaluation.compare_config import CompareConfig
 from alps.evaluation.kl_divergence import measure_divergence
 from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
+from alps.models.load import check_architecture
+from alps.models.memory_check import check_weights_in_memory, unwrap
 from alps.reporting.compare_results import Result
 from alps.reporting.markdown_tables import summary
 from alps.reporting.records import EvaluationRecord, TaskRecord
@@ -60,17 +63,20 @@ def evaluate(
         ConfigError: for a text that is missing or too short, windows longer than the model takes, a model without a
             tokenizer, or a reference with another tokenizer or vocabulary.
     """
+    for source in (model, reference):
+        if isinstance(source, str | Path):
+            check_architecture(source)
     loaded, torch_device = _load(model, dtype), group.device(device, pick_device(device))
-    sources = [texts] if isinstance(texts, str | Path) else texts
-    cut = [loaded.evaluation(str(text), seqlen, windows) for text in sources]
+    names = [texts] if isinstance(texts, str | Path) else texts
+    cut = [loaded.evaluation(str(text), seqlen, windows) for text in names]
     settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
     if reference is None:
         return [measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut]
     dense = _load(reference, dtype)
-    for part, text in zip(cut, sources, strict=True):
+    for part, text in zip(cut, names, strict=True):
         dense.check_same(part, str(text), windows)
-    names = (loaded.name, dense.name)
-    return [measure_divergence(loaded.model, dense.model, part, names=names, **settings) for part in cut]
+    pair = (loaded.name, dense.name)
+    return [measure_divergence(loaded.model, dense.model, part, names=pair, **settings) for part in cut]
 
 
 def evaluate_tasks(
@@ -99,6 +105,8 @@ def evaluate_tasks(
         ConfigError: for an unknown task, data that cannot be used or fetched, or without lm-eval or a tokenizer.
     """
     torch_device = pick_device(device)
+    if isinstance(model, str | Path):
+        check_architecture(model)
     task_set = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
     device_of_rank = group.device(device, torch_device)
     return score_tasks(_load(model, dtype), task_set, device_of_rank, batch_size=batch_size, group=group)
@@ -177,10 +185,15 @@ def compare(
 
 def _load(model: LoadedModel | str | Path, dtype: str) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(model, dtype)
-    if not isinstance(model, LoadedModel):
+        loaded = load(model, dtype)
+    elif isinstance(model, LoadedModel):
+        inner = unwrap(model.model)
+        check_weights_in_memory(inner)
+        loaded = replace(model, model=inner)
+    else:
         raise ConfigError(
             f"A {type(model).__name__} cannot be measured without its tokenizer: give the name of a checkpoint, or "
             "alps.LoadedModel(name, model, tokenizer)."
         )
-    return model
+    loaded.check_causal()
+    return loaded

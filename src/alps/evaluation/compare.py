@@ -32,7 +32,7 @@ from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
 from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.fingerprint import model_sha256
-from alps.models.load import check_model_path, parse_dtype
+from alps.models.load import check_checkpoint, parse_dtype
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import make_context
 from alps.pruning.run import prune_model
@@ -64,7 +64,7 @@ def run_comparison(config: CompareConfig, out: Path, progress: Progress) -> list
     parse_dtype(config.dtype)
     pick_device(config.device)
     if config.model != DEMO_MODEL_NAME:
-        check_model_path(config.model)
+        check_checkpoint(config.model)
     task_data = None if config.task_data is None else Path(config.task_data)
     tasks = find_tasks(config.tasks, task_data, config.limit) if config.tasks else None
     calibrated = [run.config for run in runs if run.config.resolve().reads_inputs]
@@ -73,6 +73,7 @@ def run_comparison(config: CompareConfig, out: Path, progress: Progress) -> list
         config.check_continues(out)
         results = read_results(out / RESULTS_NAME)
         bench = _Bench(config, load(config.model, config.dtype), tasks, sources, progress)
+        bench.dense.check_causal()
         blocks = find_blocks(bench.dense.model)
         for run in runs:
             rules = run.config.rules().apply(bench.dense.model, blocks)

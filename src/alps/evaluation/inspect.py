@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from alps.core.errors import CheckpointError
 from alps.models.blocks import find_blocks
 from alps.models.dense_parameters import dense_parameters
-from alps.models.load import check_model_path, load_model
+from alps.models.load import check_checkpoint, load_model
 from alps.models.sites import Site
 from alps.reporting.run_report import DenseRecord, RunReport
 from alps.solvers.patterns import USUAL_PATTERNS, SemiStructured, group_violations, parse_pattern
@@ -86,7 +86,7 @@ def inspect(directory: str | Path) -> Inspection:
         ConfigError, UnsupportedModel, CheckpointError: for a directory that is not a readable checkpoint.
     """
     directory = str(directory)
-    check_model_path(directory)
+    check_checkpoint(directory)
     if not Path(directory).is_dir():
         raise CheckpointError(f"'{directory}' is not a directory: give the folder of a checkpoint.")
     report = RunReport.read(Path(directory))

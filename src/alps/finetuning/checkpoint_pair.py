@@ -17,7 +17,7 @@ from alps.data.loaded_model import LoadedModel
 from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.dense_parameters import dense_parameters
-from alps.models.load import check_model_path, parse_dtype
+from alps.models.load import check_checkpoint, parse_dtype
 from alps.models.save import save_model
 from alps.models.sites import Site
 from alps.reporting.model_card import model_card
@@ -47,7 +47,7 @@ def check_request(dense: str, pruned: str, out: Path, *, device: str, dtype: str
     pick_device(device)
     for name in (dense, pruned):
         if name != DEMO_MODEL_NAME:
-            check_model_path(name)
+            check_checkpoint(name)
     check_target(out)
     return RunReport.read(Path(pruned))
 
@@ -58,7 +58,7 @@ def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
     Raises:
         ConfigError: naming the first difference in class, parameters, shapes or vocabulary, or when `pruned` has no
             more zeros in its linear layers than `dense`.
-        UnsupportedModel: when a model has no decoder blocks.
+        UnsupportedModel: when a model has no decoder blocks, or looks ahead.
     """
     difference = _model_difference(dense.model, pruned.model) or _vocabulary_difference(dense, pruned)
     if difference:
@@ -66,6 +66,7 @@ def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
             f"'{dense.name}' and '{pruned.name}' do not belong together, {difference}: "
             "give the dense model from which the pruned one was made."
         )
+    dense.check_causal()
     if count_zeros(pruned.model) <= count_zeros(dense.model):
         raise ConfigError(
             f"Nothing is pruned in '{pruned.name}': its linear layers have no more zeros than those of "

@@ -22,6 +22,7 @@ from alps.checkpoints.unpack import check_file
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
 from alps.inference.convert import as_out_in, packed_layer, refuse_saving, set_module, tied_parameters
+from alps.models.architecture_check import check_config
 from alps.models.load import quiet, readable
 from alps.models.meta_model import empty_model
 
@@ -44,14 +45,19 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises:
         CheckpointError: if a file is missing or damaged, or its tensors do not fit the model.
+        UnsupportedModel: if it is no causal language model.
     """
     manifest = read_manifest(directory)
     if manifest.compression:
         check_compression()
-    for name, record in {**manifest.shards, **manifest.files}.items():
+    for name, record in manifest.files.items():
         check_file(directory / name, record.bytes, record.sha256)
     with quiet(), readable(str(directory)):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        check_config(config, str(directory))
+    for name, shard in manifest.shards.items():
+        check_file(directory / name, shard.bytes, shard.sha256)
+    with quiet(), readable(str(directory)):
         model = _skeleton(config, dtype or config.dtype or _first_dtype(manifest))
     try:
         _fill(model, directory, manifest)

@@ -38,6 +38,19 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def has_auto_class(config: Any) -> bool:
+    """Check if transformers has a language model with this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def model_class(config: Any) -> type:
+    """Return the class of the whole model with this configuration, for which transformers must have one."""
+    whole = auto_class(config) is AutoModelForImageTextToText
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if whole else MODEL_FOR_CAUSAL_LM_MAPPING
+    chosen: type = mapping[type(config)]
+    return chosen
+
+
 def reads_images(architecture: str) -> bool:
     """Check if a class of that name can be loaded by AutoModelForImageTextToText only."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -48,6 +61,18 @@ def text_config(model: nn.Module) -> Any:
     """Return the configuration of a model's text part, which of a text-only model is its own; None without any."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the largest number of tokens of a window; None for a configuration without a limit.
+
+    Args:
+        config: of the text model.
+    """
+    names = ("max_position_embeddings", "n_positions")
+    limits = (getattr(config, name, None) for name in names)
+    # Models without a limit have -1 or 0 there.
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def is_composite(model: nn.Module) -> bool:

@@ -19,8 +19,9 @@ from transformers.utils import logging as hf_logging
 
 from alps.checkpoints.manifest import MANIFEST_NAME
 from alps.checkpoints.safetensors_io import check_finite
-from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_index, find_weight_files
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_index, find_weight_files, read_config
 from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
+from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +68,43 @@ def check_model_path(name: str) -> None:
         raise ConfigError(f"Model '{name}' is a file but not a .gguf: give the directory of the checkpoint.")
 
 
+def check_checkpoint(name: str) -> None:
+    """Refuse a name that cannot be a model, or a model that its configuration says is of another kind.
+
+    Nothing but the configuration is read. That of a GGUF file is not, because all of the file would have to be read.
+
+    Raises:
+        ConfigError: see `check_model_path`; or when the configuration cannot be used.
+        CheckpointError: when it is not JSON.
+        UnsupportedModel: see `check_config`.
+    """
+    check_model_path(name)
+    source, extra = _source(name)
+    if not extra:
+        read_config(Path(source))  # its error message is clearer than that of transformers
+        with quiet(), readable(name):
+            check_config(AutoConfig.from_pretrained(source, trust_remote_code=False), name)
+
+
+def check_architecture(name: str | Path) -> None:
+    """Refuse a directory, packed or not, that its configuration says is no decoder-only causal language model.
+
+    Other names are not refused, and neither are directories without a configuration that transformers knows.
+
+    Raises:
+        UnsupportedModel: see `check_config`.
+    """
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # broken files reach many parsers, which raise anything
+        return
+    check_config(config, str(name))
+
+
 def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a causal language model on the CPU, in evaluation mode.
 
@@ -77,9 +115,9 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         ConfigError: when the path is missing, or the hub cannot be reached.
         CheckpointError: when a file of the weights is damaged, or holds NaN.
-        UnsupportedModel: when transformers has no such causal language model, or the weights are quantized.
+        UnsupportedModel: when it is no causal language model of transformers, or the weights are quantized.
     """
-    check_model_path(name)
+    check_checkpoint(name)
     source, extra = _source(name)
     directory = Path(source)
     if not extra and any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):

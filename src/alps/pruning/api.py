@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from alps.checkpoints.atomic_io import check_target
 from alps.checkpoints.safetensors_io import check_finite
-from alps.core.errors import ConfigError
+from alps.core.errors import ConfigError, UnsupportedModel
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix, load_calibration
+from alps.inference.convert import packed_modules
+from alps.models.memory_check import check_weights_in_memory, check_writable_weights, eager, unwrap
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.job import prune_checkpoint
@@ -133,17 +135,33 @@ def prune(
         "offload": offload,
         "activation_memory": activation_memory,
     }
+    if isinstance(model, nn.Module):
+        model = unwrap(model)
+        _check_in_memory(model)
+    elif not isinstance(model, str | Path):
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be pruned: give a model of transformers, such as `.model` of what "
+            "alps.load returns, or the name of a checkpoint."
+        )
     config = _make_config(values, method)
     method_object = _method_object(method, config)
     progress = progress or NoProgress()
     if isinstance(model, nn.Module):
-        return _prune_in_memory(
-            model, tokenizer, calibration, config, config.resolve(method=method_object), out, progress
-        )
+        recipe = config.resolve(method=method_object)
+        with eager(model):
+            return _prune_in_memory(model, tokenizer, calibration, config, recipe, out, progress)
     if out is None:
         raise ConfigError("A model given by name needs `out`, a directory to write: its pruned weights would be lost.")
     token_ids = calibration if isinstance(calibration, Tensor) else None
     return prune_checkpoint(config, Path(out), progress, resume=resume, method=method_object, token_ids=token_ids)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    """Refuse a model in memory whose weights cannot be pruned in place, before anything else is done."""
+    if next(packed_modules(model), None) is not None:
+        raise UnsupportedModel("The layers of the model are packed: prune the model before it is packed.")
+    check_weights_in_memory(model)
+    check_writable_weights(model)
 
 
 def _prune_in_memory(
@@ -160,6 +178,7 @@ def _prune_in_memory(
     start = time.perf_counter()
     check_finite(model.named_parameters(), config.model)
     loaded = LoadedModel(config.model, model, tokenizer)
+    loaded.check_causal()
     seconds = time.perf_counter() - start
     device = next(model.parameters()).device if config.device == "auto" else config.pick_device()
     context = RunContext(

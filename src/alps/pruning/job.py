@@ -24,7 +24,7 @@ from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.models.demo_model import DEMO_MODEL_NAME
-from alps.models.load import check_model_path, parse_dtype
+from alps.models.load import check_checkpoint, parse_dtype
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.dry_run import Forecast, forecast
@@ -122,6 +122,7 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     group.broadcast_from_main(lambda: check_journal(out, fingerprint, resume))
     start = time.perf_counter()
     loaded = _open(job, source)
+    loaded.check_causal()
     load_seconds = time.perf_counter() - start
     fingerprint["model_sha256"] = loaded.identity()
     windows: Windows | None = group.broadcast_from_main(
@@ -160,7 +161,9 @@ def estimate_run(config: PruneConfig, out: Path) -> Forecast:
     job = PruneJob(config=config)
     source = _check(job, out)
     context = make_context(config, NoProgress())
-    return forecast(_open(job, source), job.recipe, context, samples=config.samples, seqlen=config.seqlen)
+    loaded = _open(job, source)
+    loaded.check_causal()
+    return forecast(loaded, job.recipe, context, samples=config.samples, seqlen=config.seqlen)
 
 
 def make_context(config: PruneConfig, progress: Progress, group: ProcessGroup = SINGLE_PROCESS) -> RunContext:
@@ -183,7 +186,7 @@ def _check(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
     config, recipe = job.config, job.recipe
     parse_dtype(config.dtype)
     if config.model != DEMO_MODEL_NAME:
-        check_model_path(config.model)
+        check_checkpoint(config.model)
     check_target(out)
     if not recipe.reads_inputs:
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from alps.checkpoints.manifest import Manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
+from alps.models.load import check_architecture
 
 
 def pack(directory: str | Path, out: str | Path, *, compress: bool = False) -> Manifest:
@@ -22,7 +23,9 @@ def pack(directory: str | Path, out: str | Path, *, compress: bool = False) -> M
 
     Raises:
         CheckpointError: when the checkpoint cannot be packed, or `out` cannot be written.
+        UnsupportedModel: when it is no causal language model.
     """
+    check_architecture(directory)
     return pack_directory(Path(directory), Path(out), compress)
 
 
