@@ -59,6 +59,9 @@ these are left dense, and listed in the report with the reason:
 - subclasses of linear layers that compute something else than the product of their inputs and their weight, such as the
   block-diagonal projection of DeepSeek V4. The forward of the class is compared with the product on random inputs;
 - weights that several layers share, as in Zamba: pruned for the inputs of one layer, they would be wrong for another;
+- layers that a forward on text does not call, since their inputs are unknown: Mamba reads the weight of `dt_proj`
+  without a call, and Mllama skips its cross-attention layers without an image. A forward with eight tokens shows them
+  before any run, so that no setting changes which layers are pruned. It ends once one block of every structure has run;
 - convolutions, norms, state matrices, tables of positions, and all parameters whose owner is no linear layer.
 
 **Refused**, from config.json alone and before anything else: encoder-decoders, also as the text part of another model,

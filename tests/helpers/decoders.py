@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import LMHead
@@ -192,6 +192,43 @@ MOE: dict[str, Callable[[], Any]] = {
         "ernie4_5_moe", head_dim=8, moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1
     ),
 }
+_LINEAR = ["linear_attention", "full_attention"] * 2
+_MAMBA: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
+# Blocks without attention, or with attention in some blocks only.
+HYBRID: dict[str, Callable[[], Any]] = {
+    "mamba": _bare("mamba", **_MAMBA, time_step_rank=4),
+    "mamba2": _bare("mamba2", **_MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+    "jamba": _sized(
+        "jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    "olmo_hybrid": _sized(
+        "olmo_hybrid",
+        layer_types=_LINEAR,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+    ),
+    "zamba": _sized(
+        "zamba",
+        "num_key_value_heads pad_token_id",
+        num_key_value_heads=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        n_mamba_heads=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        pad_token_id=2,
+    ),
+    "mllama": lambda: MllamaTextConfig(**{**_SIZES, "pad_token_id": 2}, cross_attention_layers=[1, 3]),
+}
 
 
 def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -199,10 +236,12 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261125)
         try:
-            config = {**DENSE, **MOE}[kind]()
+            config = {**DENSE, **MOE, **HYBRID}[kind]()
         except ValueError as error:
             pytest.skip(f"this transformers has no such architecture: {error}")
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        # The text part of Mllama has a configuration of its own, which no auto class knows.
+        is_mllama = isinstance(config, MllamaTextConfig)
+        model: nn.Module = MllamaForCausalLM(config) if is_mllama else AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             # Initial weights are too small for a block to matter, and initial norms and biases have no effect.
             for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,3 +46,37 @@ class StridedMlp(nn.Module):
     def forward(self, x: Tensor) -> Any:
         wide = self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
         return self.mlp.down_proj(wide.repeat_interleave(2, dim=-1)[..., ::2])
+
+
+class ListedExperts(nn.Module):
+    """Mixture of MLPs in a `ModuleList`, each expert of which is called on its own tokens alone; the last one on none.
+
+    The router has no usual name.
+    """
+
+    def __init__(self, width: int, inner: int, experts: int) -> None:
+        super().__init__()
+        self.dispatch = nn.Linear(width, experts)
+        self.experts = nn.ModuleList(
+            [
+                nn.ModuleDict(
+                    {
+                        "gate_proj": nn.Linear(width, inner, bias=False),
+                        "up_proj": nn.Linear(width, inner, bias=False),
+                        "down_proj": nn.Linear(inner, width, bias=False),
+                    }
+                )
+                for _ in range(experts)
+            ]
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows, output = hidden.flatten(0, -2), torch.zeros_like(hidden).flatten(0, -2)
+        choice = self.dispatch(rows)[:, :-1].argmax(dim=-1)
+        for number, expert in enumerate(self.experts):
+            chosen = choice == number
+            if chosen.any():
+                x = rows[chosen]
+                inner = nn.functional.silu(expert["gate_proj"](x)) * expert["up_proj"](x)  # type: ignore[index]
+                output[chosen] = expert["down_proj"](inner)  # type: ignore[index]
+        return output.view_as(hidden)

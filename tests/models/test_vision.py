@@ -108,7 +108,8 @@ def test_the_text_decoder_samples_its_own_calibration() -> None:
     assert report.calibration is not None and report.calibration.tokens == 32 and report.sparsity == 0.5
 
 
-def test_a_text_decoder_with_two_kinds_of_layers_is_refused_though_its_tower_has_one() -> None:
+def test_layers_that_read_images_stay_dense(ids: Tensor) -> None:
+    """The text decoder has layers of two classes, and the vision tower more layers than it."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     tower = {"num_hidden_layers": 6, "num_global_layers": 2, "image_size": 16, "patch_size": 8}
     more = {"attention_heads": 4, "intermediate_layers_indices": [1, 2], "vision_output_dim": 96}
@@ -118,8 +119,18 @@ def test_a_text_decoder_with_two_kinds_of_layers_is_refused_though_its_tower_has
         vision_config={**sizes, **tower, **more},
         text_config={**sizes, **text, "rope_parameters": rope, "pad_token_id": 2},
     )
-    with pytest.raises(UnsupportedModel, match=r"No list of decoder blocks .* in MllamaForConditionalGeneration"):
-        find_blocks(AutoModelForImageTextToText.from_config(config))
+    model = AutoModelForImageTextToText.from_config(config)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = alps.prune(model, sparsity=0.5, method="wanda", calibration=ids)
+    prefix = "model.language_model.layers"
+    assert {layer.name.rpartition(".layers.")[0] + ".layers" for layer in report.layers} == {prefix}
+    assert {layer.name.removeprefix(f"{prefix}.").split(".")[0] for layer in report.layers} == {"0", "2", "3"}
+    told = {row.name: row.reason for row in report.dense}
+    assert told[f"{prefix}.1.cross_attn.q_proj.weight"] == "a forward on text does not call it as a layer"
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    assert all(
+        torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name not in pruned
+    )
 
 
 def test_windows_longer_than_the_text_part_takes_are_refused(ids: Tensor) -> None:

@@ -96,10 +96,10 @@ class _Collector:
             raise StopForward
 
     def add_unreached_experts(self, sites: Sequence[Site]) -> None:
-        """Add empty sums for experts among `sites` without a token if other experts of the parameter have tokens."""
-        fused = {site.parameter_name for shared in self.shared for site in shared.sites if site.expert is not None}
+        """Add empty sums for experts among `sites` without a token if other experts of the same place have tokens."""
+        places = {site.place for shared in self.shared for site in shared.sites if site.is_expert}
         for site in sites:
-            if site.parameter_name in fused and not self.has_seen(site):
+            if site.place in places and not self.has_seen(site):
                 self._add_input([site])
 
     def sync_groups(self, sites: Sequence[Site], group: ProcessGroup) -> None:
@@ -167,7 +167,7 @@ class _Collector:
 
     def _add_input(self, sites: Sequence[Site]) -> LayerInput:
         # The routers of the dense and the pruned model may send an expert different tokens: it has no input shift.
-        needs = self.needs if sites[0].expert is None else min(self.needs, Needs.GRAM)
+        needs = min(self.needs, Needs.GRAM) if sites[0].is_expert else self.needs
         shared = LayerInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
         self.shared.append(shared)
         self._input_by_site |= {site.name: shared for site in sites}
@@ -243,7 +243,7 @@ def observe(
             unseen_sites = [site for site in sites if not collector.has_seen(site)]
             if needs >= Needs.INPUT_SHIFT:
                 assert reference is not None, "the input shift needs a dense reference"
-                names = {site.name for site in leaders + unseen_sites if site.expert is None}
+                names = {site.name for site in leaders + unseen_sites if not site.is_expert}
                 collector.dense_inputs = (
                     reference.collect_inputs(names, batch, device, stop_early=collector.may_stop) if names else {}
                 )
@@ -257,8 +257,8 @@ def observe(
             collector.end_batch(complete=all(map(collector.has_seen, sites)))
             if not batch and not groups and collector.may_stop:
                 inputs.called_once.add(structure)
-    collector.add_unreached_experts(sites)
     collector.sync_groups(sites, group)
+    collector.add_unreached_experts(sites)
     shared = augment_undersampled(collector.shared, block, inputs, needs, device=device, group=group)
     return Observation(shared, [site for site in sites if not collector.has_seen(site)], collector.seconds)
 
@@ -272,7 +272,7 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
     """Group the sites of a block by their shared input in the first batch, in the order of the forward.
 
     Sites that receive nothing in this batch, or an input more than once, are left out. Experts without a token are
-    included, at the end, if other experts of the same parameter have tokens.
+    included, at the end, if other experts of the same place have tokens.
 
     Args:
         block: on `device`.

@@ -58,7 +58,7 @@ def calibrate(
         reference.record(_comparable([sites[0] for sites in shared_inputs]), device)
     steps: dict[str, list[Sequence[Site]]] = {}
     for sites in shared_inputs:
-        steps.setdefault(sites[0].parameter_name, []).append(sites)
+        steps.setdefault(sites[0].place, []).append(sites)
     for step in steps.values():
         if isinstance(inputs, CachedForward):
             inputs.begin_pass(step)
@@ -89,4 +89,4 @@ def _discover_on_main(
 
 def _comparable(sites: Sequence[Site]) -> list[Site]:
     """Return the sites that receive the same tokens in the dense model; routers may send experts different ones."""
-    return [site for site in sites if site.expert is None]
+    return [site for site in sites if not site.is_expert]

@@ -101,7 +101,7 @@ def augment_undersampled(
     Returns:
         The same inputs, with this rank's part of the pooled tokens.
     """
-    experts = {source.name: source for source in shared if source.sites[0].expert is not None}
+    experts = {source.name: source for source in shared if source.sites[0].is_expert}
     # All ranks have the same inputs: without experts none of them takes part in the reduction.
     tokens = {name: source.sums.tokens for name, source in experts.items()}
     total_tokens = group.sum_counters(tokens) if tokens else tokens
@@ -113,15 +113,14 @@ def augment_undersampled(
     if not undersampled or needs is Needs.NOTHING:
         return list(shared)
     rerouted_pools = _collect_rerouted([source.sites[0] for source in undersampled], block, inputs, needs, device)
-    fused_pools: dict[str, InputSums] = {}
+    place_pools: dict[str, InputSums] = {}
     for name, source in experts.items():
         if name not in rerouted_pools:
-            fused_name = source.sites[0].parameter_name
-            pool = fused_pools.get(fused_name)
-            fused_pools[fused_name] = source.sums if pool is None else pool + source.sums
+            for place in {site.place for site in source.sites}:
+                pool = place_pools.get(place)
+                place_pools[place] = source.sums if pool is None else pool + source.sums
     pools = {
-        source.name: rerouted_pools.get(source.name) or fused_pools[source.sites[0].parameter_name]
-        for source in undersampled
+        source.name: rerouted_pools.get(source.name) or place_pools[source.sites[0].place] for source in undersampled
     }
     pool_tokens = group.sum_counters({name: pool.tokens for name, pool in pools.items()})
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alps.calibration.block_probe import probe_blocks
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError
 from alps.core.progress import Progress
@@ -47,18 +48,21 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     store: LazyWeights | None = None
+    _blocks: list[Block] | None = field(default=None, init=False, compare=False)
 
     def __repr__(self) -> str:
         return f"LoadedModel('{self.name}', {type(self.model).__name__})"
 
     def blocks(self) -> list[Block]:
-        """Return the decoder blocks; weights that are still in files are read when a block needs them.
+        """Return the decoder blocks that a forward on text calls; weights in files are read when a block needs them.
 
         Raises:
-            UnsupportedModel: when there are none.
+            UnsupportedModel: when there are none, or the model cannot be run.
         """
-        blocks = find_blocks(self.model)
-        return blocks if self.store is None else self.store.attach_to(blocks)
+        if self._blocks is None:
+            blocks = find_blocks(self.model)
+            self._blocks = probe_blocks(self.model, blocks if self.store is None else self.store.attach_to(blocks))
+        return self._blocks
 
     def check_causal(self) -> None:
         """Refuse a model that looks ahead; see `alps.models.causality.check_causal`.

@@ -44,13 +44,13 @@ class CachedReferenceModel(nn.Module):
                 return SimpleNamespace(logits=self._head(self._outputs[key], input_ids))
             logits, output = self._run_model(input_ids)
             if self._is_exact is None:
-                self._is_exact = torch.equal(self._head(output, input_ids), logits)
-        if self._is_exact:
+                self._is_exact = output is not None and torch.equal(self._head(output, input_ids), logits)
+        if self._is_exact and output is not None:
             self._outputs[key] = output.cpu()
         return SimpleNamespace(logits=logits)
 
-    def _run_model(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model's own forward; return its logits and the last block's output."""
+    def _run_model(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the model's own forward; return its logits and the last block's output, None unless it is called once."""
         outputs: list[Tensor] = []
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -61,5 +61,4 @@ class CachedReferenceModel(nn.Module):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        (output,) = outputs
-        return logits, output
+        return logits, outputs[0] if len(outputs) == 1 else None

@@ -29,7 +29,6 @@ from alps.evaluation.kl_divergence import measure_divergence
 from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.sample_outputs import continue_prompts
 from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
-from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.fingerprint import model_sha256
 from alps.models.load import check_checkpoint, parse_dtype
@@ -74,7 +73,7 @@ def run_comparison(config: CompareConfig, out: Path, progress: Progress) -> list
         results = read_results(out / RESULTS_NAME)
         bench = _Bench(config, load(config.model, config.dtype), tasks, sources, progress)
         bench.dense.check_causal()
-        blocks = find_blocks(bench.dense.model)
+        blocks = bench.dense.blocks()
         for run in runs:
             rules = run.config.rules().apply(bench.dense.model, blocks)
             check_fit(rules.blocks, run.config.build_pattern(), rules.patterns)

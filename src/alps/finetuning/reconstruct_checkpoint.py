@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_probe import probe_blocks
 from alps.calibration.lm_head import LMHead
 from alps.core.device import exact_float32, pick_device
 from alps.core.errors import ConfigError
@@ -191,7 +192,7 @@ def _reconstruct_blocks(
 ) -> list[ReconstructionRecord]:
     """Tune all blocks of `pruned` in order, on windows of token ids (windows, seqlen)."""
     parameters = settings.parameters()
-    dense_blocks, blocks = find_blocks(dense), find_blocks(pruned)
+    dense_blocks, blocks = (probe_blocks(model, find_blocks(model)) for model in (dense, pruned))
     # At least two batches, since one is held back.
     batch_size = max(min(parameters.tokens // ids.shape[1], len(ids) // 2), 1)
     storage_device = torch.device("cpu") if settings.offload else device

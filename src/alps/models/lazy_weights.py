@@ -28,11 +28,13 @@ class _Slot:
     """Parameter of the model.
 
     Attributes:
-        owners: modules that hold it, each with the attribute's name; several when weights are tied.
+        names: of the parameter inside the model; several when weights are tied.
+        owners: modules that hold it, each with the attribute's name, in the same order.
         mapping: its tensors in the checkpoint.
         dtype: in memory.
     """
 
+    names: tuple[str, ...]
     owners: tuple[tuple[nn.Module, str], ...]
     mapping: KeyMapping
     dtype: torch.dtype
@@ -64,12 +66,16 @@ class LazyWeights:
         """
         self.model, self.directory, self.files = model, directory, files
         self._stored = {tensor.name: tensor for tensors in files.values() for tensor in tensors}
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            owner, _, attribute = name.rpartition(".")
-            owners.setdefault(id(parameter), []).append((model.get_submodule(owner), attribute))
+            names.setdefault(id(parameter), []).append(name)
         self._slots = {
-            name: _Slot(tuple(owners[id(parameter)]), mappings[name], parameter.dtype)
+            name: _Slot(
+                tuple(names[id(parameter)]),
+                tuple(_owner(model, alias) for alias in names[id(parameter)]),
+                mappings[name],
+                parameter.dtype,
+            )
             for name, parameter in model.named_parameters()
         }
         self._block_names: set[str] = set()
@@ -77,7 +83,9 @@ class LazyWeights:
     def attach_to(self, blocks: list[Block]) -> list[Block]:
         """Return the blocks with this object as their store."""
         prefixes = tuple(f"{block.name}." for block in blocks)
-        self._block_names = {name for name in self._slots if name.startswith(prefixes)}
+        self._block_names = {
+            name for name, slot in self._slots.items() if all(alias.startswith(prefixes) for alias in slot.names)
+        }
         return [Block(block.index, block.name, block.module, block.sites, self) for block in blocks]
 
     def fetch(self, block: Block, device: torch.device) -> None:
@@ -167,7 +175,9 @@ class LazyWeights:
         return TensorToWrite(tensor.name, dtype, tensor.shape, read)
 
     def _names_in(self, block: Block) -> list[str]:
-        return [name for name in self._slots if name.startswith(f"{block.name}.")]
+        """Return the parameters of a block, each by its first name, which may be in another block."""
+        prefix = f"{block.name}."
+        return [name for name, slot in self._slots.items() if any(alias.startswith(prefix) for alias in slot.names)]
 
     def _fill(
         self, name: str, device: torch.device, read: Callable[[TensorOnDisk], Tensor] = TensorOnDisk.read
@@ -186,6 +196,12 @@ class LazyWeights:
     def _set(slot: _Slot, parameter: nn.Parameter) -> None:
         for module, attribute in slot.owners:
             module.register_parameter(attribute, parameter)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter, and the attribute's name."""
+    owner, _, attribute = name.rpartition(".")
+    return model.get_submodule(owner), attribute
 
 
 def _trim_heap() -> None:

@@ -7,6 +7,7 @@ confirm which.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from alps.models.linear_maps import ProductCheck, is_linear_layer
 from alps.models.routers import find_routers, is_fused, is_inside
 
+# Name of a list of experts with the number of one; experts that all tokens share are layers like others.
+_LISTED_EXPERT = re.compile(r"(\.(?!shared)[^.]*experts?)\.\d+(?=\.)")
 # Classes that store experts as (experts, in, out) without an attribute `is_transposed`.
 _INPUTS_FIRST = {"Llama4TextExperts"}
 
@@ -57,6 +60,16 @@ class Site:
             return f"{self.name}.weight"
         fused = self.name.rpartition(".")[0]
         return f"{fused}.weight" if self.attribute == "weight" else fused
+
+    @property
+    def place(self) -> str:
+        """Name of the parameter without the numbers of experts: the same for all experts of a mixture."""
+        return _LISTED_EXPERT.sub(r"\1", self.parameter_name)
+
+    @property
+    def is_expert(self) -> bool:
+        """True for a map of one expert: a slice of a fused parameter, or a layer inside a list of experts."""
+        return self.expert is not None or self.place != self.parameter_name
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -167,7 +167,7 @@ def _memory(
 
 def _width(blocks: list[Block]) -> int:
     """Return the features of the hidden states, which the first site of a block reads."""
-    return blocks[0].sites[0].shape[1]
+    return next(site.shape[1] for block in blocks for site in block.sites)
 
 
 def _bytes(tensor: Tensor) -> int:

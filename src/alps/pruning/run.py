@@ -109,7 +109,7 @@ def prune_model(
         method=recipe.method.name,
         pattern=str(recipe.pattern),
         overrides={rule: str(pattern) for rule, pattern in recipe.rules.overrides.items()},
-        dtype=dtype_name(blocks[0].sites[0].dtype),
+        dtype=dtype_name(next(site.dtype for block in blocks for site in block.sites)),
         device=str(context.device),
         calibration=None if windows is None else calibration_record(windows, seed),
         layers=results.layers,
