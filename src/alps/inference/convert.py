@@ -38,7 +38,7 @@ def pack_linears(model: nn.Module) -> int:
 def packed_layer(layer: nn.Module, packed: PackedMatrix) -> PackedLinear:
     """Return a packed layer that replaces `layer` and has its bias."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
-    return PackedLinear(packed, None if bias is None else bias.data)
+    return PackedLinear(packed, None if bias is None else bias.data, inputs_first=type(layer) is Conv1D)
 
 
 def as_out_in(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -61,8 +61,10 @@ def tied_parameters(model: nn.Module) -> set[str]:
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Iterate over the packed layers of a model with their names."""
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear))
+    """Iterate over the layers of a model that are packed in memory, with their names."""
+    return (
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear) and layer.is_packed
+    )
 
 
 def refuse_saving(model: nn.Module) -> None:

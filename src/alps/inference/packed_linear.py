@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alps.checkpoints.bitmask_codec import PackedMatrix, check_packed
 from alps.core.half_precision import multiplies_by_float32
 from alps.inference.cpu_backend import KINDS, find_kernel
+from alps.inference.lazy_weight import LazyWeight
 from alps.inference.torch_backend import unpack_rows
 from alps.inference.triton_backend import find_gpu_kernel
 
@@ -73,12 +74,16 @@ class PackedLinear(nn.Module):
     kernels in Triton on a GPU. Without a kernel, or if gradients with respect to the input are required, torch unpacks
     some rows at a time and multiplies them densely, which is slower.
 
+    Code that computes with `layer.weight` and not by calling the layer, as in Mamba and RWKV, unpacks it: the layer is
+    dense from then on. Reading the shape, dtype or device of `layer.weight` does not.
+
     Args:
         packed: the weight (out, in); kernels need bfloat16, float16 or float32.
         bias: shape (out,), or None.
+        inputs_first: `weight` has the shape (in, out), as in a `Conv1D`.
 
     Attributes:
-        mask: mask of the packed weight, a buffer.
+        mask: mask of the packed weight, a buffer; None once the layer is dense.
         values: nonzero weights, a buffer; it is cast with the module.
         offsets: offsets of the rows in `values`, a buffer.
         in_features: number of inputs, as in `nn.Linear`.
@@ -90,8 +95,9 @@ class PackedLinear(nn.Module):
     offsets: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None, inputs_first: bool = False) -> None:
         super().__init__()
+        self.inputs_first = inputs_first
         self.in_features, self.out_features = packed.columns, len(packed.mask)
         self.register_buffer("mask", packed.mask.contiguous())
         self.register_buffer("values", packed.values.contiguous())
@@ -101,6 +107,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map x (..., in) to (..., out), in the dtype of the values."""
+        if "weight" in self._parameters:
+            weight = self._unpack()
+            return F.linear(input, weight.t() if self.inputs_first else weight, self.bias)
         # Calls and attribute lookups through the module are avoided: small layers take only ten microseconds.
         bound = self._current_binding()
         kernel, matrix = bound.kernel, bound.matrix
@@ -124,8 +133,24 @@ class PackedLinear(nn.Module):
             self._multiply_tiles(kernel, matrix, x.view(tokens, -1), out.view(tokens, self.out_features))
         return out
 
+    @property
+    def is_packed(self) -> bool:
+        """False once the layer is dense."""
+        return "weight" not in self._parameters
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight in the shape of the layer that was packed; computing with it makes the layer dense."""
+        if not self.is_packed:
+            return self._unpack()
+        shape = (self.out_features, self.in_features)
+        return LazyWeight(shape[::-1] if self.inputs_first else shape, self.values, self._unpack)
+
     def to_dense(self) -> Tensor:
         """Return a dense copy of the weight (out, in) on the layer's device, equal to the bit."""
+        if not self.is_packed:
+            weight = self._unpack().data
+            return (weight.t() if self.inputs_first else weight).clone(memory_format=torch.contiguous_format)
         bound = self._current_binding()
         if bound.kernel is None:
             return torch.cat(list(self._tiles())) if self.out_features else self.values.new_empty(0, self.in_features)
@@ -139,14 +164,27 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: if they do not.
         """
-        if self._current_binding().kernel is None:
+        if self.is_packed and self._current_binding().kernel is None:
             check_packed(self._packed())
 
     def extra_repr(self) -> str:
         """Describe the layer for `repr`."""
         weights = self.in_features * self.out_features
-        kept = f"{len(self.values) / weights:.2%} kept" if weights else "empty"
+        kept = "empty" if not weights else f"{len(self.values) / weights:.2%} kept" if self.is_packed else "dense"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
+
+    def _unpack(self) -> nn.Parameter:
+        """Make the layer dense, unless it is, and return its weight."""
+        if self.is_packed:
+            with torch.inference_mode(False):
+                dense = self.to_dense()
+                stored = dense.t().contiguous() if self.inputs_first else dense
+                self._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+            self._bound = None
+            self._buffers.update(mask=None, values=None, offsets=None)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def _multiply_tiles(self, kernel: Multiplier, matrix: Any, x: Tensor, out: Tensor) -> None:
         """Multiply many vectors: unpack some rows at a time into one buffer, and multiply them densely.
