@@ -6,8 +6,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# One core each: what the tests start has as many threads as they have, and so the same bits; waiting threads spin.
+# One core each: what the tests start has as many threads as they have, and so the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from alps.core.openmp import openmp_settings
+
+# As the command does, before torch: for the tests that compute with several threads, and for all that they start.
+os.environ.update(openmp_settings(os.environ))
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +34,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alps.core import cpu_count
 from alps.reporting import publish
 from helpers.blank_page import write_blank_page
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many workers as CPUs that the process may use: pytest-xdist does not know the quotas of containers."""
+    return cpu_count.usable_cpus()
+
 
 # The same examples in every run; how long one takes says nothing on a machine that others use, too.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)

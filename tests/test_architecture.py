@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -222,8 +223,12 @@ def test_the_package_is_typed_and_its_typed_consumer_uses_every_public_name() ->
     assert used == set(alps.__all__)
 
 
+# First parts of the names of variables of OpenMP's runtimes.
+_OPENMP = {"OMP", "GOMP", "KMP", "MKL"}
+
 _IMPORT_SCRIPT = """
-import json, logging, sys
+import json, logging, os, sys
+environment = dict(os.environ)
 import torch
 torch.set_float32_matmul_precision("medium")
 torch.set_default_dtype(torch.float64)
@@ -242,12 +247,16 @@ print(json.dumps({
     "seed": torch.initial_seed() == seed,
     "grad": torch.is_grad_enabled(),
     "cli": "alps.cli" in sys.modules,
+    "environment": environment == dict(os.environ),
 }))
 """
 
 
 def test_importing_the_package_leaves_global_settings_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", _IMPORT_SCRIPT], capture_output=True, text=True, check=True)
+    # Without the settings of the tests, which the library must not make either.
+    environment = {name: value for name, value in os.environ.items() if name.partition("_")[0] not in _OPENMP}
+    command = [sys.executable, "-c", _IMPORT_SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {
         "precision": "medium",
         "dtype": "torch.float64",
@@ -257,5 +266,6 @@ def test_importing_the_package_leaves_global_settings_alone() -> None:
         "seed": True,
         "grad": True,
         "cli": False,
+        "environment": True,
     }
     assert done.stderr == ""

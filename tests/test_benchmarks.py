@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import gpu_layers
 import inference
 import model as whole_model
 import quality
+import waiting_policy
+from alps.core.cpu_load import read_cpu_times
 from alps.core.memory import peak_host_bytes
 from alps.data.loaded_model import load
 from alps.data.mixture import load_calibration
@@ -74,6 +78,32 @@ def test_orders_prints_a_row_for_each_target(tmp_path: Path, stories: Path) -> N
     rows = run(tmp_path, "orders.py", str(stories), "--windows", "2", "--seqlen", "32", "--blocks", "1")
     assert [row[0] for row in rows[2:]] == ["pruned", "dense"]
     assert all(float(seconds) >= 0 for row in rows[2:] for seconds in row[1:])
+
+
+@pytest.mark.skipif(read_cpu_times() is None, reason="the script needs the CPU times of other programs")
+def test_waiting_policy_prints_a_row_for_each_policy_and_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, english_file: Path
+) -> None:
+    started_with = []
+
+    def start_command(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        if "prune" in command:
+            names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+            started_with.append(tuple(settings["env"].get(name) for name in names))
+        return started.run_command(command, **settings)
+
+    options = ["--blocks", "1", "--threads", "2", "--rounds", "1", "--quiet", "999", "--spin-counts", "7"]
+    files = ["--model", str(stories), "--calibration", str(english_file)]
+    monkeypatch.setattr("sys.argv", ["waiting_policy.py", *files, *options, *SMALL])
+    monkeypatch.setattr("subprocess.run", start_command)
+    waiting_policy.main()
+    rows = cells(capsys.readouterr().out)
+    policies = ["spinning", "alps", "passive", "one thread", "7 turns"]
+    assert [row[:2] for row in rows[2:]] == [[name, busy] for busy in ("0", "2") for name in policies]
+    assert [row[4:] for row in rows[2::5]] == [["1.00", "1.00"]] * 2
+    assert all(float(row[2]) > 0 and float(row[4]) == float(row[5]) for row in rows[2:])
+    settings = [("2", None, "300000", None), ("2", None, None, None), ("2", "PASSIVE", None, None)]
+    assert started_with == [*settings, ("1", None, None, None), ("2", None, "7", None)] * 2
 
 
 def test_copying_tells_copied_tokens_from_others(tmp_path: Path, stories: Path) -> None:

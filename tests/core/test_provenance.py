@@ -31,6 +31,15 @@ def test_provenance_names_versions_and_machine() -> None:
     assert all(isinstance(value, str) and value for value in values.values())
 
 
+@pytest.mark.parametrize(("usable", "cores"), [(2, "2 of 64 cores"), (64, "64 cores")])
+def test_the_machine_has_the_cores_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, usable: int, cores: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(module, "usable_cpus", lambda: usable)
+    assert provenance()["machine"].split(", ")[-2:] == [cores, f"{torch.get_num_threads()} threads"]
+
+
 @pytest.mark.usefixtures("uncached_commit")
 def test_git_is_called_once_per_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []

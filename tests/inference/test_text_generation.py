@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import alps
 from alps.cli import main as cli
+from alps.core.cpu_load import CpuReading, CpuTime
 from alps.inference.text_generation import generate_text
 
 
@@ -40,6 +44,21 @@ def test_generate_and_eval_on_the_command_line(packed_stories: tuple[Path, Path]
         assert told.exit_code == 0, told.output
         measured.append(json.loads(told.stdout)[0]["perplexity"])
     assert f"{measured[0]:.4g}" == f"{measured[1]:.4g}"
+
+
+def test_a_speed_on_a_busy_machine_says_so(packed_stories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for others, sentence in ((0.0, ""), (1.8, "The machine is busy: other programs use 1.8 of 2 CPUs.")):
+        moments = itertools.count(0.0, 5.0)
+
+        def read(moments: Iterator[float] = moments, others: float = others) -> CpuReading:
+            wall = next(moments)
+            return CpuReading(wall, 0.2 * wall, CpuTime(2, (0.2 + others) * wall))
+
+        monkeypatch.setattr("alps.core.cpu_load.read_cpu_times", read)
+        result = CliRunner().invoke(cli.app, ["generate", str(packed_stories[0]), "--prompt", "Once", "--tokens", "2"])
+        assert result.exit_code == 0, result.output
+        message = result.stderr.replace("\n", " ").strip()
+        assert message.endswith(sentence or ("thread.", "threads.")) and message.count("busy") == bool(sentence)
 
 
 def test_the_chat_template_is_applied(packed_stories: tuple[Path, Path]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
+from alps.core.cpu_count import ranks_on_host
+from alps.core.cpu_load import CpuContention
 from alps.core.progress import ConsoleProgress
 
 
@@ -20,6 +23,19 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def cpu_contention() -> CpuContention:
+    """Return the finder of other programs that take the CPUs from this command."""
+    return CpuContention(_count_threads)
+
+
+def _count_threads() -> int:
+    """Return the number of threads with which all ranks on this host compute."""
+    # Not imported above: a command that computes has imported it, and the others do not need it.
+    import torch
+
+    return torch.get_num_threads() * ranks_on_host(os.environ)
 
 
 @contextmanager
@@ -38,7 +54,10 @@ def console_output(quiet: bool = False) -> Iterator[tuple[Console, ConsoleProgre
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield Console(quiet=quiet), ConsoleProgress(errors)
+        progress = (
+            ConsoleProgress(errors) if quiet else ConsoleProgress(errors, describe_load=cpu_contention().describe)
+        )
+        yield Console(quiet=quiet), progress
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

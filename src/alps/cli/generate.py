@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alps.cli.console import console_output
+from alps.cli.console import console_output, cpu_contention
 from alps.core.errors import ConfigError
 
 _LOG = logging.getLogger("alps")
@@ -40,6 +40,7 @@ def generate_command(
         loaded = load(path, dtype, device=device)
         if loaded.tokenizer is None:
             raise ConfigError(f"Model '{path}' has no tokenizer, which generation needs: add its files.")
+        contention = cpu_contention()
         result = generate_text(
             loaded.model,
             loaded.tokenizer,
@@ -51,4 +52,5 @@ def generate_command(
             on_text=write_text,
         )
         write_text("\n")
-        _LOG.info(summary(loaded.model, result))
+        others = contention.describe()
+        _LOG.info(summary(loaded.model, result) + (f" The machine is busy: {others}." if others else ""))

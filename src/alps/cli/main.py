@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -13,7 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from alps import __version__
+from alps.core.cpu_load import is_busy
 from alps.core.errors import AlpsError
+from alps.core.openmp import openmp_settings
 
 # Module of alps.cli, function, and first line of the help of every command. A command is imported when it is called,
 # because torch and transformers take seconds, and a list of commands or a version does not need them.
@@ -87,8 +90,13 @@ class _Commands(TyperGroup):
         self.commands.update({name: TyperCommand(name, help=line) for name, (_, _, line) in COMMANDS.items()})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Import the command that is called, and resolve it."""
+        """Import the command that is called, and resolve it.
+
+        The settings of OpenMP are put into the environment first: torch reads them when a command imports it, and child
+        processes inherit them.
+        """
         if args and args[0] in COMMANDS:
+            os.environ.update(openmp_settings(os.environ, is_busy))
             self.commands[args[0]] = import_command(args[0])
         return super().resolve_command(ctx, args)
 

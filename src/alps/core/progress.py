@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.console import Console
@@ -41,19 +42,24 @@ class ConsoleProgress:
 
     Args:
         console: to print on.
-        every_seconds: least time between two lines.
+        every_seconds: least time between two lines, and between two calls of `describe_load`.
+        describe_load: returns what slows the job down since its last call, or nothing; shown after the detail.
     """
 
-    def __init__(self, console: Console, every_seconds: float = 5.0) -> None:
-        self._console, self._every_seconds = console, every_seconds
+    def __init__(
+        self, console: Console, every_seconds: float = 5.0, describe_load: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._console, self._every_seconds, self._describe_load = console, every_seconds, describe_load
         self._bar: RichProgress | None = None
-        self._title, self._total, self._done = "", 0, 0
+        self._title, self._total, self._done, self._load = "", 0, 0, ""
         self._started = self._printed = 0.0
 
     def start(self, title: str, total: int) -> None:
         """Show the bar, or start the clock."""
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._done, self._load = title, total, 0, ""
         self._started = self._printed = time.monotonic()
+        # From here on; what was before belongs to another job.
+        self._describe_load()
         if self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
@@ -69,15 +75,20 @@ class ConsoleProgress:
     def step(self, detail: str) -> None:
         """Advance the bar, or print a line when it is time."""
         self._done += 1
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], advance=1, detail=detail)
-            return
         now = time.monotonic()
-        if now - self._printed >= self._every_seconds or self._done == self._total:
+        is_due = now - self._printed >= self._every_seconds
+        if is_due or (self._bar is None and self._done == self._total):
             self._printed = now
+            self._load = self._describe_load()
+        elif self._bar is None:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=1, detail="  ".join(filter(None, (detail, self._load))))
+        else:
             left = (now - self._started) / self._done * (self._total - self._done)
             self._console.print(
-                f"{self._title}: {self._done}/{self._total}  {detail}  {left:.0f} s left",
+                f"{self._title}: {self._done}/{self._total}  {detail}  {left:.0f} s left"
+                + (f"  ({self._load})" if self._load else ""),
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from alps.core.cpu_count import usable_cpus
+
 _DISTRIBUTION = "alps-prune"
 
 
@@ -21,7 +23,7 @@ def provenance() -> dict[str, str]:
         "alps": version(_DISTRIBUTION),
         **libraries,
         "python": platform.python_version(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{_processor()}, {_cores()}, {torch.get_num_threads()} threads",
         "commit": commit(),
     }
 
@@ -63,6 +65,12 @@ def source_tree(package: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     return root if f'name = "{_DISTRIBUTION}"' in project else None
+
+
+def _cores() -> str:
+    """Return the number of cores, with those that this process may use if they are fewer."""
+    cores, usable = os.cpu_count() or 1, usable_cpus()
+    return f"{cores} cores" if usable >= cores else f"{usable} of {cores} cores"
 
 
 def _processor() -> str:
