@@ -19,7 +19,7 @@ from alps.models.blocks import find_blocks
 from alps.models.lazy_weights import LazyWeights
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_checkpoint
-from helpers.decoders import HYBRID, MOE, decoder
+from helpers.decoders import HYBRID, IMAGES, MOE, decoder
 from helpers.unusual_modules import ListedExperts
 
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -68,7 +68,7 @@ def _called(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("settings", _SETTINGS.values(), ids=_SETTINGS)
-@pytest.mark.parametrize("kind", [*HYBRID, "reader"])
+@pytest.mark.parametrize("kind", [*HYBRID, *IMAGES, "reader"])
 def test_no_setting_changes_what_is_pruned(
     kind: str, settings: Mapping[str, Any], ids: Tensor, request: pytest.FixtureRequest
 ) -> None:

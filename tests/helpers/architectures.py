@@ -24,7 +24,7 @@ import alps
 from alps.calibration.block_inputs import capture_block_inputs
 from alps.calibration.lm_head import LMHead
 from alps.models.blocks import find_blocks
-from helpers.decoders import DENSE, MOE, decoder
+from helpers.decoders import DENSE, HYBRID, MOE, decoder
 from helpers.vision import VISION, vision_model
 
 _HEAD = """# Supported architectures
@@ -49,7 +49,7 @@ names (`get_decoder`), so a vision tower with more layers is not mistaken for it
 AutoModelForImageTextToText if there is no causal language model of the kind, or if the checkpoint says that it holds
 more than a causal one; the files of the image processor are copied. What pruning does to answers about images has not
 been measured. Idefics 3 and SmolVLM are read block by block. Checkpoints of the other three use other tensor names than
-transformers and are loaded whole.
+transformers and are loaded whole, and so is OLMo-Hybrid.
 
 **What stays dense.** Blocks may be of several classes, as in hybrids of attention and state-space layers. Inside them
 these are left dense, and listed in the report with the reason:
@@ -148,7 +148,7 @@ def main() -> None:
     """Print the page."""
     torch.set_num_threads(1)
     print(_HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
-    for kind in (*DENSE, *MOE, *VISION):
+    for kind in (*DENSE, *MOE, *HYBRID, *VISION):
         print(examine(kind), flush=True)
     print(_FOOT, end="")
 

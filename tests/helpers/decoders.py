@@ -227,6 +227,9 @@ HYBRID: dict[str, Callable[[], Any]] = {
         mamba_dt_rank=4,
         pad_token_id=2,
     ),
+}
+# Blocks that a forward without images skips.
+IMAGES: dict[str, Callable[[], Any]] = {
     "mllama": lambda: MllamaTextConfig(**{**_SIZES, "pad_token_id": 2}, cross_attention_layers=[1, 3]),
 }
 
@@ -236,7 +239,7 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261125)
         try:
-            config = {**DENSE, **MOE, **HYBRID}[kind]()
+            config = {**DENSE, **MOE, **HYBRID, **IMAGES}[kind]()
         except ValueError as error:
             pytest.skip(f"this transformers has no such architecture: {error}")
         # The text part of Mllama has a configuration of its own, which no auto class knows.

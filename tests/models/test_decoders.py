@@ -24,7 +24,7 @@ from alps.models.blocks import find_blocks
 from alps.models.dense_parameters import dense_parameters
 from alps.reporting.run_report import RunReport
 from helpers.architectures import examine
-from helpers.decoders import DENSE, MOE, check_walk, decoder
+from helpers.decoders import DENSE, HYBRID, MOE, check_walk, decoder
 from helpers.vision import VISION
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 _CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *MOE])
+@pytest.mark.parametrize("kind", [*DENSE, *MOE, *HYBRID])
 def test_walking_the_blocks_gives_the_logits_of_the_model(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     check_walk(model, find_blocks(model), ids)
@@ -144,7 +144,7 @@ def test_the_page_of_architectures_has_them_all() -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
     result = {row[0]: row for row in rows if row[0] != "architecture"}
-    assert list(result) == [*DENSE, *MOE, *VISION]
+    assert list(result) == [*DENSE, *MOE, *HYBRID, *VISION]
     assert all(float(row[4]) < 1e-5 for row in result.values())
-    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "llava", "smolvlm"):
+    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "jamba", "llava", "smolvlm"):
         assert result[kind][:4] == examine(kind).reproducible
