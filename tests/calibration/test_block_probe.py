@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import alps
 from alps.calibration.block_probe import probe_blocks
@@ -17,6 +18,7 @@ from alps.core.progress import NoProgress
 from alps.data.loaded_model import open_model
 from alps.models.blocks import find_blocks
 from alps.models.lazy_weights import LazyWeights
+from alps.models.meta_model import open_lazy_model
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_checkpoint
 from helpers.decoders import HYBRID, IMAGES, MOE, decoder
@@ -186,3 +188,14 @@ def test_a_model_in_its_files_is_pruned_like_one_in_memory(
     again = alps.load(tmp_path / "out").model
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_a_model_whose_first_parameter_is_in_a_block_is_probed_from_its_files(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2, "prompt_length": 4}
+    config = AutoConfig.for_model("cpmant", vocab_size=64, hidden_size=32, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    opened = open_lazy_model(str(tmp_path), None)
+    assert isinstance(opened, LazyWeights) and next(opened.model.parameters()).is_meta
+    probed = probe_blocks(opened.model, opened.attach_to(find_blocks(opened.model)))
+    assert [len(block.sites) for block in probed] == [7, 7]

@@ -6,13 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
+    GPT2Config,
     LlamaConfig,
+    MambaConfig,
+    MllamaForCausalLM,
+    MptConfig,
+    ViTConfig,
+    XLNetConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from alps.models.auto_class import auto_class, is_composite, processor_files, reads_images, text_config
+from alps.models.auto_class import (
+    auto_class,
+    has_auto_class,
+    is_composite,
+    position_limit,
+    processor_files,
+    reads_images,
+    text_config,
+)
+from alps.models.lazy_weights import LazyWeights
+from alps.models.load import load_model
+from alps.models.meta_model import open_lazy_model
 from helpers.vision import VISION, vision_model
 
 
@@ -24,6 +43,34 @@ def test_a_checkpoint_is_loaded_as_what_it_says_that_it_is() -> None:
     # Of this one the causal language model is the text part alone.
     for name, whole in (("Llama4ForConditionalGeneration", True), ("Llama4ForCausalLM", False)):
         assert (auto_class(Llama4Config(architectures=[name])) is AutoModelForImageTextToText) == whole
+
+
+def test_a_text_part_alone_is_loaded_by_the_class_that_it_names(tmp_path: Path) -> None:
+    config = MllamaTextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[1],
+        pad_token_id=2,
+    )
+    model = MllamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    opened = open_lazy_model(str(tmp_path), None)
+    assert isinstance(opened, LazyWeights)
+    assert type(loaded) is type(opened.model) is MllamaForCausalLM and has_auto_class(loaded.config)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    assert not has_auto_class(ViTConfig(architectures=["LlamaForCausalLM"]))
+
+
+def test_limits_of_windows() -> None:
+    assert position_limit(LlamaConfig(max_position_embeddings=7)) == position_limit(GPT2Config(n_positions=7)) == 7
+    assert position_limit(MptConfig(max_seq_len=7)) == 7
+    for config in (XLNetConfig(), MambaConfig(), LlamaConfig(max_position_embeddings=0)):
+        assert position_limit(config) is None
 
 
 def test_text_parts_of_composite_models_have_their_own_configuration(tiny_model: Callable[..., Any]) -> None:

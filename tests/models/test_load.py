@@ -92,7 +92,11 @@ def test_a_tokenizer_is_loaded_or_named_as_missing(word_tokenizer: Any, tmp_path
         (KeyError("llamma"), ConfigError, "Model 'm' cannot be loaded: KeyError 'llamma'."),
         (OSError(""), ConfigError, "Model 'm' cannot be loaded: OSError."),
         (ValueError(f"{'a' * 290}. {'b' * 50}"), ConfigError, f"Model 'm' cannot be loaded: {'a' * 290}."),
-        (ValueError("Unrecognized configuration class X"), UnsupportedModel, None),
+        (
+            ValueError("Unrecognized configuration class <class 'a.b.T5Config'> for this kind of AutoModel: A."),
+            UnsupportedModel,
+            "Model 'm' has the configuration T5Config, for which transformers has no causal language model.",
+        ),
         (ValueError("set trust_remote_code=True"), UnsupportedModel, None),
         (AlpsError("As it is."), AlpsError, "As it is."),
     ],

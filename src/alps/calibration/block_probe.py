@@ -54,7 +54,8 @@ def probe_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[Block]:
         replaced_forwards(blocks, probe.make_forward),
         suppress(_AllSeen),
     ):
-        device = next(model.parameters()).device
+        # The first parameter may belong to a block, whose weights are not in memory.
+        device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
         try:
             model(input_ids=ids.to(device), use_cache=False)
         except (AlpsError, _AllSeen, MemoryError, torch.OutOfMemoryError):

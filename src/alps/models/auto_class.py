@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,12 +25,14 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_
 
 
 def auto_class(config: Any) -> Any:
-    """Return the auto class of transformers that loads the whole model with this configuration.
+    """Return the class of transformers that loads the whole model with this configuration; an auto class if one does.
 
-    For some configurations the causal language model is only the text part of the checkpoint. The class named in the
-    checkpoint then decides.
+    For some configurations the causal language model is only the text part of the checkpoint, and others belong to no
+    auto class, such as that of Mllama's text part alone. The class named in the checkpoint then decides.
     """
     kind = type(config)
+    if (named := _named_class(config)) is not None:
+        return named
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind].__name__
@@ -40,15 +43,30 @@ def auto_class(config: Any) -> Any:
 
 def has_auto_class(config: Any) -> bool:
     """Check if transformers has a language model with this configuration."""
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return _is_mapped(type(config)) or _named_class(config) is not None
 
 
 def model_class(config: Any) -> type:
     """Return the class of the whole model with this configuration, for which transformers must have one."""
+    if (named := _named_class(config)) is not None:
+        return named
     whole = auto_class(config) is AutoModelForImageTextToText
     mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if whole else MODEL_FOR_CAUSAL_LM_MAPPING
     chosen: type = mapping[type(config)]
     return chosen
+
+
+def _is_mapped(kind: type) -> bool:
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _named_class(config: Any) -> type | None:
+    """Return the causal language model that a configuration without an auto class names; None if there is none."""
+    if _is_mapped(type(config)):
+        return None
+    names = getattr(config, "architectures", None) or ()
+    classes = (getattr(transformers, name) for name in names if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return next((kind for kind in classes if kind.config_class is type(config)), None)
 
 
 def reads_images(architecture: str) -> bool:
@@ -69,7 +87,7 @@ def position_limit(config: Any) -> int | None:
     Args:
         config: of the text model.
     """
-    names = ("max_position_embeddings", "n_positions")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
     limits = (getattr(config, name, None) for name in names)
     # Models without a limit have -1 or 0 there.
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
 
+# What an auto class says of a configuration that it does not take, such as that of a T5 in a GGUF file.
+_NO_CAUSAL_LM = re.compile(r"Unrecognized configuration class (?:<class '[\w.]*\.)?(\w+)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -221,8 +224,11 @@ def readable(name: str) -> Iterator[None]:
             raise UnsupportedModel(
                 f"Model '{name}' needs code of its own, which is never run: use an architecture that transformers has."
             ) from error
-        error_class = UnsupportedModel if "Unrecognized configuration class" in reason else ConfigError
-        raise error_class(f"Model '{name}' cannot be loaded: {reason}.") from error
+        if match := _NO_CAUSAL_LM.search(reason):
+            raise UnsupportedModel(
+                f"Model '{name}' has the configuration {match[1]}, for which transformers has no causal language model."
+            ) from error
+        raise ConfigError(f"Model '{name}' cannot be loaded: {reason}.") from error
 
 
 def _summarize(error: Exception) -> str:

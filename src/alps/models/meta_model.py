@@ -65,7 +65,9 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     Buffers that no checkpoint holds, such as rotary frequencies, have their values.
     """
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
+        kind = auto_class(config)
+        build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        model: nn.Module = build(config, dtype=dtype)
     model.config.dtype = dtype  # older releases of transformers do not record it
     model.tie_weights()  # type: ignore[operator]
     return model
