@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import alps
 from alps.core.errors import CheckpointError
+from helpers.decoders import decoder
 
 
 @pytest.fixture
@@ -64,6 +65,19 @@ def test_without_a_report_the_patterns_that_hold_are_listed(pruned: Path) -> Non
     save_file(tensors, pruned / "model.safetensors", {"format": "pt"})
     checks = alps.inspect(pruned).checks
     assert "2:4" in [check.pattern for check in checks] and all(check.violations == 0 for check in checks)
+
+
+def test_layers_that_no_setting_prunes_do_not_count(tmp_path: Path) -> None:
+    """Mamba reads the weight of a layer without calling it."""
+    report = alps.prune(decoder("mamba"), pattern="2:4", method="magnitude", out=tmp_path / "out", measure_error=False)
+    inspection = alps.inspect(tmp_path / "out")
+    counted, pruned = ([(row.name, row.zeros) for row in result.layers] for result in (inspection, report))
+    assert counted == pruned
+    assert inspection.sparsity == report.sparsity == 0.5
+    assert [(check.pattern, check.violations) for check in inspection.checks] == [("2:4", 0)]
+    told = {record.name: record.reason for record in inspection.dense}
+    assert told["backbone.layers.0.mixer.dt_proj.weight"] == "a forward on text does not call it as a layer"
+    assert told == {record.name: record.reason for record in report.dense}
 
 
 def test_files_and_broken_reports_are_refused(pruned: Path, tmp_path: Path) -> None:

@@ -95,11 +95,16 @@ def inspect(directory: str | Path) -> Inspection:
     patterns = {} if report is None else {layer.name: layer.pattern for layer in report.layers}
     counts: dict[SemiStructured, list[int]] = {}
     kept_dense = {} if report is None else {record.name: record for record in report.kept}
+    # Layers that no setting prunes, such as those that a forward on text does not call.
+    never = {} if report is None else {record.name: record for record in report.dense if record.rule is None}
     layers, unpruned = [], []
     for block in blocks:
         for site in block.sites:
             weight = site.read()
             zeros = int((weight == 0).sum())
+            if not zeros and site.parameter_name in never:
+                unpruned.append(never[site.parameter_name])
+                continue
             layers.append(LayerZeros(name=site.name, block=block.index, kind=site.kind, shape=site.shape, zeros=zeros))
             kept = kept_dense.get(site.name, kept_dense.get(site.parameter_name))
             if not zeros:
