@@ -19,7 +19,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import batch_tokens
 from alps.calibration.input_statistics import observe
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32

@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.dense_reference import input_hooks
 from alps.core.statistics import InputStats, InputSums, relative_error
 from alps.data.loaded_model import load

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import AlpsError

@@ -15,7 +15,8 @@ import time
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import batch_tokens
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import calibrate

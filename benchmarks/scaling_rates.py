@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs, batch_tokens
 from alps.calibration.input_statistics import discover, observe
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.device import exact_float32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alps.calibration.activation_store import ActivationStore
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.solvers.patterns import Unstructured

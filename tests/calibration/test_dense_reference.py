@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import alps.solvers.dense_target
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.input_statistics import discover, observe
 from alps.core.statistics import InputStats, Needs
@@ -140,7 +140,7 @@ def test_advancing_keeps_the_stream_whole(tiny_model: Callable[..., Any], ids: T
     model = tiny_model("opt")
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, ids, 2)
-    other = BlockInputs(list(inputs.hidden), inputs.arguments)
+    other = inputs.copy()
     before = [hidden.clone() for hidden in other.hidden]
     inputs.advance(0, blocks[0].module, _CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, other.hidden, strict=True))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import ActivationStore
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward, CachedSubmodule
 from alps.calibration.layer_order import calibrate

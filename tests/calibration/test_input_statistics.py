@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.input_statistics import observe
 from alps.core.statistics import Needs
 from alps.models.blocks import Block, find_blocks

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.layer_order import calibrate
 from alps.core.statistics import Needs
 from alps.models.blocks import find_blocks
@@ -72,7 +73,7 @@ def test_layers_that_the_first_batch_does_not_reach_come_last_together(
 
 def test_a_method_without_inputs_gets_every_layer_by_itself(tiny_model: Callable[..., Any]) -> None:
     block = find_blocks(tiny_model("gpt2"))[0]
-    (step,) = calibrate(block, BlockInputs([], []), Needs.NOTHING, _CPU, true_sequential=True)
+    (step,) = calibrate(block, BlockInputs([]), Needs.NOTHING, _CPU, true_sequential=True)
     assert [source.sites for source in step.shared] == [[site] for site in block.sites]
     assert step.unused == [] and step.seconds == 0.0
-    assert list(calibrate(block.with_sites([]), BlockInputs([], []), Needs.NOTHING, _CPU)) == []
+    assert list(calibrate(block.with_sites([]), BlockInputs([]), Needs.NOTHING, _CPU)) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.lm_head import Change, LMHead, measure_divergences
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site

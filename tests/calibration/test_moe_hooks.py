@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import alps
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.errors import UnsupportedModel

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import alps
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import MIN_TOKENS_PER_INPUT, LayerInput
 from alps.cli.main import app

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import alps
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.lm_head import LMHead
 from alps.core.errors import SolveFailed
 from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block, relative_loss
@@ -74,7 +75,7 @@ def case(tiny_model: Callable[..., Any]) -> Callable[..., Case]:
         targets.advance(0, first[0].module, CPU)
         blocks = find_blocks(pruned)
         inputs = capture_block_inputs(pruned, blocks, ids, 3)
-        watched = Recording(inputs.hidden, inputs.arguments, watched=blocks[0].module)
+        watched = Recording(inputs.hidden, inputs.calls, inputs.window_tokens, watched=blocks[0].module)
         return Case(blocks[0], watched, targets.hidden, first[0])
 
     return build

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import alps
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.lm_head import LMHead
 from alps.models.blocks import find_blocks
 from helpers.decoders import DENSE, HYBRID, MOE, decoder

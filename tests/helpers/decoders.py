@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.lm_head import LMHead
+from alps.calibration.replay_check import check_replay
 from alps.models.blocks import Block
 
 _SIZES: dict[str, Any] = {
@@ -232,6 +233,60 @@ HYBRID: dict[str, Callable[[], Any]] = {
 IMAGES: dict[str, Callable[[], Any]] = {
     "mllama": lambda: MllamaTextConfig(**{**_SIZES, "pad_token_id": 2}, cross_attention_layers=[1, 3]),
 }
+_MLA: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 4,
+}
+_GEMMA: dict[str, Any] = {
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": _SLIDING,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 2,
+}
+# Blocks that read values of the tokens or of earlier blocks, return more than their hidden states, or have no
+# attention.
+RECENT: dict[str, Callable[[], Any]] = {
+    "gemma3n": _sized("gemma3n_text", **_GEMMA, laurel_rank=8, activation_sparsity_pattern=[0.0] * 4),
+    "gemma4": _sized("gemma4_text", **_GEMMA, global_head_dim=8),
+    "deepseek_v4": _sized(
+        "deepseek_v4",
+        "num_key_value_heads",
+        **{**_MLA, "num_key_value_heads": 2},
+        head_dim=8,
+        o_lora_rank=8,
+        o_groups=2,
+    ),
+    "glm_moe_dsa": _sized("glm_moe_dsa", "num_key_value_heads", **_MLA, head_dim=8, first_k_dense_replace=1),
+    "zaya": _sized(
+        "zaya", head_dim=8, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=24, router_hidden_size=16
+    ),
+    "bamba": _sized(
+        "bamba", attn_layer_indices=[1, 3], mamba_d_state=8, mamba_n_heads=8, mamba_d_head=8, mamba_chunk_size=16
+    ),
+    "rwkv": _sized("rwkv", "num_key_value_heads num_attention_heads", attention_hidden_size=32, context_length=128),
+    "xlstm": _sized("xlstm", embedding_dim=32, num_blocks=4, num_heads=4, chunk_size=16),
+    "cpmant": _bare(
+        "cpmant", vocab_size=64, hidden_size=32, dim_ff=48, num_hidden_layers=3, num_attention_heads=4, dim_head=8
+    ),
+    "lfm2": _sized("lfm2", layer_types=["conv", "full_attention"] * 2, block_ff_dim=48, block_auto_adjust_ff_dim=False),
+    "hunyuan_v1_moe": _sized("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
+}
+
+# Their initial values keep a recurrence stable.
+_OWN_VALUES = ("A_log", "dt_bias", ".D")
 
 
 def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -239,7 +294,7 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261125)
         try:
-            config = {**DENSE, **MOE, **HYBRID, **IMAGES}[kind]()
+            config = {**DENSE, **MOE, **HYBRID, **IMAGES, **RECENT}[kind]()
         except ValueError as error:
             pytest.skip(f"this transformers has no such architecture: {error}")
         # The text part of Mllama has a configuration of its own, which no auto class knows.
@@ -248,6 +303,8 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         with torch.no_grad():
             # Initial weights are too small for a block to matter, and initial norms and biases have no effect.
             for name, parameter in model.named_parameters():
+                if name.endswith(_OWN_VALUES):
+                    continue
                 scale = 0.2 if parameter.ndim > 1 else 0.1
                 shift = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
                 parameter.copy_(shift + scale * torch.randn_like(parameter))
@@ -258,11 +315,13 @@ def check_walk(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
     """Assert that running the unpruned blocks one by one gives the logits of the model."""
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-        inputs = capture_block_inputs(model, blocks, ids, batch_size=4)
+        # Several batches of one size, since the arguments of one batch must not serve another.
+        inputs = capture_block_inputs(model, blocks, ids, batch_size=2)
+        check_replay(model, blocks, inputs, ids, torch.device("cpu"))
         for block in blocks:
             before = torch.cat(inputs.hidden)
             inputs.advance(block.index, block.module, torch.device("cpu"))
             # Leaving out a block of small effect would go unnoticed.
             assert float((torch.cat(inputs.hidden) - before).norm() / before.norm()) > 0.05, block.name
-        logits = LMHead(model, blocks)(torch.cat(inputs.hidden), ids)
+        logits = LMHead(model, blocks, inputs.calls.layout)(torch.cat(inputs.hidden), ids)
     assert float((logits - expected).abs().max()) < 1e-5 * max(float(expected.abs().max()), 1.0)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import alps
-from alps.calibration.block_inputs import capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.input_statistics import observe
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.statistics import Needs
@@ -24,7 +24,7 @@ from alps.models.blocks import find_blocks
 from alps.models.dense_parameters import dense_parameters
 from alps.reporting.run_report import RunReport
 from helpers.architectures import examine
-from helpers.decoders import DENSE, HYBRID, MOE, check_walk, decoder
+from helpers.decoders import DENSE, HYBRID, MOE, RECENT, check_walk, decoder
 from helpers.vision import VISION
 
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 _CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *MOE, *HYBRID])
+@pytest.mark.parametrize("kind", [*DENSE, *MOE, *HYBRID, *RECENT])
 def test_walking_the_blocks_gives_the_logits_of_the_model(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     check_walk(model, find_blocks(model), ids)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import alps
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.moe_statistics import LayerInput
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
@@ -116,7 +117,7 @@ def test_processes_share_the_same_windows_out(size: int) -> None:
     for rank in range(size):
         group = ProcessGroup(rank, size) if size > 1 else ProcessGroup()
         mine = windows[rank::size]
-        inputs = BlockInputs(list(torch.split(mine, 3)), [])
+        inputs = BlockInputs(list(torch.split(mine, 3)), window_tokens=mine.shape[1])
         for batch, window, number in _windows(inputs, group):
             assert 3 * batch + window == number // size and number % size == rank
             found.append(number)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from alps.calibration.block_inputs import replaced_forwards
 from alps.calibration.dense_reference import input_hooks
+from alps.calibration.replaced_forward import replaced_forwards
 from alps.core.errors import AlpsError, UnsupportedModel, first_line
 from alps.models.blocks import Block, non_block_weights, on_device
 from alps.models.sites import Site

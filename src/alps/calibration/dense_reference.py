@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.calibration.block_arguments import to_device
+from alps.calibration.block_calls import BlockOutput
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.moe_hooks import matmul_hooks
 from alps.models.blocks import Block
@@ -90,7 +92,7 @@ class DenseReference:
         self._has_advanced = False
         # For each batch, the inputs of the recorded sites, call by call, and the output of the block.
         self._site_inputs: list[dict[str, list[Tensor]]] = []
-        self._outputs: list[Tensor] = []
+        self._outputs: list[BlockOutput] = []
 
     @classmethod
     def start(cls, inputs: BlockInputs, needed: bool) -> DenseReference:
@@ -126,7 +128,9 @@ class DenseReference:
                 inputs, output = self._run(names, batch, device, stop_early=False)
             assert output is not None
             self._site_inputs.append({name: [x.to(hidden.device) for x in calls] for name, calls in inputs.items()})
-            self._outputs.append(output.to(hidden.device))
+            self._outputs.append(
+                BlockOutput(output.hidden.to(hidden.device), to_device(output.handed_on, hidden.device))
+            )
 
     def collect_inputs(
         self, names: set[str], batch: int, device: torch.device, *, stop_early: bool
@@ -157,7 +161,7 @@ class DenseReference:
 
     def _run(
         self, names: set[str], batch: int, device: torch.device, stop_early: bool
-    ) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+    ) -> tuple[dict[str, list[Tensor]], BlockOutput | None]:
         """Run the block on one batch; return the inputs of sites, and the output, or None if the run was stopped."""
         assert self._inputs is not None and self.block is not None, "the dense reference has no inputs"
         site_inputs: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -170,5 +174,5 @@ class DenseReference:
 
         sites = [site for site in self.block.sites if site.name in names]
         with input_hooks(sites, on_input), suppress(StopForward):
-            output = self._inputs.run(self.block.index, self.block.module, batch, device)
+            output = self._inputs.forward(self.block.index, self.block.module, batch, device)
         return site_inputs, output

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, replaced_forward
+from alps.calibration.block_arguments import leaves
+from alps.calibration.block_calls import BlockOutput
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import input_hooks, select_within_budget
+from alps.calibration.replaced_forward import replaced_forward
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
@@ -93,13 +96,13 @@ class CachedForward(BlockInputs):
             if submodule.last.name in {site.name for site in group} and submodule.names <= done
         ]
 
-    def run(
+    def forward(
         self, index: int, block: nn.Module, batch: int, device: torch.device, *, window: int | None = None
-    ) -> Tensor:
-        """Run the block like `BlockInputs.run`, with bit-identical outputs."""
+    ) -> BlockOutput:
+        """Run the block like `BlockInputs.forward`, with bit-identical outputs."""
         assert block is self._block.module, "the cache is that of one block"
         if window is not None:
-            return super().run(index, block, batch, device, window=window)
+            return super().forward(index, block, batch, device, window=window)
         with ExitStack() as stack:
             for site, submodule in self._to_cache:
                 stack.enter_context(input_hooks([site], partial(self._cache_input, submodule, batch), prepend=True))
@@ -108,7 +111,7 @@ class CachedForward(BlockInputs):
                 if submodule.names <= self._pruned and is_cached:
                     forward = partial(self._cached_forward, submodule, batch)
                     stack.enter_context(replaced_forward(submodule.module, forward))
-            return super().run(index, block, batch, device)
+            return super().forward(index, block, batch, device)
 
     def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
         """Replace the inputs by the outputs like `BlockInputs.advance`, once; the cache of each batch is freed."""
@@ -141,25 +144,37 @@ class CachedForward(BlockInputs):
 def _find_submodules(block: Block, inputs: BlockInputs, device: torch.device) -> list[CachedSubmodule]:
     """Find the submodules of a block that can be cached, by running one window.
 
-    A submodule qualifies if the block gives bit-identical outputs when only the submodule's last site is computed.
+    A submodule qualifies if the block gives bit-identical outputs when only the submodule's last site is computed, and
+    hands bit-identical values to later blocks.
     """
     if not block.sites or any(site.expert is not None for site in block.sites):
         return []
     trace = _Trace(block)
     with torch.no_grad():
         with trace.recording():
-            expected = inputs.run(block.index, block.module, 0, device, window=0)
+            expected = inputs.forward(block.index, block.module, 0, device, window=0)
 
         def is_exact(submodules: Sequence[CachedSubmodule]) -> bool:
             with ExitStack() as stack:
                 for submodule in submodules:
                     stack.enter_context(replaced_forward(submodule.module, partial(trace.replay, submodule)))
-                return torch.equal(expected, inputs.run(block.index, block.module, 0, device, window=0))
+                try:
+                    output = inputs.forward(block.index, block.module, 0, device, window=0)
+                except KeyError:  # of a container that the submodule fills
+                    return False
+                return _is_equal(output, expected)
 
         candidates = trace.submodules()
         if not candidates or is_exact(candidates):
             return candidates
         return [submodule for submodule in candidates if is_exact([submodule])]
+
+
+def _is_equal(output: BlockOutput, other: BlockOutput) -> bool:
+    trees = [list(leaves((part.hidden, part.handed_on))) for part in (output, other)]
+    return len(trees[0]) == len(trees[1]) and all(
+        torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a is b for a, b in zip(*trees, strict=True)
+    )
 
 
 class _Trace:

@@ -134,9 +134,9 @@ class _Collector:
         """Return True if an input has been received exactly once in this batch."""
         return self._calls.get(shared.name) == 1
 
-    def begin_batch(self, hidden: Tensor) -> None:
-        """Begin a batch with the block's hidden states (windows, tokens, features)."""
-        self._batch_shape = hidden.shape[:2]
+    def begin_batch(self, windows: int, tokens: int) -> None:
+        """Begin a batch of as many windows of `tokens` tokens."""
+        self._batch_shape = torch.Size((windows, tokens))
 
     def end_batch(self, complete: bool) -> None:
         """Release the tensors of this batch, and decide if later batches may stop at their last input.
@@ -247,7 +247,7 @@ def observe(
                 collector.dense_inputs = (
                     reference.collect_inputs(names, batch, device, stop_early=collector.may_stop) if names else {}
                 )
-            collector.begin_batch(inputs.hidden[batch])
+            collector.begin_batch(len(inputs.hidden[batch]), inputs.window_tokens)
             with (
                 input_hooks(leaders, collector.on_input),
                 input_hooks(unseen_sites, collector.on_first_input),
@@ -280,7 +280,7 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
         device: where the block runs.
     """
     collector = _Collector(Needs.NOTHING, device)
-    collector.begin_batch(inputs.hidden[0])
+    collector.begin_batch(len(inputs.hidden[0]), inputs.window_tokens)
     with torch.no_grad(), input_hooks(block.sites, collector.on_first_input):
         inputs.run(block.index, block.module, 0, device)
     received = list(collector.shared)

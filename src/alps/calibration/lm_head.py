@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs, replaced_forwards
+from alps.calibration.block_calls import BlockLayout
+from alps.calibration.block_capture import capture_block_inputs, probe_layout, split_states
+from alps.calibration.block_inputs import BlockInputs
+from alps.calibration.replaced_forward import replaced_forwards
 from alps.core.kl_divergence import kl_divergence
 from alps.models.blocks import Block, non_block_weights, on_device
 
@@ -24,36 +27,32 @@ class LMHead:
         model: the causal language model.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], returns_tensor: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], layout: BlockLayout | None = None) -> None:
         """Describe a model.
 
         Args:
             model: a causal language model.
             blocks: its decoder blocks.
-            returns_tensor: blocks return their hidden states as a tensor, not first in a tuple; None runs a block to
-                learn this.
+            layout: of the blocks; None runs one window through the model to learn it.
         """
         self.model, self._blocks = model, blocks
-        self._returns_tensor = returns_tensor
+        self._layout = layout
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Compute logits (batch, tokens, vocabulary).
+        """Compute logits (windows, tokens, vocabulary).
 
         Args:
-            hidden: outputs of the last block, (batch, tokens, features).
-            ids: token ids (batch, tokens).
+            hidden: outputs of the last block, (windows, ..., features).
+            ids: token ids (windows, tokens).
         """
+        layout = self._layout = self._layout or probe_layout(self.model, self._blocks, ids[:1])
         device = self._non_block_tensors()[0].device
-        last_output = hidden.to(device)
+        last_output = layout.to_model(hidden.to(device))
 
         def make_forward(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if self._returns_tensor is None:
-                    with torch.no_grad():
-                        self._returns_tensor = torch.is_tensor(original(*args, **kwargs))
-                block_input = args[0] if args else kwargs["hidden_states"]
-                states = last_output if index == len(self._blocks) - 1 else block_input
-                return states if self._returns_tensor else (states,)
+                is_last = index == layout.called[-1]
+                return layout.wrap(index, last_output if is_last else split_states(original, args, kwargs)[0])
 
             return forward
 
@@ -107,26 +106,22 @@ def measure_divergences(
         For every change, mean KL(model || changed model) per token in nats.
     """
     inputs = capture_block_inputs(model, blocks, windows, len(windows))
-    original_device = inputs.hidden[0].device
-    dense_states, changed_states = inputs.hidden[0], list[Tensor]()
-
-    def run_block(block: Block, hidden: Tensor) -> Tensor:
-        output = BlockInputs([hidden], inputs.arguments).run(block.index, block.module, 0, device)
-        return output.to(original_device)
-
+    dense, changed = inputs.copy(), list[BlockInputs]()
     with torch.no_grad():
         for block, block_changes in zip(blocks, changes, strict=True):
             with on_device(block, device):
-                changed_states = [run_block(block, hidden) for hidden in changed_states]
+                for states in changed:
+                    states.advance(block.index, block.module, device)
                 for change in block_changes:
                     with change():
-                        changed_states.append(run_block(block, dense_states))
-                dense_states = run_block(block, dense_states)
+                        changed.append(dense.copy())
+                        changed[-1].advance(block.index, block.module, device)
+                dense.advance(block.index, block.module, device)
             on_block_done(block)
-        head = LMHead(model, blocks, inputs.returns_tensor)
+        head = LMHead(model, blocks, inputs.calls.layout)
         with head.on(device):
-            reference = head(dense_states, windows).flatten(0, -2)
-            divergences = iter([_mean_divergence(head(hidden, windows), reference) for hidden in changed_states])
+            reference = head(dense.hidden[0], windows).flatten(0, -2)
+            divergences = iter([_mean_divergence(head(states.hidden[0], windows), reference) for states in changed])
     return [[next(divergences) for _ in block_changes] for block_changes in changes]
 
 

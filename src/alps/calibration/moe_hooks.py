@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from alps.calibration.block_inputs import replaced_forward
+from alps.calibration.replaced_forward import replaced_forward
 from alps.core.errors import UnsupportedModel
 from alps.models.sites import Site
 

@@ -15,9 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.activation_store import ActivationStore
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.block_probe import probe_blocks
 from alps.calibration.lm_head import LMHead
+from alps.calibration.replay_check import check_replay
 from alps.core.device import exact_float32, pick_device
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
@@ -206,7 +209,9 @@ def _reconstruct_blocks(
         ):
             targets = _capture(dense, dense_blocks, ids, batch_size, storage_device)
             inputs = _capture(pruned, blocks, ids, batch_size, storage_device)
-            output_loss = OutputLoss(LMHead(pruned, blocks), torch.split(ids, batch_size))
+            for model, model_blocks, captured in ((dense, dense_blocks, targets), (pruned, blocks, inputs)):
+                check_replay(model, model_blocks, captured, ids, device)
+            output_loss = OutputLoss(LMHead(pruned, blocks, inputs.calls.layout), torch.split(ids, batch_size))
             for dense_block, block in zip(dense_blocks, blocks, strict=True):
                 is_last = block is blocks[-1]
                 with on_device(dense_block, device), on_device(block, device):
@@ -233,6 +238,4 @@ def _reconstruct_blocks(
 def _capture(
     model: nn.Module, blocks: Sequence[Block], ids: Tensor, batch_size: int, storage_device: torch.device
 ) -> BlockInputs:
-    inputs = capture_block_inputs(model, blocks, ids, batch_size)
-    inputs.hidden = [hidden.to(storage_device) for hidden in inputs.hidden]
-    return inputs
+    return capture_block_inputs(model, blocks, ids, batch_size, activations=ActivationStore(storage_device))

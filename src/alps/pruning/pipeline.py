@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import ActivationStore
-from alps.calibration.block_inputs import BlockInputs, batch_tokens, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs, batch_tokens
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import calibrate
 from alps.calibration.lm_head import LMHead
+from alps.calibration.replay_check import check_replay
 from alps.core.device import exact_float32
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error
@@ -240,7 +242,7 @@ def _capture(
 ) -> tuple[BlockInputs, OutputLoss | None]:
     """Return the inputs of the first block for the windows of this rank, and the loss of the model's predictions."""
     if windows is None:
-        return BlockInputs([], []), None
+        return BlockInputs([]), None
     tokens, reconstruction = windows.shape[1], recipe.reconstruction
     batch_size: int | list[int] = max(batch_tokens(blocks, context.device) // tokens, 1)
     if reconstruction is not None:
@@ -249,8 +251,9 @@ def _capture(
     activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
     windows = context.group.shard(windows)
     inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=activations)
+    check_replay(model, blocks, inputs, windows, context.device)
     batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
-    return inputs, OutputLoss(LMHead(model, blocks, inputs.returns_tensor), batches)
+    return inputs, OutputLoss(LMHead(model, blocks, inputs.calls.layout), batches)
 
 
 def _forward_of(

@@ -69,7 +69,7 @@ def compute_row_weights(
 
 def _windows(inputs: BlockInputs, group: ProcessGroup) -> Iterator[tuple[int, int, int]]:
     """Yield batch, window in the batch, and index among all ranks' windows, for this rank's first windows."""
-    limit = max(ROW_WEIGHT_TOKENS // inputs.hidden[0].shape[1], 1)
+    limit = max(ROW_WEIGHT_TOKENS // inputs.window_tokens, 1)
     number = group.rank
     for batch, hidden in enumerate(inputs.hidden):
         for window in range(len(hidden)):
@@ -80,13 +80,19 @@ def _windows(inputs: BlockInputs, group: ProcessGroup) -> Iterator[tuple[int, in
 
 
 def _slopes(sites: list[Site], forward: Callable[[], Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """Return d<r, y/||y||>/dz of every layer for one window, None if it is not called exactly once."""
+    """Return d<r, y/||y||>/dz of every layer for one window.
+
+    It is None if a layer is not called exactly once, or gives outputs in groups, which have no rows of their own.
+    """
     with torch.enable_grad(), _recorded_outputs(sites) as outputs:
         states = forward()
         directions = torch.randn(states.shape, generator=generator).to(states.device)
         sizes = states.detach().float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
         along = (directions * states.float() / sizes).sum()
         once = [outputs[site.name][0] if len(outputs[site.name]) == 1 else None for site in sites]
+        once = [
+            z if z is not None and z.shape[-1] == site.shape[0] else None for z, site in zip(once, sites, strict=True)
+        ]
         leaves = [z for z in once if z is not None]
         slopes = iter(torch.autograd.grad(along, leaves, allow_unused=True) if leaves and along.requires_grad else ())
     return [None if z is None else next(slopes, None) for z in once]

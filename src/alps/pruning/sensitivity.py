@@ -13,9 +13,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from alps.calibration.block_inputs import batch_tokens, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import batch_tokens
 from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, measure_divergences
+from alps.calibration.replay_check import check_replay
 from alps.core.statistics import Needs, relative_error
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
@@ -66,6 +68,7 @@ def profile_sites(
     """
     device = context.device
     inputs = capture_block_inputs(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
+    check_replay(model, blocks, inputs, windows, device)
     for block in blocks:
         with on_device(block, device):
             for source in observe(block, inputs, Needs.GRAM, device).shared:

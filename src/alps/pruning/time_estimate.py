@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from alps.calibration.block_inputs import BlockInputs, capture_block_inputs
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import calibrate
