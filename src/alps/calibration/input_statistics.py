@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -38,7 +40,8 @@ class Observation:
 class _Collector:
     """Callbacks of the input hooks of one pass, and the sums of every distinct input.
 
-    The first call of a site shows whose input it shares. In later batches only the first site of each input is watched.
+    The calls of a site in its first batch show whose input it shares: a site with the same tensors in all its calls. In
+    later batches only the first site of each input is watched.
     """
 
     def __init__(
@@ -64,12 +67,15 @@ class _Collector:
         self.seconds = 0.0
         # Inputs of this batch in the dense model, by the name of the site, call by call.
         self.dense_inputs: dict[str, list[Tensor]] = {}
-        # Calls of each input's first site in this batch.
+        # Calls in this batch of each input's first site, and of sites without an input.
         self._calls: dict[str, int] = {}
         self.may_stop = bool(groups)  # a batch may end at its last input
         self._batch_shape = torch.Size()  # (windows, tokens)
-        # Tensors of this batch that reached a site for the first time. A tensor that is kept has a unique identity.
-        self._seen_inputs: list[tuple[Tensor, LayerInput]] = []
+        # By identity, the tensors of this batch that reached sites without an input, which are kept so that it stays
+        # unique, and their sums.
+        self._tensors: dict[int, tuple[Tensor, InputSums]] = {}
+        # By name, the sites without an input, and the identities of the tensors of their calls.
+        self._first_calls: dict[str, tuple[Site, list[int]]] = {}
 
     def has_seen(self, site: Site) -> bool:
         """Return True if a site has an input."""
@@ -81,8 +87,13 @@ class _Collector:
         Raises:
             StopForward: when every site has received an input, and none is called again.
         """
-        self._assign_input(site, x)
-        if len(self._input_by_site) == self._stop_after:
+        if id(x) not in self._tensors:
+            sums = self._make_sums([site])
+            self._add_to(sums, site.name, x)
+            self._tensors[id(x)] = x, sums
+        self._calls[site.name] = self._calls.get(site.name, 0) + 1
+        self._first_calls.setdefault(site.name, (site, []))[1].append(id(x))
+        if len(self._input_by_site) + len(self._first_calls) == self._stop_after:
             raise StopForward
 
     def on_input(self, site: Site, x: Tensor) -> None:
@@ -91,7 +102,8 @@ class _Collector:
         Raises:
             StopForward: when no other input is expected in this batch.
         """
-        self._update_sums(self._input_by_site[site.name], x)
+        self._add_to(self._input_by_site[site.name].sums, site.name, x)
+        self._calls[site.name] = self._calls.get(site.name, 0) + 1
         if self.may_stop and len(self._calls) == len(self.shared):
             raise StopForward
 
@@ -135,52 +147,52 @@ class _Collector:
         return self._calls.get(shared.name) == 1
 
     def begin_batch(self, windows: int, tokens: int) -> None:
-        """Begin a batch of as many windows of `tokens` tokens."""
+        """Begin a batch of windows of `tokens` tokens."""
         self._batch_shape = torch.Size((windows, tokens))
 
-    def end_batch(self, complete: bool) -> None:
+    def end_batch(self, sites: Sequence[Site]) -> None:
         """Release the tensors of this batch, and decide if later batches may stop at their last input.
 
-        They may if every input was received exactly once.
+        They may if each of the sites has an input, and every input was received exactly once.
 
         Args:
-            complete: every site has an input.
+            sites: all sites.
         """
-        self.may_stop = complete and all(self.is_called_once(source) for source in self.shared)
+        self.group_first_calls()
+        self.may_stop = all(map(self.has_seen, sites)) and all(map(self.is_called_once, self.shared))
         # In later batches a new site may be called before sites that were seen in the first batch.
         self._stop_after = None
         self._calls.clear()
-        self._seen_inputs.clear()
 
-    def _assign_input(self, site: Site, x: Tensor) -> None:
-        """Add `x` to the sums of a site, unless it is the input of another site, which is then shared."""
-        source = self._input_by_site.get(site.name)
-        if source is None:
-            for tensor, shared in self._seen_inputs:
-                if tensor is x:
-                    shared.sites.append(site)
-                    self._input_by_site[site.name] = shared
-                    return
-            source = self._add_input([site])
-        self._seen_inputs.append((x, source))
-        self._update_sums(source, x)
+    def group_first_calls(self) -> None:
+        """Turn the first calls of sites into inputs; sites with the same tensors in all their calls share one."""
+        groups: dict[tuple[int, ...], list[Site]] = {}
+        for site, tensors in self._first_calls.values():
+            groups.setdefault(tuple(tensors), []).append(site)
+        for identities, group in groups.items():
+            sums = [self._tensors[identity][1] for identity in identities]
+            self._add_input(group, sums[0] if len(sums) == 1 else reduce(add, sums))
+        self._tensors.clear()
+        self._first_calls.clear()
 
-    def _add_input(self, sites: Sequence[Site]) -> LayerInput:
-        # The routers of the dense and the pruned model may send an expert different tokens: it has no input shift.
-        needs = min(self.needs, Needs.GRAM) if sites[0].is_expert else self.needs
-        shared = LayerInput(InputSums.zeros(sites[0].shape[1], needs, self.device), list(sites))
+    def _add_input(self, sites: Sequence[Site], sums: InputSums | None = None) -> None:
+        shared = LayerInput(sums or self._make_sums(sites), list(sites))
         self.shared.append(shared)
         self._input_by_site |= {site.name: shared for site in sites}
-        return shared
 
-    def _update_sums(self, shared: LayerInput, x: Tensor) -> None:
+    def _make_sums(self, sites: Sequence[Site]) -> InputSums:
+        # The routers of the dense and the pruned model may send an expert different tokens: it has no input shift.
+        needs = min(self.needs, Needs.GRAM) if sites[0].is_expert else self.needs
+        return InputSums.zeros(sites[0].shape[1], needs, self.device)
+
+    def _add_to(self, sums: InputSums, name: str, x: Tensor) -> None:
+        """Add the input of the next call of a site to sums."""
         start = self._synchronised_time()
-        name = shared.name
-        call = self._calls.get(name, 0)
-        dense = None if shared.sums.input_shift is None else self._split_windows(self._dense_input(name, call, x))
-        shared.sums.update(self._split_windows(x), dense)
+        dense = None
+        if sums.input_shift is not None:
+            dense = self._split_windows(self._dense_input(name, self._calls.get(name, 0), x))
+        sums.update(self._split_windows(x), dense)
         self.seconds += self._synchronised_time() - start
-        self._calls[name] = call + 1
 
     def _dense_input(self, name: str, call: int, x: Tensor) -> Tensor:
         """Return the input of the same call in the dense model."""
@@ -254,7 +266,7 @@ def observe(
                 suppress(StopForward),
             ):
                 inputs.run(block.index, block.module, batch, device)
-            collector.end_batch(complete=all(map(collector.has_seen, sites)))
+            collector.end_batch(sites)
             if not batch and not groups and collector.may_stop:
                 inputs.called_once.add(structure)
     collector.sync_groups(sites, group)
@@ -283,6 +295,7 @@ def discover(block: Block, inputs: BlockInputs, device: torch.device) -> list[li
     collector.begin_batch(len(inputs.hidden[0]), inputs.window_tokens)
     with torch.no_grad(), input_hooks(block.sites, collector.on_first_input):
         inputs.run(block.index, block.module, 0, device)
+    collector.group_first_calls()
     received = list(collector.shared)
     collector.add_unreached_experts(block.sites)
     repeated = {shared.sites[0].parameter_name for shared in received if not collector.is_called_once(shared)}
