@@ -182,24 +182,13 @@ class _Layers(nn.Module):
 
 def test_blocks_called_once_in_order_are_accepted(ids: Tensor) -> None:
     model = _Layers([0, 1, 2])
-    assert capture_block_inputs(model, find_blocks(model), ids, 3).calls.layout.called == (0, 1, 2)
-
-
-@pytest.mark.parametrize("order", [[0, 1], [0, 2], [1, 2], [1]])
-def test_a_block_that_text_does_not_reach_passes_the_hidden_states_on(ids: Tensor, order: list[int]) -> None:
-    model = _Layers(order)
-    blocks = find_blocks(model)
-    inputs = capture_block_inputs(model, blocks, ids, 3)
-    assert inputs.calls.layout.called == tuple(order)
-    for block in blocks:
-        inputs.advance(block.index, block.module, _CPU)
-    assert torch.equal(torch.cat(inputs.hidden), model(ids))
+    assert len(capture_block_inputs(model, find_blocks(model), ids, 3).calls.arguments) == 3
 
 
 @pytest.mark.parametrize(
     "order",
-    [[], [0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2], [0, 2, 1]],
-    ids=["never", "first twice", "middle twice", "last twice", "out of order"],
+    [[0, 1], [0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2], [0, 2, 1], [1, 2]],
+    ids=["last never", "first twice", "middle twice", "last twice", "out of order", "first never"],
 )
 def test_blocks_that_are_not_walked_in_a_row_are_refused(ids: Tensor, order: list[int]) -> None:
     model = _Layers(order)

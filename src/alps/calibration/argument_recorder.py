@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,15 @@ class ArgumentRecorder:
     def __init__(
         self,
         windows: int,
-        references: Sequence[Mapping[int, BlockArguments]] = (),
+        references: Sequence[Sequence[BlockArguments]] = (),
         store: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """Start before the first block.
 
         Args:
             windows: number of windows in this forward.
-            references: arguments by block of earlier forwards: first of a single window, then of as many windows as
-                in this forward. Empty for the first forward, of a single window.
+            references: arguments of all blocks in earlier forwards: in one of a single window, then in one of as many
+                windows as now. Empty for the first forward, of a single window.
             store: returns a tensor with the same values for long storage.
         """
         self._windows, self._references, self._store = windows, references, store
@@ -72,7 +72,7 @@ class ArgumentRecorder:
         Raises:
             UnsupportedArgument: when an argument depends on the tokens in a way that cannot be replayed.
         """
-        earlier = [forward[block] for forward in self._references if block in forward]
+        earlier = [forward[block] for forward in self._references]
         values = [*zip(names, arguments.args, strict=True), *arguments.kwargs.items()]
         columns = [_named(reference, names) for reference in earlier]
         if any(column.keys() != dict(values).keys() for column in columns):

@@ -25,17 +25,14 @@ from alps.calibration.block_arguments import (
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Order in which the blocks of a model are called, and form of what they return.
+    """Form of what the blocks of a model take and return.
 
     Attributes:
-        called: indices of the blocks that a forward on text calls, in order. A block that it does not call passes the
-            hidden states on.
         extra_outputs: for every block, the number of outputs after the hidden states; None if it returns its hidden
             states as a tensor.
         window_axis: axis of the windows in the hidden states, 0 in nearly all models.
     """
 
-    called: tuple[int, ...]
     extra_outputs: tuple[int | None, ...]
     window_axis: int = 0
 
@@ -79,18 +76,18 @@ class BlockCalls:
     Attributes:
         layout: of the blocks.
         arguments: for every block and batch. Batches with equal arguments share one object.
-        single: by block that is called, the arguments for a single window, with the shapes of the tensors only.
+        single: for every block, the arguments for a single window, with the shapes of the tensors only.
     """
 
     layout: BlockLayout
     arguments: Sequence[Sequence[BlockArguments]]
-    single: Mapping[int, BlockArguments]
+    single: Sequence[BlockArguments]
 
     @cached_property
     def last_use(self) -> Mapping[HandedOn | ContainerKey, int]:
         """Index of the last block that receives a value of earlier blocks."""
         last_use: dict[HandedOn | ContainerKey, int] = {}
-        for index, arguments in self.single.items():
+        for index, arguments in enumerate(self.single):
             for leaf in leaves(arguments):
                 if isinstance(leaf, HandedOn):
                     last_use[leaf] = index
@@ -118,8 +115,6 @@ class BlockCalls:
             batch: number of the batch.
             window: number of the window in the batch; None for all.
         """
-        if index not in self.layout.called:
-            return BlockOutput(hidden, self._still_used(index, handed_on))
         call = self.make_call(index, handed_on, batch=batch, window=window, device=hidden.device)
         output = module(self.layout.to_model(hidden), *call.args, **call.kwargs)
         outputs = (output,) if torch.is_tensor(output) else tuple(output)
@@ -148,4 +143,4 @@ def hidden_of(output: Any) -> Tensor:
     return states
 
 
-NO_CALLS = BlockCalls(BlockLayout((), ()), (), {})
+NO_CALLS = BlockCalls(BlockLayout(()), (), ())

@@ -42,7 +42,7 @@ def capture_block_inputs(
         activations: storage of the hidden states; None keeps their device.
 
     Raises:
-        UnsupportedModel: unless a forward calls the blocks in order, at most once each, every block on exactly what the
+        UnsupportedModel: unless a forward calls the blocks in order, once each, every block on exactly what the
             block before it returned.
     """
     activations = activations or ActivationStore()
@@ -57,9 +57,9 @@ def capture_block_inputs(
             forward.run(batch, layout)
             references.setdefault(len(batch), forward.arguments)
             hidden.append(activations.store(layout.from_model(forward.hidden)))
-            for index in layout.called:
-                arguments[index].append(forward.arguments[index])
-    shapes = {index: to_meta(of_block) for index, of_block in single.items()}
+            for of_block, recorded in zip(arguments, forward.arguments, strict=True):
+                of_block.append(recorded)
+    shapes = [to_meta(of_block) for of_block in single]
     return BlockInputs(hidden, BlockCalls(layout, arguments, shapes), windows.shape[1], activations=activations)
 
 
@@ -73,15 +73,15 @@ def probe_layout(model: nn.Module, blocks: Sequence[Block], window: Tensor) -> B
         return _probe(model, blocks, window)[0]
 
 
-def _probe(model: nn.Module, blocks: Sequence[Block], window: Tensor) -> tuple[BlockLayout, dict[int, BlockArguments]]:
+def _probe(model: nn.Module, blocks: Sequence[Block], window: Tensor) -> tuple[BlockLayout, list[BlockArguments]]:
     """Return the layout of the blocks, and their arguments for one window."""
     forward = _Forward(model, blocks, ArgumentRecorder(1))
     forward.run(window)
-    extra_outputs = {index: forward.extra_outputs.get(type(blocks[index].module)) for index in range(len(blocks))}
+    extra_outputs = tuple(forward.extra_outputs[type(block.module)] for block in blocks)
     axis = next((axis for axis, size in enumerate(forward.hidden.shape) if size == 1), None)
     if axis is None:
         raise forward.unsupported("their hidden states have no axis of windows")
-    return BlockLayout(tuple(forward.arguments), tuple(extra_outputs.values()), axis), forward.arguments
+    return BlockLayout(extra_outputs, axis), forward.arguments
 
 
 class _BlocksDone(Exception):
@@ -92,7 +92,7 @@ class _Forward:
     """Forward of a model whose blocks record their arguments and pass the hidden states on.
 
     Attributes:
-        arguments: of the blocks that were called, by index.
+        arguments: of the blocks that were called, in order.
         hidden: the hidden states of the first of them, in the model's layout.
         extra_outputs: number of outputs after the hidden states by class of block, None for a tensor alone.
     """
@@ -100,7 +100,7 @@ class _Forward:
     hidden: Tensor
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], recorder: ArgumentRecorder) -> None:
-        self.arguments: dict[int, BlockArguments] = {}
+        self.arguments: list[BlockArguments] = []
         self.extra_outputs: dict[type, int | None] = {}
         self._model, self._blocks, self._recorder = model, blocks, recorder
         self._layout: BlockLayout | None = None
@@ -121,9 +121,8 @@ class _Forward:
         device = next(self._model.parameters()).device
         with replaced_forwards(self._blocks, self._make_forward), suppress(_BlocksDone):
             self._model(input_ids=windows.to(device), use_cache=False)
-        if not self.arguments or (layout is not None and tuple(self.arguments) != layout.called):
-            missing = sorted(set(range(len(self._blocks)) if layout is None else layout.called) - self.arguments.keys())
-            raise self.unsupported(f"block {missing[0]} is not called")
+        if len(self.arguments) != len(self._blocks):
+            raise self.unsupported(f"block {len(self.arguments)} is not called")
         if layout is not None and self.hidden.shape[layout.window_axis] != len(windows):
             raise self.unsupported(f"axis {layout.window_axis} of their hidden states is not that of the windows")
 
@@ -142,7 +141,7 @@ class _Forward:
                 self.hidden = states.detach()
             names = argument_names(original, len(other_args))
             try:
-                self.arguments[index] = self._recorder.record(index, names, BlockArguments(other_args, other_kwargs))
+                self.arguments.append(self._recorder.record(index, names, BlockArguments(other_args, other_kwargs)))
             except UnsupportedArgument as error:
                 subject = f"block {index}" if not error.name else f"argument {error.name} of block {index}"
                 raise self.unsupported(f"{subject}: {error.reason}") from None
@@ -151,13 +150,10 @@ class _Forward:
         return record
 
     def _check_order(self, index: int, states: Tensor) -> None:
-        last = max(self.arguments, default=-1)
-        if index <= last:
-            raise self.unsupported(f"block {index} is called after block {last}")
-        if self._layout is not None and index not in self._layout.called:
-            raise self.unsupported(f"block {index} is called for some windows only")
-        if self.arguments and not _is_equal(states, self._passed_on):
-            raise self.unsupported(f"block {index} does not receive what block {last} returned")
+        if index != len(self.arguments):
+            raise self.unsupported(f"block {index} is called in place of block {len(self.arguments)}")
+        if index > 0 and not _is_equal(states, self._passed_on):
+            raise self.unsupported(f"block {index} does not receive what block {index - 1} returned")
 
     def _outputs(self, block: Block, states: Tensor, call: Callable[[], Any]) -> Any:
         """Return what a block returns: its hidden states, and placeholders for later ones to receive."""
@@ -177,7 +173,7 @@ class _Forward:
         # Their values are never read, unless the model computes with them between its blocks, which is not supported.
         extra = [torch.zeros_like(states) for _ in range(count or 0)]
         self._recorder.hand_on(block.index, [self._passed_on, *extra])
-        if self._layout is not None and block.index == self._layout.called[-1]:
+        if self._layout is not None and len(self.arguments) == len(self._blocks):
             raise _BlocksDone
         return self._passed_on if count is None else (self._passed_on, *extra)
 

@@ -51,7 +51,7 @@ class LMHead:
 
         def make_forward(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                is_last = index == layout.called[-1]
+                is_last = index == len(self._blocks) - 1
                 return layout.wrap(index, last_output if is_last else split_states(original, args, kwargs)[0])
 
             return forward

@@ -108,29 +108,25 @@ class _Check:
 
     def _stored_tensors(self, index: int, inputs: BlockInputs) -> list[tuple[str, Tensor]]:
         """List the tensors that block `index` receives as stored, with the names of their arguments."""
-        named = [("hidden_states", inputs.hidden[0])]
-        if index in self._layout.called:
-            arguments = inputs.calls.arguments[index][0]
-            positions = [(f"number {i}", value) for i, value in enumerate(arguments.args, start=1)]
-            trees = [*positions, *arguments.kwargs.items(), ("handed on by earlier blocks", inputs.handed_on[0])]
-            named += [(name, leaf) for name, tree in trees for leaf in leaves(tree) if torch.is_tensor(leaf)]
-        return named
+        arguments = inputs.calls.arguments[index][0]
+        positions = [(f"number {i}", value) for i, value in enumerate(arguments.args, start=1)]
+        trees = [("hidden_states", inputs.hidden[0]), *positions, *arguments.kwargs.items()]
+        trees.append(("handed on by earlier blocks", inputs.handed_on[0]))
+        return [(name, leaf) for name, tree in trees for leaf in leaves(tree) if torch.is_tensor(leaf)]
 
     def _make_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             states, other_args, other_kwargs = split_states(original, args, kwargs)
             names = [*argument_names(original, len(other_args)), *other_kwargs]
             values = dict(zip(names, (*other_args, *other_kwargs.values()), strict=True))
-            if index == self._layout.called[0] and _differs(
-                self._inputs.hidden[0].to(states.device), self._layout.from_model(states)
-            ):
+            if index == 0 and _differs(self._inputs.hidden[0].to(states.device), self._layout.from_model(states)):
                 raise unsupported(self._model, f"the inputs of block {index} are not those of its own forward")
             with on_device(self._blocks[index], self._device):
                 output = original(*args, **kwargs)
             expected = _sample(self._layout.from_model(hidden_of(output)))
             if _differs(self._replayed[index].to(expected.device), expected):
                 raise unsupported(self._model, self._reason(index, values))
-            if index == self._layout.called[-1]:
+            if index == len(self._blocks) - 1:
                 raise _Compared
             return output
 
