@@ -92,18 +92,21 @@ def test_waiting_policy_prints_a_row_for_each_policy_and_load(
             started_with.append(tuple(settings["env"].get(name) for name in names))
         return started.run_command(command, **settings)
 
-    options = ["--blocks", "1", "--threads", "2", "--rounds", "1", "--quiet", "999", "--spin-counts", "7"]
+    options = ["--blocks", "1", "--threads", "2", "--rounds", "1", "--quiet", "999", "--busy", "0"]
+    options += ["--layer-rounds", "1", "--size", "16", "--layers", "1"]
     files = ["--model", str(stories), "--calibration", str(english_file)]
     monkeypatch.setattr("sys.argv", ["waiting_policy.py", *files, *options, *SMALL])
     monkeypatch.setattr("subprocess.run", start_command)
     waiting_policy.main()
-    rows = cells(capsys.readouterr().out)
-    policies = ["spinning", "alps", "passive", "one thread", "7 turns"]
-    assert [row[:2] for row in rows[2:]] == [[name, busy] for busy in ("0", "2") for name in policies]
-    assert [row[4:] for row in rows[2::5]] == [["1.00", "1.00"]] * 2
-    assert all(float(row[2]) > 0 and float(row[4]) == float(row[5]) for row in rows[2:])
+    tables = capsys.readouterr().out.split("alps prune\n")
+    assert len(tables) == 2
+    policies = ["spinning", "alps", "passive", "one thread"]
+    for rows in map(cells, tables):
+        assert [row[:2] for row in rows[2:]] == [[name, "0"] for name in policies]
+        assert rows[2][4:] == ["1.00", "1.00"]
+        assert all(float(row[2]) > 0 and float(row[4]) == float(row[5]) for row in rows[2:])
     settings = [("2", None, "300000", None), ("2", None, None, None), ("2", "PASSIVE", None, None)]
-    assert started_with == [*settings, ("1", None, None, None), ("2", None, "7", None)] * 2
+    assert started_with == [*settings, ("1", None, None, None)]
 
 
 def test_copying_tells_copied_tokens_from_others(tmp_path: Path, stories: Path) -> None:
