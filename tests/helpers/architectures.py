@@ -24,7 +24,7 @@ import alps
 from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.lm_head import LMHead
 from alps.models.blocks import find_blocks
-from helpers.decoders import DENSE, HYBRID, MOE, decoder
+from helpers.decoders import DENSE, HYBRID, MOE, RECENT, decoder
 from helpers.vision import VISION, vision_model
 
 _HEAD = """# Supported architectures
@@ -68,6 +68,10 @@ these are left dense, and listed in the report with the reason:
 their lone decoders, encoders, classifiers and reward models, base models without an output head, models of audio or
 images alone, and quantized checkpoints. What a class is for is read from the tables of transformers. Models that look
 ahead (XLNet, XLM) are found by two short forwards through the first block, and refused.
+
+**Refused when the calibration begins**: models that call a block several times (looped decoders such as HRM), and models
+that compute with hidden states or with what blocks hand on between two blocks (RWKV with more blocks than its
+`rescale_every`). How blocks are replayed, and how the replay is checked: [calibration](calibration.md).
 
 ```sh
 python tests/helpers/architectures.py > docs/models.md
@@ -148,7 +152,7 @@ def main() -> None:
     """Print the page."""
     torch.set_num_threads(1)
     print(_HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
-    for kind in (*DENSE, *MOE, *HYBRID, *VISION):
+    for kind in (*DENSE, *MOE, *HYBRID, *RECENT, *VISION):
         print(examine(kind), flush=True)
     print(_FOOT, end="")
 

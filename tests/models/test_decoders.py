@@ -144,7 +144,7 @@ def test_the_page_of_architectures_has_them_all() -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
     result = {row[0]: row for row in rows if row[0] != "architecture"}
-    assert list(result) == [*DENSE, *MOE, *HYBRID, *VISION]
+    assert list(result) == [*DENSE, *MOE, *HYBRID, *RECENT, *VISION]
     assert all(float(row[4]) < 1e-5 for row in result.values())
-    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "jamba", "llava", "smolvlm"):
+    for kind in ("llama", "gpt2", "opt-projected", "deepseek_v3", "jamba", "gemma4", "llava", "smolvlm"):
         assert result[kind][:4] == examine(kind).reproducible

@@ -150,7 +150,9 @@ class _Forward:
         return record
 
     def _check_order(self, index: int, states: Tensor) -> None:
-        if index != len(self.arguments):
+        if index < len(self.arguments):
+            raise self.unsupported(f"block {index} is called more than once")
+        if index > len(self.arguments):
             raise self.unsupported(f"block {index} is called in place of block {len(self.arguments)}")
         if index > 0 and not _is_equal(states, self._passed_on):
             raise self.unsupported(f"block {index} does not receive what block {index - 1} returned")
