@@ -69,8 +69,8 @@ their lone decoders, encoders, classifiers and reward models, base models withou
 images alone, and quantized checkpoints. What a class is for is read from the tables of transformers. Models that look
 ahead (XLNet, XLM) are found by two short forwards through the first block, and refused.
 
-**Refused when the calibration begins**: models that call a block several times (looped decoders such as HRM), and models
-that compute with hidden states or with what blocks hand on between two blocks (RWKV with more blocks than its
+**Refused when the calibration begins**: models that call a block several times (looped decoders such as HRM), and
+models that compute with hidden states or with what blocks hand on between two blocks (RWKV with more blocks than its
 `rescale_every`). How blocks are replayed, and how the replay is checked: [calibration](calibration.md).
 
 ```sh
