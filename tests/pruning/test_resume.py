@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
 import alps
@@ -22,6 +23,7 @@ from alps.core.progress import NoProgress
 from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.models.load import load_tokenizer
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.job import prune_checkpoint
 from alps.pruning.presets import PRESETS
@@ -29,6 +31,7 @@ from alps.reporting.run_report import RunReport
 from alps.solvers import Method
 from alps.solvers.wanda import Wanda
 from helpers import cli_process as started
+from helpers.decoders import decoder
 from helpers.log_messages import log_messages
 
 
@@ -156,6 +159,24 @@ def test_python_goes_on_after_the_last_finished_block_too(
     assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
     assert report.reconstructions == whole.reconstructions and report.calibration == whole.calibration
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "zaya"])
+def test_values_that_blocks_hand_on_are_the_same_after_an_interrupt(
+    kind: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last blocks read keys, values and router states of blocks that an earlier process finished."""
+    decoder(kind).save_pretrained(tmp_path / "dense")
+    load_tokenizer(str(stories)).save_pretrained(tmp_path / "dense")
+    ids = torch.randint(2, 60, (6, 16), generator=torch.Generator().manual_seed(3))
+    chosen: dict[str, Any] = {"sparsity": 0.6, "method": "wanda", "preset": "best", "calibration": ids}
+    alps.prune(tmp_path / "dense", out=tmp_path / "whole", **chosen)
+    with monkeypatch.context() as patch:
+        _stop_after(3, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
+            alps.prune(tmp_path / "dense", out=tmp_path / "out", **chosen)
+    alps.prune(tmp_path / "dense", out=tmp_path / "out", **chosen, resume=True)
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
 
 
 def test_finished_blocks_are_not_solved_again(

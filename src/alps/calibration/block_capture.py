@@ -17,7 +17,7 @@ from alps.calibration.block_calls import BlockCalls, BlockLayout
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.replaced_forward import replaced_forwards
 from alps.core.errors import UnsupportedModel
-from alps.models.blocks import Block, non_block_weights, on_device
+from alps.models.blocks import Block, memory_device, non_block_weights, on_device
 
 
 def capture_block_inputs(
@@ -118,7 +118,7 @@ class _Forward:
             UnsupportedModel: see `capture_block_inputs`.
         """
         self._layout = layout
-        device = next(self._model.parameters()).device
+        device = memory_device(self._model)
         with replaced_forwards(self._blocks, self._make_forward), suppress(_BlocksDone):
             self._model(input_ids=windows.to(device), use_cache=False)
         if len(self.arguments) != len(self._blocks):

@@ -22,7 +22,7 @@ from torch import nn
 from alps.calibration.dense_reference import input_hooks
 from alps.calibration.replaced_forward import replaced_forwards
 from alps.core.errors import AlpsError, UnsupportedModel, first_line
-from alps.models.blocks import Block, non_block_weights, on_device
+from alps.models.blocks import Block, memory_device, non_block_weights, on_device
 from alps.models.sites import Site
 
 _TOKENS = 8
@@ -54,8 +54,7 @@ def probe_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[Block]:
         replaced_forwards(blocks, probe.make_forward),
         suppress(_AllSeen),
     ):
-        # The first parameter may belong to a block, whose weights are not in memory.
-        device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+        device = memory_device(model)
         try:
             model(input_ids=ids.to(device), use_cache=False)
         except (AlpsError, _AllSeen, MemoryError, torch.OutOfMemoryError):

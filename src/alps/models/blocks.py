@@ -89,6 +89,11 @@ def on_device(block: Block, device: torch.device) -> Iterator[None]:
         block.module.to(original_device)
 
 
+def memory_device(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter that is in memory; blocks with a store are on the meta device."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
 def non_block_weights(blocks: Sequence[Block]) -> AbstractContextManager[None]:
     """Context in which the model's parameters outside the blocks are in memory."""
     return nullcontext() if blocks[0].store is None else blocks[0].store.non_block_weights()
