@@ -53,7 +53,12 @@ class BlockInputs:
 
     def copy(self) -> BlockInputs:
         """Return the same inputs for another pass over the blocks; tensors are shared."""
-        return replace(self, hidden=list(self.hidden), handed_on=list(self.handed_on))
+        return replace(
+            self,
+            hidden=list(self.hidden),
+            handed_on=list(self.handed_on),
+            single_handed_on=dict(self.single_handed_on),
+        )
 
     def run(
         self, index: int, block: nn.Module, batch: int, device: torch.device, *, window: int | None = None
@@ -94,7 +99,9 @@ class BlockInputs:
                     # The shapes show in which axis a batch's value holds its windows.
                     single = to_meta(self.forward(index, block, batch, device, window=0).handed_on)
                 self.replace_batch(batch, output)
-            self.single_handed_on = single or {}
+            # In place, since a `CachedForward` of the same inputs shares it.
+            self.single_handed_on.clear()
+            self.single_handed_on.update(single or {})
 
     def replace_batch(self, batch: int, output: BlockOutput) -> None:
         """Store the outputs of a block for a batch in place of its inputs."""

@@ -67,6 +67,7 @@ class _Check:
             inputs,
             hidden=inputs.hidden[batch : batch + 1],
             handed_on=[{}],
+            single_handed_on={},
             calls=calls,
             activations=ActivationStore(),
         )
