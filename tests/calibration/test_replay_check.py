@@ -9,9 +9,11 @@ import torch
 
 from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.block_inputs import BlockInputs
+from alps.calibration.block_probe import probe_blocks
 from alps.calibration.replay_check import check_replay
 from alps.core.errors import UnsupportedModel
 from alps.models.blocks import find_blocks
+from helpers.decoders import decoder
 from helpers.handing_models import MODELS, REFUSED, HandingModel
 
 _CPU = torch.device("cpu")
@@ -63,3 +65,13 @@ def test_hidden_states_of_another_window_are_noticed() -> None:
     inputs.hidden.append(inputs.hidden.pop(0))
     with pytest.raises(UnsupportedModel, match="the inputs of block 0 are not those of its own forward"):
         check_replay(model, blocks, inputs, _IDS, _CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mamba", "gemma4", "mixtral"])
+def test_rounding_in_half_precision_is_accepted(kind: str, dtype: torch.dtype) -> None:
+    # Mamba keeps its hidden states in float32 whatever the dtype of its weights.
+    model = decoder(kind, dtype)
+    blocks = probe_blocks(model, find_blocks(model))
+    ids = torch.randint(2, 60, (12, 48), generator=torch.Generator().manual_seed(3))
+    check_replay(model, blocks, capture_block_inputs(model, blocks, ids, 4), ids, _CPU)

@@ -19,7 +19,7 @@ from alps.calibration.lm_head import LMHead
 from alps.calibration.replaced_forward import replaced_forwards
 from alps.models.blocks import Block, on_device
 
-# Tokens differ if their relative distance is above this number, and above as many roundings of their dtype.
+# Tokens differ if their relative distance is above this number, and above as many roundings of the coarsest dtype.
 _TOLERANCE, _ROUNDINGS = 1e-4, 8
 # Share of the tokens that may differ: rounding can send a token to another expert.
 _DIFFERING_TOKENS = 0.02
@@ -72,6 +72,8 @@ class _Check:
             activations=ActivationStore(),
         )
         self._layout = calls.layout
+        dtypes = {tensor.dtype for tensor in (*model.parameters(), *inputs.hidden) if tensor.is_floating_point()}
+        self._tolerance = max(_TOLERANCE, *(_ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes))
         # Some features of every block's replayed outputs, by block.
         self._replayed: dict[int, Tensor] = {}
 
@@ -104,7 +106,7 @@ class _Check:
         for (name, tensor), version in zip(tensors, versions, strict=True):
             if tensor._version != version:
                 raise unsupported(self._model, f"block {index} writes into its argument {name}")
-        if single is not None and _differs(single.to(inputs.hidden[0].device), inputs.hidden[0][-1:]):
+        if single is not None and self._differs(single.to(inputs.hidden[0].device), inputs.hidden[0][-1:]):
             raise unsupported(self._model, f"block {index} gives a window other hidden states when it runs alone")
 
     def _stored_tensors(self, index: int, inputs: BlockInputs) -> list[tuple[str, Tensor]]:
@@ -120,12 +122,12 @@ class _Check:
             states, other_args, other_kwargs = split_states(original, args, kwargs)
             names = [*argument_names(original, len(other_args)), *other_kwargs]
             values = dict(zip(names, (*other_args, *other_kwargs.values()), strict=True))
-            if index == 0 and _differs(self._inputs.hidden[0].to(states.device), self._layout.from_model(states)):
+            if index == 0 and self._differs(self._inputs.hidden[0].to(states.device), self._layout.from_model(states)):
                 raise unsupported(self._model, f"the inputs of block {index} are not those of its own forward")
             with on_device(self._blocks[index], self._device):
                 output = original(*args, **kwargs)
             expected = _sample(self._layout.from_model(hidden_of(output)))
-            if _differs(self._replayed[index].to(expected.device), expected):
+            if self._differs(self._replayed[index].to(expected.device), expected):
                 raise unsupported(self._model, self._reason(index, values))
             if index == len(self._blocks) - 1:
                 raise _Compared
@@ -141,32 +143,29 @@ class _Check:
                 inputs.advance(block.index, block.module, self._device)
         call = self._inputs.calls.make_call(index, inputs.handed_on[0], batch=0, window=None, device=self._device)
         replayed = dict(zip(values, (*call.args, *call.kwargs.values()), strict=True))
-        name = next((name for name, value in values.items() if _is_other_tree(replayed[name], value)), None)
+        name = next((name for name, value in values.items() if self._is_other_tree(replayed[name], value)), None)
         if name is None:
             return f"block {index} gives other hidden states for equal arguments, so it reads something else"
         return f"argument {name} of block {index} differs when the block is replayed"
+
+    def _is_other_tree(self, value: Any, expected: Any) -> bool:
+        if torch.is_tensor(value) and torch.is_tensor(expected):
+            return self._differs(value, expected)
+        items, expected_items = children(value), children(expected)
+        if len(items) != len(expected_items) or torch.is_tensor(value) != torch.is_tensor(expected):
+            return True
+        return any(self._is_other_tree(a, b) for (_, a), (_, b) in zip(items, expected_items, strict=True))
+
+    def _differs(self, states: Tensor, expected: Tensor) -> bool:
+        """Return True if more vectors along the last axis differ than rounding explains."""
+        if states.shape != expected.shape or not expected.is_floating_point():
+            return not torch.equal(states, expected)
+        states, expected = (part.float().reshape(-1, *part.shape[-1:]) for part in (states, expected))
+        distances, sizes = (states - expected).norm(dim=-1), expected.norm(dim=-1)
+        differing = ~(distances <= self._tolerance * sizes.clamp_min(1e-12)) & torch.isfinite(sizes)
+        return bool(differing.float().mean() > _DIFFERING_TOKENS)
 
 
 def _sample(states: Tensor) -> Tensor:
     """Return some features of hidden states (windows, ..., features)."""
     return states[..., :: max(states.shape[-1] // _FEATURES, 1)].clone()
-
-
-def _is_other_tree(value: Any, expected: Any) -> bool:
-    if torch.is_tensor(value) and torch.is_tensor(expected):
-        return value.shape != expected.shape or _differs(value, expected)
-    items, expected_items = children(value), children(expected)
-    if len(items) != len(expected_items) or torch.is_tensor(value) != torch.is_tensor(expected):
-        return True
-    return any(_is_other_tree(a, b) for (_, a), (_, b) in zip(items, expected_items, strict=True))
-
-
-def _differs(states: Tensor, expected: Tensor) -> bool:
-    """Return True if more vectors along the last axis differ than rounding explains."""
-    if states.shape != expected.shape or not expected.is_floating_point():
-        return not torch.equal(states, expected)
-    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(expected.dtype).eps)
-    states, expected = (part.float().reshape(-1, *part.shape[-1:]) for part in (states, expected))
-    distances, sizes = (states - expected).norm(dim=-1), expected.norm(dim=-1)
-    differing = ~(distances <= tolerance * sizes.clamp_min(1e-12)) & torch.isfinite(sizes)
-    return bool(differing.float().mean() > _DIFFERING_TOKENS)
