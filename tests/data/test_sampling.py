@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from alps.core.errors import ConfigError, UnsupportedModel
+from alps.core.errors import ConfigError, NotFinite, UnsupportedModel
 from alps.data import sampling as generate
 from alps.data.sampling import TemperatureSchedule, draw_tokens, sample_windows
 
@@ -243,13 +243,13 @@ def _out_of_memory() -> Any:
         (_out_of_memory, ConfigError, "does not fit into the memory of cpu"),
         (
             lambda: SimpleNamespace(logits=torch.full((2, 1, 4), torch.nan), past_key_values=1),
-            ConfigError,
-            "NaN or infinite after 1 ",
+            NotFinite,
+            "NaN or infinite logits for 1 sampled tokens",
         ),
         (
             lambda: SimpleNamespace(logits=torch.full((2, 1, 4), torch.inf), past_key_values=1),
-            ConfigError,
-            "NaN or infinite after 1 ",
+            NotFinite,
+            "NaN or infinite logits for 1 sampled tokens",
         ),
     ],
     ids=["no cache", "out of memory", "NaN", "infinite"],

@@ -24,6 +24,7 @@ from alps.checkpoints.atomic_io import locked_directory, sync, write_text
 from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite, list_tensors, write_tensors
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
+from alps.core.json_text import to_json
 
 JOURNAL_NAME = "journal.json"
 _FORMAT = 1
@@ -74,7 +75,7 @@ class Journal:
     def save(self) -> None:
         """Write the fingerprint and the notes."""
         content = {"format": _FORMAT, "fingerprint": self._fingerprint, "notes": self._notes}
-        write_text(self.directory / JOURNAL_NAME, json.dumps(content, indent=1))
+        write_text(self.directory / JOURNAL_NAME, to_json(content, indent=1))
 
     def save_tensors(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a pruned block; any rank that holds them may call this. It does not finish the block.
@@ -100,7 +101,7 @@ class Journal:
         Raises:
             CheckpointError: when it cannot be written.
         """
-        write_text(self._path(index, "json"), json.dumps(record, allow_nan=False))
+        write_text(self._path(index, "json"), to_json(record))
         sync(self.directory)
 
     def tensors(self, index: int) -> dict[str, TensorOnDisk]:

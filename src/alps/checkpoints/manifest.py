@@ -11,6 +11,7 @@ from typing import Any
 
 from alps.checkpoints.weight_files import is_inside, parse_header
 from alps.core.errors import CheckpointError
+from alps.core.json_text import to_json
 
 MANIFEST_NAME = "packed.json"
 FORMAT = "alps-packed"
@@ -90,7 +91,7 @@ class Manifest:
     def text(self) -> str:
         """Return the content of packed.json, with its own hash: that of the same text with 64 zeros as the hash."""
         fields = {"format": FORMAT, "version": VERSION, "sha256": _NO_HASH, **dataclasses.asdict(self)}
-        text = json.dumps(fields, indent=1) + "\n"
+        text = to_json(fields, indent=1) + "\n"
         return text.replace(_NO_HASH, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tempfile
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from alps.checkpoints.atomic_io import umask
 from alps.checkpoints.weight_files import WeightFile, parse_header
 from alps.core.errors import CheckpointError
+from alps.core.json_text import to_json
 from alps.core.text_format import dtype_name
 
 DTYPES = {
@@ -164,7 +164,7 @@ def _make_header(tensors: list[TensorToWrite]) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
 

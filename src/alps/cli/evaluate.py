@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from alps.cli.options import config_options
 from alps.cli.tables import evaluation_table, inspection_tables, task_table
 from alps.core.device import pick_device
 from alps.core.distributed import process_group
+from alps.core.json_text import to_json
 from alps.core.memory import out_of_memory_as_error
 from alps.core.settings import COMMAND_LINE, make_config
 from alps.data.loaded_model import load
@@ -64,7 +64,7 @@ def evaluate_command(
             if group.is_main:
                 errors.print(task_table(scores))
     if group.is_main:
-        print(json.dumps([row.model_dump() for row in rows], indent=1))
+        print(to_json([row.model_dump() for row in rows], indent=1))
 
 
 def inspect_command(
@@ -76,7 +76,7 @@ def inspect_command(
 
     inspection = inspect(directory)
     if as_json:
-        print(json.dumps({"sparsity": inspection.sparsity, **inspection.model_dump()}, indent=1))
+        print(to_json({"sparsity": inspection.sparsity, **inspection.model_dump()}, indent=1))
         return
     for table in inspection_tables(inspection):
         Console().print(table, soft_wrap=True)

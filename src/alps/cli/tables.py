@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,13 +115,13 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
     )
     for heading in ("method", "perplexity", "mean error", "sparsity", "seconds"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    best = min(row.evaluation.perplexity for row in rows[1:])
+    best = min(row.evaluation.loss for row in rows[1:])
     for row in rows:
         report = row.report
-        value = f"{row.evaluation.perplexity:.2f}"
+        value = row.evaluation.perplexity_text(".2f")
         table.add_row(
             row.method,
-            f"[bold]{value}[/bold]" if row.evaluation.perplexity == best else value,
+            f"[bold]{value}[/bold]" if row.evaluation.loss == best else value,
             "" if report is None or report.mean_error is None else f"{report.mean_error:.4f}",
             "" if report is None else f"{100 * report.sparsity:.3f} %",
             "" if report is None else f"{row.seconds:.0f}",
@@ -136,9 +137,11 @@ def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
     for heading in ("model", "text", "windows", "seqlen", "perplexity", *more):
         _add_column(table, heading, heading not in ("model", "text"))
     for row in rows:
-        cells = [row.model, row.text, str(row.windows), str(row.seqlen), f"{row.perplexity:.3f}"]
+        cells = [row.model, row.text, str(row.windows), str(row.seqlen), row.perplexity_text(".3f")]
         if isinstance(row, ComparisonRecord):
-            cells += [f"{row.reference_perplexity:.3f}", f"{row.ratio:.4f}", f"{row.kl:.5f}", f"{row.agreement:.2%}"]
+            figures = ((row.reference_perplexity, ".3f"), (row.ratio, ".4f"))
+            cells += ["too large" if math.isinf(value) else format(value, form) for value, form in figures]
+            cells += [f"{row.kl:.5f}", f"{row.agreement:.2%}"]
         table.add_row(*cells)
     return table
 

@@ -25,6 +25,10 @@ class SolveFailed(AlpsError):
     """A layer problem without a usable solution; the message names the layer and the remedy."""
 
 
+class NotFinite(AlpsError):
+    """A model that computes NaN or infinite logits; the message names the window and the first block."""
+
+
 class CheckpointError(AlpsError):
     """A directory that cannot be read as a checkpoint or must not be written to."""
 

@@ -19,6 +19,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.core.seeds import derive_seed
 from alps.models.auto_class import text_config
+from alps.models.finite_logits import check_logits
 
 # Windows sampled at once. More would gain little speed, and all their logits are copied to the CPU.
 _BATCH_WINDOWS = 64
@@ -72,7 +73,8 @@ def sample_windows(
         Token ids, int64, shape (samples, seqlen).
 
     Raises:
-        ConfigError: when logits are not finite, or memory of the device runs out.
+        ConfigError: when memory of the device runs out.
+        NotFinite: when logits are NaN or infinite.
         UnsupportedModel: for a model without a key-value cache.
     """
     schedule, progress = schedule or TemperatureSchedule(), progress or NoProgress()
@@ -150,11 +152,9 @@ def _sample_batch(
                 f"{type(model).__name__} has no key-value cache to sample with: calibrate with a text instead."
             )
         logits = output.logits[:, -1].to("cpu", torch.float32)
-        if bool(torch.isnan(logits).any()) or bool(torch.isposinf(logits).any()):
-            raise ConfigError(
-                f"The model's logits are NaN or infinite after {index + 1} sampled tokens: "
-                "check its weights, or run with --dtype float32."
-            )
+        sampled = torch.stack(columns, dim=1).to(device)
+        where = f"{index + 1} sampled tokens"
+        check_logits(logits, model, sampled, subject=type(model).__name__, where=where)
         if forbidden is not None:
             logits[:, forbidden] = -torch.inf
         columns.append(draw_tokens(logits, uniform[:, index], schedule.at(index)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from alps.core.cache import cache_folder
 from alps.core.errors import ConfigError
+from alps.core.json_text import to_json
 from alps.core.progress import Progress
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.text_sources import SELF
@@ -78,7 +78,7 @@ def generate_windows(
         "device": (device or next(model.parameters()).device).type,
         **{name: version(name) for name in ("torch", "transformers")},
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    name = hashlib.sha256(to_json(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "generated" / f"{name[:32]}.safetensors"
     ids = _read_cached(path, samples, seqlen)
     if ids is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alps.checkpoints.atomic_io import locked_directory, write_text
 from alps.core.device import pick_device
-from alps.core.errors import CheckpointError, SolveFailed
+from alps.core.errors import CheckpointError, NotFinite, SolveFailed
 from alps.core.memory import reset_peak_memory
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
@@ -100,7 +100,7 @@ def _do_missing(bench: _Bench, runs: list[ComparisonRun], results: list[Result],
         start = time.perf_counter()
         try:
             results = _save(out, [*results, bench.do_run(run)])
-        except SolveFailed as error:
+        except (SolveFailed, NotFinite) as error:
             failed.append(f"{run.title}: {error}")
             _LOG.warning(f"Failed, and the other runs continue: {failed[-1]}")
         except KeyboardInterrupt as interrupt:

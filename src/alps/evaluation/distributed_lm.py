@@ -12,14 +12,30 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from alps.core.distributed import ProcessGroup
+from alps.models.finite_logits import check_logits
 
 
 class DistributedModel(HFLM):  # type: ignore[misc]
     """Model in lm-eval's interface, as one rank of `group`."""
 
-    def __init__(self, group: ProcessGroup, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, group: ProcessGroup, model: nn.Module, tokenizer: Any, batch_size: int, name: str) -> None:
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
+        self._subject = f"Model '{name}'"
         self._group, self._rank, self._world_size = group, group.rank, group.size
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the logits of token ids (batch, tokens), and refuse NaN and infinity.
+
+        Raises:
+            NotFinite: naming the beginning of the first such item, and the block.
+        """
+        logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        check_logits(logits, self.model, inps, subject=self._subject, where=lambda row: self._describe(inps[row]))
+        return logits
+
+    def _describe(self, ids: Tensor) -> str:
+        text = " ".join(self.tok_decode(ids.tolist()).split())
+        return f"the item that begins with {text[:40]!r}"
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Gather one number of every rank, by rank."""

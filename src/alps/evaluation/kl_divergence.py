@@ -8,18 +8,18 @@ the whole distribution, so it needs fewer tokens to distinguish two pruned model
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
-from alps.core.errors import ConfigError
+from alps.core.errors import ConfigError, NotFinite
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
-from alps.evaluation.perplexity import LOSS_ROWS, batches, token_losses
+from alps.evaluation.perplexity import LOSS_ROWS, batches, perplexity, token_losses, window_name
+from alps.models.finite_logits import check_logits
 from alps.reporting.records import ComparisonRecord
 
 
@@ -46,17 +46,26 @@ def measure_divergence(
 
     Raises:
         ConfigError: when the vocabularies have different sizes.
+        NotFinite: when logits are NaN or infinite, naming the first window of this rank, and the block.
     """
     progress = progress or NoProgress()
     training = model.training, reference.training
     model, reference = model.to(device).eval(), reference.to(device).eval()
-    parts = batches(windows)[group.rank :: group.size]
+    parts = list(enumerate(batches(windows)))[group.rank :: group.size]
     sums = _Sums()
     progress.start(f"{names[0]} against {names[1]} on {windows.source}", len(parts))
     try:
         with torch.inference_mode(), half_matmul_in_float32(device, model, reference):
-            for part in parts:
-                sums.add(*_logits(model, reference, part.to(device)), part.to(device))
+            for number, part in parts:
+                pair = _logits(model, reference, part.to(device))
+                if not sums.add(*pair, part.to(device)):
+                    for net, logits, name in zip((model, reference), pair, names, strict=True):
+                        where = window_name(windows, number)
+                        check_logits(logits, net, part.to(device), subject=f"Model '{name}'", where=where)
+                    raise NotFinite(
+                        f"The divergence of '{names[0]}' from '{names[1]}' is infinite, since one of them never "
+                        "predicts tokens that the other does: give no --reference."
+                    )
                 progress.step("")
     finally:
         progress.finish()
@@ -72,8 +81,8 @@ class _Sums:
 
     values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
-    def add(self, logits: Tensor, expected: Tensor, ids: Tensor) -> None:
-        """Add a batch.
+    def add(self, logits: Tensor, expected: Tensor, ids: Tensor) -> bool:
+        """Add a batch; return whether its sums are finite.
 
         Args:
             logits: of the model, (batch, seqlen, vocabulary).
@@ -81,7 +90,9 @@ class _Sums:
             ids: token ids (batch, seqlen).
         """
         values = [token_losses(logits, ids), token_losses(expected, ids), *token_divergences(logits, expected)]
-        self.values += torch.stack([value.sum(dtype=torch.float64) for value in values]).cpu()
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in values]).cpu()
+        self.values += sums
+        return bool(sums.isfinite().all())
 
 
 def token_divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,11 +136,11 @@ def _record(sums: _Sums, windows: Windows, names: tuple[str, str]) -> Comparison
         seqlen=seqlen,
         predicted_tokens=predicted,
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=perplexity(loss),
         sha256=windows.sha256,
         reference=names[1],
-        reference_perplexity=math.exp(min(reference_loss, 700.0)),
-        ratio=math.exp(min(loss - reference_loss, 700.0)),
+        reference_perplexity=perplexity(reference_loss),
+        ratio=perplexity(loss - reference_loss),
         kl=kl,
         agreement=agreement,
     )

@@ -9,6 +9,7 @@ and divided once, in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
+from alps.models.finite_logits import check_losses
 from alps.reporting.records import EvaluationRecord
 
 # Tokens per forward; float32 logits of a vocabulary of 128 k then take some 1 GB.
 _BATCH_TOKENS = 2048
 # Rows of logits that are converted to float32 at once.
 LOSS_ROWS = 128
+# Above it, the exponential exceeds float64.
+_LARGEST_LOSS = 709.0
 
 
 def measure_perplexity(
@@ -43,17 +47,24 @@ def measure_perplexity(
         device: for the model.
         progress: counts the batches.
         group: ranks among which the batches are distributed; all get the record of all windows.
+
+    Raises:
+        NotFinite: when logits are NaN or infinite, naming the first window of this rank, and the block.
     """
     progress = progress or NoProgress()
     training = model.training
     model = model.to(device).eval()
-    parts = batches(windows)[group.rank :: group.size]
+    parts = list(enumerate(batches(windows)))[group.rank :: group.size]
     total = torch.zeros((), dtype=torch.float64)
     progress.start(f"{name} on {windows.source}", len(parts))
     try:
         with torch.inference_mode(), half_matmul_in_float32(device, model):
-            for batch in parts:
-                total += window_losses(model, batch.to(device)).sum(dtype=torch.float64).cpu()
+            for number, batch in parts:
+                losses = window_losses(model, batch.to(device))
+                total += (part := losses.sum(dtype=torch.float64).cpu())
+                if not math.isfinite(part):
+                    where = window_name(windows, number)
+                    check_losses(losses, model, batch.to(device), subject=f"Model '{name}'", where=where)
                 progress.step("")
     finally:
         progress.finish()
@@ -67,9 +78,20 @@ def measure_perplexity(
         seqlen=windows.ids.shape[1],
         predicted_tokens=predicted,
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=perplexity(loss),
         sha256=windows.sha256,
     )
+
+
+def perplexity(loss: float) -> float:
+    """Return the exponential of a loss; infinite if no float64 holds it."""
+    return math.exp(loss) if loss <= _LARGEST_LOSS else math.inf
+
+
+def window_name(windows: Windows, batch: int) -> Callable[[int], str]:
+    """Return the function that names a window of a batch in messages, by its number in the batch."""
+    first = batch * len(batches(windows)[0])
+    return lambda row: f"window {first + row + 1} of '{windows.source}'"
 
 
 def batches(windows: Windows) -> tuple[Tensor, ...]:

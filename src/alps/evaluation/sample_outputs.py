@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
 from alps.data.loaded_model import LoadedModel
+from alps.inference.text_generation import finite_logits
 
 
 def continue_prompts(
@@ -29,6 +30,7 @@ def continue_prompts(
 
     Raises:
         ConfigError: without a tokenizer, or for a prompt without tokens.
+        NotFinite: when logits are NaN or infinite.
     """
     if not prompts:
         return []
@@ -52,5 +54,10 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torc
     # The model's generation settings may sample. Without a padding token generate() warns.
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
     with torch.inference_mode(), half_matmul_in_float32(device, model):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy,
+            logits_processor=[finite_logits(model, ids.shape[1])],
+        )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

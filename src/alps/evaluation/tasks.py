@@ -110,6 +110,7 @@ def score_tasks(
     Raises:
         ConfigError: without a tokenizer, for an empty batch, fewer items than processes, or when data cannot be fetched
             from the hub.
+        NotFinite: when logits are NaN or infinite.
     """
     if loaded.tokenizer is None:
         raise ConfigError("Tasks need the model's tokenizer: pass it with the model.")
@@ -168,7 +169,9 @@ def _run_lm_eval(
 
     with _quiet_lm_eval():
         # Copied because lm-eval may add a padding token to the tokenizer.
-        model = DistributedModel(group, loaded.model.to(device), copy.deepcopy(loaded.tokenizer), batch_size)
+        model = DistributedModel(
+            group, loaded.model.to(device), copy.deepcopy(loaded.tokenizer), batch_size, loaded.name
+        )
         items = tasks.documents.items() if tasks.documents else ()
         own_tasks = [local_task(name, documents) for name, documents in items]
     return simple_evaluate(

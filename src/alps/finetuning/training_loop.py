@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from alps.core.errors import ConfigError
+from alps.core.errors import ConfigError, NotFinite
 from alps.core.kl_divergence import kl_divergence
 from alps.core.progress import Progress
 from alps.finetuning.masked_adamw import MaskedAdamW
+from alps.models.finite_logits import check_logits
 from alps.reporting.records import DistillationCheck
 
 # Tokens per forward and backward pass.
@@ -110,11 +112,12 @@ class Distillation:
         """Take steps until the budget is spent or the checks stop improving; leave the best state in the model.
 
         Raises:
-            ConfigError: when the budget leaves no time for a step, or the divergence is not finite.
+            ConfigError: when the budget leaves no time for a step.
+            NotFinite: when the divergence is not finite before the first step.
         """
         best_state = self._check(None, [])
         if not best_state:
-            raise ConfigError("The divergence of the two models is not finite: use --dtype bfloat16 or float32.")
+            self._refuse_divergence()
         self._estimate_step()
         if self.clock.is_over:
             raise ConfigError(
@@ -127,6 +130,16 @@ class Distillation:
         finally:
             self.progress.finish()
             self.optimiser.restore(best_state)
+
+    def _refuse_divergence(self) -> NoReturn:
+        """Raise the error for a divergence that is not finite; the models are run again on the held-back windows."""
+        for model, words in ((self.dense, "The dense model"), (self.pruned, "The pruned model")):
+            for number, ids in enumerate(torch.split(self._held_back.to(self.device), 1), 1):
+                with torch.no_grad():
+                    logits = model(input_ids=ids, use_cache=False).logits
+                where = f"held-back window {number}"
+                check_logits(logits, model, ids, subject=words, where=where)
+        raise NotFinite("The divergence of the two models is not finite: use --dtype bfloat16 or float32.")
 
     def _run_steps(self, best_state: list[Tensor]) -> list[Tensor]:
         """Run the loop; return the best state."""

@@ -18,6 +18,7 @@ from alps.inference.convert import packed_modules
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.packed_linear import PackedLinear
 from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
+from alps.models.finite_logits import check_logits
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def generate_text(
 
     Raises:
         ConfigError: if the prompt has no tokens, or the tokenizer has no chat template and `chat` is set.
+        NotFinite: when logits are NaN or infinite; the text before has been passed on.
     """
     device = next(model.parameters()).device
     ids = _token_ids(tokenizer, prompt, chat).to(device)
@@ -98,12 +100,36 @@ def generate_text(
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         start = time.perf_counter()
-        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=streamer, **sampling)
+        out = generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            streamer=streamer,
+            logits_processor=[finite_logits(model, ids.shape[1])],
+            **sampling,
+        )
     # The first call of the streamer has the prompt.
     times, count = streamer.times[1:], out.shape[1] - ids.shape[1]
     rate = (count - 1) / (times[-1] - times[0]) if count > 1 else None
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return GenerationResult("".join(streamer.texts), ids.shape[1], count, times[0] - start, rate, size)
+
+
+def finite_logits(model: nn.Module, prompt_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a logits processor that refuses logits which are NaN or infinite, and changes nothing.
+
+    Args:
+        model: that generates.
+        prompt_tokens: number of tokens of the prompt, for the message.
+    """
+
+    def check(ids: Tensor, logits: Tensor) -> Tensor:
+        count = ids.shape[1] - prompt_tokens
+        where = f"{prompt_tokens} tokens of a prompt" + (f" and {count} generated ones" if count else "")
+        check_logits(logits, model, ids, subject=type(model).__name__, where=where)
+        return logits
+
+    return check
 
 
 def summary(model: nn.Module, result: GenerationResult) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from alps.checkpoints.atomic_io import write_text
 from alps.checkpoints.journal import Journal
 from alps.checkpoints.safetensors_io import write_tensors
 from alps.checkpoints.weight_files import INDEX_NAME
+from alps.core.json_text import to_json
 from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
 from alps.models.lazy_weights import LazyWeights
@@ -61,7 +61,7 @@ def save_without_weights(store: LazyWeights, tokenizer: PreTrainedTokenizerBase 
         weight_map = {tensor.name: file.name for file, tensors in files.items() for tensor in tensors}
         total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_text(folder / INDEX_NAME, to_json(index, indent=2) + "\n")
     config, model = copy.deepcopy(store.model.config), store.model
     config.architectures = [type(model).__name__]  # type: ignore[union-attr]
     with quiet():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import reprlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError, did_you_mean, truncate
+from alps.core.json_text import to_json
 from alps.core.settings import CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
 from alps.core.yaml_io import read_mapping
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
@@ -276,7 +276,7 @@ class PruneConfig(BaseModel):
         """
         names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
         values = self.model_dump(mode="json", include=names)
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+        return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}
 
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML, one key a line."""

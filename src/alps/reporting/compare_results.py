@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from alps.checkpoints.atomic_io import write_text
 from alps.core.errors import CheckpointError, truncate
+from alps.core.json_text import to_json
 from alps.reporting.records import CalibrationRecord, ComparisonRecord, EvaluationRecord, Record, TaskRecord
 from alps.reporting.run_report import LayerRecord, RunReport
 
@@ -199,7 +199,7 @@ def read_results(path: Path) -> list[Result]:
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
     """Replace a file of results atomically, so that a kill leaves either the old or the new one."""
-    write_text(path, "".join(json.dumps(r.model_dump(mode="json"), allow_nan=False) + "\n" for r in results))
+    write_text(path, "".join(to_json(r.model_dump(mode="json")) + "\n" for r in results))
 
 
 class MeanStd(Record):

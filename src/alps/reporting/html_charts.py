@@ -39,7 +39,8 @@ def perplexity_section(runs: Runs) -> Section | None:
     rows = [*(runs.ratios if not lines else []), *runs.groups]
     keys, groups = line_keys(runs.methods), list[PictureGroup]()
     for label, patterns, draw in (("", lines, _lines), ("N:M patterns" if lines else "", rows, _points)):
-        pictures = [draw(runs, patterns, i, text) for i, text in enumerate(texts)] if patterns else []
+        drawn = [i for i in range(len(texts)) if _all_values(runs, patterns, i)]
+        pictures = [draw(runs, patterns, i, texts[i]) for i in drawn]
         if pictures:
             groups.append(PictureGroup(label, pictures, [] if groups else keys))
     ends = "; bars go from the smallest to the largest of the seeds" if len(runs.seeds) > 1 else ""
@@ -47,27 +48,29 @@ def perplexity_section(runs: Runs) -> Section | None:
     return Section("perplexity", "Perplexity", text, groups) if groups else None
 
 
-def _values(runs: Runs, method: str, pattern: str, i: int) -> list[float]:
-    return [result.evaluations[i].perplexity for result in runs.select(method, pattern) if i < len(result.evaluations)]
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 def _description(runs: Runs, patterns: Sequence[str], i: int, text: str) -> str:
-    dense = "" if runs.dense is None else f" Dense: {format_number(runs.dense.evaluations[i].perplexity)}."
+    value = runs.dense_perplexity(i)
+    dense = "" if value is None else f" Dense: {format_number(value)}."
     parts = [f"Perplexity on {text}.{dense}"]
     for method in runs.methods:
-        by_pattern = [(pattern, _values(runs, method, pattern, i)) for pattern in patterns]
+        by_pattern = [(pattern, runs.perplexities(method, pattern, i)) for pattern in patterns]
         figures = ", ".join(f"{format_number(_mean(values))} at {pattern}" for pattern, values in by_pattern if values)
         parts.append(f"{method}: {figures}." if figures else "")
     return " ".join(part for part in parts if part)
 
 
+def _all_values(runs: Runs, patterns: Sequence[str], i: int) -> list[float]:
+    return [value for method in runs.methods for p in patterns for value in runs.perplexities(method, p, i)]
+
+
 def _bounds(runs: Runs, patterns: Sequence[str], i: int) -> tuple[float, float]:
-    values = [value for method in runs.methods for p in patterns for value in _values(runs, method, p, i)]
-    values += [] if runs.dense is None else [runs.dense.evaluations[i].perplexity]
+    values = _all_values(runs, patterns, i)
+    dense = runs.dense_perplexity(i)
+    values += [] if dense is None else [dense]
     return min(values), max(values)
 
 
@@ -75,14 +78,14 @@ def _lines(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
     axes = canvas(250)
     log_axis(axes, "y", *_bounds(runs, patterns, i))
     sparsities = {p: next(r.sparsity for r in runs.pruned if r.pattern == p) for p in patterns}
-    if runs.dense is not None:
-        dense = runs.dense.evaluations[i].perplexity
+    dense = runs.dense_perplexity(i)
+    if dense is not None:
         axes.axhline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
         at = {"xy": (1, dense), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(f"dense {format_number(dense)}", xytext=(0, 4), ha="right", color=MUTED, fontsize=10, **at)  # type: ignore[arg-type]
     for order, method in enumerate(runs.methods):
         colour, marker, dash = series_style(order)
-        points = [(sparsities[p], values) for p in patterns if (values := _values(runs, method, p, i))]
+        points = [(sparsities[p], values) for p in patterns if (values := runs.perplexities(method, p, i))]
         x, means = [sparsity for sparsity, _ in points], [_mean(values) for _, values in points]
         # Rounding may put the mean of equal values outside their range.
         ends = [[max(m - min(v), 0.0) for m, (_, v) in zip(means, points, strict=True)]]
@@ -96,14 +99,15 @@ def _lines(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
 
 def _points(runs: Runs, patterns: Sequence[str], i: int, text: str) -> Picture:
     """Draw a row per method under each pattern: the mean with its number, and the range of the seeds."""
-    rows = [(p, m, values) for p in patterns for m in runs.methods if (values := _values(runs, m, p, i))]
+    rows = [(p, m, values) for p in patterns for m in runs.methods if (values := runs.perplexities(m, p, i))]
     height = 13.0 * len(rows) + 19.0 * len({p for p, _, _ in rows})
     axes = canvas(height + 36, left=12, right=44)
     log_axis(axes, "x", *_bounds(runs, patterns, i))
     axes.set_ylim(height, 0)
     axes.set_yticks([])
-    if runs.dense is not None:
-        axes.axvline(runs.dense.evaluations[i].perplexity, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
+    dense = runs.dense_perplexity(i)
+    if dense is not None:
+        axes.axvline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
     y, before = 0.0, ""
     for pattern, method, values in rows:
         if pattern != before:

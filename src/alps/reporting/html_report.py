@@ -5,6 +5,7 @@ The page has no script and makes no request; its content security policy forbids
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from alps.reporting.html_charts import cost_section, perplexity_section
 from alps.reporting.html_convergence import convergence_section
 from alps.reporting.html_heatmaps import error_section, sparsity_section
 from alps.reporting.markdown_tables import tables
+from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_selection import Runs
 from alps.reporting.svg import Section, format_number, page_style
 
@@ -88,16 +90,17 @@ def _lead(runs: Runs) -> str:
         return ""
     pattern = runs.patterns[0]
     means = [
-        (sum(r.evaluations[0].perplexity for r in results) / len(results), method)
+        (sum(values) / len(values), method)
         for method in runs.methods
-        if (results := [result for result in runs.select(method, pattern) if result.evaluations])
+        if (values := runs.perplexities(method, pattern, 0))
     ]
     if not means:
         return _error_sentence(runs.first_seeds(pattern)[0])
     (best, method), *others = sorted(means)
     text = next(r for r in runs.select(method, pattern) if r.evaluations).evaluations[0].text
     comparisons = [f"next is {others[0][1]} with {format_number(others[0][0])}"] if others else []
-    comparisons += [f"the dense model has {format_number(runs.dense.evaluations[0].perplexity)}"] if runs.dense else []
+    dense = runs.dense_perplexity(0)
+    comparisons += [] if dense is None else [f"the dense model has {format_number(dense)}"]
     return (
         f"At {pattern}, {method} has perplexity {format_number(best)} on {text}" + "; ".join(["", *comparisons]) + "."
     )
@@ -158,11 +161,15 @@ def _facts(runs: Runs) -> list[tuple[str, list[str]]]:
     return [(name[:1].upper() + name[1:], lines) for name, lines in facts if lines]
 
 
+def _perplexity(record: EvaluationRecord) -> str:
+    return record.perplexity_text("") if math.isinf(record.perplexity) else format_number(record.perplexity)
+
+
 def _dense(runs: Runs) -> list[tuple[str, str]]:
     """List the measurements of the dense model."""
     if runs.dense is None:
         return []
-    rows = [(f"Perplexity on {e.text}", format_number(e.perplexity)) for e in runs.dense.evaluations]
+    rows = [(f"Perplexity on {e.text}", _perplexity(e)) for e in runs.dense.evaluations]
     for task in runs.dense.tasks:
         for name, estimate in task.metrics.items():
             scale, unit = (100.0, " %") if name.startswith("acc") else (1.0, "")

@@ -50,8 +50,10 @@ def tables(results: Sequence[Result]) -> list[Table]:
     measures = []
     first = (dense or pruned[0]).evaluations
     for i, record in enumerate(first):
-        note = f" (dense {record.perplexity:.2f})" if dense else ""
+        note = f" (dense {record.perplexity_text('.2f')})" if dense else ""
         measures.append(_table(f"Perplexity on {record.text}{note}", pruned, _perplexity(i), ".1f", min))
+        if any(i < len(r.evaluations) and math.isinf(r.evaluations[i].perplexity) for r in results):
+            measures.append(_table(f"Loss on {record.text}, nats", pruned, _loss(i), ".1f", min))
         measures.append(
             _table(f"KL divergence from the dense model on {record.text}, nats", pruned, _kl(i), ".3f", min)
         )
@@ -122,14 +124,22 @@ def _text(values: Sequence[float], form: str, errors: Sequence[float]) -> str:
     if not values:
         return ""
     if sum(values) / len(values) >= 1000:
-        form = ",.0f"
+        form = ",.0f" if sum(values) / len(values) < 1e9 else ".2e"
     if len(values) == 1 and errors:
         return f"{values[0]:{form}} ± {errors[0]:{form}}"
     return mean_std(values).text(form)
 
 
 def _perplexity(i: int) -> Figure:
-    return lambda result: result.evaluations[i].perplexity if i < len(result.evaluations) else None
+    def perplexity(result: Result) -> float | None:
+        value = result.evaluations[i].perplexity if i < len(result.evaluations) else math.inf
+        return value if math.isfinite(value) else None
+
+    return perplexity
+
+
+def _loss(i: int) -> Figure:
+    return lambda result: result.evaluations[i].loss if i < len(result.evaluations) else None
 
 
 def _kl(i: int) -> Figure:

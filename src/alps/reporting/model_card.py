@@ -40,7 +40,7 @@ def model_card(report: RunReport, page: bool = False) -> str:
     if evaluations := [*report.dense_evaluations, *report.evaluations]:
         lines += ["", "| perplexity of | text | windows x tokens | |", "|---|---|---|---:|"]
         lines += [
-            f"| {record.model} | {record.text} | {record.windows} x {record.seqlen} | {record.perplexity:.2f} |"
+            f"| {record.model} | {record.text} | {record.windows} x {record.seqlen} | {record.perplexity_text('.2f')} |"
             for record in evaluations
         ]
     lines += [

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from alps.data.windows import Windows
+
+# Number that may be infinite, which is null in JSON.
+LargeNumber = Annotated[
+    float,
+    BeforeValidator(lambda value: math.inf if value is None else value),
+    PlainSerializer(lambda value: None if math.isinf(value) else value, return_type=float | None),
+]
 
 
 class Record(BaseModel):
@@ -160,7 +170,7 @@ class EvaluationRecord(Record):
         windows, seqlen: number of windows, tokens in each.
         predicted_tokens: tokens whose loss was taken.
         loss: mean over them, nats.
-        perplexity: exponential of the loss.
+        perplexity: exponential of the loss; infinite if no float64 holds it, above 709 nats, and null in JSON.
         sha256: hash of the windows' token ids; None in records of versions that did not take it.
     """
 
@@ -170,8 +180,12 @@ class EvaluationRecord(Record):
     seqlen: int
     predicted_tokens: int
     loss: float
-    perplexity: float
+    perplexity: LargeNumber
     sha256: str | None = None
+
+    def perplexity_text(self, form: str) -> str:
+        """Format the perplexity; in place of one that is too large, the loss."""
+        return f"loss {self.loss:.1f}" if math.isinf(self.perplexity) else format(self.perplexity, form)
 
 
 class ComparisonRecord(EvaluationRecord):
@@ -186,8 +200,8 @@ class ComparisonRecord(EvaluationRecord):
     """
 
     reference: str
-    reference_perplexity: float
-    ratio: float
+    reference_perplexity: LargeNumber
+    ratio: LargeNumber
     kl: float
     agreement: float
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from alps.core.errors import CheckpointError
+from alps.core.json_text import to_json
 from alps.reporting.records import (
     CalibrationRecord,
     DistillationReport,
@@ -226,7 +227,7 @@ class RunReport(Record):
             "mean_error": self.mean_error,
             "mean_magnitude_error": self.mean_magnitude_error,
         }
-        return json.dumps({"summary": summary, **self.model_dump(mode="json")}, indent=1, allow_nan=False)
+        return to_json({"summary": summary, **self.model_dump(mode="json")}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> RunReport | None:

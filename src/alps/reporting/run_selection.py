@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,16 @@ class Runs:
     def select(self, method: str, pattern: str) -> list[Result]:
         """Return the results of all seeds for a method and a pattern."""
         return [result for result in self.pruned if (result.method, result.pattern) == (method, pattern)]
+
+    def perplexities(self, method: str, pattern: str, i: int) -> list[float]:
+        """Return the perplexities of all seeds on text `i`, without those that are too large for a number."""
+        rows = [result.evaluations[i] for result in self.select(method, pattern) if i < len(result.evaluations)]
+        return [row.perplexity for row in rows if math.isfinite(row.perplexity)]
+
+    def dense_perplexity(self, i: int) -> float | None:
+        """Return the perplexity of the dense model on text `i`; None if it is too large or was not measured."""
+        value = math.inf if self.dense is None else self.dense.evaluations[i].perplexity
+        return value if math.isfinite(value) else None
 
     def first_seeds(self, pattern: str) -> list[Result]:
         """Return the first seed's result of every method at a pattern."""

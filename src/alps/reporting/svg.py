@@ -189,7 +189,9 @@ def _key(content: str) -> Markup:
 
 
 def format_number(value: float) -> str:
-    """Format a number with 3 to 5 digits: 48,965, 156.3, 3.14, 0.0332."""
+    """Format a number with 3 to 5 digits: 48,965, 156.3, 3.14, 0.0332; from 10^9 on as 1.23e+09."""
+    if abs(value) >= 1e9:
+        return f"{value:.2e}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
