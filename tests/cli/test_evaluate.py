@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -78,3 +79,22 @@ def test_inspecting_a_dense_model_says_so(
     assert reasons == ["embedding or output head"] + ["no zeros in it"] * 35
     assert run_alps(monkeypatch, "inspect", stories) == 0
     assert "Dense: 16 more, see --json" in capsys.readouterr().out
+
+
+def test_the_same_documents_have_the_same_perplexity_in_every_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, text: Path, tmp_path: Path
+) -> None:
+    rows = text.read_text().split(". ")
+    records = [{"text": row, "url": f"http://a/{i}"} for i, row in enumerate(rows)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.txt").write_bytes(json.dumps(records, indent=1).encode("utf-16"))
+    figures = []
+    for name in ("a.jsonl", "c4-train.00000-of-01024.json.gz", "a.txt"):
+        assert run_alps(monkeypatch, "eval", stories, "--text", tmp_path / name, "--seqlen", 64, "--windows", 4) == 0
+        record = json.loads(capsys.readouterr().out)
+        figures.append({**(record[0] if isinstance(record, list) else record), "text": None})
+    formats = [figure.pop("format") for figure in figures]
+    assert formats == ["JSON lines, field 'text'", "gzip JSON lines, field 'text'", "UTF-16 JSON, field 'text'"]
+    assert figures[0] == figures[1] == figures[2] and figures[0]["documents"] == len([row for row in rows if row])

@@ -255,7 +255,9 @@ def test_pruning_in_memory_samples_the_dense_model(tiny: LoadedModel, tiny_model
     )
     assert report.calibration is not None and report.calibration.seed == 2
     assert report.calibration.sha256 == Windows(expected, "self", 4).sha256
-    assert [part.model_dump() for part in report.calibration.parts] == [{"source": "self", "windows": 4}]
+    assert [part.model_dump(exclude_none=True) for part in report.calibration.parts] == [
+        {"source": "self", "windows": 4}
+    ]
 
 
 def test_the_commands_sample_and_mix(
@@ -273,7 +275,7 @@ def test_the_commands_sample_and_mix(
 
     lines, used = prune("own", "self")
     assert lines.count("Sampling 5 windows of 32 tokens") == 1 and "sampling calibration windows: 31/31" in lines
-    assert used["source"] == "self" and used["parts"] == [{"source": "self", "windows": 5}]
+    assert used["source"] == "self" and used["parts"] == [_part("self", 5)]
     lines, again = prune("again", "self")
     assert "ampling" not in lines and again == used
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("own", "again")]
@@ -282,7 +284,11 @@ def test_the_commands_sample_and_mix(
     lines, used = prune("mixed", f"{english_file}:0.5,self:0.5")
     assert "Sampling 2 windows of 32 tokens" in lines and used["windows"] == 5
     assert used["source"] == "english.txt:0.5,self:0.5"
-    assert used["parts"] == [{"source": "english.txt", "windows": 3}, {"source": "self", "windows": 2}]
+    assert used["parts"] == [_part("english.txt", 3, "plain text", 1), _part("self", 2)]
     settings = tmp_path / "mixed" / "alps.yaml"
     assert run_alps(monkeypatch, "prune", stories, tmp_path / "same", "--config", settings) == 0
     assert json.loads((tmp_path / "same" / "report.json").read_text())["calibration"] == used
+
+
+def _part(source: str, windows: int, kind: str | None = None, documents: int | None = None) -> dict[str, Any]:
+    return {"source": source, "windows": windows, "format": kind, "documents": documents}

@@ -89,7 +89,7 @@ def test_a_missing_file_is_refused(spec: str) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is neither a file nor"):
+    with pytest.raises(ConfigError, match="is a folder, but not one of a saved data set"):
         load_text(str(tmp_path), "calibration")
 
 

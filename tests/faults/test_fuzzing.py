@@ -6,6 +6,7 @@ The default suite takes 150 of each; `-m slow` 10,000. Examples come from fixed 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import random
@@ -36,6 +37,9 @@ _SECONDS = 5.0
 _SMALL, _FULL = 150, 10_000
 _TENSORS = {"a.weight": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.ones(())}
 _TEXTS = '{"text": "Once upon a time."}\n{"text": "caf\\u00e9", "more": [1, 2.5, null]}\n\n{"text": ""}\n'
+_ARRAY = '[{"text": "Once upon a time.", "n": 1},\n {"text": "caf\\u00e9"}, {"text": ""}]'
+_CSV = 'n,text\n1,"Once, upon\na ""time"""\n2,caf\u00e9\n'
+_GZIP = gzip.compress(_TEXTS.encode(), mtime=0)
 _PRUNE = (
     "model: a/b\nsparsity: 0.7\nmethod: alps\noptions:\n  damping: 0.02\n  admm: {rho: 0.3, growth: [[0.1, 1.3]]}\n"
 )
@@ -181,6 +185,10 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         "config": Target('{"a": {"b": [1]}}', _file("config.json", lambda path: find_weight_files(path.parent))),
         "manifest": Target(json.dumps({**manifest, "sha256": "0" * 64}), _manifest),
         "JSON lines": Target(_TEXTS, _file("t.jsonl", lambda path: load_text(str(path), "calibration"))),
+        "JSON array": Target(_ARRAY, _file("t.txt", lambda path: load_text(str(path), "calibration"))),
+        "CSV": Target(_CSV, _file("t.csv", lambda path: load_text(str(path), "calibration"))),
+        "gzip": Target(_GZIP, _file("t.gz", lambda path: load_text(str(path), "calibration"))),
+        "UTF-16": Target(_TEXTS.encode("utf-16"), _file("t", lambda path: load_text(str(path), "calibration"))),
         "text": Target(_TEXTS, _file("t.txt", lambda path: load_text(str(path), "calibration"))),
         "prune": Target(_PRUNE, _file("p.yaml", _settings)),
         "compare": Target(_COMPARE, _file("c.yaml", _comparison)),
@@ -191,8 +199,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     }
 
 
-_NAMES = ["header", "safetensors", "index", "config", "manifest", "JSON lines", "text", "prune", "compare"]
-_NAMES += ["results", "report"]
+_NAMES = ["header", "safetensors", "index", "config", "manifest", "JSON lines"]
+_NAMES += ["JSON array", "CSV", "gzip", "UTF-16", "text", "prune", "compare", "results", "report"]
 
 
 def _fuzz(target: Target, folder: Path, examples: int) -> tuple[int, int]:

@@ -268,7 +268,7 @@ FAULTS = [
     Fault("an empty calibration file", "is empty", _file("empty.txt", " \n", _CALIBRATION)),
     Fault("a binary calibration file", "NUL bytes", _file("b.txt", b"GIF89a\0\1\2", _CALIBRATION)),
     Fault("a calibration file that is not UTF-8", "is not UTF-8 (byte 3)", _file("l.txt", b"caf\xe9 ", _CALIBRATION)),
-    Fault("a folder for a calibration file", "is neither a file", lambda s: [_CALIBRATION, s.model]),
+    Fault("a folder for a calibration file", "is a folder", lambda s: [_CALIBRATION, s.model]),
     Fault("JSON lines with a bad line", "Line 2 of ", _file("b.jsonl", '{"text": "a"}\n{"text": \n', _CALIBRATION)),
     Fault("JSON lines without a text", "Line 3 of ", _file("n.jsonl", '{"text": "a"}\n\n{"body": 1}', _CALIBRATION)),
     Fault("too few tokens", "are needed: give more text", _flags("--samples", 5000)),

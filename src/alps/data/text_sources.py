@@ -1,4 +1,4 @@
-"""Text sources: files, JSON lines, the standard corpora (by `datasets`), and the documentation inside CPython.
+"""Text sources: files, the standard corpora (by `datasets`), and the documentation inside CPython.
 
 A source is a list of rows. Calibration joins rows by the tokenizer's document separator, evaluation by a blank line, as
 in the literature.
@@ -7,13 +7,16 @@ in the literature.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from alps.core.errors import ConfigError, did_you_mean
+from alps.data.arrow_texts import iterate_records, looks_like_arrow
+from alps.data.byte_streams import inspect_bytes
+from alps.data.json_texts import read_json_values
+from alps.data.text_files import PLAIN, read_text_file
 
 Split = Literal["calibration", "evaluation"]
 # Name of the calibration by windows that the dense model samples; see `alps.data.mixture`.
@@ -21,11 +24,25 @@ SELF = "self"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Format and number of documents of a text."""
+
+    format: str
+    documents: int
+
+
+@dataclass(frozen=True)
 class Text:
-    """Rows of text, and a name for tables and reports."""
+    """Rows of text, a name for tables and reports, and the format in words."""
 
     name: str
     rows: list[str]
+    format: str = field(default=PLAIN, compare=False)
+
+    @property
+    def origin(self) -> Origin:
+        """Format, and number of rows with some text."""
+        return Origin(self.format, sum(not row.isspace() for row in self.rows if row))
 
     @property
     def joined(self) -> str:
@@ -37,21 +54,24 @@ def load_text(spec: str, split: Split) -> Text:
     """Load a text by path or name.
 
     Args:
-        spec: a `.jsonl` file with a `text` field in every line, any other text file, `wikitext2`, `c4`, `ptb` or
-            `python-docs`, or `wikitext2:PATH` for a local copy of the raw WikiText-2 file.
+        spec: a file of any format of `alps.data.text_files`, a folder that `save_to_disk` wrote, `wikitext2`, `c4`,
+            `ptb` or `python-docs`, or `wikitext2:PATH` for a local copy of WikiText-2.
         split: part of a named corpus; a file has only one.
 
     Raises:
         ConfigError: when the text cannot be found or read, or is empty.
     """
     if spec in _CORPORA:
-        text = Text(spec, _CORPORA[spec](split))
+        text = Text(spec, _CORPORA[spec](split), "Python's topics" if spec == "python-docs" else "data set of the hub")
     elif spec.startswith("wikitext2:"):
         path = _existing_file(spec.removeprefix("wikitext2:"), spec, split)
-        text = Text(f"wikitext2:{path.name}", _wikitext_rows(_read(path)))
+        file = read_text_file(path)
+        rows = _wikitext_rows(file.rows[0]) if file.is_plain else file.rows
+        text = Text(f"wikitext2:{path.name}", rows, file.format)
     else:
         path = _existing_file(spec, spec, split)
-        text = Text(path.name, _json_rows(path) if path.suffix == ".jsonl" else [_read(path)])
+        file = read_text_file(path)
+        text = Text(path.name, file.rows, file.format)
     if not any(row.strip() for row in text.rows):
         raise ConfigError(f"Text '{spec}' is empty: give a file with some text in it.")
     return text
@@ -60,8 +80,8 @@ def load_text(spec: str, split: Split) -> Text:
 def _existing_file(name: str, spec: str, split: Split) -> Path:
     path = Path(name).expanduser()
     try:
-        exists = path.is_file()
-    except OSError:  # too long for a path
+        exists = path.is_file() or (bool(name) and path.is_dir())
+    except (OSError, ValueError):  # too long for a path, a NUL byte
         exists = False
     if not exists:
         names = [*_CORPORA, *([SELF] if split == "calibration" else [])]
@@ -69,45 +89,16 @@ def _existing_file(name: str, spec: str, split: Split) -> Path:
     return path
 
 
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"Text '{path}' is not UTF-8 (byte {error.start}): give a plain text file.") from None
-    except OSError as error:
-        raise ConfigError(f"Text '{path}' cannot be read: {error.strerror}.") from None
-    if "\0" in text:
-        raise ConfigError(f"Text '{path}' holds NUL bytes: it is not a plain text file.")
-    return text
-
-
-def read_json_lines(path: Path) -> list[tuple[int, Any]]:
-    """Return the values of a JSON lines file with their line numbers; blank lines are skipped.
+def read_records(path: Path) -> list[tuple[int, Any]]:
+    """Return the values of a JSON, parquet or Arrow file with their line or row numbers; blank lines are skipped.
 
     Raises:
-        ConfigError: for a file that cannot be read, or a line that is not JSON.
+        ConfigError: for a file that cannot be read, or is not JSON.
     """
-    rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ConfigError(f"Line {number} of '{path}' is not JSON: every line must be an object.") from None
-        rows.append((number, row))
-    return rows
-
-
-def _json_rows(path: Path) -> list[str]:
-    rows = []
-    for number, row in read_json_lines(path):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ConfigError(f"Line {number} of '{path}' has no string field 'text'.")
-        if not row["text"].isprintable() and any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
-            raise ConfigError(f"Line {number} of '{path}' holds half of a surrogate pair: it is not Unicode text.")
-        rows.append(row["text"])
-    return rows
+    file = inspect_bytes(path)
+    if looks_like_arrow(file.head):
+        return list(iterate_records(path))
+    return list(read_json_values(file)[0])
 
 
 def _wikitext_rows(text: str) -> list[str]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from alps.core.errors import ConfigError
-from alps.data.text_sources import Text
+from alps.data.text_sources import Origin, Text
 
 # Separators of documents in pre-training text. The EOS token of a chat model may end a turn, not a document.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+_TOKENIZER_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,19 @@ class Windows:
         source: name of the text.
         available: number of whole windows in the text.
         parts: name and number of windows of every source of a mix; empty for a single source.
+        origins: format and number of documents of every source, None for one that is no text; empty if not known.
     """
 
     ids: Tensor
     source: str
     available: int
     parts: tuple[tuple[str, int], ...] = ()
+    origins: tuple[Origin | None, ...] = ()
+
+    @property
+    def origin(self) -> Origin | None:
+        """Format and number of documents of the first source, if known."""
+        return self.origins[0] if self.origins else None
 
     @property
     def sha256(self) -> str:
@@ -72,7 +80,7 @@ def draw_calibration_windows(text: Text, tokenizer: Any, *, samples: int, seqlen
     offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
     grid = ids[offset : offset + available * seqlen].view(available, seqlen)
     chosen = torch.randperm(available, generator=generator)[:samples]
-    return Windows(grid[chosen].clone(), text.name, available)
+    return Windows(grid[chosen].clone(), text.name, available, origins=(text.origin,))
 
 
 def cut_evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Windows:
@@ -98,14 +106,20 @@ def cut_evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int |
             f"Text '{text.name}' has {len(ids)} tokens, too few for one window of {seqlen}: lower --seqlen."
         )
     windows = ids[: available * seqlen].view(available, seqlen)
-    return Windows(windows[:limit].clone(), text.name, available)
+    return Windows(windows[:limit].clone(), text.name, available, origins=(text.origin,))
 
 
 def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:
     separator = document_separator(tokenizer)
-    pieces = tokenizer([row for row in rows if row.strip()], add_special_tokens=False, verbose=False).input_ids
-    stream = [token for piece in pieces for token in ([*piece, separator] if separator is not None else piece)]
-    return torch.tensor(stream, dtype=torch.int64)
+    rows = [row for row in rows if row.strip()]
+    end = [] if separator is None else [separator]
+    batches = [torch.empty(0, dtype=torch.int64)]
+    # In batches: a tokenizer holds a hundred bytes for every token, which for a shard of C4 is more than memory has.
+    for start in range(0, len(rows), _TOKENIZER_ROWS):
+        batch = rows[start : start + _TOKENIZER_ROWS]
+        pieces = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
+        batches.append(torch.tensor([token for piece in pieces for token in (*piece, *end)], dtype=torch.int64))
+    return torch.cat(batches)
 
 
 def document_separator(tokenizer: Any) -> int | None:

@@ -20,7 +20,7 @@ from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.evaluation.perplexity import LOSS_ROWS, batches, perplexity, token_losses, window_name
 from alps.models.finite_logits import check_logits
-from alps.reporting.records import ComparisonRecord
+from alps.reporting.records import ComparisonRecord, describe_origin
 
 
 def measure_divergence(
@@ -138,6 +138,7 @@ def _record(sums: _Sums, windows: Windows, names: tuple[str, str]) -> Comparison
         loss=loss,
         perplexity=perplexity(loss),
         sha256=windows.sha256,
+        **describe_origin(windows.origin),
         reference=names[1],
         reference_perplexity=perplexity(reference_loss),
         ratio=perplexity(loss - reference_loss),

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from alps.core.errors import ConfigError, did_you_mean
-from alps.data.text_sources import read_json_lines
+from alps.data.text_sources import read_records
 from alps.evaluation.task_schemas import (
     ArcItem,
     BoolqItem,
@@ -106,7 +106,7 @@ def read_documents(task: str, folder: Path, limit: int | None = None) -> list[Do
     path = folder / f"{task}.jsonl"
     if not path.is_file():
         raise ConfigError(f"Task '{task}' needs its items in '{path}', which does not exist.")
-    documents = [_document(task, path, number, row) for number, row in read_json_lines(path)]
+    documents = [_document(task, path, number, row) for number, row in read_records(path)]
     if not documents:
         raise ConfigError(f"Task data '{path}' is empty: give at least one item.")
     return documents[:limit]

@@ -19,7 +19,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.progress import NoProgress, Progress
 from alps.data.windows import Windows
 from alps.models.finite_logits import check_losses
-from alps.reporting.records import EvaluationRecord
+from alps.reporting.records import EvaluationRecord, describe_origin
 
 # Tokens per forward; float32 logits of a vocabulary of 128 k then take some 1 GB.
 _BATCH_TOKENS = 2048
@@ -80,6 +80,7 @@ def measure_perplexity(
         loss=loss,
         perplexity=perplexity(loss),
         sha256=windows.sha256,
+        **describe_origin(windows.origin),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
+from alps.data.text_sources import Origin
 from alps.data.windows import Windows
 
 # Number that may be infinite, which is null in JSON.
@@ -24,10 +26,18 @@ class Record(BaseModel):
 
 
 class CalibrationPart(Record):
-    """Source of calibration windows, and their number."""
+    """Source of calibration windows, and their number.
+
+    Attributes:
+        source: of the text.
+        windows: number of windows.
+        format, documents: of the text, as it was read, and the number of its documents; None for other sources.
+    """
 
     source: str
     windows: int
+    format: str | None = None
+    documents: int | None = None
 
 
 class CalibrationRecord(Record):
@@ -172,6 +182,7 @@ class EvaluationRecord(Record):
         loss: mean over them, nats.
         perplexity: exponential of the loss; infinite if no float64 holds it, above 709 nats, and null in JSON.
         sha256: hash of the windows' token ids; None in records of versions that did not take it.
+        format, documents: of the text, as it was read, and the number of its documents; None if it is not known.
     """
 
     model: str
@@ -182,6 +193,8 @@ class EvaluationRecord(Record):
     loss: float
     perplexity: LargeNumber
     sha256: str | None = None
+    format: str | None = None
+    documents: int | None = None
 
     def perplexity_text(self, form: str) -> str:
         """Format the perplexity; in place of one that is too large, the loss."""
@@ -242,5 +255,15 @@ def calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
         tokens=windows.tokens,
         seed=seed,
         sha256=windows.sha256,
-        parts=[CalibrationPart(source=name, windows=n) for name, n in windows.parts or [(windows.source, count)]],
+        parts=[
+            CalibrationPart(source=name, windows=number, **describe_origin(origin))
+            for (name, number), origin in itertools.zip_longest(
+                windows.parts or [(windows.source, count)], windows.origins
+            )
+        ],
     )
+
+
+def describe_origin(origin: Origin | None) -> dict[str, Any]:
+    """Return the fields `format` and `documents` of a record of a text."""
+    return {} if origin is None else {"format": origin.format, "documents": origin.documents}
