@@ -26,6 +26,7 @@ _COVERED_ELSEWHERE = {
     "data/text_column": "tests/data/test_text_files.py: the choice of a column with every format",
     "evaluation/distributed_lm": "tests/evaluation/test_tasks.py: a class of lm-eval's, which runs with lm-eval alone",
     "evaluation/evaluate_config": "tests/cli/test_evaluate.py: what it rejects are options of the command",
+    "models/gguf_rope": "tests/models/test_gguf_metadata.py: rotary embeddings are compared on whole files there",
     "inference/triton_kernels": "tests/inference/test_triton_backend.py: kernels run through their backend alone",
     "pruning/context": "tests/pruning/test_pipeline.py: fields without behaviour, which every run there sets",
 }

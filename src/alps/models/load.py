@@ -24,6 +24,7 @@ from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_
 from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
+from alps.models.gguf_metadata import check_uniform, complete_config, read_gguf_metadata
 
 # What an auto class says of a configuration that it does not take, such as that of a T5 in a GGUF file.
 _NO_CAUSAL_LM = re.compile(r"Unrecognized configuration class (?:<class '[\w.]*\.)?(\w+)")
@@ -134,8 +135,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     else:
         extra["dtype"] = dtype or "auto"
     with quiet(), readable(name):
-        # Reading the configuration of a GGUF file means reading all of it; it is always a causal language model.
         if "gguf_file" in extra:
+            extra["config"] = _gguf_config(name, source, extra["gguf_file"])
             model_class: Any = AutoModelForCausalLM
         else:
             model_class = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -173,6 +174,15 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         return str(path.resolve().parent), {"gguf_file": path.name}
     return (str(path) if looks_local(name) else name), {}
+
+
+def _gguf_config(name: str, directory: str, file: str) -> Any:
+    """Return the configuration of a GGUF file with all that the file says."""
+    metadata = read_gguf_metadata(Path(directory) / file)
+    check_uniform(metadata, name)
+    config = AutoConfig.from_pretrained(directory, gguf_file=file, trust_remote_code=False)
+    complete_config(config, metadata, name)
+    return config
 
 
 def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
