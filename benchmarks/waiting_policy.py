@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,8 @@ _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY
 _SPINNING = "300000"
 _BUSY_LOOP = "while True: pass"
 _WORKER = Path(__file__).with_name("waiting_worker.py")
-# Repetitions of a turn that other programs have disturbed, before the script gives up.
-_TRIES = 50
+# Repetitions of a turn that other programs have disturbed, before the script gives up, and seconds between them.
+_TRIES, _PAUSE = 200, 5.0
 
 # Environment variables by policy; what alps chooses is in none of them.
 Policies = dict[str, dict[str, str]]
@@ -122,6 +123,7 @@ def undisturbed(run: Callable[[str], float], name: str, quiet: float) -> float:
         if others <= quiet:
             return seconds
         print(f"Repeated: other programs used {others:.2f} CPUs.", file=sys.stderr)
+        time.sleep(_PAUSE)
     raise SystemExit("Other programs do not leave the CPUs alone: end them, or raise --quiet.")
 
 
@@ -136,16 +138,14 @@ def _reading() -> CpuReading:
 def layer_solvers(policies: Policies, options: argparse.Namespace) -> Iterator[Callable[[str], float]]:
     """Context with a function that solves a layer in the process of a policy, and returns its seconds."""
     command = [sys.executable, str(_WORKER), str(options.size), str(options.layers)]
-    running = {}
-    for name, policy in policies.items():
-        environment = _environment(policy, options)
-        running[name] = subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    running: dict[str, subprocess.Popen[str]] = {}
     try:
-        # A turn to warm up, and to wait until all are there.
-        for process in running.values():
-            _ask(process)
+        for name, policy in policies.items():
+            running[name] = subprocess.Popen(
+                command, env=_environment(policy, options), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            # A turn to warm up. The next process would else take this one for another program that is busy.
+            _ask(running[name])
         yield lambda name: _ask(running[name])
     finally:
         for process in running.values():

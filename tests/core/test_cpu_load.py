@@ -158,18 +158,29 @@ def test_quotas_of_version_1_have_their_use_elsewhere(
     assert reading.quota == (CpuTime(1.5, 7.5) if text else None)
 
 
-@pytest.mark.parametrize(("others", "busy"), [(0.0, False), (0.4, False), (1.0, True)])
-def test_a_command_measures_for_a_moment(monkeypatch: pytest.MonkeyPatch, others: float, busy: bool) -> None:
-    machine, slept = FakeMachine(), []
+@pytest.mark.parametrize(
+    ("others", "busy", "waits"),
+    [
+        ((0.0,), False, [0.2]),
+        ((0.4,), False, [0.2]),
+        # A load that is gone within a second.
+        ((2.0, 0.3), False, [0.2, 0.8]),
+        ((2.0, 1.0), True, [0.2, 0.8]),
+    ],
+)
+def test_a_command_measures_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, others: tuple[float, ...], busy: bool, waits: list[float]
+) -> None:
+    machine, slept = FakeMachine(), list[float]()
 
     def sleep(seconds: float) -> None:
+        machine.advance(seconds, 0.0, others[len(slept)])
         slept.append(seconds)
-        machine.advance(seconds, 0.0, others)
 
     monkeypatch.setattr("time.sleep", sleep)
     monkeypatch.setattr(module, "read_cpu_times", machine.read)
     assert is_busy(2) is busy
-    assert len(slept) == 1 and slept[0] <= 0.3
+    assert slept == waits
 
 
 # Computes with as many threads as there are CPUs for two seconds, and prints what it sees of others and of itself.

@@ -12,8 +12,8 @@ from alps.core.cpu_count import cpu_quota, ranks_on_host
 
 # Least seconds between two readings: the kernel counts in hundredths of a second for each CPU.
 _LEAST_SECONDS = 1.0
-# The same for the one reading before a command starts, for which it waits.
-_START_SECONDS = 0.2
+# Seconds of the readings before a command starts, for which it waits; the second one only if the first sees a load.
+_START_SECONDS = (0.2, 0.8)
 # Other programs are mentioned when they leave less than this share of the CPUs that the threads of the run could use.
 _LEAST_SHARE = 0.75
 _PROC = Path("/proc")
@@ -108,10 +108,16 @@ class CpuContention:
 
 
 def is_busy(threads: int) -> bool:
-    """Return whether other programs now use CPUs that a number of threads need; takes a fifth of a second."""
-    contention = CpuContention(lambda: threads, least_seconds=_START_SECONDS)
-    time.sleep(_START_SECONDS)
-    return contention.describe() != ""
+    """Return whether other programs now use CPUs that a number of threads need.
+
+    Takes a fifth of a second on an idle machine, and a second on a busy one, so that a short load does not count.
+    """
+    contention = CpuContention(lambda: threads, least_seconds=min(_START_SECONDS))
+    for seconds in _START_SECONDS:
+        time.sleep(seconds)
+        if not contention.describe():
+            return False
+    return True
 
 
 def read_cpu_times(proc: Path = _PROC) -> CpuReading | None:
