@@ -25,6 +25,7 @@ from alps.inference.convert import as_out_in, packed_layer, refuse_saving, set_m
 from alps.models.architecture_check import check_config
 from alps.models.load import quiet, readable
 from alps.models.meta_model import empty_model
+from alps.models.tied_head import is_other_head, untie_config
 
 
 def is_packed(path: str | Path) -> bool:
@@ -63,6 +64,8 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
         _fill(model, directory, manifest)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"'{directory}' is inconsistent ({error}): pack the checkpoint again.") from None
+    if is_other_head(model):
+        untie_config(model.config, str(directory))
     model.tie_weights()  # type: ignore[operator]
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:

@@ -25,6 +25,7 @@ from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
 from alps.models.gguf_metadata import check_uniform, complete_config, read_gguf_metadata
+from alps.models.tied_head import is_other_head, untie_config
 
 # What an auto class says of a configuration that it does not take, such as that of a T5 in a GGUF file.
 _NO_CAUSAL_LM = re.compile(r"Unrecognized configuration class (?:<class '[\w.]*\.)?(\w+)")
@@ -149,6 +150,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
             **extra,
         )
     _check_complete(name, model, info)
+    if is_other_head(model):
+        untie_config(model.config, name)
     check_finite(model.named_parameters(), name)
     _remove_quantizer(model)
     return model.eval()  # type: ignore[no-any-return]

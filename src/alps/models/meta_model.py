@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig
 
@@ -20,6 +20,7 @@ from alps.models.hub import fetch_directory
 from alps.models.key_mapping import KeyMapping, find_key_mapping
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import looks_local, quiet, readable
+from alps.models.tied_head import stores_other_head, untie_config
 
 
 class _NotLazy(Exception):
@@ -46,7 +47,12 @@ def open_lazy_model(name: str, dtype: torch.dtype | None) -> LazyWeights | str:
     files = {file: list_tensors(file) for file in find_weight_files(directory)}
     stored = {tensor.name: tensor for tensors in files.values() for tensor in tensors}
     try:
-        model = _meta_model(directory, dtype, {t.dtype for t in stored.values() if t.dtype.is_floating_point})
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            model = _meta_model(directory, config, dtype, stored)
+            if stores_other_head(model, _reader(model, stored)):
+                untie_config(config, name)
+                model = _meta_model(directory, config, dtype, stored)
     except Exception as error:
         return f"transformers cannot build it without its weights ({first_line(error)})"
     if _keeps_float32(model):
@@ -73,17 +79,30 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _meta_model(directory: Path, dtype: torch.dtype | None, stored_dtypes: set[torch.dtype]) -> nn.Module:
-    with quiet():
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        model_dtype = dtype or getattr(config, "dtype", None)
-        if not isinstance(model_dtype, torch.dtype):
-            (model_dtype,) = stored_dtypes  # raises for several, of which transformers would take the first
-        model = empty_model(config, model_dtype)
-        if (directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
+def _meta_model(
+    directory: Path, config: Any, dtype: torch.dtype | None, stored: Mapping[str, TensorOnDisk]
+) -> nn.Module:
+    model_dtype = dtype or getattr(config, "dtype", None)
+    if not isinstance(model_dtype, torch.dtype):
+        # Raises for several, of which transformers would take the first.
+        (model_dtype,) = {tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point}
+    model = empty_model(config, model_dtype)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)  # type: ignore[union-attr]
     return model.eval()
+
+
+def _reader(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> Callable[[str], Tensor | None]:
+    """Return a function that maps the stored tensor of a parameter into memory, or returns None if there is none."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    prefix = str(getattr(model, "base_model_prefix", ""))
+
+    def read(name: str) -> Tensor | None:
+        mapping = find_key_mapping(name, model.get_parameter(name).shape, shapes, prefix)
+        return None if mapping is None else mapping.load(lambda part: stored[part].memory_map())
+
+    return read
 
 
 def _map_parameters(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> dict[str, KeyMapping]:
