@@ -10,6 +10,7 @@ import pytest
 
 from alps.core.errors import ConfigError
 from alps.evaluation.local_tasks import DEFINITIONS, read_documents
+from alps.evaluation.task_schemas import BoolqItem, RteItem
 
 ITEMS: dict[str, dict[str, Any]] = {
     "lambada_openai": {"text": "a b\n\nc  d, e don't"},
@@ -120,9 +121,15 @@ WRONG: dict[str, tuple[str, object, str]] = {
         "choices.text.1: String should have at least 1 character",
     ),
     "unlabelled": ("boolq", ITEMS["boolq"] | {"label": -1}, "label: Input should be greater than or equal to 0"),
-    "in words": ("rte", ITEMS["rte"] | {"label": "entailment"}, "label: Input should be a valid integer"),
+    "in other words": ("rte", ITEMS["rte"] | {"label": "entails"}, "label: Input should be a valid integer"),
     "three answers": ("mmlu", ITEMS["mmlu"] | {"choices": ["a", "b", "c"]}, "choices: List should have at least 4"),
-    "answer in letters": ("mmlu", ITEMS["mmlu"] | {"answer": "D"}, "answer: Input should be a valid integer"),
+    "no such letter": ("mmlu", ITEMS["mmlu"] | {"answer": "E"}, "answer: Input should be a valid integer"),
+    "fields of another task": (
+        "boolq",
+        {"premise": "a", "hypothesis": "b", "label": 1},
+        "(passage: Field required): it has the fields premise, hypothesis, label, and passage, question, label are",
+    ),
+    "an answer in words": ("boolq", {"question": "q", "passage": "p", "answer": "yes"}, "label: Field required"),
     "no blank": ("winogrande", ITEMS["winogrande"] | {"sentence": "none"}, "sentence: String should match"),
     "answer unknown": ("winogrande", ITEMS["winogrande"] | {"answer": ""}, "answer: Input should be '1' or '2'"),
 }
@@ -136,3 +143,57 @@ def test_bad_lines_are_named(task: str, line: object, reason: str, tmp_path: Pat
     sentence = str(found.value)
     assert sentence.startswith(f"Line 2 of '{path}' is not an item of {task} (") and reason in sentence
     assert "\n" not in sentence and "pydantic" not in sentence
+
+
+def _nested(row: dict[str, Any], stem: str) -> dict[str, Any]:
+    pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+    choices = [{"text": text, "label": label} for text, label in pairs]
+    return {"id": "1", "question": {"stem": row[stem], "choices": choices}, "answerKey": row["answerKey"]}
+
+
+def _without(row: dict[str, Any], *names: str, **more: Any) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names} | more
+
+
+_BOOLQ, _RTE, _MMLU = ITEMS["boolq"], ITEMS["rte"], ITEMS["mmlu"]
+_SUPER_RTE = {"premise": _RTE["sentence1"], "hypothesis": _RTE["sentence2"], "idx": 3}
+_LETTERS = dict(zip("ABCD", _MMLU["choices"], strict=True))
+# Other forms in which the same items are published.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lambada, with its domain": ("lambada_openai", {**ITEMS["lambada_openai"], "domain": None}),
+    "ARC's own files": ("arc_easy", _nested(ITEMS["arc_easy"], "question")),
+    "ARC's own files, challenge": ("arc_challenge", _nested(ITEMS["arc_challenge"], "question")),
+    "OpenBookQA's own files": ("openbookqa", _nested(ITEMS["openbookqa"], "question_stem")),
+    "WinoGrande, answers as numbers": ("winogrande", {**ITEMS["winogrande"], "answer": 2, "qID": "x-2"}),
+    "BoolQ itself": ("boolq", _without(_BOOLQ, "label", answer=True, title="It")),
+    "BoolQ in SuperGLUE's files": ("boolq", {**_BOOLQ, "label": True}),
+    "RTE in SuperGLUE": ("rte", {**_SUPER_RTE, "label": 0}),
+    "RTE in SuperGLUE's files": ("rte", {**_SUPER_RTE, "label": "entailment"}),
+    "RTE in GLUE's files": ("rte", {**_RTE, "index": "4", "label": "entailment"}),
+    "MMLU, answers as letters": ("mmlu", {**_MMLU, "answer": "D"}),
+    "MMLU, a column for each choice": ("mmlu", _without(_MMLU, "choices", **_LETTERS, answer="D")),
+    "MMLU, other names": (
+        "mmlu",
+        {"subject": _MMLU["subject"], "input": _MMLU["question"], **_LETTERS, "target": "D"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_published_forms_give_the_same_document(form: str, tmp_path: Path) -> None:
+    task, row = PUBLISHED[form]
+    _write(tmp_path, task, row)
+    assert read_documents(task, tmp_path) == [DOCUMENTS[task]]
+
+
+def test_false_is_no() -> None:
+    rows = [_without(_BOOLQ, "label", answer=False), {**_BOOLQ, "label": False}, {**_BOOLQ, "label": 0}]
+    assert [BoolqItem.model_validate(row).document()["gold"] for row in rows] == [0, 0, 0]
+    words = {**_SUPER_RTE, "label": "not_entailment"}
+    assert RteItem.model_validate(words).document()["gold"] == 1
+
+
+def test_hellaswag_of_its_authors_has_numbers(tmp_path: Path) -> None:
+    _write(tmp_path, "hellaswag", RAW_HELLASWAG, RAW_HELLASWAG | {"label": 1, "ctx": "x", "split_type": "zeroshot"})
+    first, second = read_documents("hellaswag", tmp_path)
+    assert first == second

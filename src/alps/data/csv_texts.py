@@ -65,6 +65,26 @@ def read_csv_texts(file: TextBytes) -> tuple[list[str], str]:
         raise
 
 
+def read_csv_records(file: TextBytes) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of a CSV or TSV file by the names in its first line, with their line numbers.
+
+    Quotes in a TSV file are part of its fields, as in GLUE's files.
+
+    Raises:
+        ConfigError: for a file that is damaged, or rows of other lengths than the first.
+    """
+    delimiter = _delimiter(file.head_text().lstrip().partition("\n")[0])
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    with file.open() as stream, _long_fields():
+        text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
+        try:
+            rows = _rows(text, file.path, delimiter, quoting)
+            _, names = next(rows, (1, []))
+            return [(number, dict(zip(names, row, strict=True))) for number, row in rows]
+        finally:
+            text.detach()
+
+
 def _read(file: TextBytes, delimiter: str, quoting: int) -> tuple[list[str], str]:
     with file.open() as stream, _long_fields():
         text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")

@@ -1,8 +1,8 @@
 """Zero-shot tasks on local files: definitions, and reading of their items.
 
 Each definition follows the task of the same name in EleutherAI's lm-evaluation-harness: same context, continuations
-and metrics, so that equal items give equal accuracies. A file is named after its task and has one JSON object per line,
-see `task_schemas`.
+and metrics, so that equal items give equal accuracies. A file is named after its task, see `task_files` for its format
+and `task_schemas` for its fields.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from alps.core.errors import ConfigError, did_you_mean
-from alps.data.text_sources import read_records
+from alps.core.errors import ConfigError, did_you_mean, truncate
+from alps.evaluation.task_files import read_items
 from alps.evaluation.task_schemas import (
     ArcItem,
     BoolqItem,
@@ -103,20 +103,23 @@ def read_documents(task: str, folder: Path, limit: int | None = None) -> list[Do
         )
     if not folder.is_dir():
         raise ConfigError(f"Task data '{folder}' is not a directory: give the folder that holds {task}.jsonl.")
-    path = folder / f"{task}.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"Task '{task}' needs its items in '{path}', which does not exist.")
-    documents = [_document(task, path, number, row) for number, row in read_records(path)]
+    path, rows = read_items(task, folder)
+    documents = [_document(task, path, number, row) for number, row in rows]
     if not documents:
         raise ConfigError(f"Task data '{path}' is empty: give at least one item.")
     return documents[:limit]
 
 
 def _document(task: str, path: Path, number: int, row: Any) -> Document:
+    item = DEFINITIONS[task].item(row)
     try:
-        return DEFINITIONS[task].item(row).model_validate(row).document()
+        return item.model_validate(row).document()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         reason = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"Line {number} of '{path}' is not an item of {task} ({reason}).") from None
+        remedy = ""
+        if first["type"] == "missing" and isinstance(row, dict):
+            expected = ", ".join(item.model_fields)
+            remedy = f": it has the fields {truncate(', '.join(map(str, row)))}, and {expected} are expected"
+        raise ConfigError(f"Line {number} of '{path}' is not an item of {task} ({reason}){remedy}.") from None

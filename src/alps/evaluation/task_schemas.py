@@ -1,7 +1,8 @@
-"""Schemas of the items of zero-shot tasks, with the fields of the original data sets, and their documents for lm-eval.
+"""Schemas of the items of zero-shot tasks, in every form in which they are published, and their documents for lm-eval.
 
-Every class follows the task of the same name in EleutherAI's lm-evaluation-harness: same context, continuations and
-correct answer. `tests/evaluation/test_tasks.py` compares them.
+A schema has the fields of the data set that lm-eval takes from the hub. The forms of the authors' own files are
+converted to it before they are checked. Every class follows the task of the same name in EleutherAI's
+lm-evaluation-harness: same context, continuations and correct answer. `tests/evaluation/test_tasks.py` compares them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ class Item(BaseModel):
     """Line of a task's file; fields that no prompt needs are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_published(cls, row: Any) -> Any:
+        return cls.convert(dict(row)) if isinstance(row, dict) else row
+
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """Convert the other published forms of an item to this one."""
+        return row
 
     def document(self) -> Document:
         """Convert to a document of lm-eval, with the columns that the task's configuration names."""
@@ -41,6 +52,11 @@ class PiqaItem(Item):
     sol1: str
     sol2: str
     label: int = Field(ge=0, le=1)
+
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # The authors' labels are lines of a file of their own, hence strings.
+        return _with_number(row, "label")
 
     def document(self) -> Document:
         return _choice(f"Question: {self.goal}\nAnswer:", [self.sol1, self.sol2], self.label)
@@ -66,6 +82,18 @@ class LabelledItem(Item):
         if len(self.choices.text) != len(self.choices.label) or self.choices.label.count(self.answerKey) != 1:
             raise ValueError("answerKey is not exactly one of the labels, or there are not as many labels as texts")
         return self
+
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # The authors nest the choices, as objects of text and label, in the question.
+        question = row.get("question")
+        if not isinstance(question, dict):
+            return row
+        choices = question.get("choices")
+        if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+            row["choices"] = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+        row["question"] = row["question_stem"] = question.get("stem")
+        return row
 
     def answers(self, context: str) -> Document:
         """Convert to a document with the choice of an answer after `context`."""
@@ -113,13 +141,18 @@ class HellaswagItem(Item):
 
 
 class RawHellaswagItem(Item):
-    """Item of HellaSwag as published; `label` is the index of the correct ending, in digits."""
+    """Item of HellaSwag as published; `label` is the index of the correct ending, in digits on the hub."""
 
     activity_label: str
     ctx_a: str
     ctx_b: str
     endings: list[str] = Field(min_length=4, max_length=4)
     label: Literal["0", "1", "2", "3"]
+
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # The authors' labels are numbers.
+        return _with_digits(row, "label")
 
     def document(self) -> Document:
         query = _plain(f"{self.activity_label}: {self.ctx_a} {self.ctx_b.capitalize()}")
@@ -139,6 +172,11 @@ class WinograndeItem(Item):
     option2: str
     answer: Literal["1", "2"]
 
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # Answers may be numbers.
+        return _with_digits(row, "answer")
+
     def document(self) -> Document:
         before, _, after = self.sentence.partition("_")
         contexts = [before + option for option in (self.option1, self.option2)]
@@ -152,6 +190,14 @@ class BoolqItem(Item):
     question: str
     label: int = Field(ge=0, le=1)
 
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # BoolQ itself has a true or false `answer`, SuperGLUE's files a true or false `label`.
+        name = "label" if "label" in row else "answer"
+        if isinstance(row.get(name), bool):
+            row["label"] = int(row[name])
+        return _with_number(row, "label")
+
     def document(self) -> Document:
         return _choice(f"{self.passage}\nQuestion: {self.question}?\nAnswer:", ["no", "yes"], self.label)
 
@@ -162,6 +208,16 @@ class RteItem(Item):
     sentence1: str
     sentence2: str
     label: int = Field(ge=0, le=1)
+
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # SuperGLUE has other names for the texts, and both have files with labels in words.
+        for name, other in (("sentence1", "premise"), ("sentence2", "hypothesis")):
+            if name not in row and other in row:
+                row[name] = row[other]
+        if row.get("label") in ("entailment", "not_entailment"):
+            row["label"] = int(row["label"] == "not_entailment")
+        return _with_number(row, "label")
 
     def document(self) -> Document:
         context = f"{self.sentence1}\nQuestion: {self.sentence2} True or False?\nAnswer:"
@@ -176,6 +232,18 @@ class MmluItem(Item):
     choices: list[str] = Field(min_length=4, max_length=4)
     answer: int = Field(ge=0, le=3)
 
+    @classmethod
+    def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
+        # The authors' files have a column for each choice, and the answer as a letter.
+        for name, other in (("question", "input"), ("answer", "target")):
+            if name not in row and other in row:
+                row[name] = row[other]
+        if "choices" not in row and all(letter in row for letter in "ABCD"):
+            row["choices"] = [row[letter] for letter in "ABCD"]
+        if isinstance(row.get("answer"), str) and row["answer"] in ("A", "B", "C", "D"):
+            row["answer"] = "ABCD".index(row["answer"])
+        return _with_number(row, "answer")
+
     def document(self) -> Document:
         subject = self.subject.replace("_", " ")
         lines = [
@@ -186,6 +254,18 @@ class MmluItem(Item):
             "Answer:",
         ]
         return _choice("\n".join(lines), list("ABCD"), self.answer)
+
+
+def _with_number(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Convert a field of digits to a number."""
+    value = row.get(name)
+    return row | {name: int(value)} if isinstance(value, str) and re.fullmatch("[0-9]", value) else row
+
+
+def _with_digits(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Convert a number to digits."""
+    value = row.get(name)
+    return row | {name: str(value)} if isinstance(value, int) and not isinstance(value, bool) else row
 
 
 def _choice(context: str, choices: list[str], gold: int) -> Document:

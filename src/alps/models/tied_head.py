@@ -1,6 +1,6 @@
 """Checkpoints that hold an output head of their own, though their configuration says that it is the embedding.
 
-The reading is that of transformers 5: a head with other values than the embedding is used as it is, and not tied.
+The reading is that of transformers 5: a head with other values than the embedding is used, and not tied.
 """
 
 from __future__ import annotations
