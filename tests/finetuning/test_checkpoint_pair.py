@@ -15,6 +15,7 @@ import alps
 from alps.core.errors import CheckpointError, ConfigError
 from alps.data.loaded_model import LoadedModel, load
 from alps.finetuning.checkpoint_pair import check_pair, check_request, count_zeros, describe, write_changed
+from alps.models.save import staged_side_files
 from alps.reporting.run_report import RunReport
 
 Tiny = Callable[..., Any]
@@ -80,14 +81,16 @@ def test_a_foreign_checkpoint_is_described_by_its_zeros(tiny_model: Tiny, patter
 def test_a_changed_model_is_written_whole(tiny_model: Tiny, word_tokenizer: Any, tmp_path: Path) -> None:
     pruned = LoadedModel("pruned", _pruned(tiny_model), word_tokenizer)
     report = describe(pruned, "dense", "cpu")
-    write_changed(pruned, report, tmp_path / "out")
+    with staged_side_files(pruned.writer, tmp_path / "out") as side_files:
+        write_changed(pruned, report, tmp_path / "out", side_files)
     assert RunReport.read(tmp_path / "out") == report and (tmp_path / "out" / "README.md").is_file()
     again = load(str(tmp_path / "out"))
     assert all(torch.equal(p, pruned.model.get_parameter(name)) for name, p in again.model.named_parameters())
     with torch.no_grad():
         pruned.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(Exception, match="NaN"):
-        write_changed(pruned, report, tmp_path / "broken")
+    broken = tmp_path / "broken"
+    with pytest.raises(Exception, match="NaN"), staged_side_files(pruned.writer, broken) as side_files:
+        write_changed(pruned, report, broken, side_files)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

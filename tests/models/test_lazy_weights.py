@@ -19,7 +19,6 @@ from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
-from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal
 from alps.pruning.run import prune_model
@@ -48,15 +47,17 @@ def _prune_streamed(directory: Path, out: Path, recipe: PruneRecipe, dtype: str 
     with open_journal(out, {}) as journal:
         context = make_context(journal=DiskJournal(journal, ProcessGroup()))
         prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), recipe, context)
-        write_weight_files(loaded.store, loaded.blocks(), journal, out)
-        save_without_weights(loaded.store, None, out)
+        loaded.writer.write_weights(out, loaded.blocks(), journal)
+        loaded.writer.write_side_files(out)
     return loaded
 
 
 def _prune_loaded(directory: Path, out: Path, recipe: PruneRecipe, dtype: str = "auto") -> None:
     loaded = load(str(directory), dtype)
     prune_model(loaded, Windows(_IDS, "ids", len(_IDS)), recipe, make_context())
-    save_model(loaded.model, None, out)
+    out.mkdir()
+    loaded.writer.write_side_files(out)
+    loaded.writer.write_weights(out)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from alps.models.blocks import find_blocks
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import load_model, load_tokenizer
 from alps.models.meta_model import open_lazy_model
-from alps.models.save import save_model, save_without_weights, write_weight_files
+from alps.models.save import CheckpointWriter
 from helpers.vision import vision_model
 
 
@@ -25,7 +25,10 @@ def test_a_model_in_memory_is_saved_with_tokenizer_and_processor(word_tokenizer:
     source.mkdir()
     (source / "preprocessor_config.json").write_text('{"size": 16}')
     model.name_or_path = str(source)
-    save_model(model, word_tokenizer, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    writer = CheckpointWriter(model, word_tokenizer)
+    writer.write_side_files(tmp_path / "out")
+    writer.write_weights(tmp_path / "out")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 16}'
     assert load_tokenizer(str(tmp_path / "out"))("abc").input_ids == word_tokenizer("abc").input_ids
     again = load_model(str(tmp_path / "out"))
@@ -37,9 +40,10 @@ def test_ranks_write_every_file_once_with_the_blocks_of_the_journal(
 ) -> None:
     dense = tiny_model("llama")
     dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    word_tokenizer.save_pretrained(tmp_path / "dense")
     store = open_lazy_model(str(tmp_path / "dense"), None)
     assert isinstance(store, LazyWeights)
-    blocks = find_blocks(store.model)
+    blocks, writer = find_blocks(store.model), CheckpointWriter(store.model, None, tmp_path / "dense", store)
     names = sorted(file.name for file in store.files)
     assert len(names) > 3
     out = tmp_path / "out"
@@ -49,12 +53,12 @@ def test_ranks_write_every_file_once_with_the_blocks_of_the_journal(
             halved = {name: p / 2 for name, p in dense.get_submodule(block.name).named_parameters()}
             journal.save_tensors(block.index, halved)
             journal.save_record(block.index, {})
-        write_weight_files(store, blocks, journal, out, first=1, step=2)
+        writer.write_weights(out, blocks, journal, first=1, step=2)
         first = sorted(path.name for path in out.iterdir())
         assert len(first) == len(names) // 2
-        write_weight_files(store, blocks, journal, out, first=0, step=2)
+        writer.write_weights(out, blocks, journal, first=0, step=2)
     assert sorted(path.name for path in out.iterdir()) == names
-    save_without_weights(store, word_tokenizer, out)
+    writer.write_side_files(out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     written = {name: (path.name, t) for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
     assert index["weight_map"] == {name: file for name, (file, _) in sorted(written.items())}

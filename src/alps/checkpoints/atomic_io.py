@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from alps.core.errors import CheckpointError
+from alps.core.text_format import format_size
 
 
 def check_target(out: Path, replaceable: str | None = None) -> None:
@@ -79,6 +80,56 @@ def new_directory(out: Path, replaceable: str | None = None) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def temporary_directory(out: Path) -> Iterator[Path]:
+    """Context of a temporary directory next to `out`, removed at the end; its files can be renamed into `out`.
+
+    Raises:
+        CheckpointError: when it cannot be made.
+    """
+    out, folder = out.absolute(), None
+    try:
+        new_parents = [parent for parent in out.parents if not parent.exists()]
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=out.parent))
+        except OSError as error:
+            raise CheckpointError(f"Output directory '{out}' cannot be written: {error.strerror or error}.") from None
+        yield folder
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
+
+
+def move_files(source: Path, folder: Path) -> None:
+    """Move everything in a directory to another one of the same disk."""
+    for path in source.iterdir():
+        path.rename(folder / path.name)
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Check that the disk of a directory to be written has room.
+
+    Args:
+        out: directory that will be written.
+        nbytes: that will be written in it and next to it.
+
+    Raises:
+        CheckpointError: with the sizes.
+    """
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    usage = shutil.disk_usage(folder)
+    # Some file systems report no size at all.
+    if usage.total and usage.free < nbytes:
+        raise CheckpointError(
+            f"Output directory '{out}' needs {format_size(nbytes)}, and its disk has {format_size(usage.free)} left: "
+            "free some space, or choose another place."
+        )
 
 
 def remove_partial(out: Path) -> None:

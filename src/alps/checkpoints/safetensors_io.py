@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,14 +123,19 @@ def list_tensors(file: WeightFile) -> list[TensorOnDisk]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
+def write_tensors(path: Path, tensors: Iterable[TensorToWrite], source: WeightFile | None = None) -> None:
     """Write a safetensors file that appears whole or not at all; each tensor is read just before it is written.
+
+    Args:
+        path: of the file.
+        tensors: in the order of their bytes.
+        source: file that the new one replaces, whose metadata is kept; its header is copied if it remains right.
 
     Raises:
         CheckpointError: when it cannot be written (a full disk, say).
     """
     tensors = list(tensors)
-    header = _make_header(tensors)
+    header = _make_header(tensors) if source is None else _renew_header(source, tensors)
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
@@ -152,9 +158,17 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _make_header(tensors: list[TensorToWrite]) -> bytes:
+def _renew_header(source: WeightFile, tensors: list[TensorToWrite]) -> bytes:
+    """Return the header of a file whose tensors may have other dtypes than those of its source."""
+    new = [(tensor.name, _DTYPE_NAMES[tensor.dtype], tensor.shape) for tensor in tensors]
+    if new == [(entry.name, entry.dtype, entry.shape) for entry in parse_header(source.header)]:
+        return source.header.encode()
+    return _make_header(tensors, json.loads(source.header).get("__metadata__"))
+
+
+def _make_header(tensors: list[TensorToWrite], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the JSON header of a safetensors file, padded with spaces to a multiple of 8 bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     position = 0
     for tensor in tensors:
         end = position + tensor.nbytes

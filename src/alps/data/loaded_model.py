@@ -24,10 +24,12 @@ from alps.models.auto_class import position_limit, text_config
 from alps.models.blocks import Block, find_blocks
 from alps.models.causality import check_causal
 from alps.models.demo_model import resolve_model_path
-from alps.models.fingerprint import model_sha256
+from alps.models.fingerprint import forward_sha256
+from alps.models.hub import checkpoint_directory
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import check_checkpoint, load_model, load_tokenizer, parse_dtype
 from alps.models.meta_model import open_lazy_model
+from alps.models.save import CheckpointWriter
 
 _LOG = logging.getLogger("alps")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -42,12 +44,14 @@ class LoadedModel:
         model: a transformers model in evaluation mode.
         tokenizer: its tokenizer, or None.
         store: access to weights that are still in their files; None for a model that is in memory.
+        directory: of the checkpoint, whose files an output keeps; None for a GGUF file or a model made in memory.
     """
 
     name: str
     model: Any
     tokenizer: Any
     store: LazyWeights | None = None
+    directory: Path | None = None
     _blocks: list[Block] | None = field(default=None, init=False, compare=False)
 
     def __repr__(self) -> str:
@@ -72,9 +76,14 @@ class LoadedModel:
         """
         check_causal(self.model, None if self.store is None else self.blocks())
 
+    @property
+    def writer(self) -> CheckpointWriter:
+        """Writer of the model's directory."""
+        return CheckpointWriter(self.model, self.tokenizer, self.directory, self.store)
+
     def identity(self) -> str:
-        """Return a hash of the weights; for a model without weights in memory, a hash of its files."""
-        return model_sha256(self.model) if self.store is None else self.store.identity()
+        """Return a hash of what the model computes: of the weights, or of their files, and of the settings."""
+        return forward_sha256(self.model) if self.store is None else self.store.identity()
 
     def calibration(
         self,
@@ -221,7 +230,8 @@ def load(name: str | Path, dtype: str = "auto", *, device: str = "cpu", semi_str
     if semi_structured:
         raise ConfigError(f"'{name}' is not packed, and semi_structured is for packed layers: `alps pack` it first.")
     path = resolve_model_path(name)
-    return LoadedModel(name, load_model(path, weights).to(target), _find_tokenizer(path))
+    model = load_model(path, weights).to(target)
+    return LoadedModel(name, model, _find_tokenizer(path), directory=checkpoint_directory(path))
 
 
 def _find_tokenizer(path: str) -> Any:
@@ -246,7 +256,9 @@ def open_model(name: str, dtype: str = "auto") -> LoadedModel:
     check_checkpoint(path)
     opened = open_lazy_model(path, parse_dtype(dtype))
     if isinstance(opened, LazyWeights):
-        return LoadedModel(name, opened.model, load_tokenizer(path), opened)
+        # Files other than weights are fetched as well.
+        directory = checkpoint_directory(path)
+        return LoadedModel(name, opened.model, load_tokenizer(path), opened, directory)
     try:
         loaded = load(name, dtype)
     except MemoryError:

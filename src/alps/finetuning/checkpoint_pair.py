@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from alps.checkpoints.atomic_io import check_target, new_directory
+from alps.checkpoints.atomic_io import check_target, move_files, new_directory
 from alps.checkpoints.safetensors_io import check_result
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError
@@ -18,7 +18,6 @@ from alps.models.blocks import find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.dense_parameters import dense_parameters
 from alps.models.load import check_checkpoint, parse_dtype
-from alps.models.save import save_model
 from alps.models.sites import Site
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
@@ -121,14 +120,21 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
     return report.model_copy(update={"pattern": _pattern([site for _, site in sites], report.sparsity)})
 
 
-def write_changed(pruned: LoadedModel, report: RunReport, out: Path) -> None:
+def write_changed(pruned: LoadedModel, report: RunReport, out: Path, side_files: Path) -> None:
     """Write a changed model to `out` atomically.
 
     The report keeps the times of the one-shot run; the time to save is not added.
+
+    Args:
+        pruned: the model.
+        report: of the directory.
+        out: directory to create.
+        side_files: directory with the files other than weights, which are moved.
     """
     check_result(pruned.model, str(out))
     with new_directory(out) as folder:
-        save_model(pruned.model, pruned.tokenizer, folder)
+        move_files(side_files, folder)
+        pruned.writer.write_weights(folder)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, out)
         (folder / "README.md").write_text(model_card(report, page))

@@ -37,6 +37,7 @@ from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
 from alps.finetuning.training_loop import Distillation, Schedule
 from alps.models.blocks import find_blocks
 from alps.models.routers import routing_parameters
+from alps.models.save import staged_side_files
 from alps.reporting.records import DistillationReport, calibration_record
 from alps.reporting.run_report import RunReport
 
@@ -113,10 +114,11 @@ def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfi
     earlier = check_request(dense, pruned, out, device=settings.device, dtype=settings.dtype)
     text = load_text(settings.calibration, "calibration")
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
-    record = distill_model(teacher, student, settings, progress, text)
-    report = earlier or describe(student, dense, record.device)
-    report.distillations.append(record)
-    write_changed(student, report, out)
+    with staged_side_files(student.writer, out) as side_files:
+        record = distill_model(teacher, student, settings, progress, text)
+        report = earlier or describe(student, dense, record.device)
+        report.distillations.append(record)
+        write_changed(student, report, out, side_files)
     return report
 
 

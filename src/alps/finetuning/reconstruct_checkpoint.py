@@ -45,6 +45,7 @@ from alps.finetuning.checkpoint_pair import (
     write_changed,
 )
 from alps.models.blocks import Block, find_blocks, on_device
+from alps.models.save import staged_side_files
 from alps.reporting.records import ReconstructionRecord, ReconstructionRun, calibration_record
 from alps.reporting.run_report import RunReport
 
@@ -112,11 +113,12 @@ def reconstruct_directory(
     earlier = check_request(dense, pruned, out, device=settings.device, dtype=settings.dtype)
     source = load_calibration(settings.calibration, settings.samples)
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
-    records, run = reconstruct_model(teacher, student, settings, source, progress=progress)
-    report = earlier or describe(student, dense, run.device)
-    report.reconstructions += records
-    report.reconstruction_runs.append(run)
-    write_changed(student, report, out)
+    with staged_side_files(student.writer, out) as side_files:
+        records, run = reconstruct_model(teacher, student, settings, source, progress=progress)
+        report = earlier or describe(student, dense, run.device)
+        report.reconstructions += records
+        report.reconstruction_runs.append(run)
+        write_changed(student, report, out, side_files)
     return report
 
 

@@ -23,7 +23,7 @@ from alps.checkpoints.atomic_io import new_directory
 from alps.core.cache import cache_folder
 from alps.core.errors import ConfigError
 from alps.models.load import load_model, load_tokenizer
-from alps.models.save import save_model
+from alps.models.save import CheckpointWriter
 
 _LOG = logging.getLogger("alps")
 
@@ -49,7 +49,9 @@ def fetch_demo_model() -> Path:
     model, tokenizer = load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf))
     model.config._name_or_path = DEMO_MODEL_NAME  # type: ignore[union-attr]
     with new_directory(target) as folder:
-        save_model(model, tokenizer, folder)
+        writer = CheckpointWriter(model, tokenizer)
+        writer.write_side_files(folder)
+        writer.write_weights(folder)
     return target
 
 

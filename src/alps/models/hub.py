@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from alps.checkpoints.side_files import WEIGHT_ENDINGS
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
 
 # Return None in place of an error: loading the whole model will raise a better one.
@@ -30,6 +32,26 @@ def find_cached(name: str, file: str) -> Path | None:
     """
     path = cached_file(name, file, **_NONE_IF_UNAVAILABLE)
     return None if path is None else Path(path)
+
+
+def checkpoint_directory(name: str) -> Path | None:
+    """Return the directory of a checkpoint with all files other than its weights, which are fetched for a hub model.
+
+    Args:
+        name: directory, GGUF file, or hub name.
+
+    Returns:
+        The directory; None for a GGUF file.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or name.endswith(".gguf"):
+        return path if path.is_dir() else None
+    config = find_cached(name, "config.json")
+    try:
+        folder = Path(snapshot_download(name, ignore_patterns=[f"*{ending}" for ending in WEIGHT_ENDINGS]))
+    except Exception:  # whatever the hub's client raises without a network
+        return None if config is None else config.parent
+    return folder
 
 
 def fetch_directory(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alps.checkpoints.safetensors_io import TensorOnDisk, TensorToWrite, check_finite
 from alps.checkpoints.weight_files import WeightFile
 from alps.models.blocks import Block
+from alps.models.fingerprint import forward_settings
 from alps.models.key_mapping import KeyMapping
 
 _META = torch.device("meta")
@@ -115,12 +116,15 @@ class LazyWeights:
                 check_finite([(part, stored.read())], str(stored.path), slot.dtype)
 
     def identity(self) -> str:
-        """Return a sha256 over the configuration, and over headers and 64 samples of 64 KiB of every weight file.
+        """Return a sha256 over what the forward reads of the configuration, and over every weight file.
+
+        Of a file it covers the header and 64 samples of 64 KiB.
 
         Reading whole files would take minutes. Checkpoints with other weights differ in nearly every byte, so that the
         samples suffice.
         """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        dtypes = sorted({str(slot.dtype) for slot in self._slots.values()})
+        digest = hashlib.sha256(f"{forward_settings(self.model)} {dtypes}".encode())
         for file in self.files:
             size = file.path.stat().st_size
             digest.update(f"{file.name} {size} {file.header}".encode())

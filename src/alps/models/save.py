@@ -1,78 +1,198 @@
-"""Writing of a pruned model as an ordinary Hugging Face directory."""
+"""Writing of a pruned model as a Hugging Face directory that keeps what pruning does not change.
+
+All files other than weights are written before the first block is pruned, so that nothing fails when the work is done.
+"""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alps.checkpoints.atomic_io import write_text
+from alps.checkpoints.atomic_io import check_space, temporary_directory
 from alps.checkpoints.journal import Journal
 from alps.checkpoints.safetensors_io import write_tensors
-from alps.checkpoints.weight_files import INDEX_NAME
-from alps.core.json_text import to_json
+from alps.checkpoints.side_files import copy_side_files
+from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
+from alps.core.errors import AlpsError, ConfigError, first_line
 from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
+from alps.models.config_json import add_older_fields, declare_dtype, declare_size
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import quiet
+from alps.models.weight_layout import Layout, lay_out_weights
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save weights, configuration, generation settings, tokenizer, chat template and processor of a model in memory."""
-    with quiet():
-        model.save_pretrained(folder)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    _copy_processor(model, str(getattr(model, "name_or_path", "")), folder)
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writer of a model's directory.
+
+    Attributes:
+        model: to write.
+        tokenizer: written with a model that has no source; None for none.
+        source: directory of the checkpoint that the model was loaded from, whose files are kept; None for a model of a
+            GGUF file, or one in memory, whose files transformers writes.
+        store: access to weights that are still in their files; None for a model that is in memory.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Path | None = None
+    store: LazyWeights | None = None
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write everything but weights: configuration, generation settings, tokenizer, index, and all other files.
+
+        Raises:
+            ConfigError: when transformers refuses to save the configuration or another part.
+            CheckpointError: when a file of the source cannot be read.
+        """
+        layout = self._layout()
+        if self.source is None:
+            self._save_by_transformers(folder)
+        else:
+            copy_side_files(self.source, folder)
+            declare_dtype(folder / "config.json", _declarable_dtype(self.model))
+            if layout is None:
+                # transformers saves the configuration together with the weights.
+                with tempfile.TemporaryDirectory(dir=folder) as trial:
+                    _save("configuration", _config_to_save(self.model).save_pretrained, Path(trial))
+        if layout is not None:
+            self._write_index(layout, folder)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weight files, without their headers."""
+        layout = self._layout()
+        if layout is None:
+            return sum(tensor.numel() * tensor.dtype.itemsize for tensor in self.model.parameters())
+        return sum(tensor.nbytes for tensors in layout.values() for tensor in tensors)
+
+    def write_weights(
+        self,
+        folder: Path,
+        blocks: Sequence[Block] = (),
+        journal: Journal | None = None,
+        *,
+        first: int = 0,
+        step: int = 1,
+    ) -> None:
+        """Write the weight files; those of a lazy model take pruned blocks from the journal, all else from the source.
+
+        Args:
+            folder: to write to.
+            blocks: all blocks of a lazy model.
+            journal: holds every block of a lazy model.
+            first: number of the first file to write.
+            step: write every `step`-th file only; other ranks write the others.
+
+        Raises:
+            CheckpointError: when a file cannot be read or written.
+        """
+        changed = {}
+        if journal is not None:
+            changed = {f"{b.name}.{name}": tensor for b in blocks for name, tensor in journal.tensors(b.index).items()}
+        layout = self._layout() if self.store is None else None
+        if self.store is not None:
+            for file in list(self.store.files)[first::step]:
+                write_tensors(folder / file.name, self.store.updated_file(file, changed), file)
+        elif layout is not None:
+            for file in list(layout)[first::step]:
+                write_tensors(folder / file.name, layout[file], file)
+        else:
+            self._save_weights_by_transformers(folder)
+
+    def _layout(self) -> Layout | None:
+        if self.store is not None:
+            return {file: self.store.updated_file(file, {}) for file in self.store.files}
+        return None if self.source is None else lay_out_weights(self.model, self.source)
+
+    def _write_index(self, layout: Layout, folder: Path) -> None:
+        assert self.source is not None
+        if (self.source / SINGLE_NAME).is_file():
+            return
+        text = (self.source / INDEX_NAME).read_bytes().decode()
+        stored = sum(8 + len(file.header.encode()) for file in layout)
+        before = sum(file.path.stat().st_size for file in layout) - stored
+        now = sum(tensor.nbytes for tensors in layout.values() for tensor in tensors)
+        (folder / INDEX_NAME).write_bytes((text if now == before else declare_size(text, now)).encode())
+
+    def _save_by_transformers(self, folder: Path) -> None:
+        model = self.model
+        config = _config_to_save(model)
+        _save("configuration", config.save_pretrained, folder)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            _save("generation settings", model.generation_config.save_pretrained, folder)
+        if self.tokenizer is not None:
+            _save("tokenizer", self.tokenizer.save_pretrained, folder)
+        for path in processor_files(model, str(getattr(model, "name_or_path", ""))):
+            shutil.copyfile(path, folder / path.name)
+        add_older_fields(folder, config)
+
+    def _save_weights_by_transformers(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as inner, quiet():
+            self.model.save_pretrained(inner)
+            for path in Path(inner).iterdir():
+                # The code of a class that the user registered is saved with the weights, and named in its config.
+                if not (folder / path.name).exists() or getattr(self.model, "_auto_class", None) is not None:
+                    path.replace(folder / path.name)
 
 
-def write_weight_files(
-    store: LazyWeights, blocks: Sequence[Block], journal: Journal, folder: Path, *, first: int = 0, step: int = 1
-) -> None:
-    """Write weight files of a lazy model: pruned blocks from the journal, everything else from the checkpoint.
+@contextmanager
+def staged_side_files(writer: CheckpointWriter, out: Path, journal_bytes: int = 0) -> Iterator[Path]:
+    """Context of a temporary directory next to `out` that holds all files but weights, ready to be moved.
+
+    The space for the weights is checked as well, so that a run fails before its work and not after it.
 
     Args:
-        store: the dense weights.
-        blocks: all blocks of the model.
-        journal: holds every block.
-        folder: to write to.
-        first: number of the first file to write.
-        step: write every `step`-th file only; other ranks write the others.
+        writer: of the model.
+        out: directory that will be written.
+        journal_bytes: that the journal will take until `out` is complete.
 
     Raises:
-        CheckpointError: when a file cannot be read or written.
+        ConfigError, CheckpointError: when a file cannot be saved or read, or the disk is too full.
     """
-    changed = {f"{b.name}.{name}": tensor for b in blocks for name, tensor in journal.tensors(b.index).items()}
-    for file in list(store.files)[first::step]:
-        write_tensors(folder / file.name, store.updated_file(file, changed))
+    with temporary_directory(out) as folder:
+        writer.write_side_files(folder)
+        check_space(out, writer.weight_bytes() + journal_bytes)
+        yield folder
 
 
-def save_without_weights(store: LazyWeights, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save everything of a lazy model except its weight files.
-
-    These are the index, the configuration, the generation settings, the tokenizer, and the processor.
-    """
-    files = {file: store.updated_file(file, {}) for file in store.files}
-    if len(files) > 1:
-        weight_map = {tensor.name: file.name for file, tensors in files.items() for tensor in tensors}
-        total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(folder / INDEX_NAME, to_json(index, indent=2) + "\n")
-    config, model = copy.deepcopy(store.model.config), store.model
-    config.architectures = [type(model).__name__]  # type: ignore[union-attr]
-    with quiet():
-        config.save_pretrained(folder)  # type: ignore[operator, union-attr]
-        if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
-            model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    _copy_processor(model, str(store.directory), folder)
+def block_bytes(blocks: Sequence[Block]) -> int:
+    """Return the bytes of the tensors of some blocks."""
+    return sum(t.numel() * t.dtype.itemsize for block in blocks for t in block.module.state_dict().values())
 
 
-def _copy_processor(model: nn.Module, source: str, folder: Path) -> None:
-    for path in processor_files(model, source):
-        shutil.copyfile(path, folder / path.name)
+def _config_to_save(model: nn.Module) -> Any:
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
+        config.dtype = dtype
+    return config
+
+
+def _declarable_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of a model's weights, where single modules may be kept in another."""
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else next(iter(model.parameters())).dtype
+
+
+def _save(part: str, save: Callable[[Path], Any], folder: Path) -> None:
+    """Save a part by transformers, whose checks raise errors of many kinds."""
+    try:
+        with quiet():
+            save(folder)
+    except (AlpsError, OSError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The model's {part} cannot be saved ({first_line(error)}), so that nothing is pruned: correct it first."
+        ) from error

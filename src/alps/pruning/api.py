@@ -18,6 +18,7 @@ from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.inference.convert import packed_modules
 from alps.models.memory_check import check_weights_in_memory, check_writable_weights, eager, unwrap
+from alps.models.save import staged_side_files
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.job import prune_checkpoint
@@ -193,8 +194,11 @@ def _prune_in_memory(
         loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed
     )
     seed = None if isinstance(calibration, Tensor) else config.seed
-    report = prune_model(loaded, windows, recipe, context, seed=seed, load_seconds=seconds)
-    return report if out is None else write(loaded, report, Path(out))
+    if out is None:
+        return prune_model(loaded, windows, recipe, context, seed=seed, load_seconds=seconds)
+    with staged_side_files(loaded.writer, Path(out)) as side_files:
+        report = prune_model(loaded, windows, recipe, context, seed=seed, load_seconds=seconds)
+        return write(loaded, report, Path(out), side_files=side_files)
 
 
 def _make_config(values: Mapping[str, Any], method: Method | str) -> PruneConfig:

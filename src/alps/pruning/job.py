@@ -25,6 +25,7 @@ from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.load import check_checkpoint, parse_dtype
+from alps.models.save import block_bytes, staged_side_files
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.dry_run import Forecast, forecast
@@ -137,15 +138,24 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     with _shared_journal(out, fingerprint, group) as journal, _errors_with_progress(journal):
         if journal.holds_work and group.is_main:
             _LOG.info(f"Resuming after {_finished_work(journal)}, kept in '{journal.directory}'.")
-        report = prune_model(
-            loaded,
-            windows,
-            job.recipe,
-            replace(context, journal=DiskJournal(journal, group), spill_folder=journal.directory),
-            seed=config.seed if isinstance(source, CalibrationMix) else None,
-            load_seconds=load_seconds,
-        )
-        report = write(loaded, report, out, config=job.config_to_save, journal=journal, group=group)
+        with _staged(loaded, out, journal, group) as side_files:
+            report = prune_model(
+                loaded,
+                windows,
+                job.recipe,
+                replace(context, journal=DiskJournal(journal, group), spill_folder=journal.directory),
+                seed=config.seed if isinstance(source, CalibrationMix) else None,
+                load_seconds=load_seconds,
+            )
+            report = write(
+                loaded,
+                report,
+                out,
+                config=job.config_to_save,
+                journal=journal,
+                group=group,
+                side_files=side_files,
+            )
         group.barrier()
         if group.is_main:
             journal.discard()
@@ -210,6 +220,17 @@ def _shared_journal(out: Path, fingerprint: Mapping[str, str], group: ProcessGro
     else:
         group.barrier()
         yield follow_journal(out)
+
+
+@contextmanager
+def _staged(loaded: LoadedModel, out: Path, journal: Journal, group: ProcessGroup) -> Iterator[Path | None]:
+    """Context of the files other than weights, written by the main rank; see `staged_side_files`."""
+    if group.is_main:
+        unfinished = [block for block in loaded.blocks() if block.index >= journal.finished]
+        with staged_side_files(loaded.writer, out, block_bytes(unfinished)) as folder:
+            yield folder
+    else:
+        yield None
 
 
 @contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from alps.checkpoints.atomic_io import new_directory
+from alps.checkpoints.atomic_io import move_files, new_directory
 from alps.checkpoints.journal import Journal
 from alps.checkpoints.safetensors_io import check_result
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.data.loaded_model import LoadedModel
-from alps.models.save import save_model, save_without_weights, write_weight_files
 from alps.pruning.config import SETTINGS_NAME, PruneConfig
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
@@ -26,6 +25,7 @@ def write(
     replaceable: str | None = None,
     journal: Journal | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
+    side_files: Path | None = None,
 ) -> RunReport:
     """Write a pruned model to `out`, which appears whole or not at all.
 
@@ -37,26 +37,30 @@ def write(
         replaceable: name of a marker file; a directory that holds it is replaced, and the new one holds it as well.
         journal: holds the pruned blocks of a model that is not in memory.
         group: ranks that each write some of the weight files; the main rank writes all other files.
+        side_files: directory with the files other than weights, which are moved; None to write them now.
 
     Returns:
         The report as written, with the time of the writing.
     """
-    start = time.perf_counter()
+    start, writer = time.perf_counter(), loaded.writer
     if not group.is_main:
         folder = Path(group.broadcast_from_main(str))
         if loaded.store is not None and journal is not None:
-            write_weight_files(loaded.store, loaded.blocks(), journal, folder, first=group.rank, step=group.size)
+            writer.write_weights(folder, loaded.blocks(), journal, first=group.rank, step=group.size)
         group.barrier()
         return report
     with new_directory(out, replaceable) as folder:
         group.broadcast_from_main(lambda: str(folder.absolute()))
+        if side_files is None:
+            writer.write_side_files(folder)
+        else:
+            move_files(side_files, folder)
         if loaded.store is None:
             check_result(loaded.model, str(out))
-            save_model(loaded.model, loaded.tokenizer, folder)
+            writer.write_weights(folder)
         else:
             assert journal is not None
-            write_weight_files(loaded.store, loaded.blocks(), journal, folder, first=group.rank, step=group.size)
-            save_without_weights(loaded.store, loaded.tokenizer, folder)
+            writer.write_weights(folder, loaded.blocks(), journal, first=group.rank, step=group.size)
         group.barrier()
         report = report.with_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
