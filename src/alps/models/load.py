@@ -26,6 +26,7 @@ from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
 from alps.models.gguf_metadata import check_uniform, complete_config, read_gguf_metadata
 from alps.models.tied_head import is_other_head, untie_config
+from alps.models.tokenizer_check import check_own_class, compare_with_data
 
 # What an auto class says of a configuration that it does not take, such as that of a T5 in a GGUF file.
 _NO_CAUSAL_LM = re.compile(r"Unrecognized configuration class (?:<class '[\w.]*\.)?(\w+)")
@@ -165,10 +166,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         ConfigError: when there is none.
+        UnsupportedModel: when only code of the checkpoint could read it.
     """
     source, extra = _source(name)
+    if not extra:
+        check_own_class(source, name)
     with quiet(), readable(name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+    if not extra:
+        compare_with_data(tokenizer, source, name)
+    return tokenizer
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
