@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config
+from transformers import (
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from alps.core.errors import CheckpointError
-from alps.models.config_json import add_older_fields, declare_dtype, declare_size, declared_dtype
+from alps.models.config_json import add_older_fields, declare_dtype, declare_own_head, declare_size, declared_dtype
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 256}
 
@@ -120,3 +128,19 @@ def test_a_tokenizer_of_version_5_gets_a_class_and_tokens_that_version_4_knows(
     changed = json.loads(path.read_text())
     assert changed["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert changed["additional_special_tokens"] == ["<s>"] and "extra_special_tokens" not in changed
+
+
+@pytest.mark.parametrize(
+    ("text", "tied", "expected"),
+    [
+        ('{"tie_word_embeddings":  true, "a": 1}', False, '{"tie_word_embeddings":  false, "a": 1}'),
+        ('{"tie_word_embeddings": true}', True, '{"tie_word_embeddings": true}'),
+        ('{"tie_word_embeddings": false}', False, '{"tie_word_embeddings": false}'),
+        ('{"vocab_size": 7}', False, '{\n  "tie_word_embeddings": false,"vocab_size": 7}'),
+    ],
+)
+def test_a_head_of_its_own_is_declared(text: str, tied: bool, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    declare_own_head(path, GemmaConfig(tie_word_embeddings=tied))
+    assert path.read_text() == expected

@@ -1,4 +1,4 @@
-"""Edits of config.json and tokenizer_config.json: the dtype of a copy, and fields for older readers."""
+"""Edits of config.json and tokenizer_config.json: dtype and head of a copy, and fields for older readers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from alps.core.text_format import dtype_name
 
 # A dtype in any of the forms that configurations have: "torch_dtype": "float16", "dtype": "torch.bfloat16".
 _DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*"(?:torch\.)?)(float64|float32|bfloat16|float16)(")')
+_TIED_FIELD = re.compile(r'("tie_word_embeddings"\s*:\s*)true')
 _TOTAL_SIZE = re.compile(r'("total_size"\s*:\s*)\d+(?:\.\d+)?')
 
 # Field of older configurations, its key in `rope_parameters`, and a number that no configuration has by default.
@@ -49,6 +50,32 @@ def declare_dtype(path: Path, dtype: torch.dtype) -> None:
     if declared_dtype(json.loads(text.removeprefix("\ufeff"))) in (None, name):
         return
     path.write_bytes(_DTYPE_FIELD.sub(rf"\g<1>{name}\g<3>", text).encode())
+
+
+def declare_own_head(path: Path, config: Any) -> None:
+    """Say in a config.json that the head is not the embedding, if the file says otherwise than the model's config.
+
+    Releases of transformers before 5, and other readers, would use the embedding and ignore the head in the weights.
+
+    Args:
+        path: of the file.
+        config: of the model.
+    """
+    text = path.read_bytes().decode()
+    fields = json.loads(text.removeprefix("\ufeff"))
+    if fields.get("model_type", config.model_type) != config.model_type:  # that of a larger model
+        return
+    if is_tied(config) or not is_tied(type(config).from_dict(copy.deepcopy(fields))):
+        return
+    changed, count = _TIED_FIELD.subn(r"\g<1>false", text)
+    if not count:  # tied by default
+        changed = text.replace("{", '{\n  "tie_word_embeddings": false,', 1)
+    path.write_bytes(changed.encode())
+
+
+def is_tied(config: Any) -> bool:
+    """Check if a configuration, or that of its text model, says that the head is the embedding."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
 
 
 def declared_dtype(config: dict[str, Any]) -> str | None:

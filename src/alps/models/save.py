@@ -26,7 +26,7 @@ from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
 from alps.core.errors import AlpsError, ConfigError, first_line
 from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
-from alps.models.config_json import add_older_fields, declare_dtype, declare_size
+from alps.models.config_json import add_older_fields, declare_dtype, declare_own_head, declare_size
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import quiet
 from alps.models.weight_layout import Layout, lay_out_weights
@@ -62,6 +62,7 @@ class CheckpointWriter:
         else:
             copy_side_files(self.source, folder)
             declare_dtype(folder / "config.json", _declarable_dtype(self.model))
+            declare_own_head(folder / "config.json", self.model.config)
             if layout is None:
                 # transformers saves the configuration together with the weights.
                 with tempfile.TemporaryDirectory(dir=folder) as trial:

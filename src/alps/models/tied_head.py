@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alps.models.config_json import is_tied
+
 _LOG = logging.getLogger("alps")
 
 
@@ -74,11 +76,7 @@ def _embeddings(model: nn.Module) -> tuple[Any, Any]:
 
 
 def _is_tied_by_config(model: nn.Module) -> bool:
-    config: Any = model.config
-    parts = (config, config.get_text_config())
-    return bool(getattr(model, "_tied_weights_keys", None)) and any(
-        getattr(part, "tie_word_embeddings", False) for part in parts
-    )
+    return bool(getattr(model, "_tied_weights_keys", None)) and is_tied(model.config)
 
 
 def _is_equal(embedding: Tensor, head: Tensor) -> bool:
