@@ -62,7 +62,7 @@ def test_a_truncated_wheel_is_downloaded_again(cache: Path, monkeypatch: pytest.
 
 
 def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = cache / f"{packaged.DEMO_MODEL_NAME}-bf16-{packaged._SHA256[:12]}"
+    target = cache / f"{packaged.DEMO_MODEL_NAME}-bf16-2-{packaged._SHA256[:12]}"
     target.mkdir(parents=True)
     (target / "config.json").write_text("{}")
     monkeypatch.setattr(packaged, "_fetch_gguf", lambda: pytest.fail("the cache was not used"))
@@ -70,7 +70,7 @@ def test_a_converted_model_is_used_without_asking_anyone(cache: Path, monkeypatc
 
 
 def test_every_command_knows_its_name(cache: Path, stories: Path) -> None:
-    shutil.copytree(stories, cache / f"{packaged.DEMO_MODEL_NAME}-bf16-{packaged._SHA256[:12]}")
+    shutil.copytree(stories, cache / f"{packaged.DEMO_MODEL_NAME}-bf16-2-{packaged._SHA256[:12]}")
     assert packaged.resolve_model_path(str(stories)) == str(stories)
     expected = {name: tensor.shape for name, tensor in alps.load(stories).model.state_dict().items()}
     assert {

@@ -70,6 +70,7 @@ def test_a_forward_depends_on_neither_outputs_nor_tokens_of_generation(tiny_mode
         "id2label": {0: "a"},
         "temperature": 0.5,
         "initializer_range": 0.5,
+        "remark_of_a_program": "fast",
     }
     expected = forward_sha256(tiny_model("llama"))
     for name, value in mended.items():
@@ -87,6 +88,8 @@ def test_a_forward_depends_on_everything_else(tiny_model: Callable[..., Any]) ->
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
         "sliding_window": 5,
+        # Not a field of its class, but one that code of the library reads.
+        "attention_chunk_size": 5,
     }
     hashes = {forward_sha256(tiny_model("llama")), forward_sha256(tiny_model("llama").to(torch.bfloat16))}
     for name, value in used.items():

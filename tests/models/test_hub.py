@@ -44,6 +44,11 @@ def test_it_is_pruned_as_from_its_directory_and_not_loaded_whole(
     assert run_alps(monkeypatch, "prune", snapshot, tmp_path / "local", *_FLAGS) == 0
     files = sorted(path.name for path in (tmp_path / "local").glob("*.safetensors"))
     assert files and len(files) > shards
+    (snapshot / "LICENSE").write_text("free")
+    assert run_alps(monkeypatch, "prune", "owner/tiny", tmp_path / "again", *_FLAGS) == 0
+    own = {"README.md", "report.json", "report.html", "alps.yaml"}
+    for file in {path.name for path in snapshot.iterdir()} - {*files, *own}:
+        assert (tmp_path / "again" / file).read_bytes() == (snapshot / file).read_bytes(), file
     for file in files:
         assert (tmp_path / "named" / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
     zeros = sum(int((t == 0).sum()) for file in files for t in load_file(tmp_path / "named" / file).values())

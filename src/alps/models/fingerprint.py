@@ -6,9 +6,12 @@ import hashlib
 import inspect
 import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -23,6 +26,7 @@ _SIDE_SETTINGS = re.compile(
     r"|bos_token_id|eos_token_id|sep_token_id|decoder_start_token_id|pretraining_tp|use_mambapy)"
     r"|.*(dropout|pdrop|layerdrop|initializer_range|aux_loss_coef)"
 )
+_WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def model_sha256(model: nn.Module) -> str:
@@ -41,9 +45,10 @@ def forward_settings(model: nn.Module) -> str:
     """Return the class of a model and the fields of its configuration that a forward may depend on, as JSON.
 
     Fields of generation, of outputs and of training are left out, so that a run continues after they were corrected.
+    So are fields that no code of the library mentions, such as remarks of other programs.
     """
     config: Any = getattr(model, "config", None)
-    ignored = _generation_settings(config)
+    ignored = _generation_settings(config) | _unknown_settings(model, config)
     if not any(_reads_padding(module) for module in model.modules()):
         ignored.add("pad_token_id")
     settings = {} if config is None else _without_side_settings(config.to_dict(), ignored)
@@ -62,6 +67,23 @@ def _generation_settings(config: Any) -> set[str]:
     """Return the names of generation settings that the class of a configuration does not define as its own."""
     own = set(inspect.signature(type(config).__init__).parameters)
     return set(GenerationConfig().to_dict()) - own - {"pad_token_id"}
+
+
+def _unknown_settings(model: nn.Module, config: Any) -> set[str]:
+    """Return the names of settings that neither their class nor any code of the model or the library mentions."""
+    if config is None:
+        return set()
+    declared = {name for kind in type(config).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    names = {str(name) for name in config.to_dict()} - declared
+    classes = {*type(config).__mro__, *(kind for module in model.modules() for kind in type(module).__mro__)}
+    library = Path(transformers.__file__).parent
+    paths = {file for kind in classes if (file := getattr(sys.modules.get(kind.__module__), "__file__", None))}
+    paths |= {str(path) for folder in (library, library / "integrations") for path in folder.glob("*.py")}
+    for path in sorted(paths):
+        if not names:
+            break
+        names -= set(_WORD.findall(Path(path).read_text(encoding="utf-8", errors="replace")))
+    return names
 
 
 def _reads_padding(module: nn.Module) -> bool:

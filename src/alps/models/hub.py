@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from alps.checkpoints.side_files import WEIGHT_ENDINGS
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
+from alps.core.errors import first_line
+
+_LOG = logging.getLogger("alps")
 
 # Return None in place of an error: loading the whole model will raise a better one.
 _NONE_IF_UNAVAILABLE: dict[str, Any] = {
@@ -49,7 +53,10 @@ def checkpoint_directory(name: str) -> Path | None:
     config = find_cached(name, "config.json")
     try:
         folder = Path(snapshot_download(name, ignore_patterns=[f"*{ending}" for ending in WEIGHT_ENDINGS]))
-    except Exception:  # whatever the hub's client raises without a network
+    except Exception as error:  # whatever the hub's client raises without a network
+        _LOG.warning(
+            f"Some files of '{name}' cannot be fetched ({first_line(error)}): an output has those in the cache."
+        )
         return None if config is None else config.parent
     return folder
 
