@@ -241,7 +241,7 @@ def _index(text: str) -> Callable[[Path], None]:
     [
         (_no_weights, "holds neither model.safetensors nor model.safetensors.index.json: save"),
         (_cut, r"model.safetensors' cannot be read \(.*\): fetch or save the model again"),
-        (_quantized, "are quantized: use the unquantized checkpoint"),
+        (_quantized, r"are quantized \(fp8\): use the unquantized checkpoint"),
         (_index('{"weight_map": {"a": "three.safetensors"}}'), "three.safetensors' is missing, though the index"),
         (_index('{"weight_map": {"a": "../one.safetensors"}}'), "names no files of its own directory"),
         (_index('{"weight_map": 3}'), "is no index of weight files"),

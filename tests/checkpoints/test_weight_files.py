@@ -99,7 +99,7 @@ def test_pickles_outside_the_directory_are_refused_unread(tmp_path: Path) -> Non
 def test_a_quantized_or_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = small(tmp_path / "in")
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    with pytest.raises(CheckpointError, match="are quantized: use the unquantized checkpoint"):
+    with pytest.raises(CheckpointError, match=r"are quantized \(fp8\): use the unquantized checkpoint"):
         find_weight_files(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):

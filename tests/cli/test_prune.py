@@ -81,7 +81,7 @@ def test_yaml_settings_are_read_overridden_and_saved(
 WRONG = {
     "missing path": (["{tmp}/nowhere", "{tmp}/out"], "does not exist"),
     "no path, no hub name": (["nonsense", "{tmp}/out"], "neither an existing directory"),
-    "not a model": (["{tmp}/empty", "{tmp}/out"], "no config.json"),
+    "not a model": (["{tmp}/empty", "{tmp}/out"], "is empty: give the directory of a checkpoint"),
     "a file that is no gguf": (["{text}", "{tmp}/out"], "not a .gguf"),
     "unsupported architecture": (["{tmp}/vit", "{tmp}/out"], "(ViTModel) is not a causal language model"),
     "encoder-decoder": (["{tmp}/t5", "{tmp}/out"], "is an encoder-decoder"),

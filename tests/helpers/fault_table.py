@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from alps.checkpoints.pack import pack_directory
 from alps.solvers.alps import Alps
 from helpers.fault_fixture import PICKLES, Outcome, Scene, arguments, run_in_scene
+from helpers.fault_layouts import LAYOUT_FAULTS
 
 _UP = "model.layers.2.mlp.up_proj.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -216,7 +217,7 @@ FAULTS = [
         "eval",
     ),
     Fault("pickled shards outside the directory", "names no files of its own directory", _pickles_elsewhere),
-    Fault("a configuration without weights", "cannot be loaded", _no_weights),
+    Fault("a configuration without weights", "holds a config.json and no weights", _no_weights),
     Fault("a configuration that is not JSON", "is not JSON", lambda s: _model_file(s, "config.json", "{")),
     Fault("a configuration with a text for a size", "cannot be loaded", _config(hidden_size="large")),
     Fault("an unknown architecture", "cannot be loaded", _config(model_type="unheard-of")),
@@ -263,7 +264,7 @@ FAULTS = [
     Fault("a pickle that holds code besides tensors", "code in pickles is never run", _pickled),
     Fault("a pickle that is nothing but code", "cannot be loaded", _plain_pickle),
     Fault("a model that brings code of its own", "code of its own, which is never run", _own_code),
-    Fault("a broken tokenizer", "cannot be loaded", lambda s: _model_file(s, "tokenizer.json", "{")),
+    Fault("a broken tokenizer", "tokenizer.json' is no JSON object", lambda s: _model_file(s, "tokenizer.json", "{")),
     Fault("a tokenizer with more tokens than the model", "outside the model's vocabulary of 512", _ids_beyond),
     Fault("an empty calibration file", "is empty", _file("empty.txt", " \n", _CALIBRATION)),
     Fault("a binary calibration file", "NUL bytes", _file("b.txt", b"GIF89a\0\1\2", _CALIBRATION)),
@@ -281,6 +282,7 @@ FAULTS = [
     Fault("a device that torch cannot use", "Device 'tpu' cannot be used here", _flags("--device", "tpu")),
     Fault("out of GPU memory in a solve", "with --offload", _no_memory, early=False),
     Fault("out of host memory", "--activation-memory", _no_host_memory, early=False),
+    *(Fault(*layout) for layout in LAYOUT_FAULTS),
 ]
 
 

@@ -10,13 +10,9 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
-    GPT2Config,
     LlamaConfig,
-    MambaConfig,
     MllamaForCausalLM,
-    MptConfig,
     ViTConfig,
-    XLNetConfig,
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -24,7 +20,6 @@ from alps.models.auto_class import (
     auto_class,
     has_auto_class,
     is_composite,
-    position_limit,
     processor_files,
     reads_images,
     text_config,
@@ -64,13 +59,6 @@ def test_a_text_part_alone_is_loaded_by_the_class_that_it_names(tmp_path: Path) 
     assert type(loaded) is type(opened.model) is MllamaForCausalLM and has_auto_class(loaded.config)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
     assert not has_auto_class(ViTConfig(architectures=["LlamaForCausalLM"]))
-
-
-def test_limits_of_windows() -> None:
-    assert position_limit(LlamaConfig(max_position_embeddings=7)) == position_limit(GPT2Config(n_positions=7)) == 7
-    assert position_limit(MptConfig(max_seq_len=7)) == 7
-    for config in (XLNetConfig(), MambaConfig(), LlamaConfig(max_position_embeddings=0)):
-        assert position_limit(config) is None
 
 
 def test_text_parts_of_composite_models_have_their_own_configuration(tiny_model: Callable[..., Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
-from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
+from alps.core.errors import AlpsError, CheckpointError, ConfigError, UnsupportedModel
 from alps.models.load import check_model_path, load_model, load_tokenizer, looks_local, parse_dtype, quiet, readable
 
 
@@ -41,10 +41,10 @@ def test_names_that_cannot_be_models_are_refused(tmp_path: Path) -> None:
         str(tmp_path / "nowhere"): "does not exist: give a directory, a .gguf file or a hub name",
         str(tmp_path / "packed"): "is packed: use what `alps unpack",
         str(tmp_path): "has no config.json: it is not a Hugging Face checkpoint",
-        str(tmp_path / "weights.bin"): "is a file but not a .gguf",
+        str(tmp_path / "weights.bin"): f"a file but not a .gguf: give the directory of the checkpoint, '{tmp_path}'",
     }
     for name, complaint in cases.items():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises((ConfigError, CheckpointError)) as caught:
             check_model_path(name)
         assert complaint in str(caught.value)
     check_model_path("owner/model")

@@ -9,11 +9,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from alps.checkpoints.quantization import check_quantization
 from alps.core.errors import CheckpointError, truncate
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_weight_files(directory: Path) -> list[WeightFile]:
     """
     if not directory.is_dir():
         raise CheckpointError(f"'{directory}' is not a directory: give the folder of a checkpoint.")
-    _refuse_quantized(directory)
+    check_quantization(read_config(directory), str(directory))
     if (directory / SINGLE_NAME).is_file():
         names = [SINGLE_NAME]
     elif (directory / INDEX_NAME).is_file():
@@ -73,8 +74,8 @@ def check_pickle_index(directory: Path) -> None:
     Raises:
         CheckpointError: when it does, or is damaged.
     """
-    if (directory / _PICKLE_INDEX_NAME).is_file():
-        _read_index(directory / _PICKLE_INDEX_NAME)
+    if (directory / PICKLE_INDEX_NAME).is_file():
+        _read_index(directory / PICKLE_INDEX_NAME)
 
 
 def find_other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
@@ -188,9 +189,3 @@ def read_config(directory: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"'{path}' is not JSON: fetch or save the model again.") from None
-
-
-def _refuse_quantized(directory: Path) -> None:
-    config = read_config(directory)
-    if isinstance(config, dict) and config.get("quantization_config"):
-        raise CheckpointError(f"The weights in '{directory}' are quantized: use the unquantized checkpoint.")

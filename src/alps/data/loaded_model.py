@@ -20,7 +20,6 @@ from alps.data.text_sources import Text, load_text
 from alps.data.windows import Windows, cut_evaluation_windows, draw_calibration_windows
 from alps.inference.load import is_packed, load_packed
 from alps.inference.semi_structured import check_device, convert_to_semi_structured
-from alps.models.auto_class import position_limit, text_config
 from alps.models.blocks import Block, find_blocks
 from alps.models.causality import check_causal
 from alps.models.demo_model import resolve_model_path
@@ -29,6 +28,7 @@ from alps.models.hub import checkpoint_directory
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import check_checkpoint, load_model, load_tokenizer, parse_dtype
 from alps.models.meta_model import open_lazy_model
+from alps.models.positions import check_window
 from alps.models.save import CheckpointWriter
 
 _LOG = logging.getLogger("alps")
@@ -168,11 +168,7 @@ class LoadedModel:
 
     def check_length(self, seqlen: int) -> None:
         """Reject windows that are longer than the model takes."""
-        limit = position_limit(text_config(self.model))
-        if limit is not None and seqlen > limit:
-            raise ConfigError(
-                f"Windows of {seqlen} tokens are longer than the {limit} this model takes: lower --seqlen."
-            )
+        check_window(self.model, self.tokenizer, seqlen)
 
     def token_ids(self, ids: Tensor) -> Windows:
         """Make calibration windows of token ids.
@@ -223,15 +219,17 @@ def load(name: str | Path, dtype: str = "auto", *, device: str = "cpu", semi_str
     if semi_structured:
         check_device(target)
     if is_packed(name):
+        tokenizer = _find_tokenizer(name)
         model = load_packed(Path(name).expanduser(), weights).to(target)
         if semi_structured:
             convert_to_semi_structured(model)
-        return LoadedModel(name, model, _find_tokenizer(name))
+        return LoadedModel(name, model, tokenizer)
     if semi_structured:
         raise ConfigError(f"'{name}' is not packed, and semi_structured is for packed layers: `alps pack` it first.")
     path = resolve_model_path(name)
-    model = load_model(path, weights).to(target)
-    return LoadedModel(name, model, _find_tokenizer(path), directory=checkpoint_directory(path))
+    check_checkpoint(path)
+    tokenizer = _find_tokenizer(path)  # a broken one is found before the weights are read
+    return LoadedModel(name, load_model(path, weights).to(target), tokenizer, directory=checkpoint_directory(path))
 
 
 def _find_tokenizer(path: str) -> Any:

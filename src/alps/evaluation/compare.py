@@ -27,7 +27,7 @@ from alps.evaluation.cached_reference import CachedReferenceModel
 from alps.evaluation.compare_config import COMPARISON_NAME, CompareConfig, ComparisonRun
 from alps.evaluation.kl_divergence import measure_divergence
 from alps.evaluation.perplexity import measure_perplexity
-from alps.evaluation.sample_outputs import continue_prompts
+from alps.evaluation.sample_outputs import continue_prompts, prompt_ids
 from alps.evaluation.tasks import TaskSet, find_tasks, score_tasks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.fingerprint import model_sha256
@@ -136,6 +136,7 @@ class _Bench:
         self.device = pick_device(config.device)
         self.sha256 = model_sha256(self.dense.model)
         self.texts = [self.dense.evaluation(text, config.eval_seqlen, config.windows) for text in config.texts]
+        prompt_ids(self.dense, config.prompts, config.prompt_tokens)
         self.copy = LoadedModel(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
         # Every run is compared with the dense model on the same windows.
         self.reference = CachedReferenceModel(self.dense.model)

@@ -12,14 +12,17 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from alps.core.distributed import ProcessGroup
+from alps.models.auto_class import text_config
 from alps.models.finite_logits import check_logits
+from alps.models.positions import position_limit
 
 
 class DistributedModel(HFLM):  # type: ignore[misc]
     """Model in lm-eval's interface, as one rank of `group`."""
 
     def __init__(self, group: ProcessGroup, model: nn.Module, tokenizer: Any, batch_size: int, name: str) -> None:
-        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
+        limit = position_limit(text_config(model))
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
         self._subject = f"Model '{name}'"
         self._group, self._rank, self._world_size = group, group.rank, group.size
 

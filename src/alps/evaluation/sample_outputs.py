@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from alps.core.errors import ConfigError
 from alps.core.half_precision import half_matmul_in_float32
 from alps.data.loaded_model import LoadedModel
 from alps.inference.text_generation import finite_logits
+from alps.models.positions import check_prompt
 
 
 def continue_prompts(
@@ -29,26 +31,44 @@ def continue_prompts(
         Pairs of a prompt and its continuation.
 
     Raises:
-        ConfigError: without a tokenizer, or for a prompt without tokens.
+        ConfigError: see `prompt_ids`.
         NotFinite: when logits are NaN or infinite.
     """
     if not prompts:
         return []
-    if loaded.tokenizer is None:
-        raise ConfigError(f"Prompts need a tokenizer, and '{loaded.name}' has none: leave them out.")
     model: Any = loaded.model.to(device)
     training = model.training
     model.eval()
     try:
-        return [(prompt, _continue(model, loaded.tokenizer, prompt, tokens, device)) for prompt in prompts]
+        batches = prompt_ids(loaded, prompts, tokens)
+        texts = [_continue(model, loaded.tokenizer, ids.to(device), tokens, device) for ids in batches]
+        return list(zip(prompts, texts, strict=True))
     finally:
         model.train(training)
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int, device: torch.device) -> str:
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-    if not ids.numel():
-        raise ConfigError(f"Prompt {prompt!r} has no tokens: write a few words.")
+def prompt_ids(loaded: LoadedModel, prompts: Sequence[str], tokens: int) -> list[Tensor]:
+    """Return the token ids of prompts, (1, tokens) each.
+
+    Args:
+        loaded: a model with a tokenizer.
+        prompts: texts.
+        tokens: largest number of new tokens.
+
+    Raises:
+        ConfigError: without a tokenizer, or for a prompt without tokens or too long for the model.
+    """
+    if prompts and loaded.tokenizer is None:
+        raise ConfigError(f"Prompts need a tokenizer, and '{loaded.name}' has none: leave them out.")
+    batches = [loaded.tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    for prompt, ids in zip(prompts, batches, strict=True):
+        if not ids.numel():
+            raise ConfigError(f"Prompt {prompt!r} has no tokens: write a few words.")
+        check_prompt(loaded.model, ids, tokens)
+    return batches
+
+
+def _continue(model: Any, tokenizer: Any, ids: Tensor, tokens: int, device: torch.device) -> str:
     ends = model.generation_config.eos_token_id
     first_end = ends[0] if isinstance(ends, list) else ends
     # The model's generation settings may sample. Without a padding token generate() warns.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from alps.checkpoints.bitmask_codec import PackedMatrix, pack
@@ -23,6 +23,7 @@ from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
 from alps.inference.convert import as_out_in, packed_layer, refuse_saving, set_module, tied_parameters
 from alps.models.architecture_check import check_config
+from alps.models.configuration import load_config
 from alps.models.load import quiet, readable
 from alps.models.meta_model import empty_model
 from alps.models.tied_head import is_other_head, untie_config
@@ -54,7 +55,7 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
     for name, record in manifest.files.items():
         check_file(directory / name, record.bytes, record.sha256)
     with quiet(), readable(str(directory)):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = load_config(str(directory))
         check_config(config, str(directory))
     for name, shard in manifest.shards.items():
         check_file(directory / name, shard.bytes, shard.sha256)

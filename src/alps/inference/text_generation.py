@@ -19,6 +19,7 @@ from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.packed_linear import PackedLinear
 from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
 from alps.models.finite_logits import check_logits
+from alps.models.positions import check_prompt
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def generate_text(
         on_text: called with each piece of text when it is generated.
 
     Raises:
-        ConfigError: if the prompt has no tokens, or the tokenizer has no chat template and `chat` is set.
+        ConfigError: if the prompt has no tokens, is too long or not for this model, or the tokenizer has no chat
+            template and `chat` is set.
         NotFinite: when logits are NaN or infinite; the text before has been passed on.
     """
     device = next(model.parameters()).device
     ids = _token_ids(tokenizer, prompt, chat).to(device)
+    check_prompt(model, ids, tokens)
     streamer = _TimedStreamer(tokenizer, on_text)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -96,6 +99,8 @@ def generate_text(
     if not temperature:
         # Without this, transformers warns about sampling settings in the model's configuration.
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
+    # Settings of the model's own for beams, several answers or other outputs have no effect.
+    sampling |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     generate: Any = model.generate
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

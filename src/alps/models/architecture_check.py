@@ -65,6 +65,11 @@ def check_model_class(model: nn.Module) -> None:
     _check_attention(model.config, type(model), subject)
 
 
+def names_language_model(classes: Sequence[str]) -> bool:
+    """Check if one of the classes is a language model of transformers, or is called like one."""
+    return any(name in _language_models() or _task_suffix(name) in _language_model_suffixes() for name in classes)
+
+
 def _check_encoder_decoder(config: Any, subject: str) -> None:
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, _text_config(config))):
         raise UnsupportedModel(f"{subject} is an encoder-decoder: {_ADVICE}.")

@@ -81,18 +81,6 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def position_limit(config: Any) -> int | None:
-    """Return the largest number of tokens of a window; None for a configuration without a limit.
-
-    Args:
-        config: of the text model.
-    """
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    limits = (getattr(config, name, None) for name in names)
-    # Models without a limit have -1 or 0 there.
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
 def is_composite(model: nn.Module) -> bool:
     """Check if a model has other parts than a text model, such as a vision tower."""
     return text_config(model) is not getattr(model, "config", None)

@@ -18,18 +18,32 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from alps.checkpoints.layout import (
+    check_json_files,
+    check_layout,
+    check_no_pointer,
+    check_side_files,
+    check_weight_layout,
+)
 from alps.checkpoints.manifest import MANIFEST_NAME
+from alps.checkpoints.quantization import check_quantization
 from alps.checkpoints.safetensors_io import check_finite
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, check_pickle_index, find_weight_files, read_config
 from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
 from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
+from alps.models.completeness import check_missing, check_unused
+from alps.models.configuration import load_config
 from alps.models.gguf_metadata import check_uniform, complete_config, read_gguf_metadata
 from alps.models.tied_head import is_other_head, untie_config
 from alps.models.tokenizer_check import check_own_class, compare_with_data
 
 # What an auto class says of a configuration that it does not take, such as that of a T5 in a GGUF file.
 _NO_CAUSAL_LM = re.compile(r"Unrecognized configuration class (?:<class '[\w.]*\.)?(\w+)")
+# What Python says of a setting that transformers computes from others, such as use_return_dict.
+_COMPUTED = re.compile(r"property '(\w+)' of '\w+' object has no setter")
+# Opcode with which pickles of protocol 4 and 5 begin.
+_FRAME = 149
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +69,8 @@ def check_model_path(name: str) -> None:
     """Refuse a name that cannot be a model, before anything slow begins.
 
     Raises:
-        ConfigError: when the path does not exist or is no checkpoint, is a packed directory, or no hub has such names.
+        ConfigError: when the path does not exist or is a file, is a packed directory, or no hub has such names.
+        CheckpointError: see `check_layout`.
     """
     path = Path(name).expanduser()
     if not looks_local(name):
@@ -68,10 +83,14 @@ def check_model_path(name: str) -> None:
         raise ConfigError(f"Model '{name}' does not exist: give a directory, a .gguf file or a hub name.")
     if (path / MANIFEST_NAME).is_file():
         raise ConfigError(f"Model directory '{name}' is packed: use what `alps unpack {name} NEW-DIRECTORY` writes.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"Model directory '{name}' has no config.json: it is not a Hugging Face checkpoint.")
-    if path.is_file() and path.suffix != ".gguf":
-        raise ConfigError(f"Model '{name}' is a file but not a .gguf: give the directory of the checkpoint.")
+    if path.is_dir():
+        check_layout(path)
+    elif path.suffix == ".gguf":
+        check_no_pointer(path)
+    else:
+        raise ConfigError(
+            f"Model '{name}' is a file but not a .gguf: give the directory of the checkpoint, '{path.parent}'."
+        )
 
 
 def check_checkpoint(name: str) -> None:
@@ -81,15 +100,19 @@ def check_checkpoint(name: str) -> None:
 
     Raises:
         ConfigError: see `check_model_path`; or when the configuration cannot be used.
-        CheckpointError: when it is not JSON.
+        CheckpointError: see `check_model_path` and `check_weight_layout`; or when the configuration is not JSON.
         UnsupportedModel: see `check_config`.
     """
     check_model_path(name)
     source, extra = _source(name)
     if not extra:
-        read_config(Path(source))  # its error message is clearer than that of transformers
+        directory = Path(source)
+        # The error message is clearer than that of transformers.
+        check_quantization(read_config(directory), name)
         with quiet(), readable(name):
-            check_config(AutoConfig.from_pretrained(source, trust_remote_code=False), name)
+            check_config(load_config(source, name), name)
+        if directory.is_dir():
+            check_weight_layout(directory)
 
 
 def check_architecture(name: str | Path) -> None:
@@ -98,17 +121,33 @@ def check_architecture(name: str | Path) -> None:
     Other names are not refused, and neither are directories without a configuration that transformers knows.
 
     Raises:
+        CheckpointError: see `check_layout` and `check_weight_layout`.
         UnsupportedModel: see `check_config`.
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
         return
+    if not any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME, MANIFEST_NAME)):
+        check_layout(directory)
+    check_side_files(directory)
+    with contextlib.suppress(_Unknown):
+        check_config(_known_config(directory), str(name))
+    if not (directory / MANIFEST_NAME).is_file():
+        check_weight_layout(directory)
+
+
+class _Unknown(Exception):
+    """Configuration that cannot be read."""
+
+
+def _known_config(directory: Path) -> Any:
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception:  # broken files reach many parsers, which raise anything
-        return
-    check_config(config, str(name))
+            return load_config(str(directory))
+    except AlpsError:
+        raise
+    except Exception as error:  # broken files reach many parsers, which raise anything
+        raise _Unknown from error
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -141,7 +180,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
             extra["config"] = _gguf_config(name, source, extra["gguf_file"])
             model_class: Any = AutoModelForCausalLM
         else:
-            model_class = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+            extra["config"] = load_config(source, name)
+            model_class = auto_class(extra["config"])
         model, info = model_class.from_pretrained(
             source,
             output_loading_info=True,
@@ -171,7 +211,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source, extra = _source(name)
     if not extra:
         check_own_class(source, name)
-    with quiet(), readable(name):
+    with quiet(), readable(name, "The tokenizer of"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
     if not extra:
         compare_with_data(tokenizer, source, name)
@@ -196,13 +236,8 @@ def _gguf_config(name: str, directory: str, file: str) -> Any:
 
 
 def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
-    # transformers fills missing tensors with random numbers, and only logs it.
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ConfigError(
-            f"Checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
-            "it is incomplete or stored in a format that this transformers does not read."
-        )
+    check_missing(name, model, info.get("missing_keys", ()))
+    check_unused(name, model, info.get("unexpected_keys", ()))
     if mismatched := sorted(str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ())):
         raise ConfigError(
             f"Checkpoint '{name}' has another shape of {mismatched[0]} than its config.json says: "
@@ -227,28 +262,43 @@ def _remove_quantizer(model: nn.Module) -> None:
 
 
 @contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Context that turns errors of transformers about an unusable checkpoint into one sentence."""
+def readable(name: str, subject: str = "Model") -> Iterator[None]:
+    """Context that turns errors of transformers about an unusable checkpoint into one sentence.
+
+    Args:
+        name: of the checkpoint, as the user gave it.
+        subject: what is loaded, in words before the name.
+    """
     try:
         yield
     except AlpsError:
         raise
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"Model '{name}' cannot be loaded: its pickled weights hold more than tensors, and code in pickles is "
-            "never run; fetch it as safetensors."
-        ) from error
+        reason = "hold more than tensors, and code in pickles is never run; fetch it as safetensors"
+        message = str(error)
+        # Opcodes of plain pickles are unsupported, but so is the first byte of any other file.
+        if "Unsupported operand" in message and f"Unsupported operand {_FRAME}" not in message:
+            reason = "are damaged or no pickle at all: fetch them again, or as safetensors"
+        raise ConfigError(f"Model '{name}' cannot be loaded: its pickled weights {reason}.") from error
+    except EOFError as error:
+        raise ConfigError(f"Model '{name}' cannot be loaded: a file of its weights is empty or cut short.") from error
     except Exception as error:  # broken files reach many parsers, which raise anything
+        check_json_files(Path(name).expanduser())
         reason = _summarize(error)
         if "trust_remote_code" in reason or "custom code" in reason:
             raise UnsupportedModel(
                 f"Model '{name}' needs code of its own, which is never run: use an architecture that transformers has."
             ) from error
+        if match := _COMPUTED.search(reason):
+            raise ConfigError(
+                f"Model '{name}' cannot be loaded: its config.json sets {match[1]}, which follows from others: remove "
+                "it there."
+            ) from error
         if match := _NO_CAUSAL_LM.search(reason):
             raise UnsupportedModel(
                 f"Model '{name}' has the configuration {match[1]}, for which transformers has no causal language model."
             ) from error
-        raise ConfigError(f"Model '{name}' cannot be loaded: {reason}.") from error
+        raise ConfigError(f"{subject} '{name}' cannot be loaded: {reason}.") from error
 
 
 def _summarize(error: Exception) -> str:

@@ -43,12 +43,14 @@ def check_weights_in_memory(model: nn.Module) -> None:
         model: a causal language model, unwrapped.
 
     Raises:
-        UnsupportedModel: for a model of another kind, and for weights that are offloaded, sharded, spread over several
-            devices, or on the meta device.
+        UnsupportedModel: for a model of another kind, one that returns tuples, and weights that are offloaded, sharded,
+            spread over several devices, or on the meta device.
     """
     check_model_class(model)
     if not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModel(f"{type(model).__name__} is not a model of transformers: give the model inside it.")
+    if getattr(getattr(model, "config", None), "return_dict", True) is False:
+        raise UnsupportedModel("The model returns tuples: set model.config.return_dict = True.")
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh") or hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"):
             raise UnsupportedModel(

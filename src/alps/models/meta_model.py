@@ -10,12 +10,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from alps.checkpoints.safetensors_io import TensorOnDisk, list_tensors
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
 from alps.core.errors import first_line
 from alps.models.auto_class import auto_class
+from alps.models.completeness import check_unused
+from alps.models.configuration import load_config
 from alps.models.hub import fetch_directory
 from alps.models.key_mapping import KeyMapping, find_key_mapping
 from alps.models.lazy_weights import LazyWeights
@@ -48,7 +50,7 @@ def open_lazy_model(name: str, dtype: torch.dtype | None) -> LazyWeights | str:
     stored = {tensor.name: tensor for tensors in files.values() for tensor in tensors}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            config = load_config(str(directory))
             model = _meta_model(directory, config, dtype, stored)
             if stores_other_head(model, _reader(model, stored)):
                 untie_config(config, name)
@@ -59,9 +61,11 @@ def open_lazy_model(name: str, dtype: torch.dtype | None) -> LazyWeights | str:
         return "some of its weights are kept in float32 whatever the checkpoint's dtype"
     try:
         mappings = _map_parameters(model, stored)
-        _load_buffers(model, stored)
+        used = {part for mapping in mappings.values() for row in mapping.parts for part in row}
+        used |= _load_buffers(model, stored)
     except _NotLazy as reason:
         return str(reason)
+    check_unused(name, model, stored, used)
     return LazyWeights(model, directory, files, mappings)
 
 
@@ -124,8 +128,9 @@ def _map_parameters(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> dic
     return mappings
 
 
-def _load_buffers(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> None:
-    """Copy the values of all persistent buffers from the checkpoint."""
+def _load_buffers(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> set[str]:
+    """Copy the values of all persistent buffers from the checkpoint, and return the tensors that were read."""
+    used = set[str]()
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     prefix = str(getattr(model, "base_model_prefix", ""))
     persistent = model.state_dict().keys()
@@ -138,6 +143,8 @@ def _load_buffers(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> None:
                 raise _NotLazy(f"its checkpoint holds {name} under another name")
             with torch.no_grad():
                 buffer.copy_(mapping.load(lambda part: stored[part].read()))
+            used |= {part for row in mapping.parts for part in row}
+    return used
 
 
 class _EmptyOnMeta(TorchFunctionMode):
