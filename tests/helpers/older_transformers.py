@@ -116,8 +116,9 @@ def _save_tokenizer(folder: Path, byte_pairs: bool) -> None:
     vocabulary = {word: number for number, word in enumerate([*special, "<unk>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<pad>"]}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    characters = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<pad>"], **names)
+    characters.save_pretrained(folder)
 
 
 if __name__ == "__main__":

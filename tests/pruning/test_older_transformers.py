@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_logits_and_ids_are_those_of_both_releases(older_python: Path, english_f
     dense, streamed, in_memory = (tmp_path / name for name in ("dense", "streamed", "in memory"))
     dense.mkdir()
     _run(older_python, "write", dense)
-    settings = {"sparsity": 0.5, "method": "magnitude", "measure_error": False}
+    settings: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "measure_error": False}
     for name in CONFIGS:
         alps.prune(dense / name, out=streamed / name, **settings)
         loaded = alps.load(dense / name)

@@ -73,7 +73,7 @@ def _unknown_settings(model: nn.Module, config: Any) -> set[str]:
     """Return the names of settings that neither their class nor any code of the model or the library mentions."""
     if config is None:
         return set()
-    declared = {name for kind in type(config).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    declared = {name for kind in type(config).__mro__ for name in inspect.signature(kind).parameters}
     names = {str(name) for name in config.to_dict()} - declared
     classes = {*type(config).__mro__, *(kind for module in model.modules() for kind in type(module).__mro__)}
     library = Path(transformers.__file__).parent
