@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.block_calls import BlockLayout
+from alps.calibration.block_calls import BlockLayout, hidden_of
 from alps.calibration.block_capture import capture_block_inputs, probe_layout, split_states
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.replaced_forward import replaced_forwards
@@ -45,7 +45,7 @@ class LMHead:
             hidden: outputs of the last block, (windows, ..., features).
             ids: token ids (windows, tokens).
         """
-        layout = self._layout = self._layout or probe_layout(self.model, self._blocks, ids[:1])
+        layout = self._get_layout(ids)
         device = self._non_block_tensors()[0].device
         last_output = layout.to_model(hidden.to(device))
 
@@ -59,6 +59,23 @@ class LMHead:
         with replaced_forwards(self._blocks, make_forward):
             logits: Tensor = self.model(input_ids=ids.to(device), use_cache=False).logits
         return logits
+
+    def hidden_of(self, output: Any, ids: Tensor) -> Tensor:
+        """Return the hidden states (windows, ..., features) in what the last block returned for token ids.
+
+        Args:
+            output: a tensor, or a tuple that begins with it.
+            ids: token ids (windows, tokens).
+
+        Raises:
+            UnsupportedModel: when the blocks cannot be run one by one.
+        """
+        return self._get_layout(ids).from_model(hidden_of(output))
+
+    def _get_layout(self, ids: Tensor) -> BlockLayout:
+        if self._layout is None:
+            self._layout = probe_layout(self.model, self._blocks, ids[:1])
+        return self._layout
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.lm_head import LMHead
+from alps.core.errors import UnsupportedModel
 from alps.models.blocks import find_blocks
 
 
@@ -42,23 +44,32 @@ class CachedReferenceModel(nn.Module):
         with torch.no_grad():
             if key in self._outputs:
                 return SimpleNamespace(logits=self._head(self._outputs[key], input_ids))
-            logits, output = self._run_model(input_ids)
+            logits, outputs = self._run_model(input_ids)
             if self._is_exact is None:
-                self._is_exact = output is not None and torch.equal(self._head(output, input_ids), logits)
-        if self._is_exact and output is not None:
-            self._outputs[key] = output.cpu()
+                self._is_exact = self._is_head_exact(input_ids, outputs, logits)
+            if self._is_exact and len(outputs) == 1:
+                self._outputs[key] = self._head.hidden_of(outputs[0], input_ids).cpu()
         return SimpleNamespace(logits=logits)
 
-    def _run_model(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the model's own forward; return its logits and the last block's output, None unless it is called once."""
-        outputs: list[Tensor] = []
+    def _is_head_exact(self, ids: Tensor, outputs: Sequence[Any], logits: Tensor) -> bool:
+        """Check if the head gives bit-identical logits for the last block's output, which it has if called once."""
+        if len(outputs) != 1:
+            return False
+        try:
+            return torch.equal(self._head(self._head.hidden_of(outputs[0], ids), ids), logits)
+        except UnsupportedModel:  # whose blocks cannot be run one by one: it runs whole every time
+            return False
+
+    def _run_model(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+        """Run the model's own forward; return its logits, and the output of every call of the last block."""
+        outputs: list[Any] = []
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(output if torch.is_tensor(output) else output[0])
+            outputs.append(output)
 
         handle = self._blocks[-1].module.register_forward_hook(hook)
         try:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        return logits, outputs[0] if len(outputs) == 1 else None
+        return logits, outputs
