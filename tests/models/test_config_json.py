@@ -13,6 +13,7 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Mamba2Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -144,3 +145,16 @@ def test_a_head_of_its_own_is_declared(text: str, tied: bool, expected: str, tmp
     path.write_text(text)
     declare_own_head(path, GemmaConfig(tie_word_embeddings=tied))
     assert path.read_text() == expected
+
+
+def test_infinities_are_read_as_transformers_writes_them(tmp_path: Path) -> None:
+    config = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, time_step_limit=(0.0, float("inf")))
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    assert b"__float__" in before
+    declare_own_head(tmp_path / "config.json", config)
+    assert (tmp_path / "config.json").read_bytes() == before
+    add_older_fields(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert Mamba2Config.from_pretrained(tmp_path).time_step_limit[1] == float("inf")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -65,7 +64,7 @@ def declare_own_head(path: Path, config: Any) -> None:
     fields = json.loads(text.removeprefix("\ufeff"))
     if fields.get("model_type", config.model_type) != config.model_type:  # that of a larger model
         return
-    if is_tied(config) or not is_tied(type(config).from_dict(copy.deepcopy(fields))):
+    if is_tied(config) or not is_tied(_read(config, fields)):
         return
     changed, count = _TIED_FIELD.subn(r"\g<1>false", text)
     if not count:  # tied by default
@@ -105,8 +104,7 @@ def add_older_fields(folder: Path, config: Any) -> None:
     path = folder / "config.json"
     fields = json.loads(path.read_text())
     longer = _with_older_fields(fields, config)
-    # The fields are copied, because reading changes the dictionaries inside them.
-    first, second = (type(config).from_dict(copy.deepcopy(part)) for part in (fields, longer))
+    first, second = (_read(config, part) for part in (fields, longer))
     if _rope_and_dtype(first) == _rope_and_dtype(second):
         path.write_text(to_json(longer, indent=2, sort_keys=True) + "\n")
     path = folder / "tokenizer_config.json"
@@ -164,7 +162,7 @@ def _reads(config: Any, fields: dict[str, Any], name: str, probe: float) -> bool
     """Check if the class of a configuration takes a number of its rope from a field of that name."""
     others = {key: value for key, value in fields.items() if key not in ("rope_parameters", "rope_scaling")}
     try:
-        read = type(config).from_dict(copy.deepcopy({**others, name: probe}))
+        read = _read(config, {**others, name: probe})
     except Exception:  # the checks of a class may need the fields that are left out
         return False
     rope = read.rope_parameters
@@ -178,3 +176,17 @@ def _rope_and_dtype(config: Any) -> Any:
     if isinstance(rope, dict):  # `type` is an older name of `rope_type`
         rope = {name: value for name, value in rope.items() if name != "type"}
     return rope, str(getattr(config, "dtype", None))
+
+
+def _read(config: Any, fields: dict[str, Any]) -> Any:
+    """Return a configuration of the same class with the fields of a file, which stay unchanged."""
+    return type(config).from_dict(_decode_floats(fields))
+
+
+def _decode_floats(value: Any) -> Any:
+    """Return a copy of a JSON value in which infinities are numbers; transformers 5 writes them as objects."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decode_floats(part) for name, part in value.items()}
+    return [_decode_floats(part) for part in value] if isinstance(value, list) else value
