@@ -111,6 +111,13 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
     "null in an array": ("a.json", '[{"text": "a"},\n\n{"text": null}]', "Line 3 of '{}' has no string field 'text'"),
     "several columns": ("a.txt", '{"id": "x", "body": "y"}\n', "2 columns of strings among id, body"),
     "chat": ("a.json", '{"messages": [{"role": "user", "content": "x"}]}', "2 columns of strings among role, content"),
+    "identifiers": (
+        "a.json",
+        '{"id": "a1", "turns": [{"from": "x", "value": "y"}]}\n{"id": "a2", "turns": []}',
+        "its only column of strings, id, holds single words such as 'a1'",
+    ),
+    "addresses in CSV": ("a.csv", "n,url\n1,http://a\n2,http://b\n", "url, holds single words such as 'http://a'"),
+    "RTF": ("a.txt", "{\\rtf1 Once}", "is an RTF document"),
     "no strings": ("a.json", '{"n": 1}\n{"n": 2}', "no column of strings among n"),
     "broken first line": ("a.txt", '{"text": "a\n{"text": "b"}\n{"text": "c"}\n', "Line 1 of '{}' is not JSON"),
     "cut short": ("a.txt", '[{"text": "a"},\n{"text": "b', "Line 2 of '{}' is not JSON"),
@@ -267,6 +274,9 @@ def test_tables_of_arrow_that_are_refused(tmp_path: Path) -> None:
         load_text(str(path), "calibration")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ConfigError, match="is a damaged parquet file"):
+        load_text(str(path), "calibration")
+    path = _write_arrow(tmp_path, "parquet", {"id": ["a", "b"], "n": [1, 2]})
+    with pytest.raises(ConfigError, match="only column of strings, id, holds single words"):
         load_text(str(path), "calibration")
     path = _write_arrow(tmp_path, "parquet", {"a": ["a"], "b": ["b"]})
     with pytest.raises(ConfigError, match="2 columns of strings among a, b"):

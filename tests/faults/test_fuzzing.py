@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -28,6 +29,9 @@ from alps.checkpoints.weight_files import find_weight_files, parse_header
 from alps.core.errors import AlpsError
 from alps.data.text_sources import load_text
 from alps.evaluation.compare_config import load_compare_config
+from alps.evaluation.local_tasks import read_documents
+from alps.models.gguf_metadata import read_gguf_metadata
+from alps.models.tokenizer_check import check_own_class
 from alps.pruning.config import load_prune_config
 from alps.reporting.compare_results import Result, read_results
 from alps.reporting.run_report import RunReport
@@ -39,6 +43,8 @@ _TENSORS = {"a.weight": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.bfloat
 _TEXTS = '{"text": "Once upon a time."}\n{"text": "caf\\u00e9", "more": [1, 2.5, null]}\n\n{"text": ""}\n'
 _ARRAY = '[{"text": "Once upon a time.", "n": 1},\n {"text": "caf\\u00e9"}, {"text": ""}]'
 _CSV = 'n,text\n1,"Once, upon\na ""time"""\n2,caf\u00e9\n'
+_ITEMS = '{"question": "is it", "passage": "It is.", "answer": true}\n{"question": "q", "passage": "p", "label": 0}\n'
+_MMLU = 'Why,a,b,c,d,A\n"How, then",a,b,"""c""",d,D\n'
 _GZIP = gzip.compress(_TEXTS.encode(), mtime=0)
 _PRUNE = (
     "model: a/b\nsparsity: 0.7\nmethod: alps\noptions:\n  damping: 0.02\n  admm: {rho: 0.3, growth: [[0.1, 1.3]]}\n"
@@ -165,6 +171,24 @@ def _comparison(path: Path) -> Any:
     return found.to_yaml()
 
 
+def _mmlu(folder: Path, data: bytes) -> Any:
+    (folder / "mmlu").mkdir(exist_ok=True)
+    (folder / "mmlu" / "us_law_test.csv").write_bytes(data)
+    return read_documents("mmlu", folder)
+
+
+def _gguf(path: Path) -> bytes:
+    writer = GGUFWriter(path, "llama")
+    writer.add_float32("llama.rope.freq_base", 10_000.0)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("rope_freqs.weight", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
 def _index(folder: Path, data: bytes) -> Any:
     (folder / "model.safetensors.index.json").write_bytes(data)
     return find_weight_files(folder)
@@ -177,6 +201,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     save_file(_TENSORS, folder / "in" / "model.safetensors")
     raw = (folder / "in" / "model.safetensors").read_bytes()
     pack_directory(folder / "in", folder / "packed")
+    gguf = _gguf(folder / "m.gguf")
     manifest = json.loads((folder / "packed" / "packed.json").read_text())
     return {
         "header": Target(raw[8 : 8 + int.from_bytes(raw[:8], "little")], _header),
@@ -189,6 +214,13 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         "CSV": Target(_CSV, _file("t.csv", lambda path: load_text(str(path), "calibration"))),
         "gzip": Target(_GZIP, _file("t.gz", lambda path: load_text(str(path), "calibration"))),
         "UTF-16": Target(_TEXTS.encode("utf-16"), _file("t", lambda path: load_text(str(path), "calibration"))),
+        "task items": Target(_ITEMS, _file("boolq.jsonl", lambda path: read_documents("boolq", path.parent))),
+        "MMLU": Target(_MMLU, _mmlu),
+        "tokenizer": Target(
+            '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+            _file("tokenizer_config.json", lambda path: check_own_class(str(path.parent), "m")),
+        ),
+        "GGUF": Target(gguf, _file("m.gguf", read_gguf_metadata)),
         "text": Target(_TEXTS, _file("t.txt", lambda path: load_text(str(path), "calibration"))),
         "prune": Target(_PRUNE, _file("p.yaml", _settings)),
         "compare": Target(_COMPARE, _file("c.yaml", _comparison)),
@@ -200,7 +232,21 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 
 _NAMES = ["header", "safetensors", "index", "config", "manifest", "JSON lines"]
-_NAMES += ["JSON array", "CSV", "gzip", "UTF-16", "text", "prune", "compare", "results", "report"]
+_NAMES += [
+    "JSON array",
+    "CSV",
+    "gzip",
+    "UTF-16",
+    "task items",
+    "MMLU",
+    "tokenizer",
+    "GGUF",
+    "text",
+    "prune",
+    "compare",
+    "results",
+    "report",
+]
 
 
 def _fuzz(target: Target, folder: Path, examples: int) -> tuple[int, int]:

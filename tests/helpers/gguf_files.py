@@ -34,7 +34,8 @@ def write_llama(
     Args:
         path: of the file.
         model: with untied embeddings.
-        more: further hyper-parameters by key, without the architecture; they override the model's.
+        more: further hyper-parameters by key, without the architecture, which override the model's; a key after a slash
+            is written as it is.
         tensors: further tensors by name.
     """
     config: Any = model.config
@@ -57,7 +58,7 @@ def write_llama(
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
     for key, value in {**values, **(more or {})}.items():
-        _add(writer, f"llama.{key}", value)
+        _add(writer, key[1:] if key.startswith("/") else f"llama.{key}", value)
     for name, tensor in {**_llama_tensors(model), **(tensors or {})}.items():
         writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
     writer.write_header_to_file()

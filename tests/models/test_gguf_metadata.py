@@ -153,6 +153,21 @@ def test_values_without_effect_change_nothing(llama: LlamaForCausalLM, tmp_path:
     assert torch.equal(_logits(loaded), _logits(llama))
 
 
+@pytest.mark.parametrize("tensor", ["blk.1.attn_q.bias", "blk.0.attn_q_norm.weight", "output.bias"])
+def test_tensors_that_the_reader_drops_are_refused(tensor: str, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", llama, {}, {tensor: torch.ones(64)})
+    with pytest.raises(
+        UnsupportedModel, match=rf"has the tensor {tensor} in its GGUF file, for which LlamaForCausalLM"
+    ):
+        load_model(str(path))
+
+
+def test_one_of_several_parts_is_refused(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", llama, {"/split.count": 3})
+    with pytest.raises(ConfigError, match="is one of 3 parts: join them"):
+        load_model(str(path))
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ConfigError, match="is damaged or no GGUF file"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alps.core.errors import ConfigError, first_line
-from alps.data.text_column import choose_column
+from alps.data.text_column import SAMPLE_RECORDS, check_texts, choose_column
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _STREAM_MAGIC = b"\xff\xff\xff\xff"
@@ -95,6 +95,7 @@ def _read(paths: list[Path], where: Path) -> tuple[list[str], str]:
                     "remove that row."
                 )
             texts += rows
+    check_texts(texts[:SAMPLE_RECORDS], column, f"Table '{where}'")
     return texts, f"{kind}, column '{column}'"
 
 
@@ -115,13 +116,7 @@ class _Reader:
 
     def columns(self) -> dict[str, bool]:
         """Return the names of the columns, and whether each holds strings."""
-        types = self._arrow.types
-        return {
-            field.name: types.is_string(field.type)
-            or types.is_large_string(field.type)
-            or (types.is_dictionary(field.type) and types.is_string(field.type.value_type))
-            for field in self._schema
-        }
+        return {field.name: self._is_string(field.type) for field in self._schema}
 
     def batches(self, column: str | None) -> Iterator[Any]:
         """Iterate over batches of rows, of one column or all."""
@@ -136,6 +131,12 @@ class _Reader:
                     yield self._select(batch, column)
         except (self._arrow.ArrowException, OSError, ValueError) as error:
             raise self._damaged(error) from None
+
+    def _is_string(self, kind: Any) -> bool:
+        types = self._arrow.types
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_view = getattr(types, "is_string_view", None)
+        return bool(types.is_string(kind) or types.is_large_string(kind) or (is_view and is_view(kind)))
 
     def _open(self, head: bytes) -> Any:
         if self.kind == "parquet":

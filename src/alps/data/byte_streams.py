@@ -31,6 +31,9 @@ _NO_TEXT = [
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive: unpack it, and give a file of it"),
     (b"%PDF-", "is a PDF document: give its text as a plain file"),
     (b"version https://git-lfs.github.com/spec", "is a pointer of Git LFS, not the file itself: run 'git lfs pull'"),
+    (b"{\\rtf", "is an RTF document: save it as plain text"),
+    (b"%!PS", "is a PostScript document: give its text as a plain file"),
+    (b"\x04\x22\x4d\x18", "is compressed by lz4: decompress it"),
     (b"GGUF", "is a GGUF model: give a file of text"),
 ]
 

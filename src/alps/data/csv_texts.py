@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alps.core.errors import ConfigError
 from alps.data.byte_streams import HEAD_BYTES, TextBytes, decode
-from alps.data.text_column import SAMPLE_RECORDS, TEXT_COLUMN, choose_column
+from alps.data.text_column import SAMPLE_RECORDS, TEXT_COLUMN, check_texts, choose_column
 
 CSV_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = ",\t;|"
@@ -95,6 +95,7 @@ def _read(file: TextBytes, delimiter: str, quoting: int) -> tuple[list[str], str
             column = _column(names, first, file.path)
             place = names.index(column)
             texts = [row[place] for _, row in itertools.chain(first, rows)]
+            check_texts(texts[:SAMPLE_RECORDS], column, f"CSV file '{file.path}'")
         finally:
             text.detach()
     return texts, f"{'TSV' if delimiter == chr(9) else 'CSV'}, column '{column}'"

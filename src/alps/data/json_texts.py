@@ -11,7 +11,7 @@ from typing import Any
 
 from alps.core.errors import ConfigError
 from alps.data.byte_streams import HEAD_BYTES, TextBytes
-from alps.data.text_column import SAMPLE_RECORDS, TEXT_COLUMN, choose_column, record_columns
+from alps.data.text_column import SAMPLE_RECORDS, TEXT_COLUMN, check_texts, choose_column, record_columns
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 _START = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\]]|\[\s*["'{\[\d]))""")
@@ -75,6 +75,7 @@ def read_json_texts(file: TextBytes) -> tuple[list[str], str]:
     start = f"Line {first[0][0]}" if len(records) < 2 and first else "Every record"
     column = choose_column(record_columns(records), f"{start} of '{file.path}'") if first else TEXT_COLUMN
     texts = list(_fields(itertools.chain(first, values), column, file.path))
+    check_texts(texts[:SAMPLE_RECORDS], column, f"{start} of '{file.path}'")
     return texts, f"{layout}, field '{column}'"
 
 

@@ -31,8 +31,27 @@ def choose_column(columns: Mapping[str, bool], where: str) -> str:
     number = f"{len(strings)} columns of strings" if strings else "no column of strings"
     raise ConfigError(
         f"{where} has no string field '{TEXT_COLUMN}', and {number} among {truncate(listed)}: "
-        f"rename the column of the text to '{TEXT_COLUMN}', and remove or keep the others."
+        f"rename the column of the text to '{TEXT_COLUMN}'."
     )
+
+
+def check_texts(texts: Iterable[str], column: str, where: str) -> None:
+    """Refuse a column of another name than `text` that holds names, addresses or times: nothing with a blank in it.
+
+    Args:
+        texts: some values from the beginning of the column.
+        column: its name.
+        where: what has this column, as the beginning of a sentence.
+
+    Raises:
+        ConfigError: when every value is one word of ASCII.
+    """
+    words = [text for text in texts if text.strip()]
+    if column != TEXT_COLUMN and words and all(text.isascii() and len(text.split()) == 1 for text in words):
+        raise ConfigError(
+            f"{where} has no string field '{TEXT_COLUMN}', and its only column of strings, {truncate(column)}, holds "
+            f"single words such as '{truncate(words[0])}': rename the column of the text to '{TEXT_COLUMN}'."
+        )
 
 
 def record_columns(records: Iterable[Mapping[str, Any]]) -> dict[str, bool]:

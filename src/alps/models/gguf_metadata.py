@@ -50,6 +50,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "ssm.group_count": ("n_groups", "linear_num_key_heads"),
     "shortconv.l_cache": ("conv_L_cache",),
 }
+# Architectures whose tensors transformers does not map by name alone.
+_OWN_CONVERSIONS = ("qwen35", "qwen35moe", "lfm2")
 # Keys that say nothing about what the model computes.
 _NO_EFFECT = {"vocab_size", "tensor_data_layout", "nextn_predict_layers", "pooling_type"}
 _ONE_IS_NEUTRAL = {"expert_weights_scale", "logit_scale", "residual_scale", "embedding_scale"}
@@ -64,18 +66,20 @@ class GgufMetadata:
         architecture: prefix of the keys, such as `llama`.
         values: by key without the prefix.
         factors: values of the tensors that divide rotary frequencies, by name.
+        tensors: names of all tensors.
     """
 
     architecture: str
     values: Mapping[str, Any]
     factors: Mapping[str, list[float]] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()
 
 
 def read_gguf_metadata(path: Path) -> GgufMetadata:
     """Read the hyper-parameters of a GGUF file.
 
     Raises:
-        ConfigError: without the package gguf, or for a file that is damaged.
+        ConfigError: without the package gguf, or for a file that is damaged or one of several parts.
     """
     try:
         from gguf import GGUFReader
@@ -99,7 +103,12 @@ def read_gguf_metadata(path: Path) -> GgufMetadata:
         raise ConfigError(
             f"Model '{path}' is damaged or no GGUF file ({type(error).__name__}): fetch it again."
         ) from None
-    return GgufMetadata(architecture, values, factors)
+    parts = reader.fields.get("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise ConfigError(
+            f"Model '{path}' is one of {int(parts.contents())} parts: join them with `llama-gguf-split --merge`."
+        )
+    return GgufMetadata(architecture, values, factors, tuple(tensor.name for tensor in reader.tensors))
 
 
 def check_uniform(metadata: GgufMetadata, name: str) -> None:
@@ -134,6 +143,38 @@ def complete_config(config: Any, metadata: GgufMetadata, name: str) -> None:
     for key, value in metadata.values.items():
         if not key.startswith("rope.") and not _carry(text, key, value):
             raise _refusal(metadata, key, value, name)
+
+
+def check_tensors(model: Any, metadata: GgufMetadata, name: str) -> None:
+    """Refuse a file with biases or norms that the model of transformers does not have, and that its reader drops.
+
+    Args:
+        model: loaded from the file.
+        metadata: of the file.
+        name: of the model, for the message.
+
+    Raises:
+        UnsupportedModel: naming the first such tensor.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architectures = [key for key, word in MODEL_ARCH_NAMES.items() if word == metadata.architecture]
+    if not architectures or metadata.architecture in _OWN_CONVERSIONS:
+        return
+    names = get_tensor_name_map(architectures[0], model.config.get_text_config().num_hidden_layers)
+    places = set()
+    for parameter in model.state_dict():
+        base, _, ending = parameter.rpartition(".")
+        parts = base.split(".")
+        # Names in the file are those of the base model, or of the whole one.
+        candidates = (names.get_name(".".join(parts[i:])) for i in range(len(parts)))
+        places |= {f"{place}.{ending}" for place in candidates if place is not None}
+    for tensor in metadata.tensors:
+        if tensor.endswith((".bias", "_norm.weight")) and tensor not in places:
+            raise UnsupportedModel(
+                f"Model '{name}' has the tensor {tensor} in its GGUF file, for which {type(model).__name__} of "
+                "transformers has no place: use the original checkpoint in safetensors."
+            )
 
 
 def _refusal(metadata: GgufMetadata, key: str, value: Any, name: str) -> UnsupportedModel:

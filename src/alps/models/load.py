@@ -34,7 +34,7 @@ from alps.models.architecture_check import check_config
 from alps.models.auto_class import auto_class
 from alps.models.completeness import check_missing, check_unused
 from alps.models.configuration import load_config
-from alps.models.gguf_metadata import check_uniform, complete_config, read_gguf_metadata
+from alps.models.gguf_metadata import GgufMetadata, check_tensors, check_uniform, complete_config, read_gguf_metadata
 from alps.models.tied_head import is_other_head, untie_config
 from alps.models.tokenizer_check import check_own_class, compare_with_data
 
@@ -175,9 +175,11 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         extra["dtype"] = dtype or torch.bfloat16
     else:
         extra["dtype"] = dtype or "auto"
+    metadata = None
     with quiet(), readable(name):
         if "gguf_file" in extra:
-            extra["config"] = _gguf_config(name, source, extra["gguf_file"])
+            metadata = read_gguf_metadata(Path(source) / extra["gguf_file"])
+            extra["config"] = _gguf_config(name, source, extra["gguf_file"], metadata)
             model_class: Any = AutoModelForCausalLM
         else:
             extra["config"] = load_config(source, name)
@@ -191,6 +193,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> nn.Module:
             **extra,
         )
     _check_complete(name, model, info)
+    if metadata is not None:
+        check_tensors(model, metadata, name)
     if is_other_head(model):
         untie_config(model.config, name)
     check_finite(model.named_parameters(), name)
@@ -226,9 +230,8 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return (str(path) if looks_local(name) else name), {}
 
 
-def _gguf_config(name: str, directory: str, file: str) -> Any:
+def _gguf_config(name: str, directory: str, file: str, metadata: GgufMetadata) -> Any:
     """Return the configuration of a GGUF file with all that the file says."""
-    metadata = read_gguf_metadata(Path(directory) / file)
     check_uniform(metadata, name)
     config = AutoConfig.from_pretrained(directory, gguf_file=file, trust_remote_code=False)
     complete_config(config, metadata, name)
