@@ -41,7 +41,7 @@ def test_prune_inspect_eval(
     rows = json.loads(capsys.readouterr().out)
     assert [row["predicted_tokens"] for row in rows] == [5 * 63, 5 * 63]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] > 1
-    keys = "model text windows seqlen predicted_tokens loss perplexity sha256 format documents"
+    keys = "model text windows seqlen predicted_tokens loss perplexity sha256 format documents bos"
     assert list(rows[0]) == keys.split()
 
     options = ["--text", text, "--seqlen", 64, "--windows", 5]

@@ -36,6 +36,12 @@ class _Numbers:
         return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
 
 
+class _WithBos(_Numbers):
+    """The same tokenizer, with the start token as its BOS token."""
+
+    bos_token_id = _START
+
+
 def _numbers(first: int, count: int) -> str:
     return " ".join(str(number) for number in range(first, first + count))
 
@@ -161,3 +167,42 @@ def test_a_text_shorter_than_one_window_is_refused_with_the_counts() -> None:
     with pytest.raises(ConfigError, match=r"'short\.txt' has 10 tokens, too few for one window of 11"):
         cut_evaluation_windows(text, _Numbers(), 11)
     assert len(cut_evaluation_windows(text, _Numbers(), 10).ids) == 1
+
+
+@settings(max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    seqlen=st.integers(2, 30),
+    seed=st.integers(0, 2**40),
+)
+def test_bos_begins_every_window_and_windows_keep_their_length(lengths: list[int], seqlen: int, seed: int) -> None:
+    total, text = sum(lengths), Text("numbers", _rows(lengths))
+    available = total // (seqlen - 1)
+    if available == 0:
+        with pytest.raises(ConfigError, match="enough for 0 windows"):
+            draw_calibration_windows(text, _WithBos(), samples=1, seqlen=seqlen, seed=seed, bos=True)
+        with pytest.raises(ConfigError, match="too few for one window"):
+            cut_evaluation_windows(text, _WithBos(), seqlen, bos=True)
+        return
+    drawn = draw_calibration_windows(text, _WithBos(), samples=available, seqlen=seqlen, seed=seed, bos=True)
+    cut = cut_evaluation_windows(Text("numbers", [" ".join(_rows(lengths))]), _WithBos(), seqlen, bos=True)
+    for windows in (drawn, cut):
+        assert windows.bos and windows.ids.shape == (available, seqlen) and windows.available == available
+        assert (windows.ids[:, 0] == _START).all()
+    # Without the first column there is nothing but consecutive text.
+    assert cut.ids[:, 1:].flatten().tolist() == list(range(available * (seqlen - 1)))
+    rows = drawn.ids[:, 1:]
+    assert (rows.diff(dim=1) == 1).all() and len(set(rows.flatten().tolist())) == rows.numel()
+
+
+def test_bos_is_off_unless_it_is_asked_for_and_needs_a_tokenizer_that_has_it() -> None:
+    text = Text("numbers", _rows([40]))
+    drawn = draw_calibration_windows(text, _WithBos(), samples=4, seqlen=8, seed=0)
+    assert not drawn.bos and _START not in drawn.ids
+    cut = cut_evaluation_windows(text, _WithBos(), 8)
+    assert not cut.bos and (cut.ids == _START).sum() == 1, "the tokenizer's own start token begins the text"
+    for tokenizer in (_Numbers(), SimpleNamespace(bos_token_id=None)):
+        with pytest.raises(ConfigError, match="has no BOS token to begin windows with: leave --bos out"):
+            cut_evaluation_windows(text, tokenizer, 8, bos=True)
+        with pytest.raises(ConfigError, match="has no BOS token to begin windows with: leave --bos out"):
+            draw_calibration_windows(text, tokenizer, samples=4, seqlen=8, seed=0, bos=True)

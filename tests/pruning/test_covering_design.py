@@ -43,7 +43,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.6, "method": "magnitude", "measure_error": False, "overrides": {"*.0.*": 0.5}},
 }
 # Not a matter of the architecture.
-_ELSEWHERE = {"model", "calibration", "samples", "seqlen", "seed", "device", "dtype"}
+_ELSEWHERE = {"model", "calibration", "samples", "seqlen", "seed", "bos", "device", "dtype"}
 
 
 def _choices(field: FieldInfo) -> list[Any]:

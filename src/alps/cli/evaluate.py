@@ -49,6 +49,7 @@ def evaluate_command(
                     reference=reference,
                     seqlen=config.seqlen,
                     windows=config.windows,
+                    bos=config.bos,
                     device=config.device,
                     progress=progress,
                     group=group,

@@ -23,6 +23,8 @@ WHAT, HOW, CALIBRATION, MEASUREMENTS, RESOURCES, OUTPUT = (
     "Resources",
     "Output",
 )
+# Description of a setting that several commands have.
+BOS = "Begin every window with the tokenizer's BOS token, for models that need it, such as Gemma."
 COMMAND_LINE = "the command line"
 ARGUMENTS = "the arguments"
 _Config = TypeVar("_Config", bound=BaseModel)

@@ -93,6 +93,8 @@ class LoadedModel:
         seed: int,
         device: torch.device | None = None,
         progress: Progress | None = None,
+        *,
+        bos: bool = False,
     ) -> Windows:
         """Draw calibration windows from a text, from the model itself, or from a mix of such sources.
 
@@ -103,10 +105,11 @@ class LoadedModel:
             seed: seed of the draw.
             device: device on which the model samples; None for its own.
             progress: receives the steps of the sampling.
+            bos: begin every window with the BOS token, see `alps.data.windows`.
 
         Raises:
             ConfigError: for text without a tokenizer, a text that is too short, windows longer than the model takes,
-                or a model that cannot be sampled.
+                a model that cannot be sampled, or a tokenizer without the BOS token that `bos` needs.
             UnsupportedModel: for sampling from a model without a key-value cache.
         """
         mix = source if isinstance(source, CalibrationMix) else CalibrationMix((CalibrationSource(source),))
@@ -123,7 +126,7 @@ class LoadedModel:
         for i in sorted(range(len(counts)), key=lambda i: mix.sources[i].text is None):
             if (text := mix.sources[i].text) is not None:
                 drawn[i] = draw_calibration_windows(
-                    text, self.tokenizer, samples=counts[i], seqlen=seqlen, seed=seeds[i]
+                    text, self.tokenizer, samples=counts[i], seqlen=seqlen, seed=seeds[i], bos=bos
                 )
             else:
                 drawn[i] = generate_windows(
@@ -132,13 +135,14 @@ class LoadedModel:
                     samples=counts[i],
                     seqlen=seqlen,
                     seed=seeds[i],
+                    bos=bos,
                     device=device,
                     progress=progress,
                 )
         return combine(mix, [drawn[i] for i in range(len(counts))], seed)
 
-    def evaluation(self, text: str, seqlen: int, limit: int | None) -> Windows:
-        """Cut a text, given by path or name, into consecutive windows.
+    def evaluation(self, text: str, seqlen: int, limit: int | None, *, bos: bool = False) -> Windows:
+        """Cut a text, given by path or name, into consecutive windows; see `cut_evaluation_windows`.
 
         Raises:
             ConfigError: for a text that is missing or too short, windows longer than the model takes, or a missing
@@ -147,7 +151,7 @@ class LoadedModel:
         if self.tokenizer is None:
             raise ConfigError(f"Evaluation on a text needs a tokenizer, and '{self.name}' has none.")
         self.check_length(seqlen)
-        windows = cut_evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit)
+        windows = cut_evaluation_windows(load_text(text, "evaluation"), self.tokenizer, seqlen, limit, bos=bos)
         self.check_ids(windows)
         return windows
 
@@ -160,7 +164,7 @@ class LoadedModel:
         if self.tokenizer is None:
             self.check_length(windows.ids.shape[1])
             self.check_ids(windows)
-        elif not torch.equal(self.evaluation(text, windows.ids.shape[1], limit).ids, windows.ids):
+        elif not torch.equal(self.evaluation(text, windows.ids.shape[1], limit, bos=windows.bos).ids, windows.ids):
             raise ConfigError(
                 f"The tokenizer of '{self.name}' cuts '{windows.source}' into other tokens than the model's: "
                 "give the dense model that this one was pruned from."

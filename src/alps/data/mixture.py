@@ -116,7 +116,7 @@ def combine(mix: CalibrationMix, drawn: Sequence[Windows], seed: int) -> Windows
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(derive_seed(seed, "order")))
     parts = tuple((windows.source, len(windows.ids)) for windows in drawn)
     origins = tuple(windows.origin for windows in drawn)
-    return Windows(ids[order], mix.name, sum(windows.available for windows in drawn), parts, origins)
+    return Windows(ids[order], mix.name, sum(windows.available for windows in drawn), parts, origins, drawn[0].bos)
 
 
 def _load_source(spec: str, weight: Fraction) -> CalibrationSource:

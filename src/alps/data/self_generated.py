@@ -22,7 +22,7 @@ from alps.core.json_text import to_json
 from alps.core.progress import Progress
 from alps.data.sampling import TemperatureSchedule, sample_windows
 from alps.data.text_sources import SELF
-from alps.data.windows import Windows, document_separator
+from alps.data.windows import Windows, bos_token, document_separator
 from alps.models.auto_class import text_config
 from alps.models.fingerprint import model_sha256
 
@@ -39,6 +39,7 @@ def generate_windows(
     samples: int,
     seqlen: int,
     seed: int,
+    bos: bool = False,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Windows:
@@ -51,6 +52,7 @@ def generate_windows(
         samples: number of windows.
         seqlen: tokens in a window.
         seed: of the random streams.
+        bos: begin every window with the tokenizer's BOS token, and not with the token that `first_token` finds.
         device: to sample on; None for the model's.
         progress: advanced after every token of a batch.
 
@@ -59,7 +61,7 @@ def generate_windows(
         UnsupportedModel: for a model without a key-value cache.
     """
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    first = first_token(model, tokenizer)
+    first = bos_token(tokenizer) if bos else first_token(model, tokenizer)
     if not 0 <= first < size:
         raise ConfigError(
             f"Token {first}, which begins a text, is outside the model's vocabulary of {size}: "
@@ -98,7 +100,7 @@ def generate_windows(
             _write_cached(path, Windows(ids, SELF, samples))
         except OSError as error:
             _LOG.warning(f"The sampled windows cannot be kept in '{path.parent}': {error.strerror or error}.")
-    return Windows(ids, SELF, samples)
+    return Windows(ids, SELF, samples, bos=bos)
 
 
 def first_token(model: nn.Module, tokenizer: Any) -> int:

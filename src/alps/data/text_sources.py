@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from alps.checkpoints.layout import check_no_pointer
 from alps.core.errors import ConfigError, did_you_mean
 from alps.data.arrow_texts import iterate_records, looks_like_arrow
 from alps.data.byte_streams import inspect_bytes
@@ -87,7 +86,6 @@ def _existing_file(name: str, spec: str, split: Split) -> Path:
     if not exists:
         names = [*_CORPORA, *([SELF] if split == "calibration" else [])]
         raise ConfigError(f"Text '{spec}' is neither a file nor one of {', '.join(names)}.{did_you_mean(spec, names)}")
-    check_no_pointer(path)
     return path
 
 
@@ -97,7 +95,6 @@ def read_records(path: Path) -> list[tuple[int, Any]]:
     Raises:
         ConfigError: for a file that cannot be read, or is not JSON.
     """
-    check_no_pointer(path)
     file = inspect_bytes(path)
     if looks_like_arrow(file.head):
         return list(iterate_records(path))

@@ -27,6 +27,7 @@ class Windows:
         available: number of whole windows in the text.
         parts: name and number of windows of every source of a mix; empty for a single source.
         origins: format and number of documents of every source, None for one that is no text; empty if not known.
+        bos: whether every window was begun with the tokenizer's BOS token.
     """
 
     ids: Tensor
@@ -34,6 +35,7 @@ class Windows:
     available: int
     parts: tuple[tuple[str, int], ...] = ()
     origins: tuple[Origin | None, ...] = ()
+    bos: bool = False
 
     @property
     def origin(self) -> Origin | None:
@@ -51,7 +53,9 @@ class Windows:
         return self.ids.numel()
 
 
-def draw_calibration_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
+def draw_calibration_windows(
+    text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: bool = False
+) -> Windows:
     """Draw random windows without overlap from a text.
 
     Rows are joined by the tokenizer's document separator and cut into consecutive windows from a random offset on. Some
@@ -63,27 +67,32 @@ def draw_calibration_windows(text: Text, tokenizer: Any, *, samples: int, seqlen
         samples: number of windows.
         seqlen: tokens in a window.
         seed: of offset and permutation.
+        bos: begin every window with the BOS token, in place of one token of the text.
 
     Raises:
-        ConfigError: when the text is too short for that many windows, or a number is not positive.
+        ConfigError: when the text is too short for that many windows, a number is not positive, or there is no BOS
+            token.
     """
     if samples < 1 or seqlen < 1:
         raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
-    ids = _tokenize(text.rows, tokenizer)
-    available = len(ids) // seqlen
+    begin = [bos_token(tokenizer)] if bos else []
+    ids, width = _tokenize(text.rows, tokenizer), seqlen - len(begin)
+    available = len(ids) // width if width else 0
     if available < samples:
         raise ConfigError(
             f"Calibration text '{text.name}' has {len(ids)} tokens, enough for {available} windows of {seqlen}; "
             f"{samples} are needed: give more text, or lower --samples or --seqlen."
         )
     generator = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
-    grid = ids[offset : offset + available * seqlen].view(available, seqlen)
+    offset = int(torch.randint(len(ids) - available * width + 1, (1,), generator=generator))
+    grid = ids[offset : offset + available * width].view(available, width)
     chosen = torch.randperm(available, generator=generator)[:samples]
-    return Windows(grid[chosen].clone(), text.name, available, origins=(text.origin,))
+    return Windows(_begin(grid[chosen], begin), text.name, available, origins=(text.origin,), bos=bos)
 
 
-def cut_evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Windows:
+def cut_evaluation_windows(
+    text: Text, tokenizer: Any, seqlen: int, limit: int | None = None, *, bos: bool = False
+) -> Windows:
     """Cut a text into consecutive windows; its rows are joined by a blank line.
 
     Args:
@@ -91,22 +100,43 @@ def cut_evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int |
         tokenizer: of the model.
         seqlen: tokens in a window.
         limit: number of windows from the beginning; None for all.
+        bos: begin every window with the BOS token, in place of one token of the text. The tokenizer's own special
+            tokens are then left out.
 
     Raises:
-        ConfigError: when the text is shorter than one window, or nothing would be predicted.
+        ConfigError: when the text is shorter than one window, nothing would be predicted, or there is no BOS token.
     """
     if seqlen < 2 or (limit is not None and limit < 1):
         raise ConfigError(
             f"{limit or 'No'} windows of seqlen {seqlen} predict nothing: give at least 1 window of 2 tokens."
         )
-    ids = torch.tensor(tokenizer(text.joined, verbose=False).input_ids, dtype=torch.int64)
-    available = len(ids) // seqlen
+    begin = [bos_token(tokenizer)] if bos else []
+    pieces = tokenizer(text.joined, add_special_tokens=not bos, verbose=False).input_ids
+    ids, width = torch.tensor(pieces, dtype=torch.int64), seqlen - len(begin)
+    available = len(ids) // width
     if available < 1:
         raise ConfigError(
             f"Text '{text.name}' has {len(ids)} tokens, too few for one window of {seqlen}: lower --seqlen."
         )
-    windows = ids[: available * seqlen].view(available, seqlen)
-    return Windows(windows[:limit].clone(), text.name, available, origins=(text.origin,))
+    windows = ids[: available * width].view(available, width)
+    return Windows(_begin(windows[:limit], begin), text.name, available, origins=(text.origin,), bos=bos)
+
+
+def bos_token(tokenizer: Any) -> int:
+    """Return the token that begins a text.
+
+    Raises:
+        ConfigError: for a tokenizer without one.
+    """
+    token = getattr(tokenizer, "bos_token_id", None)
+    if token is None:
+        raise ConfigError("The model's tokenizer has no BOS token to begin windows with: leave --bos out.")
+    return int(token)
+
+
+def _begin(grid: Tensor, tokens: list[int]) -> Tensor:
+    """Return a copy of token ids (windows, width) with the same tokens in front of every window."""
+    return torch.cat([torch.tensor(tokens, dtype=torch.int64).expand(len(grid), -1), grid], dim=1)
 
 
 def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:

@@ -39,6 +39,7 @@ def evaluate(
     reference: LoadedModel | str | Path | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
+    bos: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -54,6 +55,7 @@ def evaluate(
             divergence from it; see `alps.evaluation.kl_divergence`.
         seqlen: tokens per window.
         windows: use only the first windows of each text; None for all.
+        bos: begin every window with the tokenizer's BOS token, for models that need it.
         device: device to compute on; `auto` is the first GPU if any.
         dtype: data type of the weights of models given by name.
         progress: receives every batch.
@@ -68,7 +70,7 @@ def evaluate(
             check_architecture(source)
     loaded, torch_device = _load(model, dtype), group.device(device, pick_device(device))
     names = [texts] if isinstance(texts, str | Path) else texts
-    cut = [loaded.evaluation(str(text), seqlen, windows) for text in names]
+    cut = [loaded.evaluation(str(text), seqlen, windows, bos=bos) for text in names]
     settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
     if reference is None:
         return [measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut]
@@ -123,6 +125,7 @@ def compare(
     calibration: str | Path = "c4",
     samples: int = 128,
     seqlen: int = 2048,
+    bos: bool = False,
     texts: Sequence[str | Path] = ("wikitext2", "c4"),
     eval_seqlen: int = 2048,
     windows: int | None = None,
@@ -146,6 +149,7 @@ def compare(
         sparsity, pattern: shares of the weights to remove, and N:M patterns; together at least one.
         seeds: number of calibration draws.
         calibration, samples, seqlen: calibration windows, as in `alps.prune`.
+        bos: begin every window with the tokenizer's BOS token, those of the texts as well.
         texts, eval_seqlen, windows: texts for perplexity and divergence, and their windows, as in `alps.evaluate`.
         tasks, task_data, limit: zero-shot tasks, as in `alps.evaluate_tasks`.
         prompts, prompt_tokens: prompts that every model continues, and the length of the continuations.
@@ -168,6 +172,7 @@ def compare(
         "calibration": str(calibration),
         "samples": samples,
         "seqlen": seqlen,
+        "bos": bos,
         "texts": [str(text) for text in texts],
         "eval_seqlen": eval_seqlen,
         "windows": windows,

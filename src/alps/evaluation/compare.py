@@ -129,13 +129,15 @@ class _Bench:
     tasks: TaskSet | None
     sources: dict[tuple[str, int], CalibrationMix]
     progress: Progress
-    _windows: dict[tuple[str, int, int, int], Windows] = field(default_factory=dict)
+    _windows: dict[tuple[str, int, int, int, bool], Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.config
         self.device = pick_device(config.device)
         self.sha256 = model_sha256(self.dense.model)
-        self.texts = [self.dense.evaluation(text, config.eval_seqlen, config.windows) for text in config.texts]
+        self.texts = [
+            self.dense.evaluation(text, config.eval_seqlen, config.windows, bos=config.bos) for text in config.texts
+        ]
         prompt_ids(self.dense, config.prompts, config.prompt_tokens)
         self.copy = LoadedModel(self.dense.name, copy.deepcopy(self.dense.model), self.dense.tokenizer)
         # Every run is compared with the dense model on the same windows.
@@ -144,10 +146,10 @@ class _Bench:
     def windows(self, config: PruneConfig) -> Windows:
         """Return the calibration windows of a run, drawn once; `self` is sampled from the dense model."""
         sizes = (config.samples, config.seqlen, config.seed)
-        key = (config.calibration, *sizes)
+        key = (config.calibration, *sizes, config.bos)
         if key not in self._windows:
             source = self.sources[config.calibration, config.samples]
-            self._windows[key] = self.dense.calibration(source, *sizes, self.device, self.progress)
+            self._windows[key] = self.dense.calibration(source, *sizes, self.device, self.progress, bos=config.bos)
         return self._windows[key]
 
     def check_calibrations(self, configs: list[PruneConfig]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alps.core.errors import CheckpointError, ConfigError
-from alps.core.settings import CALIBRATION, MEASUREMENTS, RESOURCES, WHAT, Setting, load_config
+from alps.core.settings import BOS, CALIBRATION, MEASUREMENTS, RESOURCES, WHAT, Setting, load_config
 from alps.core.yaml_io import read_value
 from alps.pruning.config import PruneConfig, load_prune_config, split_names
 from alps.pruning.presets import PRESETS
@@ -91,6 +91,7 @@ class CompareConfig(BaseModel):
     seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
         default=2048, ge=2, description="Tokens per calibration window."
     )
+    bos: Annotated[bool, Setting(CALIBRATION)] = Field(default=False, description=BOS)
     texts: Annotated[list[str], Setting(MEASUREMENTS, "TEXT", flag="text", repeated=True)] = Field(
         default=["wikitext2", "c4"], description="Text for perplexity and divergence, as in `alps eval`; repeatable."
     )
@@ -152,7 +153,9 @@ class CompareConfig(BaseModel):
                     yield ComparisonRun(method=method, pattern=pattern, seed=seed, config=config)
 
     def _prune_config(self, method: str, pattern: dict[str, Any], seed: int) -> PruneConfig:
-        shared = {key: getattr(self, key) for key in ("model", "calibration", "samples", "seqlen", "device", "dtype")}
+        shared = {
+            key: getattr(self, key) for key in ("model", "calibration", "samples", "seqlen", "bos", "device", "dtype")
+        }
         return load_prune_config(None, {**shared, "seed": seed, **pattern, **method_settings(method)})
 
     def check_continues(self, folder: Path) -> None:

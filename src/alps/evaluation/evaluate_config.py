@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alps.core.errors import ConfigError
-from alps.core.settings import MEASUREMENTS, RESOURCES, Setting
+from alps.core.settings import BOS, MEASUREMENTS, RESOURCES, Setting
 from alps.pruning.config import split_names
 
 _TASKS = "Zero-shot tasks"
@@ -36,6 +36,7 @@ class EvaluateConfig(BaseModel):
     windows: Annotated[int | None, Setting(MEASUREMENTS, "N", default="all")] = Field(
         default=None, ge=1, description="Use only the first N windows of each text."
     )
+    bos: Annotated[bool, Setting(MEASUREMENTS)] = Field(default=False, description=BOS)
     tasks: Annotated[list[str], BeforeValidator(split_names), Setting(_TASKS, "NAME,...")] = Field(
         default=[], description="Zero-shot tasks, such as piqa,arc_easy; they need the package lm-eval."
     )
@@ -65,7 +66,10 @@ class EvaluateConfig(BaseModel):
             ConfigError: naming the option that is missing.
         """
         settings = self.model_fields_set
-        for option, names in (("texts", ("reference", "windows")), ("tasks", ("task_data", "limit", "batch_size"))):
+        for option, names in (
+            ("texts", ("reference", "windows", "bos")),
+            ("tasks", ("task_data", "limit", "batch_size")),
+        ):
             for name in names:
                 if option not in settings and name in settings:
                     raise _no_effect(name, option.removesuffix("s") if option == "texts" else option)

@@ -139,6 +139,7 @@ def _record(sums: _Sums, windows: Windows, names: tuple[str, str]) -> Comparison
         perplexity=perplexity(loss),
         sha256=windows.sha256,
         **describe_origin(windows.origin),
+        bos=windows.bos,
         reference=names[1],
         reference_perplexity=perplexity(reference_loss),
         ratio=perplexity(loss - reference_loss),

@@ -81,6 +81,7 @@ def measure_perplexity(
         perplexity=perplexity(loss),
         sha256=windows.sha256,
         **describe_origin(windows.origin),
+        bos=windows.bos,
     )
 
 

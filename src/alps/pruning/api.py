@@ -55,6 +55,7 @@ def prune(
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
+    bos: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
@@ -89,6 +90,7 @@ def prune(
         calibration: text as in `alps prune`, or token ids of shape (windows, tokens). A model in memory needs its
             `tokenizer` for a text.
         samples, seqlen, seed: calibration windows to choose, unless `calibration` is token ids.
+        bos: begin every such window with the tokenizer's BOS token, for models that need it.
         device: device to compute on; `auto` is the first GPU, or the device of a model in memory.
         dtype: data type of the weights of a model given by name.
         offload, activation_memory: keep activations in CPU memory, and at most this many GiB of them.
@@ -131,6 +133,7 @@ def prune(
         "samples": samples,
         "seqlen": seqlen,
         "seed": seed,
+        "bos": bos,
         "device": device,
         "dtype": dtype,
         "offload": offload,
@@ -191,7 +194,7 @@ def _prune_in_memory(
     elif recipe.reads_inputs:
         source = load_calibration(config.calibration, config.samples)
     windows = make_calibration_windows(
-        loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed
+        loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed, bos=config.bos
     )
     seed = None if isinstance(calibration, Tensor) else config.seed
     if out is None:

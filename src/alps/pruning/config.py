@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from alps.core.device import pick_device
 from alps.core.errors import ConfigError, did_you_mean, truncate
 from alps.core.json_text import to_json
-from alps.core.settings import CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
+from alps.core.settings import BOS, CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
 from alps.core.yaml_io import read_mapping
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
 from alps.pruning.layer_rules import Rules, parse_overrides
@@ -155,6 +155,7 @@ class PruneConfig(BaseModel):
     seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
         default=0, ge=0, lt=2**63, description="Seed of the choice of calibration windows."
     )
+    bos: Annotated[bool, Setting(CALIBRATION)] = Field(default=False, description=BOS)
     device: Annotated[str, Setting(RESOURCES, "NAME", affects_weights=False)] = Field(
         default="auto", description="Device to compute on: auto, cpu or cuda:N."
     )

@@ -128,7 +128,7 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     fingerprint["model_sha256"] = loaded.identity()
     windows: Windows | None = group.broadcast_from_main(
         lambda: make_calibration_windows(
-            loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed
+            loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed, bos=config.bos
         )
     )
     if windows is not None:

@@ -48,6 +48,7 @@ def make_calibration_windows(
     samples: int,
     seqlen: int,
     seed: int,
+    bos: bool = False,
 ) -> Windows | None:
     """Return the calibration windows of a run, drawn from texts unless they are token ids already.
 
@@ -58,6 +59,7 @@ def make_calibration_windows(
         samples: windows to draw.
         seqlen: tokens in each window.
         seed: of the draws.
+        bos: begin every window with the BOS token.
 
     Raises:
         ConfigError, UnsupportedModel: see `LoadedModel.token_ids` and `LoadedModel.calibration`.
@@ -65,8 +67,10 @@ def make_calibration_windows(
     if source is None:
         return None
     if isinstance(source, Tensor):
+        if bos:
+            raise ConfigError("`bos` is for windows of a text: put the BOS token into the token ids.")
         return loaded.token_ids(source)
-    return loaded.calibration(source, samples, seqlen, seed, context.device, context.progress)
+    return loaded.calibration(source, samples, seqlen, seed, context.device, context.progress, bos=bos)
 
 
 def prune_model(

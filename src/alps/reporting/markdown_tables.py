@@ -80,7 +80,8 @@ def _conditions(results: Sequence[Result]) -> str:
     used = next((r.calibration for r in results if r.calibration), None)
     texts = "; ".join(f"{e.text}: {e.windows} windows of {e.seqlen} tokens" for e in first.evaluations)
     seeds = sorted({r.seed for r in results if r.seed is not None})
-    drawn = f"; seeds {', '.join(map(str, seeds))}" if seeds else ""
+    begun = ", each begun with BOS" if used and used.bos else ""
+    drawn = begun + f"; seeds {', '.join(map(str, seeds))}" if seeds else begun
     lines = [
         f"# {first.model}",
         f"{first.architecture}, {first.dtype}, weights sha256 {(first.model_sha256 or 'unknown')[:12]}.",

@@ -81,7 +81,8 @@ def _table_rows(report: RunReport) -> list[str]:
         rows.append(f"| zeros before pruning, all kept | {zeros_before:,} |")
     if used := report.calibration:
         rows.append(
-            f"| calibration | {used.source}: {used.windows} windows of {used.seqlen} tokens, seed {used.seed}, "
+            f"| calibration | {used.source}: {used.windows} windows of {used.seqlen} tokens"
+            f"{', each begun with BOS' if used.bos else ''}, seed {used.seed}, "
             f"sha256 {used.sha256[:12]} |"
         )
     return rows + [f"| {name} | {value} |" for name, value in report.versions.items()]

@@ -49,6 +49,7 @@ class CalibrationRecord(Record):
         seed: of the draw; None for windows that the caller made.
         sha256: hash of the token ids.
         parts: sources of the windows; a single text is listed as well.
+        bos: whether every window was begun with the BOS token.
     """
 
     source: str
@@ -58,6 +59,7 @@ class CalibrationRecord(Record):
     seed: int | None
     sha256: str
     parts: list[CalibrationPart] = []
+    bos: bool = False
 
 
 class ReconstructionRecord(Record):
@@ -183,6 +185,7 @@ class EvaluationRecord(Record):
         perplexity: exponential of the loss; infinite if no float64 holds it, above 709 nats, and null in JSON.
         sha256: hash of the windows' token ids; None in records of versions that did not take it.
         format, documents: of the text, as it was read, and the number of its documents; None if it is not known.
+        bos: whether every window was begun with the BOS token.
     """
 
     model: str
@@ -195,6 +198,7 @@ class EvaluationRecord(Record):
     sha256: str | None = None
     format: str | None = None
     documents: int | None = None
+    bos: bool = False
 
     def perplexity_text(self, form: str) -> str:
         """Format the perplexity; in place of one that is too large, the loss."""
@@ -261,6 +265,7 @@ def calibration_record(windows: Windows, seed: int | None) -> CalibrationRecord:
                 windows.parts or [(windows.source, count)], windows.origins
             )
         ],
+        bos=windows.bos,
     )
 
 
