@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from alps.core.errors import ConfigError
+from alps.core.errors import AlpsError, ConfigError
 from alps.data.text_sources import load_text
 
 ROWS = ['He said "yes",\nand went.', "Zwölf ☂ [1]; {x}\tand\u2028more", "", "third, with, commas"]
@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
 def test_what_is_refused_is_told_in_one_sentence(name: str, content: bytes | str, words: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AlpsError) as caught:
         load_text(str(path), "calibration")
     assert words.format(path) in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")

@@ -8,6 +8,7 @@ minute. A test runs them, too, and compares the page with the table.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -136,6 +137,11 @@ def _pickles_elsewhere(scene: Scene) -> None:
     (scene.model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+def _own_tokenizer(scene: Scene) -> None:
+    (scene.model / "own.py").write_text(f"open({str(scene.folder / 'run')!r}, 'w')\nclass Own: pass\n")
+    scene.settings("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+
+
 def _no_weights(scene: Scene) -> None:
     scene.weights.unlink()
 
@@ -182,6 +188,7 @@ def _float16(scene: Scene) -> list[object]:
 
 
 _CALIBRATION = "--calibration"
+_TWO_COLUMNS = '{"id": "a", "body": "Once upon"}\n{"id": "b", "body": "a time"}\n{"id": "c", "body": "there"}'
 _LONG = (2**60).to_bytes(8, "little")
 _BROKEN = "cannot be read"
 _NAN = f"{_UP} of "
@@ -272,6 +279,13 @@ FAULTS = [
     Fault("a folder for a calibration file", "is a folder", lambda s: [_CALIBRATION, s.model]),
     Fault("JSON lines with a bad line", "Line 2 of ", _file("b.jsonl", '{"text": "a"}\n{"text": \n', _CALIBRATION)),
     Fault("JSON lines without a text", "Line 3 of ", _file("n.jsonl", '{"text": "a"}\n\n{"body": 1}', _CALIBRATION)),
+    Fault("a column of text that is not clear", "among id, body", _file("a.json", _TWO_COLUMNS, _CALIBRATION)),
+    Fault("JSON lines without a first bracket", "Line 1 of ", _file("a.txt", _TWO_COLUMNS[1:], _CALIBRATION)),
+    Fault("an address for every text", "single words", _file("a.csv", "n,url\n1,http://a\n", _CALIBRATION)),
+    Fault("a gzip file that is cut short", "cut short", _file("a.gz", gzip.compress(b"Once" * 99)[:-9], _CALIBRATION)),
+    Fault("UTF-16 without a mark", "-f UTF-16LE", _file("a.txt", "Once".encode("utf-16-le"), _CALIBRATION)),
+    Fault("a zip archive for a text; `alps eval`", "is a zip archive", _file("a.txt", b"PK\3\4a", "--text"), "eval"),
+    Fault("a tokenizer of own code alone", "never run: if its tokenizer.json", _own_tokenizer),
     Fault("too few tokens", "are needed: give more text", _flags("--samples", 5000)),
     Fault("a text shorter than a window", "enough for 0 windows of 64", _file("s.txt", "Once.", _CALIBRATION)),
     Fault("windows longer than the model takes", "longer than the 512", _flags("--seqlen", 1024)),

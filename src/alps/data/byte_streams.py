@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from alps.checkpoints.layout import check_no_pointer
 from alps.core.errors import ConfigError
 
 # Bytes from the beginning that decide what a file is.
@@ -30,7 +31,6 @@ _NO_TEXT = [
     (b"PK\x03\x04", "is a zip archive: unpack it, and give a file of it"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive: unpack it, and give a file of it"),
     (b"%PDF-", "is a PDF document: give its text as a plain file"),
-    (b"version https://git-lfs.github.com/spec", "is a pointer of Git LFS, not the file itself: run 'git lfs pull'"),
     (b"{\\rtf", "is an RTF document: save it as plain text"),
     (b"%!PS", "is a PostScript document: give its text as a plain file"),
     (b"\x04\x22\x4d\x18", "is compressed by lz4: decompress it"),
@@ -108,7 +108,9 @@ def inspect_bytes(path: Path) -> TextBytes:
 
     Raises:
         ConfigError: for a file that cannot be read, or is no text.
+        CheckpointError: for a pointer of Git LFS.
     """
+    check_no_pointer(path)
     with readable_file(path):
         with path.open("rb") as raw:
             compression = _compression(raw.read(HEAD_BYTES))

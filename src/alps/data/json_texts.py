@@ -33,8 +33,8 @@ def looks_like_json(head: str) -> bool:
     values = [_try_parse(line) for line in lines]
     if isinstance(values[0], list) and len(values[0]) > 1:
         return True
-    if lines[0].lstrip().startswith('"') and len(values) > 1:
-        return all(isinstance(value, str) for value in values[:-1])
+    if len(values) > 1 and all(isinstance(value, str) for value in values[:-1]):
+        return True
     return 2 * sum(isinstance(value, dict) for value in values) > len(values)
 
 
