@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 TEXT = "Hello <pad> World, 12 words.\n  It's </s>"
@@ -72,6 +73,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
     "mixtral": lambda: MixtralConfig(**_SHAPE, rope_theta=5e5, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, rope_theta=5e5, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
 }
 
 

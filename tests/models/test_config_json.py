@@ -17,6 +17,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from alps.core.errors import CheckpointError
@@ -93,7 +94,16 @@ _ROPES: list[tuple[PretrainedConfig, dict[str, Any]]] = [
             "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
         },
     ),
-    (GPTNeoXConfig(**_SMALL, rotary_emb_base=2e4, rotary_pct=0.5), {"rotary_emb_base": 2e4, "rotary_pct": 0.5}),
+    (
+        GPTNeoXConfig(
+            **_SMALL, rotary_emb_base=2e4, rotary_pct=0.5, rope_scaling={"rope_type": "linear", "factor": 2.0}
+        ),
+        {"rotary_emb_base": 2e4, "rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    (
+        Qwen3MoeConfig(**_SMALL, num_key_value_heads=2, num_experts=6, rope_theta=1e6),
+        {"rope_theta": 1e6, "num_experts": 6, "num_local_experts": 6},
+    ),
     (
         Gemma3TextConfig(**_SMALL, rope_theta=1e6, rope_local_base_freq=5e3),
         {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": None},

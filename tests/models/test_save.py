@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from alps.checkpoints.journal import open_journal
 from alps.models.blocks import find_blocks
@@ -16,6 +17,7 @@ from alps.models.lazy_weights import LazyWeights
 from alps.models.load import load_model, load_tokenizer
 from alps.models.meta_model import open_lazy_model
 from alps.models.save import CheckpointWriter
+from helpers.log_messages import log_messages
 from helpers.vision import vision_model
 
 
@@ -69,3 +71,16 @@ def test_ranks_write_every_file_once_with_the_blocks_of_the_journal(
         assert torch.equal(written[name][1], expected), name
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert load_tokenizer(str(out))("abc").input_ids == word_tokenizer("abc").input_ids
+
+
+def test_a_tokenizer_that_its_class_rebuilds_is_told(
+    tiny_model: Callable[..., Any], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Qwen 2's class ignores how the characters of this tokenizer are split."""
+    config = Qwen2Config(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    for model, count in ((tiny_model("llama"), 0), (Qwen2ForCausalLM(config), 1)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with log_messages() as messages:
+            CheckpointWriter(model, word_tokenizer).write_side_files(folder)
+        assert len(messages) == count and all("other token ids" in message for message in messages)

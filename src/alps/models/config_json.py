@@ -93,9 +93,9 @@ def declare_size(text: str, nbytes: int) -> str:
 def add_older_fields(folder: Path, config: Any) -> None:
     """Add the names that releases of transformers before 5, and other readers, know to the files that 5 has written.
 
-    config.json gets `rope_theta`, `rope_scaling` and their kin in addition to `rope_parameters`, and `torch_dtype` in
-    addition to `dtype`, if the configuration read from it stays the same. tokenizer_config.json gets a class that both
-    know.
+    config.json gets `rope_theta`, `rope_scaling` and their kin in addition to `rope_parameters`, `torch_dtype` in
+    addition to `dtype`, and other names of renamed fields, if the configuration read from it stays the same.
+    tokenizer_config.json gets a class that both know.
 
     Args:
         folder: holds the files.
@@ -105,7 +105,7 @@ def add_older_fields(folder: Path, config: Any) -> None:
     fields = json.loads(path.read_text())
     longer = _with_older_fields(fields, config)
     first, second = (_read(config, part) for part in (fields, longer))
-    if _rope_and_dtype(first) == _rope_and_dtype(second):
+    if _select(first.to_dict(), fields) == _select(second.to_dict(), fields):
         path.write_text(to_json(longer, indent=2, sort_keys=True) + "\n")
     path = folder / "tokenizer_config.json"
     if path.is_file():
@@ -128,13 +128,16 @@ def _with_older_fields(fields: dict[str, Any], config: Any) -> dict[str, Any]:
     }
     if "dtype" in longer:
         longer.setdefault("torch_dtype", longer["dtype"])
+    for name, renamed in getattr(type(config), "attribute_map", {}).items():
+        if renamed in longer:
+            longer.setdefault(name, longer[renamed])
     if not isinstance(rope := longer.get("rope_parameters"), dict):
         return longer
     values = _rope_values(rope)
     for name, key, probe in _ROPE_FIELDS:
         if key in values and _reads(config, fields, name, probe):
             longer.setdefault(name, values[key])
-    if "rope_theta" in longer:
+    if "rope_theta" in values:
         longer["rope_scaling"] = _rope_scaling(rope.get("full_attention", rope))
     return longer
 
@@ -170,12 +173,13 @@ def _reads(config: Any, fields: dict[str, Any], name: str, probe: float) -> bool
     return any(probe in [value for value in part.values() if isinstance(value, float)] for part in parts)
 
 
-def _rope_and_dtype(config: Any) -> Any:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None)
-    if isinstance(rope, dict):  # `type` is an older name of `rope_type`
-        rope = {name: value for name, value in rope.items() if name != "type"}
-    return rope, str(getattr(config, "dtype", None))
+def _select(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of some fields and of their parts, without `type`, an older name of `rope_type`."""
+    return {
+        name: _select(values[name], part) if isinstance(part, dict) and isinstance(values.get(name), dict) else value
+        for name, part in fields.items()
+        if (value := values.get(name)) is not None and (name != "type" or "rope_type" not in fields)
+    }
 
 
 def _read(config: Any, fields: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ All files other than weights are written before the first block is pruned, so th
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alps.checkpoints.atomic_io import check_space, temporary_directory
 from alps.checkpoints.journal import Journal
@@ -30,6 +31,10 @@ from alps.models.config_json import add_older_fields, declare_dtype, declare_own
 from alps.models.lazy_weights import LazyWeights
 from alps.models.load import quiet
 from alps.models.weight_layout import Layout, lay_out_weights
+
+_LOG = logging.getLogger("alps")
+# Letters of both cases, digits, accents, other scripts and spaces, which classes of tokenizers treat in their own ways.
+_SAMPLE = "It's 12 o'clock:  naïve CAFÉ, 東京 \U0001f600\n\tx = y_1;"
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ class CheckpointWriter:
         for path in processor_files(model, str(getattr(model, "name_or_path", ""))):
             shutil.copyfile(path, folder / path.name)
         add_older_fields(folder, config)
+        if self.tokenizer is not None:
+            _compare_tokenizer(self.tokenizer, folder)
 
     def _save_weights_by_transformers(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as inner, quiet():
@@ -170,6 +177,21 @@ def staged_side_files(writer: CheckpointWriter, out: Path, journal_bytes: int = 
 def block_bytes(blocks: Sequence[Block]) -> int:
     """Return the bytes of the tensors of some blocks."""
     return sum(t.numel() * t.dtype.itemsize for block in blocks for t in block.module.state_dict().values())
+
+
+def _compare_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Warn of a tokenizer that gives other ids once it was saved; some classes rebuild its parts when they load it."""
+    try:
+        with quiet():
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        difference = loaded(_SAMPLE).input_ids != tokenizer(_SAMPLE).input_ids
+    except Exception:  # a class of the user's own may need anything
+        difference = True
+    if difference:
+        _LOG.warning(
+            "The tokenizer gives other token ids, or none, when it is loaded from the files that transformers saves: "
+            "copy its own files to the output."
+        )
 
 
 def _config_to_save(model: nn.Module) -> Any:
