@@ -194,6 +194,7 @@ def test_prose_with_brackets_and_commas_stays_prose(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        ('var rows = [{"text": "a", "n": 1}, {"text": "b"}];', "looks like JSON in part"),
         ("<!DOCTYPE html>\n<p>Once.", "looks like HTML"),
         ("1\ta\n" * 9, "looks like a table"),
         ("a;b;c\n" * 6, "a table"),

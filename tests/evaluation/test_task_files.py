@@ -88,3 +88,10 @@ def test_mmlus_own_files(tmp_path: Path) -> None:
     (tmp_path / "mmlu" / "us_law_test.csv").write_text("a,b,c\n")
     with pytest.raises(ConfigError, match="has 3 fields, where MMLU has six"):
         read_documents("mmlu", tmp_path)
+
+
+def test_winogrande_with_a_file_of_labels(tmp_path: Path) -> None:
+    row = {"sentence": "The _ is big.", "option1": "cat", "option2": "dog"}
+    (tmp_path / "winogrande.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    (tmp_path / "winogrande-labels.lst").write_text("2\n1\n")
+    assert [document["gold"] for document in read_documents("winogrande", tmp_path)] == [1, 0]

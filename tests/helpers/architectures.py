@@ -69,6 +69,18 @@ their lone decoders, encoders, classifiers and reward models, base models withou
 images alone, and quantized checkpoints. What a class is for is read from the tables of transformers. Models that look
 ahead (XLNet, XLM) are found by two short forwards through the first block, and refused.
 
+**GGUF files** are read by transformers, whose reader drops many of their keys. Every key is therefore compared with the
+configuration made of the file. Carried over are rotary bases and scalings (linear, YaRN, long-rope, `rope_freqs`), soft
+caps, scales, windows, epsilons and sizes for which the configuration has a field of that meaning. Anything else that
+has an effect is refused with its name, as are biases and norms that the class does not have, and files in parts.
+
+**Tied heads.** If the configuration ties the head to the embedding, and the file holds another head, the head of the
+file is used, as transformers 5 does, with a warning, and the written configuration says that it is not tied.
+
+**Tokenizers.** A class that transformers does not have, a class that is code of the checkpoint, and one whose tokens of
+a test sentence differ from those of `tokenizer.json` are each said in one warning. If nothing but the checkpoint's own
+code can read the tokenizer, the model is refused.
+
 **Refused when the calibration begins**: models that call a block several times (looped decoders such as HRM), and
 models that compute with hidden states or with what blocks hand on between two blocks (RWKV with more blocks than its
 `rescale_every`). How blocks are replayed, and how the replay is checked: [calibration](calibration.md).

@@ -19,6 +19,7 @@ from alps.data.json_texts import JSON_SUFFIXES, looks_like_json, read_json_texts
 _LOG = logging.getLogger("alps")
 PLAIN = "plain text"
 _MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml|mediawiki)\b", re.IGNORECASE)
+_JSON_FIELD = re.compile(r'"\w+"\s*:\s*["\[{\dtfn-]')
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 
 
@@ -68,6 +69,8 @@ def _read_characters(file: TextBytes) -> tuple[list[str], str]:
         return read_csv_texts(file)
     if _MARKUP.match(head):
         _LOG.warning(f"Text '{file.path}' looks like HTML or XML: it is read as plain text, with its tags.")
+    elif len(fields := _JSON_FIELD.findall(head)) >= 3 and len(fields) * 300 > len(head):
+        _LOG.warning(f"Text '{file.path}' looks like JSON in part: it is read as plain text, with its keys and quotes.")
     elif looks_like_table(head):
         _LOG.warning(
             f"Text '{file.path}' looks like a table: it is read as plain text, with its delimiters; "

@@ -174,7 +174,9 @@ class WinograndeItem(Item):
 
     @classmethod
     def convert(cls, row: dict[str, Any]) -> dict[str, Any]:
-        # Answers may be numbers.
+        # Answers may be numbers, or lines of a file of labels.
+        if "answer" not in row and "label" in row:
+            row["answer"] = row["label"]
         return _with_digits(row, "answer")
 
     def document(self) -> Document:
