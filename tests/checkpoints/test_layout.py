@@ -45,7 +45,13 @@ def test_pointers_of_unused_files_are_no_fault(tmp_path: Path) -> None:
     assert not is_lfs_pointer(tmp_path) and not is_lfs_pointer(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "x"}}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        *("", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "x"}}'),
+        *(json.dumps({"weight_map": {"a": name}}) for name in ("a\0b", "a" * 5000, "../../x", "/etc/passwd")),
+    ],
+)
 def test_a_broken_index_is_left_to_its_reader(index: str, tmp_path: Path) -> None:
     _folder(tmp_path, "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(index)

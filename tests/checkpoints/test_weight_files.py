@@ -89,7 +89,12 @@ def test_an_index_that_is_wrong_is_refused(tmp_path: Path, weight_map: dict[str,
 
 def test_pickles_outside_the_directory_are_refused_unread(tmp_path: Path) -> None:
     check_pickle_index(tmp_path)
-    _index(tmp_path, {"a": "absent.bin"}, "pytorch_model.bin.index.json")
+    for name in ("absent.bin", "a\0b", "a" * 5000):
+        _index(tmp_path, {"a": name}, "pytorch_model.bin.index.json")
+        with pytest.raises(CheckpointError, match="is missing, though the index names it"):
+            check_pickle_index(tmp_path)
+    (tmp_path / "present.bin").write_text("")
+    _index(tmp_path, {"a": "present.bin"}, "pytorch_model.bin.index.json")
     check_pickle_index(tmp_path)
     _index(tmp_path, {"a": "/absent.bin"}, "pytorch_model.bin.index.json")
     with pytest.raises(CheckpointError, match="names no files of its own directory"):

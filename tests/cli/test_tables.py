@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import math
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from alps.cli.tables import prune_summary
+from alps.cli.tables import evaluation_table, prune_summary
 from alps.reporting.html_charts import split_seconds
 from alps.reporting.run_report import RunReport
+from helpers.comparisons import measured_result
 
 # A run of two ranks, with the time that its main rank communicates.
 _SECONDS = {
@@ -49,3 +53,14 @@ def test_phases_of_several_ranks_add_up_to_the_total() -> None:
     chart = split_seconds(_SECONDS)
     assert sum(chart.values()) == pytest.approx(138.0)
     assert (chart["communication"], chart["solve"], chart["other"]) == (13.5, 5.5, 0.0)
+
+
+def test_a_loss_stands_for_a_perplexity_that_no_number_holds() -> None:
+    rows = [measured_result("dense", "", None, math.inf).evaluations[0], measured_result("a").evaluations[0]]
+    row = rows[1].model_copy(update={"perplexity": math.inf, "ratio": math.inf})
+    console = Console(width=200, file=io.StringIO())
+    console.print(evaluation_table([rows[0], row]))
+    assert isinstance(console.file, io.StringIO)
+    cells = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in cells[0]] == ["m", "t", "1", "9", "loss 1.0", "", "", "", ""]
+    assert [cell.strip() for cell in cells[1]][4:7] == ["loss 1.0", "9.000", "too large"]

@@ -36,6 +36,29 @@ def test_prompts_are_continued_by_the_most_likely_tokens(tiny_model: Callable[..
         assert text == word_tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"repetition_penalty": 3.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_no_setting_of_the_model_changes_the_samples(
+    settings: dict[str, Any], tiny_model: Callable[..., Any], word_tokenizer: Any
+) -> None:
+    plain = continue_prompts(LoadedModel("m", tiny_model("llama"), word_tokenizer), ["once upon"], 6, _CPU)
+    model = tiny_model("llama")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    assert continue_prompts(LoadedModel("m", model, word_tokenizer), ["once upon"], 6, _CPU) == plain
+    assert model.generation_config is own
+
+
 def test_prompts_need_a_tokenizer_and_tokens(tiny_model: Callable[..., Any], word_tokenizer: Any) -> None:
     model = tiny_model("llama")
     assert continue_prompts(LoadedModel("m", model, None), [], 6, _CPU) == []

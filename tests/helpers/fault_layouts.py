@@ -52,6 +52,12 @@ def _without_index(scene: Scene) -> None:
     (scene.model / "model.safetensors.index.json").unlink()
 
 
+def _pickled_shard(scene: Scene) -> None:
+    scene.weights.unlink()
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "pytorch_model-00002-of-00002.bin"}}
+    (scene.model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
 def _inner(scene: Scene) -> None:
     for name in ("checkpoint-100", "checkpoint-200"):
         (scene.model / name).mkdir()
@@ -106,6 +112,7 @@ LAYOUT_FAULTS: list[Layout] = [
     ("a directory with a tokenizer alone", "holds only a tokenizer", _only("tokenizer.json"), "prune"),
     ("a directory of checkpoints", "its folders do: give one of them", _inner, "prune"),
     ("shards without their index", "without their index: fetch model.safetensors.index.json", _without_index, "prune"),
+    ("a missing shard of pickles", "-00002-of-00002.bin' is missing, though", _pickled_shard, "eval"),
     (
         "a folder of GGUF files",
         "give one of them as the model (m-Q4_K_M.gguf, m-Q8_0.gguf)",

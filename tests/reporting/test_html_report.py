@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import statistics
@@ -13,7 +14,7 @@ import matplotlib
 
 from alps.reporting.compare_results import DENSE, Result
 from alps.reporting.html_report import report_page
-from helpers.comparisons import comparison
+from helpers.comparisons import comparison, measured_result
 from helpers.html_page import Page
 
 
@@ -150,3 +151,15 @@ def test_a_panel_needs_data() -> None:
         for site in result.layers:
             site.error = site.magnitude_error = None
     assert sections(unmeasured) == ["perplexity", "cost", "tables"]
+
+
+def test_perplexities_that_no_number_holds_are_left_out_of_figures() -> None:
+    """The page of a comparison with a collapsed run, with nothing but such runs, and with a collapsed dense model."""
+    good, bad = measured_result("b", perplexity=30.0), measured_result("a", perplexity=math.inf)
+    dense = measured_result("dense", "", None)
+    text = report_page([dense, bad, good])
+    assert "b has perplexity 30.0 on t" in text and "loss" not in text.split("<svg")[0].lower()
+    assert "inf" not in text.lower().replace("infer", "").replace("information", "")
+    for results in ([dense, bad], [measured_result("dense", "", None, math.inf), bad, good]):
+        assert report_page(results)
+    assert "loss 1.0" in report_page([measured_result("dense", "", None, math.inf), bad, good])

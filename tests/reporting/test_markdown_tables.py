@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from alps.reporting.markdown_tables import summary
 from alps.reporting.records import Estimate, TaskRecord
 from helpers.comparisons import measured_result
@@ -39,3 +41,14 @@ def test_the_table_has_accuracies_in_per_cent_with_their_errors() -> None:
     lines = summary(rows).splitlines()
     start = lines.index("## piqa, per cent on 50 items (dense 70.0)")
     assert lines[start + 4 : start + 6] == ["| a | 50.0 ± 2.0 |", "| b | **60.0 ± 2.0** |"]
+
+
+def test_a_loss_beyond_every_perplexity_is_shown_as_a_loss() -> None:
+    rows = [measured_result("dense", "", None, math.inf), measured_result("a", perplexity=math.inf)]
+    lines = summary([*rows, measured_result("b", perplexity=30.0)]).splitlines()
+    start = lines.index("## Perplexity on t (dense loss 1.0)")
+    assert lines[start + 4 : start + 6] == ["| a |  |", "| b | 30.0 |"]
+    start = lines.index("## Loss on t, nats")
+    assert lines[start + 4 : start + 6] == ["| a | **1.0** |", "| b | **1.0** |"]
+    only = summary(rows)
+    assert "## Loss on t, nats" in only and "## Perplexity" not in only

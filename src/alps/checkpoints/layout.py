@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from alps.checkpoints.weight_files import INDEX_NAME, PICKLE_INDEX_NAME, SINGLE_NAME
+from alps.checkpoints.weight_files import INDEX_NAME, PICKLE_INDEX_NAME, SINGLE_NAME, is_inside
 from alps.core.errors import CheckpointError, truncate
 
 PICKLE_NAME = "pytorch_model.bin"
@@ -44,7 +44,7 @@ def is_lfs_pointer(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(len(_POINTER)) == _POINTER
-    except OSError:
+    except (OSError, ValueError):  # no file, or no name of one
         return False
 
 
@@ -194,9 +194,10 @@ def _is_weight(name: str) -> bool:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the files that an index names; none for a broken index, which is refused elsewhere."""
+    """Return the files that an index names in its directory; none for a broken index, which is refused elsewhere."""
     files = _read(index).get("weight_map")
-    return sorted({str(file) for file in files.values()}) if isinstance(files, dict) else []
+    names = {str(file) for file in files.values()} if isinstance(files, dict) else set[str]()
+    return sorted(filter(is_inside, names))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -69,13 +69,14 @@ def read_weight_file(path: Path) -> WeightFile:
 
 
 def check_pickle_index(directory: Path) -> None:
-    """Refuse an index of pickled weights that names files outside its directory; the files are not read.
+    """Refuse an index of pickled weights that names files outside its directory or missing ones; none is read.
 
     Raises:
         CheckpointError: when it does, or is damaged.
     """
     if (directory / PICKLE_INDEX_NAME).is_file():
-        _read_index(directory / PICKLE_INDEX_NAME)
+        for name in sorted(set(_read_index(directory / PICKLE_INDEX_NAME).values())):
+            _check_exists(directory / name)
 
 
 def find_other_files(directory: Path, weights: list[WeightFile]) -> dict[str, Path]:
@@ -156,15 +157,19 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> str:
+def _check_exists(path: Path) -> None:
     try:
         missing = not path.is_file()
-    except OSError:  # too long for a path
+    except (OSError, ValueError):  # too long for a path, a NUL byte
         missing = True
     if missing:
         raise CheckpointError(
             f"'{truncate(path)}' is missing, though the index names it: fetch or save the model again."
         )
+
+
+def _read_header(path: Path) -> str:
+    _check_exists(path)
     try:
         with safe_open(path, framework="pt"):  # checks the header, and that the file has the length it states
             pass

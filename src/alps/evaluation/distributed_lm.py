@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alps.core.distributed import ProcessGroup
 from alps.models.auto_class import text_config
 from alps.models.finite_logits import check_logits
-from alps.models.positions import position_limit
+from alps.models.positions import check_tokens, position_limit
 
 
 class DistributedModel(HFLM):  # type: ignore[misc]
@@ -30,8 +30,10 @@ class DistributedModel(HFLM):  # type: ignore[misc]
         """Return the logits of token ids (batch, tokens), and refuse NaN and infinity.
 
         Raises:
+            ConfigError: for tokens that the model does not have.
             NotFinite: naming the beginning of the first such item, and the block.
         """
+        check_tokens(self.model, inps, "An item")
         logits: Tensor = super()._model_call(inps, *args, **kwargs)
         check_logits(logits, self.model, inps, subject=self._subject, where=lambda row: self._describe(inps[row]))
         return logits

@@ -73,11 +73,17 @@ def _continue(model: Any, tokenizer: Any, ids: Tensor, tokens: int, device: torc
     first_end = ends[0] if isinstance(ends, list) else ends
     # The model's generation settings may sample. Without a padding token generate() warns.
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=first_end or 0)
-    with torch.inference_mode(), half_matmul_in_float32(device, model):
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=greedy,
-            logits_processor=[finite_logits(model, ids.shape[1])],
-        )
+    own = model.generation_config
+    # Settings that are not given here would be the model's own: penalties, beams, other outputs.
+    model.generation_config = greedy
+    try:
+        with torch.inference_mode(), half_matmul_in_float32(device, model):
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=greedy,
+                logits_processor=[finite_logits(model, ids.shape[1])],
+            )
+    finally:
+        model.generation_config = own
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

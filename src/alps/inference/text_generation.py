@@ -100,7 +100,7 @@ def generate_text(
         # Without this, transformers warns about sampling settings in the model's configuration.
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     # Settings of the model's own for beams, several answers or other outputs have no effect.
-    sampling |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    sampling |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "penalty_alpha": None}
     generate: Any = model.generate
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -49,6 +49,25 @@ def check_window(model: nn.Module, tokenizer: Any, seqlen: int) -> None:
         _LOG.warning(f"Windows of {seqlen} tokens are longer than the {hint} that the model's tokenizer names.")
 
 
+def check_tokens(model: nn.Module, ids: Tensor, subject: str) -> None:
+    """Refuse token ids for which a model has no embedding.
+
+    Args:
+        model: a causal language model.
+        ids: token ids of any shape.
+        subject: the text in words, with which the message begins.
+
+    Raises:
+        ConfigError: naming the largest.
+    """
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if (largest := int(ids.max())) >= size:
+        raise ConfigError(
+            f"{subject} has token {largest}, outside the model's vocabulary of {size}: the tokenizer does not belong "
+            "to this model."
+        )
+
+
 def check_prompt(model: nn.Module, ids: Tensor, new_tokens: int) -> None:
     """Refuse a prompt whose continuation would leave the positions of a model, or with tokens that it does not have.
 
@@ -63,12 +82,7 @@ def check_prompt(model: nn.Module, ids: Tensor, new_tokens: int) -> None:
     Raises:
         ConfigError: with the numbers.
     """
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if int(ids.max()) >= size:
-        raise ConfigError(
-            f"The prompt has token {int(ids.max())}, outside the model's vocabulary of {size}: the tokenizer does not "
-            "belong to this model."
-        )
+    check_tokens(model, ids, "The prompt")
     limit, prompt = position_limit(text_config(model)), ids.shape[1]
     if limit is None or prompt + new_tokens <= limit:
         return
