@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from alps.checkpoints.atomic_io import check_target, new_directory, remove_partial
+from alps.checkpoints.atomic_io import (
+    check_space,
+    check_target,
+    fresh_directory,
+    new_directory,
+    remove_partial,
+    temporary_directory,
+)
 from alps.core.errors import CheckpointError
 from alps.data.loaded_model import LoadedModel
 from alps.pruning.write import write
@@ -205,3 +214,43 @@ def test_what_a_kill_left_of_an_output_is_removed(tmp_path: Path) -> None:
         (tmp_path / name / "file").touch()
     remove_partial(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-abc", ".out2.partial-abc"]
+
+
+def test_a_temporary_directory_leaves_nothing(tmp_path: Path) -> None:
+    with temporary_directory(tmp_path / "a" / "b" / "out") as folder:
+        assert folder.parent == tmp_path / "a" / "b"
+        (folder / "x").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written"), temporary_directory(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_fresh_directory_is_empty_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "stale").write_text("x")
+    with fresh_directory(tmp_path / "files") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "x").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="cannot be written"), fresh_directory(tmp_path / "a" / "files"):
+        pass
+
+
+def test_space_is_compared_with_the_disk_of_the_next_existing_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    free = SimpleNamespace(total=10, free=5)
+
+    def usage(folder: Path) -> SimpleNamespace:
+        folders.append(folder)
+        return free
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    check_space(tmp_path / "a" / "out", 5)
+    with pytest.raises(CheckpointError, match=r"needs 3\.0 GiB, and its disk has 0 MiB left"):
+        check_space(tmp_path / "a" / "out", 3 * 2**30)
+    assert set(folders) == {tmp_path}
+    free.total = free.free = 0
+    check_space(tmp_path, 5)

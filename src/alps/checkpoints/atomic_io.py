@@ -106,6 +106,24 @@ def temporary_directory(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def fresh_directory(folder: Path) -> Iterator[Path]:
+    """Context of an empty directory with a fixed name, removed at the end; what a killed process left in it goes first.
+
+    Raises:
+        CheckpointError: when it cannot be made.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"'{folder}' cannot be written: {error.strerror or error}.") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def move_files(source: Path, folder: Path) -> None:
     """Move everything in a directory to another one of the same disk."""
     for path in source.iterdir():

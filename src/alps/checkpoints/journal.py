@@ -3,6 +3,7 @@
     OUT.partial/journal.json               fingerprint (settings, model, calibration) and notes of the run
     OUT.partial/block-00012.safetensors    every tensor of a finished block, by its name inside the block
     OUT.partial/block-00012.json           record of that block; written last, which makes the block finished
+    OUT.partial/files/                     files of the output other than weights, ready to be moved
 
 Each file is renamed into place after its bytes are on the disk. A kill at any moment, or a full disk, therefore leaves
 all finished blocks intact, and no file that looks finished and is not.

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alps.checkpoints.atomic_io import check_space, temporary_directory
+from alps.checkpoints.atomic_io import check_space, fresh_directory, temporary_directory
 from alps.checkpoints.journal import Journal
 from alps.checkpoints.safetensors_io import write_tensors
 from alps.checkpoints.side_files import copy_side_files
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
-from alps.core.errors import AlpsError, ConfigError, first_line
+from alps.core.errors import AlpsError, CheckpointError, ConfigError, first_line
 from alps.models.auto_class import processor_files
 from alps.models.blocks import Block
 from alps.models.config_json import add_older_fields, declare_dtype, declare_own_head, declare_size
@@ -33,6 +33,9 @@ from alps.models.load import quiet
 from alps.models.weight_layout import Layout, lay_out_weights
 
 _LOG = logging.getLogger("alps")
+
+# Directory in that of the journal.
+STAGING_NAME = "files"
 # Letters of both cases, digits, accents, other scripts and spaces, which classes of tokenizers treat in their own ways.
 _SAMPLE = "It's 12 o'clock:  naïve CAFÉ, 東京 \U0001f600\n\tx = y_1;"
 
@@ -155,21 +158,28 @@ class CheckpointWriter:
 
 
 @contextmanager
-def staged_side_files(writer: CheckpointWriter, out: Path, journal_bytes: int = 0) -> Iterator[Path]:
-    """Context of a temporary directory next to `out` that holds all files but weights, ready to be moved.
+def staged_side_files(
+    writer: CheckpointWriter, out: Path, journal_folder: Path | None = None, journal_bytes: int = 0
+) -> Iterator[Path]:
+    """Context of a temporary directory that holds all files but weights, ready to be moved to `out`.
 
     The space for the weights is checked as well, so that a run fails before its work and not after it.
 
     Args:
         writer: of the model.
         out: directory that will be written.
+        journal_folder: of the run's journal, which then contains the directory; None for a directory next to `out`.
         journal_bytes: that the journal will take until `out` is complete.
 
     Raises:
         ConfigError, CheckpointError: when a file cannot be saved or read, or the disk is too full.
     """
-    with temporary_directory(out) as folder:
-        writer.write_side_files(folder)
+    staging = temporary_directory(out) if journal_folder is None else fresh_directory(journal_folder / STAGING_NAME)
+    with staging as folder:
+        try:
+            writer.write_side_files(folder)
+        except OSError as error:
+            raise CheckpointError(f"'{out}' cannot be written: {error.strerror or error}.") from None
         check_space(out, writer.weight_bytes() + journal_bytes)
         yield folder
 

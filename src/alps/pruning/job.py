@@ -227,7 +227,7 @@ def _staged(loaded: LoadedModel, out: Path, journal: Journal, group: ProcessGrou
     """Context of the files other than weights, written by the main rank; see `staged_side_files`."""
     if group.is_main:
         unfinished = [block for block in loaded.blocks() if block.index >= journal.finished]
-        with staged_side_files(loaded.writer, out, block_bytes(unfinished)) as folder:
+        with staged_side_files(loaded.writer, out, journal.directory, block_bytes(unfinished)) as folder:
             yield folder
     else:
         yield None
