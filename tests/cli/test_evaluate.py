@@ -96,5 +96,5 @@ def test_the_same_documents_have_the_same_perplexity_in_every_form(
         record = json.loads(capsys.readouterr().out)
         figures.append({**(record[0] if isinstance(record, list) else record), "text": None})
     formats = [figure.pop("format") for figure in figures]
-    assert formats == ["JSON lines, field 'text'", "gzip JSON lines, field 'text'", "UTF-16 JSON, field 'text'"]
+    assert formats == ["JSON lines, field 'text'", "gzip JSON lines, field 'text'", "UTF-16 JSON array, field 'text'"]
     assert figures[0] == figures[1] == figures[2] and figures[0]["documents"] == len([row for row in rows if row])

@@ -50,7 +50,7 @@ def read_json_values(file: TextBytes) -> tuple[Numbered, str]:
     # A long line of an array is the whole array, which is not built at once.
     value = None if first.lstrip().startswith("[") and len(first) > HEAD_BYTES else _try_parse(first)
     if value is None and first.lstrip().startswith(("{", "[")) and not _is_lines(file):
-        return _scan(file), "JSON"
+        return _scan(file), "JSON array" if first.lstrip().startswith("[") else "JSON"
     if isinstance(value, list) and sum(1 for _, line in itertools.islice(_full_lines(file), 2)) == 1:
         return _scan(file), "JSON array"
     return _parse_lines(file), "JSON lines"
@@ -129,7 +129,9 @@ def _full_lines(file: TextBytes) -> Iterator[tuple[int, str]]:
 def _is_lines(file: TextBytes) -> bool:
     """Check if most of the first lines are JSON objects, though the very first is broken."""
     lines = [line for _, line in itertools.islice(_full_lines(file), SAMPLE_RECORDS)]
-    return 2 * sum(isinstance(_try_parse(line), dict) for line in lines) > len(lines)
+    # A line that is an array may be the whole file.
+    objects = [line for line in lines if line.lstrip().startswith("{") and _try_parse(line) is not None]
+    return 2 * len(objects) > len(lines)
 
 
 def _parse_lines(file: TextBytes) -> Numbered:
