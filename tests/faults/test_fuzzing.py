@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from alps.checkpoints.layout import check_json_files, check_layout, check_weight_layout
 from alps.checkpoints.manifest import read_manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.safetensors_io import list_tensors
@@ -52,6 +53,17 @@ _PRUNE = (
 _PRUNE += "samples: 16\nseqlen: 128\nseed: 3\ndense_target: 0.4\noffload: true\ncalibration: 'c4:1,self:2'\n"
 _COMPARE = "model: a/b\nmethods: [wanda+refit, alps+dense_target=0.4, best]\nsparsity: [0.5, 0.7]\n"
 _COMPARE += "pattern: ['2:4']\nseeds: 2\ntexts: [wikitext2]\nprompts: [Once]\nwindows: null\nlimit: 3\ntasks: [piqa]\n"
+_QUANTIZED = json.dumps(
+    {
+        "weight_map": {"a": "x.safetensors"},
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "config_groups": {},
+            "sparsity_config": {"format": "dense"},
+        },
+    }
+)
 _RESULT = Result(
     model="m",
     model_sha256="0" * 64,
@@ -189,6 +201,19 @@ def _gguf(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _side_file(folder: Path, data: bytes) -> Any:
+    """Each of the files that say what a directory holds, with the same content."""
+    for name in ("model.safetensors.index.json", "adapter_config.json", "model_index.json", "tokenizer.json"):
+        (folder / "config.json").write_text("{}")
+        (folder / name).write_bytes(data)
+        try:
+            check_weight_layout(folder)
+            check_layout(folder)
+            check_json_files(folder)
+        finally:
+            (folder / name).unlink()
+
+
 def _index(folder: Path, data: bytes) -> Any:
     (folder / "model.safetensors.index.json").write_bytes(data)
     return find_weight_files(folder)
@@ -207,7 +232,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         "header": Target(raw[8 : 8 + int.from_bytes(raw[:8], "little")], _header),
         "safetensors": Target(raw, _file("model.safetensors", lambda path: find_weight_files(path.parent))),
         "index": Target('{"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}', _index),
-        "config": Target('{"a": {"b": [1]}}', _file("config.json", lambda path: find_weight_files(path.parent))),
+        "config": Target(_QUANTIZED, _file("config.json", lambda path: find_weight_files(path.parent))),
+        "side files": Target(_QUANTIZED, _side_file),
         "manifest": Target(json.dumps({**manifest, "sha256": "0" * 64}), _manifest),
         "JSON lines": Target(_TEXTS, _file("t.jsonl", lambda path: load_text(str(path), "calibration"))),
         "JSON array": Target(_ARRAY, _file("t.txt", lambda path: load_text(str(path), "calibration"))),
@@ -231,7 +257,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     }
 
 
-_NAMES = ["header", "safetensors", "index", "config", "manifest", "JSON lines"]
+_NAMES = ["header", "safetensors", "index", "config", "side files", "manifest", "JSON lines"]
 _NAMES += [
     "JSON array",
     "CSV",

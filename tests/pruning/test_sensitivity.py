@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alps.core.errors import SolveFailed
 from alps.models.blocks import find_blocks
 from alps.pruning.sensitivity import profile_sites, sensitivities
 from alps.solvers.error_curve import POINTS
@@ -73,3 +74,17 @@ def test_a_layer_without_influence_has_no_sensitivity(tiny_model: Callable[..., 
     values = sensitivities(model, blocks, ids, profiles, _PATTERN, make_context())
     muted = {p.site.name: v for p, v in zip(profiles, values, strict=True) if ".1.mlp." in p.site.name}
     assert len(muted) == 3 and max(muted.values()) < 1e-6 < min(v for v in values if v not in muted.values())
+
+
+def test_values_that_are_not_finite_are_refused_with_their_layer(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: args[2] * torch.inf)
+    with pytest.raises(SolveFailed, match=r"^Block 1: the inputs of model\.layers\.1\.self_attn\.q_proj, .* hold NaN"):
+        list(profile_sites(model, find_blocks(model), ids, _PATTERN, make_context()))
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    profiles = list(profile_sites(model, blocks, ids, _PATTERN, make_context()))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+    with pytest.raises(SolveFailed, match=r"^The predictions with model\.layers\.0\.self_attn\.q_proj\.weight pruned"):
+        sensitivities(model, blocks, ids, profiles, _PATTERN, make_context())

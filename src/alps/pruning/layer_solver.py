@@ -169,7 +169,7 @@ class LayerSolver:
         method = self.recipe.method.traced() if traced else self.recipe.method
         with self.timer.measure("prepare"):
             stats = source.sums.into_stats()
-            _check_finite(stats, block, source)
+            check_finite_inputs(stats, block, source.sites)
         with self.timer.measure("prepare"), _layer_names(source.sites):
             state, shift = method.prepare(stats), None
             if stats.input_shift is not None:
@@ -231,9 +231,19 @@ def _solve_shared_rows(inputs: PreparedInput, target: Tensor, pattern: Pattern, 
     return solution
 
 
-def _check_finite(stats: InputStats, block: Block, source: LayerInput) -> None:
+def check_finite_inputs(stats: InputStats, block: Block, sites: Sequence[Site]) -> None:
+    """Refuse statistics of inputs with NaN or infinity.
+
+    Args:
+        stats: of the inputs that the sites share.
+        block: of the sites.
+        sites: that read the inputs.
+
+    Raises:
+        SolveFailed: naming the block and the sites.
+    """
     if not stats.is_finite():
-        names = ", ".join(site.name for site in source.sites)
+        names = ", ".join(site.name for site in sites)
         raise SolveFailed(
             f"Block {block.index}: the inputs of {names} hold NaN or infinite values: "
             "check the model's weights, or run with --dtype float32."

@@ -6,6 +6,7 @@ KL to the dense model's predictions on a few calibration windows, without gradie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from alps.calibration.block_inputs import batch_tokens
 from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, measure_divergences
 from alps.calibration.replay_check import check_replay
+from alps.core.errors import SolveFailed
 from alps.core.statistics import Needs, relative_error
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
 from alps.pruning.context import RunContext
+from alps.pruning.layer_solver import check_finite_inputs
 from alps.solvers.error_curve import ErrorCurve, error_curve, inverse_diagonal, removal_costs
 from alps.solvers.patterns import Pattern, keep_largest
 from alps.solvers.topk import apply_mask
@@ -65,6 +68,9 @@ def profile_sites(
         windows: calibration token ids (windows, tokens).
         pattern: of the run.
         context: device, and progress of one step for every block.
+
+    Raises:
+        SolveFailed: when inputs of a layer are not finite.
     """
     device = context.device
     inputs = capture_block_inputs(model, blocks, windows, max(batch_tokens(blocks, device) // windows.shape[1], 1))
@@ -73,6 +79,7 @@ def profile_sites(
         with on_device(block, device):
             for source in observe(block, inputs, Needs.GRAM, device).shared:
                 stats = source.sums.into_stats()
+                check_finite_inputs(stats, block, source.sites)
                 diagonal, norms = inverse_diagonal(stats, _DAMPING), stats.norms()
                 for site in source.sites:
                     weight = site.read().float()
@@ -111,6 +118,9 @@ def sensitivities(
         profiles: of the layers.
         pattern: of the run.
         context: device, and progress of one step for every block.
+
+    Raises:
+        SolveFailed: when predictions are not finite.
     """
     parameters: dict[str, list[SiteProfile]] = {}
     for profile in profiles:
@@ -125,6 +135,11 @@ def sensitivities(
     divergence_lists = measure_divergences(model, blocks, windows, changes, device=context.device, on_block_done=report)
     for part, kls in zip(names, divergence_lists, strict=True):
         for name, kl in zip(part, kls, strict=True):
+            if not math.isfinite(kl):
+                raise SolveFailed(
+                    f"The predictions with {name} pruned, or those of the dense model, are NaN or infinite: run with "
+                    "--dtype bfloat16 or float32."
+                )
             error = sum(profile.cut_error for profile in parameters[name])
             values[name] = max(kl, 0.0) / max(error, 1e-12)
     return [values[profile.site.parameter_name] for profile in profiles]
