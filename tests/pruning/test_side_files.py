@@ -205,6 +205,16 @@ def test_a_disk_without_room_is_told_before_the_first_block(
     alps.prune(checkpoint, sparsity=0.5, out=tmp_path / "other", **arguments)
 
 
+@pytest.mark.parametrize("text", ["not JSON", '{"max_new_tokens": -4}'])
+def test_generation_settings_that_no_one_can_read_are_told_before_the_first_block(
+    checkpoint: Path, arguments: dict[str, Any], tmp_path: Path, text: str
+) -> None:
+    (checkpoint / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json' cannot be used \(.*: correct or remove it"):
+        alps.prune(checkpoint, sparsity=0.5, out=tmp_path / "out", **arguments)
+    assert tree(tmp_path) == []
+
+
 def test_a_file_that_cannot_be_copied_is_told_before_the_first_block(
     checkpoint: Path, arguments: dict[str, Any], tmp_path: Path
 ) -> None:

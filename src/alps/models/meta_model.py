@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from alps.checkpoints.safetensors_io import TensorOnDisk, list_tensors
 from alps.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
-from alps.core.errors import first_line
+from alps.core.errors import AlpsError, CheckpointError, first_line
 from alps.models.auto_class import auto_class
 from alps.models.completeness import check_unused
 from alps.models.configuration import load_config
@@ -55,6 +55,8 @@ def open_lazy_model(name: str, dtype: torch.dtype | None) -> LazyWeights | str:
             if stores_other_head(model, _reader(model, stored)):
                 untie_config(config, name)
                 model = _meta_model(directory, config, dtype, stored)
+    except AlpsError:
+        raise
     except Exception as error:
         return f"transformers cannot build it without its weights ({first_line(error)})"
     if _keeps_float32(model):
@@ -92,9 +94,17 @@ def _meta_model(
         (model_dtype,) = {tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point}
     model = empty_model(config, model_dtype)
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_config(directory)
     model.config._name_or_path = str(directory)  # type: ignore[union-attr]
     return model.eval()
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # its checks raise errors of many kinds
+        path = directory / "generation_config.json"
+        raise CheckpointError(f"'{path}' cannot be used ({first_line(error)}): correct or remove it.") from error
 
 
 def _reader(model: nn.Module, stored: Mapping[str, TensorOnDisk]) -> Callable[[str], Tensor | None]:
