@@ -33,6 +33,8 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
             + b"".join(b"Boil %d eggs.,in water,in sand,%d\r\n" % p for p in enumerate(LABELS)),
         ),
     ],
+    # Compressed bytes hold the time, and the ids of a test must be those of every worker.
+    ids=["lines", "array", "gzip", "utf-16", "csv"],
 )
 def test_formats_of_items(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
