@@ -99,7 +99,7 @@ class Scene:
 
     def contents(self) -> dict[str, int]:
         """Return every file and folder with its size, including hidden ones."""
-        return {str(path.relative_to(self.folder)): path.stat().st_size for path in self.folder.rglob("*")}
+        return {str(path.relative_to(self.folder)): path.lstat().st_size for path in self.folder.rglob("*")}
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,19 @@ def _no_memory(scene: Scene) -> None:
     scene.during = lambda: patch.object(Alps, "_solve", side_effect=torch.OutOfMemoryError(words))
 
 
+def _full_disk(scene: Scene) -> None:
+    usage = shutil.disk_usage(scene.folder)._replace(free=0)
+    scene.during = lambda: patch("alps.checkpoints.atomic_io.shutil.disk_usage", return_value=usage)
+
+
+def _impossible_generation(scene: Scene) -> None:
+    (scene.model / "generation_config.json").write_text('{"max_new_tokens": -4}')
+
+
+def _dangling_link(scene: Scene) -> None:
+    (scene.model / "vocab.txt").symlink_to("nowhere.txt")
+
+
 def _no_host_memory(scene: Scene) -> None:
     words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried."
     scene.during = lambda: patch("alps.pruning.pipeline.capture_block_inputs", side_effect=RuntimeError(words))
@@ -294,6 +307,9 @@ FAULTS = [
     Fault("a seed beyond 64 bits", "'seed'", _flags("--seed", 2**64)),
     Fault("a GPU that does not exist", "Device 'cuda:7' cannot be used here", _flags("--device", "cuda:7")),
     Fault("a device that torch cannot use", "Device 'tpu' cannot be used here", _flags("--device", "tpu")),
+    Fault("a disk without room for the result", "and its disk has", _full_disk),
+    Fault("a side file that links to nothing", "vocab.txt' is a symbolic link to no file", _dangling_link),
+    Fault("impossible generation settings", "cannot be used (`max_new_tokens`", _impossible_generation),
     Fault("out of GPU memory in a solve", "with --offload", _no_memory, early=False),
     Fault("out of host memory", "--activation-memory", _no_host_memory, early=False),
     *(Fault(*layout) for layout in LAYOUT_FAULTS),
