@@ -30,6 +30,7 @@ from helpers.vision import VISION
 # GPT-BigCode of transformers 5.0 scripts a function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 _CPU = torch.device("cpu")
+_QUICK = ("mixtral", "gpt_oss")
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE, *HYBRID, *RECENT])
@@ -90,7 +91,9 @@ def test_all_linear_maps_are_pruned_exactly_and_the_rest_is_told(kind: str, ids:
     assert not math.isclose(float(logits.abs().max()), 0)
 
 
-@pytest.mark.parametrize("kind", MOE)
+@pytest.mark.parametrize(
+    "kind", [*_QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MOE if kind not in _QUICK)]
+)
 def test_the_best_preset_runs_on_mixtures_of_experts(kind: str, ids: Tensor) -> None:
     model = decoder(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -91,6 +91,7 @@ def test_any_number_of_processes_gives_the_same_bits(
     assert not (tmp_path / "2.partial").exists()
 
 
+@pytest.mark.slow
 def test_two_hosts_write_the_bits_of_one_process(short_stories: Path, options: list[object], tmp_path: Path) -> None:
     """As far as one machine can stand for two: a torchrun each, which meet by an address and a port."""
     _prune(1, short_stories, tmp_path / "one", options)
