@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def test_one_of_several_parts_is_refused(llama: LlamaForCausalLM, tmp_path: Path
     path = write_llama(tmp_path / "m.gguf", llama, {"/split.count": 3})
     with pytest.raises(ConfigError, match="is one of 3 parts: join them"):
         load_model(str(path))
+
+
+def test_a_list_that_promises_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    key = b"llama.block_count"
+    array = struct.pack("<IIQ", 9, 4, 2**40)  # a list of 32-bit numbers
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key))
+    (tmp_path / "m.gguf").write_bytes(header + key + array + bytes(64))
+    with pytest.raises(ConfigError, match="is damaged or no GGUF file"):
+        read_gguf_metadata(tmp_path / "m.gguf")
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

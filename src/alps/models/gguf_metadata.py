@@ -86,7 +86,7 @@ def read_gguf_metadata(path: Path) -> GgufMetadata:
     except ImportError:
         raise ConfigError(f"Model '{path}' needs the package gguf: run pip install 'alps-prune[demo]'.") from None
     try:
-        reader = GGUFReader(path)
+        reader = _bounded(GGUFReader)(path)
         architecture = str(reader.fields["general.architecture"].contents())
         prefix = f"{architecture}."
         values = {
@@ -109,6 +109,23 @@ def read_gguf_metadata(path: Path) -> GgufMetadata:
             f"Model '{path}' is one of {int(parts.contents())} parts: join them with `llama-gguf-split --merge`."
         )
     return GgufMetadata(architecture, values, factors, tuple(tensor.name for tensor in reader.tensors))
+
+
+def _bounded(reader_class: Any) -> Any:
+    """Return a class of readers that raises where a file promises more than it holds.
+
+    The package's own reader takes numbers behind the end for empty ones, and a damaged length makes it read on until
+    memory runs out.
+    """
+
+    class BoundedReader(reader_class):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *options: Any, **more: Any) -> Any:
+            values = super()._get(offset, dtype, count, *options, **more)
+            if len(values) < count:
+                raise ValueError("the file ends inside a field")
+            return values
+
+    return BoundedReader
 
 
 def check_uniform(metadata: GgufMetadata, name: str) -> None:
