@@ -1,4 +1,4 @@
-"""Who uses the CPUs: counters that are made up, those of real processes, and a machine that is really busy."""
+"""Tests of CPU times: made-up counters, those of real processes, and a machine that is really busy."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def spinning() -> Iterator[None]:
 
 
 def watch(mode: str) -> tuple[str, float, float, float]:
-    """What a new process says about others, the CPUs that they use, its CPU seconds, and those that the kernel has."""
+    """Return a new process's sentence, the CPUs that others use, its CPU seconds, and those that the kernel counts."""
     done = subprocess.run([sys.executable, "-c", _SCRIPT, mode], capture_output=True, text=True, check=True)
     sentence, others, own, counted = json.loads(done.stdout)
     return sentence, others, own, counted

@@ -37,7 +37,7 @@ class _Numbers:
 
 
 class _WithBos(_Numbers):
-    """The same tokenizer, with the start token as its BOS token."""
+    """Tokenizer of numbers with the start token as its BOS token."""
 
     bos_token_id = _START
 
