@@ -21,7 +21,7 @@ from alps.core.errors import UnsupportedModel
 from alps.models.sites import Site
 
 # Functions that multiply inputs by a weight: `linear` expects (out, in), the others (in, out).
-_PRODUCTS = {"linear", "matmul", "mm", "bmm"}
+PRODUCTS = {"linear", "matmul", "mm", "bmm"}
 # Names of the second argument of forwards that accept any routing.
 _ROUTINGS = {"top_k_index", "router_indices"}
 
@@ -40,7 +40,7 @@ class _ProductHooks(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             x, weight = [*args, *kwargs.values()][:2]
             if weight.ndim == 3 and weight.data_ptr() in self._fused:
                 # All experts in one product with equal numbers of rows; rows of tokens routed elsewhere are zero.
@@ -88,6 +88,19 @@ def can_reroute(module: nn.Module) -> bool:
     """Return True if a module of experts has transformers' interface: (hidden states, expert indices, weights)."""
     names = list(inspect.signature(_plain_forward(module)).parameters)
     return _has_kernels(module) and len(names) == 4 and names[2] in _ROUTINGS
+
+
+def run_expert(module: nn.Module, hidden: Tensor, expert: int) -> Tensor:
+    """Return the output of one expert for all hidden states (tokens, features), without a routing weight.
+
+    Args:
+        module: of experts, for which `can_reroute` holds.
+        hidden: inputs of the expert.
+        expert: its number.
+    """
+    index = torch.full((len(hidden), 1), expert, device=hidden.device)
+    output: Tensor = _plain_forward(module)(module, hidden, index, hidden.new_ones(len(hidden), 1))
+    return output
 
 
 @contextmanager

@@ -1,0 +1,194 @@
+"""Routing of tokens among some of a mixture's experts, by the model's own code.
+
+Removed experts are made unreachable to the router: their logits become -infinity in the product that computes them, and
+so do their entries in biases of one value per expert. Softmax, sigmoid, groups, correction biases, renormalisation and
+scaling are the code of the model, which treats the remaining experts as the router of the smaller model would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from alps.calibration.dense_reference import StopForward, input_hooks
+from alps.calibration.moe_hooks import PRODUCTS, can_reroute, run_expert
+from alps.calibration.replaced_forward import replaced_forward
+from alps.core.errors import UnsupportedModel
+from alps.models.blocks import Block
+from alps.models.routers import find_routers, is_inside
+from alps.models.sites import Site
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixture of experts of a block.
+
+    Attributes:
+        name: dotted name inside the block.
+        module: that holds the router and the experts, and whose output is the sum over the routed experts.
+        experts: child of `module` that holds the fused weights of all experts.
+        sites: the experts' maps.
+        routers: modules inside `module` that decide on the experts.
+        shared: other children with linear layers, whose output is added for every token.
+    """
+
+    name: str
+    module: nn.Module
+    experts: nn.Module
+    sites: list[Site]
+    routers: list[nn.Module]
+    shared: list[nn.Module]
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return len(self.sites[0].parameter)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Return the output of the mixture, shared experts included, for tokens (tokens, features)."""
+        output = self.module(hidden[None])
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states.reshape(len(hidden), -1)
+
+
+def find_mixture(block: Block) -> Mixture | None:
+    """Return the mixture of experts of a block; None for a block without experts.
+
+    Raises:
+        UnsupportedModel: if the routing among a part of the experts cannot be taken from the model's code.
+    """
+    sites = [site for site in block.sites if site.is_expert]
+    if not sites:
+        return None
+    experts = sites[0].module
+    names = {id(module): name for name, module in block.module.named_modules()}
+    name, _, last = names[id(experts)].rpartition(".")
+    if any(site.module is not experts for site in sites) or not can_reroute(experts):
+        raise UnsupportedModel(
+            f"Experts of {block.name} cannot be removed: {type(experts).__name__} does not take the routing of its "
+            "tokens as (hidden states, expert numbers, weights); prune inside the experts with alps prune instead."
+        )
+    module = block.module.get_submodule(name)
+    routers = [router for router in find_routers(block.module) if name and is_inside(router, [name])]
+    children = {f"{name}.{child}": member for child, member in module.named_children() if child != last}
+    if not routers:
+        raise UnsupportedModel(
+            f"Experts of {block.name} cannot be removed: no router was found next to them in {type(module).__name__}."
+        )
+    shared = [child for key, child in children.items() if not any(is_inside(router, [key]) for router in routers)]
+    return Mixture(name, module, experts, sites, [block.module.get_submodule(router) for router in routers], shared)
+
+
+@contextmanager
+def masked_routing(mixture: Mixture, kept: Sequence[int]) -> Iterator[None]:
+    """Context in which the router of a mixture sends tokens to kept experts only."""
+    removed = sorted(set(range(mixture.count)) - set(kept))
+    if not removed:
+        yield
+        return
+    mode = _MaskedLogits(mixture.count, removed)
+    with ExitStack() as stack:
+        stack.enter_context(_masked_biases(mixture, removed))
+        for router in mixture.routers:
+            stack.enter_context(replaced_forward(router, partial(_run_in_mode, mode, router.forward)))
+        yield
+
+
+def route(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the experts and weights of tokens among kept experts.
+
+    Args:
+        mixture: on the device of `hidden`, in evaluation mode.
+        hidden: inputs of the mixture (tokens, features).
+        kept: numbers of the experts that tokens may be sent to.
+
+    Returns:
+        Numbers of experts, shape (tokens, k), and routing weights, shape (tokens, k).
+
+    Raises:
+        UnsupportedModel: if the router sends tokens to a removed expert with a weight.
+    """
+    routing: list[Tensor] = []
+
+    def stop(_hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        routing.extend((index, weights))
+        raise StopForward
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(masked_routing(mixture, kept))
+        stack.enter_context(replaced_forward(mixture.experts, stop))
+        for shared in mixture.shared:
+            stack.enter_context(replaced_forward(shared, _identity))
+        with suppress(StopForward):
+            mixture.run(hidden)
+    index, weights = routing
+    allowed = torch.zeros(mixture.count, dtype=torch.bool, device=index.device)
+    allowed[list(kept)] = True
+    if bool((~allowed[index] & (weights != 0)).any()):
+        raise UnsupportedModel(
+            f"Experts cannot be removed from {type(mixture.module).__name__}: its router still chooses experts whose "
+            "logits are -infinity."
+        )
+    return index, weights
+
+
+def down_inputs(mixture: Mixture, hidden: Tensor, expert: int) -> tuple[Site, Tensor]:
+    """Return the last map of an expert, and its inputs (tokens, in) for hidden states (tokens, features)."""
+    calls: list[tuple[Site, Tensor]] = []
+    sites = [site for site in mixture.sites if site.expert == expert]
+    with torch.no_grad(), input_hooks(sites, lambda site, x: calls.append((site, x))):
+        run_expert(mixture.experts, hidden, expert)
+    return calls[-1]
+
+
+class _MaskedLogits(TorchFunctionMode):
+    """Mode in which products with one output per expert give -infinity for removed experts."""
+
+    def __init__(self, experts: int, removed: Sequence[int]) -> None:
+        super().__init__()
+        self._experts, self._removed = experts, removed
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in PRODUCTS and output.shape[-1] == self._experts:
+            output[..., self._removed] = float("-inf")
+        return output
+
+
+def _run_in_mode(mode: TorchFunctionMode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def _masked_biases(mixture: Mixture, removed: Sequence[int]) -> Iterator[None]:
+    """Context in which parameters and buffers of one value per expert are -infinity for removed experts."""
+    modules = [mixture.module, *(module for router in mixture.routers for module in router.modules())]
+    tensors = {
+        id(tensor): tensor
+        for module in modules
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if tensor.numel() == tensor.shape[-1:].numel() == mixture.count and tensor.is_floating_point()
+    }
+    before = [tensor.detach().clone() for tensor in tensors.values()]
+    try:
+        for tensor in tensors.values():
+            tensor.detach()[..., removed] = float("-inf")
+        yield
+    finally:
+        for tensor, values in zip(tensors.values(), before, strict=True):
+            tensor.detach().copy_(values)
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
