@@ -70,7 +70,7 @@ def test_joint_selection_is_close_to_the_best_of_all_sets(groups: int) -> None:
     for seed in range(8):
         problem = _problem(seed, experts=8, groups=groups)
         size = 8 // groups
-        losses = {
+        losses: dict[tuple[int, ...], float] = {
             kept: replay_loss(problem, kept)
             for kept in combinations(range(8), 4)
             if all(sum(i // size == group for i in kept) == 4 // groups for group in range(groups))
@@ -82,7 +82,8 @@ def test_joint_selection_is_close_to_the_best_of_all_sets(groups: int) -> None:
         by_score = keep_highest(reap_scores(problem), 4, groups)
         assert losses[tuple(kept)] <= losses[tuple(by_score)]
     assert min(ratios) > 1 - 1e-6
-    assert sum(ratios) / len(ratios) < 1.05
+    # A router that chooses groups first jumps from one group to another, which leaves more local optima.
+    assert sum(ratios) / len(ratios) < (1.03 if groups == 1 else 1.08)
 
 
 def test_scores_are_means_over_the_routed_tokens() -> None:
