@@ -184,13 +184,13 @@ def _select(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 def _read(config: Any, fields: dict[str, Any]) -> Any:
     """Return a configuration of the same class with the fields of a file, which stay unchanged."""
-    return type(config).from_dict(_decode_floats(fields))
+    return type(config).from_dict(decode_floats(fields))
 
 
-def _decode_floats(value: Any) -> Any:
+def decode_floats(value: Any) -> Any:
     """Return a copy of a JSON value in which infinities are numbers; transformers 5 writes them as objects."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {name: _decode_floats(part) for name, part in value.items()}
-    return [_decode_floats(part) for part in value] if isinstance(value, list) else value
+        return {name: decode_floats(part) for name, part in value.items()}
+    return [decode_floats(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,63 @@
+"""Tests of slices and masks of single blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alps.models.blocks import find_blocks
+from alps.models.shrink_families import family_of
+from alps.models.shrink_slices import Kept, mask_block, sites_of, slice_block
+from alps.models.structure import read_structure
+from helpers.decoders import decoder
+
+
+def test_slices_have_the_rows_and_columns_of_kept_units() -> None:
+    model = decoder("qwen2")
+    blocks = find_blocks(model)
+    state = blocks[1].module.state_dict()
+    kept = Kept(torch.tensor([0, 5, 47]), torch.tensor([1, 3]), torch.tensor([0, 1]))
+    sliced = slice_block(state, family_of(model), read_structure(model, blocks), kept)
+    rows = torch.tensor([*range(8, 16), *range(24, 32)])
+    assert torch.equal(sliced["self_attn.q_proj.weight"], state["self_attn.q_proj.weight"][rows])
+    assert torch.equal(sliced["self_attn.q_proj.bias"], state["self_attn.q_proj.bias"][rows])
+    assert torch.equal(sliced["self_attn.o_proj.weight"], state["self_attn.o_proj.weight"][:, rows])
+    assert torch.equal(sliced["self_attn.k_proj.weight"], state["self_attn.k_proj.weight"])
+    assert torch.equal(sliced["mlp.up_proj.weight"], state["mlp.up_proj.weight"][[0, 5, 47]])
+    assert torch.equal(sliced["mlp.down_proj.weight"], state["mlp.down_proj.weight"][:, [0, 5, 47]])
+    assert sliced["input_layernorm.weight"] is state["input_layernorm.weight"]
+    assert sliced.keys() == state.keys()
+
+
+def test_fused_maps_are_sliced_in_each_of_their_runs() -> None:
+    model = decoder("phi3")
+    blocks = find_blocks(model)
+    state = blocks[0].module.state_dict()
+    kept = Kept(torch.tensor([2, 3]), torch.tensor([3]), torch.tensor([1]))
+    sliced = slice_block(state, family_of(model), read_structure(model, blocks), kept)
+    assert torch.equal(sliced["mlp.gate_up_proj.weight"], state["mlp.gate_up_proj.weight"][[2, 3, 50, 51]])
+    qkv = state["self_attn.qkv_proj.weight"]
+    assert torch.equal(sliced["self_attn.qkv_proj.weight"], torch.cat([qkv[24:32], qkv[40:48], qkv[56:64]]))
+
+
+def test_masks_are_zeros_in_the_output_projections_alone() -> None:
+    for kind in ("llama", "gpt2"):
+        model = decoder(kind)
+        blocks, family = find_blocks(model), family_of(model)
+        structure = read_structure(model, blocks)
+        heads = None if family.attention is None else torch.tensor([0, 3])
+        kept = Kept(torch.tensor([1, 7]), heads, None if heads is None else torch.tensor([0, 1]))
+        sites = sites_of(blocks[0], family)
+        before = {name: tensor.clone() for name, tensor in blocks[0].module.state_dict().items()}
+        mask_block(blocks[0].module, family, structure, kept)
+        changed = {n for n, tensor in blocks[0].module.state_dict().items() if not torch.equal(tensor, before[n])}
+        projections = [site for site in (sites.mlp, sites.attention) if site is not None]
+        assert changed == {site.parameter_name.removeprefix(f"{blocks[0].name}.") for site in projections}
+        assert sites.mlp is not None and columns(sites.mlp.read()) == [1, 7]
+        if sites.attention is not None:
+            assert columns(sites.attention.read()) == [*range(8), *range(24, 32)]
+
+
+def columns(weight: Tensor) -> list[int]:
+    """Return the columns of a matrix that are not zero."""
+    return [int(column) for column in weight.any(0).nonzero()]

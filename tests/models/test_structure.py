@@ -1,0 +1,117 @@
+"""Tests of structures and targets, and of the numbers that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from alps.core.errors import AlpsError, ConfigError, UnsupportedModel
+from alps.models.blocks import find_blocks
+from alps.models.meta_model import empty_model
+from alps.models.shrunk_model import check_target
+from alps.models.structure import Structure, Target, needs_mistral, read_structure
+from helpers.decoders import decoder
+
+_LLAMA = Structure(blocks=4, hidden=32, mlp_width=48, heads=4, kv_heads=2, head_dim=8)
+
+
+def model_of(kind: str, **fields: Any) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, "num_attention_heads": 4, **fields}))
+
+
+def test_structures_are_read_from_models_without_weights() -> None:
+    model = decoder("llama")
+    assert read_structure(model, find_blocks(model)) == _LLAMA
+    empty = empty_model(model.config, torch.bfloat16)
+    assert read_structure(empty, find_blocks(empty)) == _LLAMA
+    model = decoder("gpt2")
+    assert read_structure(model, find_blocks(model)) == Structure(3, 32, mlp_width=128, heads=4, kv_heads=4)
+    model = decoder("falcon-new")
+    assert read_structure(model, find_blocks(model)).kv_heads == 2
+    model = decoder("falcon")
+    assert read_structure(model, find_blocks(model)).kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "kv_heads", "expected"),
+    [
+        (Target(), 2, (48, 4, 2)),
+        (Target(mlp_width=32), 2, (32, 4, 2)),
+        (Target(heads=2), 2, (48, 2, 2)),
+        (Target(kv_heads=1), 2, (48, 2, 1)),
+        (Target(heads=1, kv_heads=1), 2, (48, 1, 1)),
+        (Target(heads=3), 4, (48, 3, 3)),
+        (Target(kv_heads=3), 4, (48, 3, 3)),
+    ],
+)
+def test_numbers_that_are_left_out_follow(target: Target, kv_heads: int, expected: tuple[int, ...]) -> None:
+    complete = target.complete(Structure(4, 32, mlp_width=48, heads=4, kv_heads=kv_heads, head_dim=8))
+    assert (complete.mlp_width, complete.heads, complete.kv_heads) == expected
+    assert complete.kept_blocks == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (Target(mlp_width=0), ConfigError, "0 MLP channels cannot be kept of 48"),
+        (Target(mlp_width=49), ConfigError, "49 MLP channels cannot be kept of 48"),
+        (
+            Target(heads=3),
+            ConfigError,
+            "3 query heads cannot share 2 KV heads equally, at most 2 on each: choose one of 2, 4",
+        ),
+        (Target(heads=4, kv_heads=1), ConfigError, "4 query heads cannot share 1 KV heads equally, at most 2 on each"),
+        (Target(kv_heads=3), ConfigError, "6 query heads cannot be kept of 4"),
+        (Target(kept_blocks=()), ConfigError, r"Blocks \[\] cannot be kept of a model with blocks 0 to 3"),
+        (Target(kept_blocks=(0, 4)), ConfigError, "cannot be kept"),
+        (Target(kept_blocks=(1, 0)), ConfigError, "in ascending order"),
+        (Target(kept_blocks=(1, 1)), ConfigError, "name each once"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(target: Target, error: type[AlpsError], message: str) -> None:
+    model = decoder("llama")
+    with pytest.raises(error, match=message):
+        check_target(model, find_blocks(model), target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("gemma2", {"head_dim": 8, "num_key_value_heads": 1}, "no 'gemma2' model with 3 heads, which do not divide"),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 1}, "no 'llama' model with 3 heads"),
+        ("gpt2", {"n_embd": 32}, "Heads of 'gpt2' models cannot be removed: transformers derives the size of a head"),
+        ("olmo2", {}, "Heads of 'olmo2' models cannot be removed: its norms of queries and keys run over all heads"),
+    ],
+)
+def test_heads_that_a_family_cannot_lose_are_refused(kind: str, fields: dict[str, Any], message: str) -> None:
+    model = model_of(kind, **fields)
+    with pytest.raises(UnsupportedModel, match=message):
+        check_target(model, find_blocks(model), Target(heads=3))
+
+
+def test_llama_needs_mistral_for_heads_that_do_not_divide_the_hidden_size() -> None:
+    model = model_of("llama", num_key_value_heads=1)
+    structure = read_structure(model, find_blocks(model))
+    assert needs_mistral(model, structure, Target(heads=3))
+    assert not needs_mistral(model, structure, Target(heads=2))
+    assert not needs_mistral(model, structure, Target(mlp_width=8))
+
+
+def test_widths_without_a_field_are_refused() -> None:
+    model = decoder("bloom")
+    with pytest.raises(UnsupportedModel, match="its configuration has no field for the width of the MLP"):
+        check_target(model, find_blocks(model), Target(mlp_width=64))
+
+
+def test_blocks_of_several_shapes_are_refused() -> None:
+    model = decoder("llama")
+    blocks = find_blocks(model)
+    other = decoder("mistral").model.layers[0]
+    other.mlp.down_proj = torch.nn.Linear(40, 32, bias=False)
+    blocks[2].module.mlp = other.mlp
+    with pytest.raises(UnsupportedModel, match=r"model.layers.2.mlp.down_proj.weight has the shape \[32, 40\], unlike"):
+        read_structure(model, blocks)
