@@ -37,6 +37,7 @@ class Mixture:
         sites: the experts' maps.
         routers: modules inside `module` that decide on the experts.
         shared: other children with linear layers, whose output is added for every token.
+        shared_sites: maps inside `shared`.
     """
 
     name: str
@@ -45,11 +46,31 @@ class Mixture:
     sites: list[Site]
     routers: list[nn.Module]
     shared: list[nn.Module]
+    shared_sites: list[Site]
 
     @property
     def count(self) -> int:
         """Number of experts."""
         return len(self.sites[0].parameter)
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts of a token."""
+        return self._router_number("top_k")
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of experts from which the router chooses first; 1 for none."""
+        return self._router_number("num_group")
+
+    @property
+    def chosen_groups(self) -> int:
+        """Number of groups that a token may use."""
+        return self._router_number("topk_group")
+
+    def _router_number(self, attribute: str) -> int:
+        numbers = (getattr(router, attribute, None) for router in self.routers)
+        return next((number for number in numbers if isinstance(number, int)), 1)
 
     def run(self, hidden: Tensor) -> Tensor:
         """Return the output of the mixture, shared experts included, for tokens (tokens, features)."""
@@ -82,8 +103,17 @@ def find_mixture(block: Block) -> Mixture | None:
         raise UnsupportedModel(
             f"Experts of {block.name} cannot be removed: no router was found next to them in {type(module).__name__}."
         )
-    shared = [child for key, child in children.items() if not any(is_inside(router, [key]) for router in routers)]
-    return Mixture(name, module, experts, sites, [block.module.get_submodule(router) for router in routers], shared)
+    shared = {key: child for key, child in children.items() if not any(is_inside(router, [key]) for router in routers)}
+    prefixes = [f"{block.name}.{key}" for key in shared]
+    return Mixture(
+        name=name,
+        module=module,
+        experts=experts,
+        sites=sites,
+        routers=[block.module.get_submodule(router) for router in routers],
+        shared=list(shared.values()),
+        shared_sites=[site for site in block.sites if is_inside(site.name, prefixes)],
+    )
 
 
 @contextmanager
