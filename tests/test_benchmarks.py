@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import copying
+import elimination
 import gpu_layers
 import inference
 import model as whole_model
@@ -458,3 +459,19 @@ def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Pa
             done = started.run_script(script, "layer", "--device", device, cwd=tmp_path)
             assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{device}'" in done.stderr
             assert done.stdout == ""
+
+
+def test_elimination_compares_selections_of_columns() -> None:
+    problem = elimination.drawn_problem(48, 12, seed=0)
+    rows = cells(elimination.table(problem, 36))
+    errors = {name: float(error) for name, error, *_ in rows[2:]}
+    assert list(errors) == [
+        "at random",
+        "ten at a time",
+        "one at a time",
+        "ten at a time, exchanges",
+        "one at a time, exchanges",
+    ]
+    assert 0 < errors["one at a time, exchanges"] <= errors["one at a time"] < errors["at random"] < 1
+    # 14336^3 + 2 * 4096 * 14336^2 + 6 * 0.25 * 14336^3 flops.
+    assert "14336 columns and 4096 outputs: 9.0 Tflop" in elimination.extrapolation(problem, 36, 14336, 4096)
