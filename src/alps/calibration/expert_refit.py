@@ -26,6 +26,10 @@ _SWEEPS = 2
 _MULTIPLE = 1e-3
 
 
+# Linear map, and a function that computes the numbers of its tokens and their weighted inputs.
+OutputMap = tuple[Site, Callable[[], ExpertInputs]]
+
+
 @dataclass(frozen=True)
 class ExpertRefit:
     """Result of a refit.
@@ -62,7 +66,8 @@ def refit_experts(
     if windows < 2:
         raise ConfigError("Experts cannot be refitted on one calibration window: use at least two.")
     fit, held_out = tokens.split(min(HELD_OUT, windows))
-    maps = _output_maps(mixture, fit.hidden, kept)
+    maps = output_maps(mixture, fit.hidden, kept)
+    maps += _shared_maps(mixture, fit.hidden)
     dense = [site.read().clone() for site, _ in maps]
     with masked_routing(mixture, kept):
         residual = fit.target - run_in_batches(mixture.run, fit.hidden)
@@ -88,10 +93,7 @@ def refit_experts(
     return ExpertRefit(error_before, best_error, best_prior)
 
 
-_OutputMap = tuple[Site, Callable[[], ExpertInputs]]
-
-
-def _write(maps: Sequence[_OutputMap], weights: Sequence[Tensor]) -> None:
+def _write(maps: Sequence[OutputMap], weights: Sequence[Tensor]) -> None:
     for (site, _), weight in zip(maps, weights, strict=True):
         site.write(weight)
 
@@ -103,16 +105,21 @@ def _relative_error(mixture: Mixture, tokens: MixtureTokens) -> float:
     return float(error.sum(dtype=torch.float64) / energy.sum(dtype=torch.float64))
 
 
-def _output_maps(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> list[_OutputMap]:
-    """Return the last map of each kept expert, and of a shared expert, with its weighted inputs."""
+def output_maps(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> list[OutputMap]:
+    """Return the last map of each kept expert with its inputs, times the routing weights.
+
+    Args:
+        mixture: with its dense weights.
+        hidden: inputs (tokens, features) of the mixture, which are routed among the kept experts.
+        kept: numbers of the kept experts.
+    """
     index, weights = route(mixture, hidden, kept)
-    maps: list[_OutputMap] = []
+    maps = list[OutputMap]()
     for expert in kept:
         rows, places = ((index == expert) & (weights != 0)).nonzero(as_tuple=True)
         inputs = partial(_expert_inputs, mixture, hidden, expert, rows, weights[rows, places].float())
         maps.append((down_inputs(mixture, hidden[:1], expert)[0], inputs))
-    shared = _shared_map(mixture, hidden)
-    return maps if shared is None else [*maps, shared]
+    return maps
 
 
 def _expert_inputs(mixture: Mixture, hidden: Tensor, expert: int, rows: Tensor, weights: Tensor) -> ExpertInputs:
@@ -121,13 +128,13 @@ def _expert_inputs(mixture: Mixture, hidden: Tensor, expert: int, rows: Tensor, 
     return rows, down_inputs(mixture, hidden[rows], expert)[1].float() * weights[:, None]
 
 
-def _shared_map(mixture: Mixture, hidden: Tensor) -> _OutputMap | None:
-    """Return the last map of a shared expert with its weighted inputs; None if there is none, or not exactly one.
+def _shared_maps(mixture: Mixture, hidden: Tensor) -> list[OutputMap]:
+    """Return the last map of a shared expert with its weighted inputs; nothing if there is not exactly one.
 
     The weight of a token is the ratio of what the mixture adds to what the map returns, such as a sigmoid gate.
     """
     if len(mixture.shared) != 1 or not mixture.shared_sites:
-        return None
+        return []
     calls: list[tuple[Site, Tensor]] = []
     outputs: list[Tensor] = []
     handle = mixture.shared[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
@@ -144,10 +151,10 @@ def _shared_map(mixture: Mixture, hidden: Tensor) -> _OutputMap | None:
     output = torch.cat([part.flatten(0, -2) for part in outputs]).float()
     weights = (added * output).sum(dim=1) / output.square().sum(dim=1).clamp_min(1e-30)
     if float((output * weights[:, None] - added).norm()) > _MULTIPLE * float(added.norm()):
-        return None
+        return []
     rows = torch.arange(len(hidden), device=hidden.device)
     weighted = inputs * weights[:, None]
-    return site, lambda: (rows, weighted)
+    return [(site, lambda: (rows, weighted))]
 
 
 def _zeros(hidden: Tensor, *_routing: Tensor) -> Tensor:

@@ -68,17 +68,28 @@ def refit_output_maps(
     return changes
 
 
-def _ridge(X: Tensor, R: Tensor, weights: Tensor, prior_tokens: float) -> Tensor:
-    """Return (R^T w X) (X^T w X + lam I)^{-1}, shape (d, m), float32."""
+def weighted_gram(X: Tensor, token_weights: Tensor, *, prior_tokens: float) -> Tensor:
+    """Return X^T w X + lam I, shape (m, m), float64; I if all inputs are zero.
+
+    Args:
+        X: inputs of a map, times the routing weights, shape (n, m), float32.
+        token_weights: w, shape (n,), float32.
+        prior_tokens: p.
+    """
     gram = X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
-    cross = X.new_zeros(R.shape[1], X.shape[1], dtype=torch.float64)
-    for part in torch.split(torch.arange(len(X), device=X.device), _CHUNK):
-        weighted = X[part] * weights[part, None]
-        gram += (X[part].T @ weighted).double()
-        cross += (R[part].T @ weighted).double()
+    for part, weights in zip(torch.split(X, _CHUNK), torch.split(token_weights, _CHUNK), strict=True):
+        gram += (part.T @ (part * weights[:, None])).double()
     energy = float(gram.diagonal().mean())
     gram.diagonal().add_(max(prior_tokens / len(X), _MIN_DAMPING) * energy if energy else 1.0)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    return gram
+
+
+def _ridge(X: Tensor, R: Tensor, weights: Tensor, prior_tokens: float) -> Tensor:
+    """Return (R^T w X) (X^T w X + lam I)^{-1}, shape (d, m), float32."""
+    cross = X.new_zeros(R.shape[1], X.shape[1], dtype=torch.float64)
+    for rows in torch.split(torch.arange(len(X), device=X.device), _CHUNK):
+        cross += (R[rows].T @ (X[rows] * weights[rows, None])).double()
+    factor, failed = torch.linalg.cholesky_ex(weighted_gram(X, weights, prior_tokens=prior_tokens))
     if int(failed):
         raise SolveFailed("the inputs of an expert are not finite: the calibration inputs are unusable")
     return torch.cholesky_solve(cross.T, factor).T.float()
