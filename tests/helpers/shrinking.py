@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alps.models.blocks import find_blocks
+from alps.models.routing_mask import route_among
 from alps.models.shrink_config import edit_config_text, shrunk_config
 from alps.models.shrink_families import family_of
 from alps.models.shrink_slices import Kept, mask_block, slice_block
@@ -36,7 +39,20 @@ def random_kept(structure: Structure, target: Target, seed: int) -> Kept:
         kv_heads = choose(structure.kv_heads, complete.kv_heads)
         share = complete.heads // complete.kv_heads
         heads = torch.cat([head * structure.group + choose(structure.group, share) for head in kv_heads.tolist()])
-    return Kept(channels, heads, kv_heads)
+    kept = Kept(channels, heads, kv_heads)
+    experts = list(range(structure.experts or 0))
+    if complete.experts != structure.experts:
+        assert structure.experts and complete.experts
+        size, share = structure.experts // structure.expert_groups, complete.experts // structure.expert_groups
+        experts = [start + n for start in range(0, structure.experts, size) for n in choose(size, share).tolist()]
+        kept = replace(kept, experts=torch.tensor(experts))
+    if complete.expert_width != structure.expert_width:
+        assert structure.expert_width and complete.expert_width
+        width, count = structure.expert_width, complete.expert_width
+        kept = replace(kept, expert_channels=torch.stack([choose(width, count) for _ in experts]))
+        if structure.shared_width:
+            kept = replace(kept, shared_channels=choose(structure.shared_width, complete.shared_width(structure) or 0))
+    return kept
 
 
 def shrink(model: nn.Module, target: Target, kept: Sequence[Kept]) -> Any:
@@ -57,17 +73,20 @@ def shrink(model: nn.Module, target: Target, kept: Sequence[Kept]) -> Any:
 
 def mask(model: nn.Module, target: Target, kept: Sequence[Kept]) -> Any:
     """Return a copy of a model with zeros in place of removed units; removed blocks hand their inputs on."""
-    copied = copy.deepcopy(model)
+    copied: Any = copy.deepcopy(model)
+    copied.routing = ExitStack()  # never left: the copy serves one test
     blocks = find_blocks(copied)
     structure, family = read_structure(copied, blocks), family_of(copied)
     for block, units in zip(blocks, kept, strict=True):
         mask_block(block.module, family, structure, units)
+        if units.experts is not None:
+            copied.routing.enter_context(route_among(block.module, family, units.experts))
         if block.index not in (target.complete(structure).kept_blocks or ()):
             block.module.register_forward_hook(_hand_on)
     return copied
 
 
-def check_plain(model: Any, target: Target, ids: Tensor, folder: Path) -> None:
+def check_plain(model: Any, target: Target, ids: Tensor, folder: Path, tolerance: float = 1e-6) -> None:
     """Assert that a smaller model computes the logits of the masked one, and that it is a plain checkpoint.
 
     Args:
@@ -75,6 +94,7 @@ def check_plain(model: Any, target: Target, ids: Tensor, folder: Path) -> None:
         target: of the smaller model.
         ids: token ids of some windows.
         folder: for the checkpoint.
+        tolerance: of the difference between the two, relative to the logits.
     """
     blocks = find_blocks(model)
     structure = check_target(model, blocks, target)
@@ -84,7 +104,7 @@ def check_plain(model: Any, target: Target, ids: Tensor, folder: Path) -> None:
         logits, masked, full = (
             part(input_ids=ids, use_cache=False).logits for part in (small, mask(model, target, kept), model)
         )
-    assert distance(logits, masked) <= 1e-6
+    assert distance(logits, masked) <= tolerance
     assert distance(full, masked) > 1e-2
     small.save_pretrained(folder)
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -109,7 +129,7 @@ def _check_text(model: Any, structure: Structure, target: Target) -> None:
     assert {name: value for name, value in plain_fields(read).items() if name in expected} == expected
     assert before.keys() <= after.keys()
     changed = {name for name, value in after.items() if before.get(name) != value}
-    assert 0 < len(changed) <= 8, changed
+    assert 0 < len(changed) <= 10, changed
 
 
 def plain_fields(config: Any) -> dict[str, Any]:

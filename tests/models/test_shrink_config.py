@@ -86,6 +86,10 @@ def test_lists_that_count_blocks_lose_the_same_entries() -> None:
         "smollm3": {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},
         "gemma2": {"layer_types": ["sliding_attention", "full_attention"]},
         "gpt_neo": {"attention_layers": ["global", "local"], "attention_types": [[["global", "local"], 1]]},
+        "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+        "llama4": {"moe_layers": [1], "no_rope_layers": [1, 0]},
+        "deepseek_v3": {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+        "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
     }
     for kind, expected in cases.items():
         model = decoder(kind)

@@ -40,6 +40,36 @@ def test_fused_maps_are_sliced_in_each_of_their_runs() -> None:
     assert torch.equal(sliced["self_attn.qkv_proj.weight"], torch.cat([qkv[24:32], qkv[40:48], qkv[56:64]]))
 
 
+def test_experts_are_sliced_with_channels_of_their_own() -> None:
+    model = decoder("gpt_oss")
+    blocks = find_blocks(model)
+    state = blocks[0].module.state_dict()
+    channels = torch.tensor([[0, 2], [5, 47]])
+    kept = Kept(experts=torch.tensor([1, 3]), expert_channels=channels)
+    sliced = slice_block(state, family_of(model), read_structure(model, blocks), kept)
+    for new, (expert, (first, second)) in enumerate(zip((1, 3), channels.tolist(), strict=True)):
+        rows = [2 * first, 2 * first + 1, 2 * second, 2 * second + 1]
+        gates, down = state["mlp.experts.gate_up_proj"][expert], state["mlp.experts.down_proj"][expert]
+        assert torch.equal(sliced["mlp.experts.gate_up_proj"][new], gates[:, rows])
+        assert torch.equal(
+            sliced["mlp.experts.gate_up_proj_bias"][new], state["mlp.experts.gate_up_proj_bias"][expert, rows]
+        )
+        assert torch.equal(sliced["mlp.experts.down_proj"][new], down[[first, second]])
+        assert torch.equal(sliced["mlp.experts.down_proj_bias"][new], state["mlp.experts.down_proj_bias"][expert])
+        assert torch.equal(sliced["mlp.router.weight"][new], state["mlp.router.weight"][expert])
+        assert torch.equal(sliced["mlp.router.bias"][new], state["mlp.router.bias"][expert])
+
+
+def test_sites_of_mixtures_are_their_second_projections() -> None:
+    model = decoder("deepseek_v3")
+    blocks = find_blocks(model)
+    sites = sites_of(blocks[1], family_of(model))
+    assert [site.name for site in sites.experts] == [f"{blocks[1].name}.mlp.experts.down_proj.{n}" for n in range(4)]
+    assert sites.shared is not None and sites.shared.name == f"{blocks[1].name}.mlp.shared_experts.down_proj"
+    assert sites.mlp is None and sites.attention is not None
+    assert sites_of(blocks[0], family_of(model)).mlp is not None and not sites_of(blocks[0], family_of(model)).experts
+
+
 def test_masks_are_zeros_in_the_output_projections_alone() -> None:
     for kind in ("llama", "gpt2"):
         model = decoder(kind)

@@ -39,6 +39,51 @@ def test_llama_with_three_of_four_heads_is_a_mistral(ids: Tensor, tmp_path: Path
     check_plain(model, target, ids[:3], tmp_path)
 
 
+_QWEN3 = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0, 2]}
+_VARIANTS: list[tuple[str, dict[str, Any], Target]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}, Target(mlp_width=20, heads=2)),
+    ("cohere", {"use_qk_norm": True, "num_key_value_heads": 2, "pad_token_id": 0}, Target(heads=2, kv_heads=1)),
+    ("phi", {"num_key_value_heads": 4}, Target(heads=3)),
+    ("ernie4_5", {"use_bias": True, "num_key_value_heads": 2}, Target(heads=2, mlp_width=20)),
+    ("qwen3_moe", {**_QWEN3, "head_dim": 8}, Target(mlp_width=20, experts=3, heads=3, kept_blocks=(0, 1, 3))),
+    (
+        "glm4_moe",
+        {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "pad_token_id": 0,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        Target(heads=3),
+    ),
+    ("opt", {"enable_bias": False, "ffn_dim": 48}, Target(mlp_width=20)),
+    ("gpt_neox", {"attention_bias": False}, Target(mlp_width=20, kept_blocks=(1, 2))),
+    ("starcoder2", {"use_bias": False}, Target(mlp_width=20, heads=3)),
+    ("mistral", {"head_dim": 12}, Target(heads=3)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "fields", "target"), _VARIANTS)
+def test_biases_and_norms_that_a_configuration_adds_are_sliced(
+    kind: str, fields: dict[str, Any], target: Target, ids: Tensor, tmp_path: Path
+) -> None:
+    check_plain(randomised(kind, **fields), target, ids[:3], tmp_path)
+
+
+@pytest.mark.slow
+def test_grouped_experts_keep_their_groups(ids: Tensor, tmp_path: Path) -> None:
+    """Two of four experts of each of four groups; a token goes to two groups."""
+    sizes = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    mixture = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 2}
+    more = {"moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    for kind, method in (("deepseek_v3", {}), ("deepseek_v2", {"topk_method": "group_limited_greedy"})):
+        model = randomised(kind, **sizes, **mixture, **more, **method)
+        target = Target(experts=8, expert_width=8, heads=2, kept_blocks=(0, 1, 3))
+        check_plain(model, target, ids[:3], tmp_path / kind)
+
+
 def test_the_model_has_no_weights_and_the_settings_of_its_source() -> None:
     model = decoder("llama", torch.bfloat16)
     model.generation_config.temperature = 0.7
@@ -55,3 +100,10 @@ def test_scores_that_depend_on_the_number_of_a_block_keep_it_from_moving() -> No
     check_target(model, find_blocks(model), Target(kept_blocks=(0, 1)))
     with pytest.raises(UnsupportedModel, match=r"transformer\.h\.2 would be of another kind as block 1"):
         check_target(model, find_blocks(model), Target(kept_blocks=(0, 2)))
+
+
+def test_blocks_that_transformers_builds_in_other_shapes_are_refused() -> None:
+    """Phi gives the norms of queries and keys the size of a head that follows from the hidden size."""
+    model = randomised("phi", qk_layernorm=True, num_key_value_heads=4)
+    with pytest.raises(UnsupportedModel, match=r"q_layernorm.weight as \[10\] and not as \[8\]: models of type 'phi'"):
+        check_target(model, find_blocks(model), Target(heads=3))

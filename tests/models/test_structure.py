@@ -30,6 +30,10 @@ def test_structures_are_read_from_models_without_weights() -> None:
     assert read_structure(empty, find_blocks(empty)) == _LLAMA
     model = decoder("gpt2")
     assert read_structure(model, find_blocks(model)) == Structure(3, 32, mlp_width=128, heads=4, kv_heads=4)
+    model = decoder("deepseek_v3")
+    structure = read_structure(model, find_blocks(model))
+    assert (structure.mlp_width, structure.experts, structure.expert_width, structure.shared_width) == (48, 4, 24, 24)
+    assert structure.experts_per_token == 2
     model = decoder("falcon-new")
     assert read_structure(model, find_blocks(model)).kv_heads == 2
     model = decoder("falcon")
@@ -99,6 +103,44 @@ def test_llama_needs_mistral_for_heads_that_do_not_divide_the_hidden_size() -> N
     assert needs_mistral(model, structure, Target(heads=3))
     assert not needs_mistral(model, structure, Target(heads=2))
     assert not needs_mistral(model, structure, Target(mlp_width=8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        ("llama", Target(experts=2), "The model has no experts that could be removed"),
+        ("mixtral", Target(mlp_width=8), "The model has no MLP channels that could be removed"),
+        ("mixtral", Target(experts=1), "1 experts are too few, since a token is sent to 2: keep 2 or more"),
+        ("mixtral", Target(experts=5), "5 experts cannot be kept of 4"),
+        ("mixtral", Target(expert_width=20), "Experts with 20 channels cannot be multiplied in groups"),
+    ],
+)
+def test_experts_that_a_model_cannot_lose_are_refused(kind: str, target: Target, message: str) -> None:
+    model = decoder(kind)
+    with pytest.raises(ConfigError, match=message):
+        check_target(model, find_blocks(model), target)
+
+
+def test_groups_of_experts_lose_equally() -> None:
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    mixture = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 6}
+    model = model_of("deepseek_v3", **sizes, **mixture, moe_intermediate_size=16, first_k_dense_replace=1)
+    blocks = find_blocks(model)
+    structure = read_structure(model, blocks)
+    assert (structure.expert_groups, structure.groups_per_token, structure.experts_per_token) == (4, 2, 6)
+    check_target(model, blocks, Target(experts=12))
+    with pytest.raises(
+        ConfigError, match="10 experts cannot be kept of 16 in 4 groups of equal size: choose a multiple"
+    ):
+        check_target(model, blocks, Target(experts=10))
+    with pytest.raises(ConfigError, match="8 experts are too few, since a token is sent to 6: keep 12 or more"):
+        check_target(model, blocks, Target(experts=8))
+
+
+def test_the_experts_of_jetmoe_stay() -> None:
+    model = decoder("jetmoe")
+    with pytest.raises(UnsupportedModel, match="its attention has as many experts as its MLP; remove blocks"):
+        check_target(model, find_blocks(model), Target(experts=2))
 
 
 def test_widths_without_a_field_are_refused() -> None:

@@ -12,7 +12,8 @@ from transformers import MistralConfig
 from alps.core.errors import ConfigError, UnsupportedModel
 from alps.models.config_fields import replace_fields
 from alps.models.config_json import decode_floats
-from alps.models.shrink_families import Family, family_of
+from alps.models.shrink_families import family_of
+from alps.models.shrink_layout import Family
 from alps.models.structure import Structure, Target, needs_mistral
 
 # Fields with one entry for every block.
@@ -20,7 +21,7 @@ _PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 # Fields with the numbers of some blocks.
 _NUMBERS = ("mlp_only_layers", "moe_layers")
 # Fields with the number of leading blocks that differ from those behind them.
-_LEADING = ("first_k_dense_replace", "max_window_layers")
+_LEADING = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index")
 # Fields with the number of layers behind the blocks that predict further tokens; no causal language model has them.
 _EXTRA = ("num_nextn_predict_layers",)
 # Fields of LLaMA that Mistral does not have; the biases are false.
@@ -108,10 +109,18 @@ def _width_fields(config: Any, family: Family, structure: Structure, target: Tar
     if family.mlp is not None and target.mlp_width != structure.mlp_width:
         fields[str(family.mlp.field)] = target.mlp_width
     if (target.heads, target.kv_heads) != (structure.heads, structure.kv_heads):
-        fields |= {"num_attention_heads": target.heads, "head_dim": structure.head_dim}
+        fields["num_attention_heads"] = target.heads
         if hasattr(config, "num_key_value_heads"):
             fields["num_key_value_heads"] = target.kv_heads
-    return fields
+        if family.attention is not None and family.attention.head_dim is not None:
+            fields[family.attention.head_dim] = structure.head_dim
+    if (experts := family.experts) is not None:
+        if target.experts != structure.experts:
+            fields[experts.count] = target.experts
+        if target.expert_width != structure.expert_width:
+            fields[experts.width] = target.expert_width
+    renamed = type(config).attribute_map
+    return {renamed.get(name, name): value for name, value in fields.items()}
 
 
 def _depth_fields(values: dict[str, Any], family: Family, structure: Structure, kept: Sequence[int]) -> dict[str, Any]:
@@ -125,6 +134,13 @@ def _depth_fields(values: dict[str, Any], family: Family, structure: Structure, 
     for name in _LEADING:
         if isinstance(count := values.get(name), int) and count < structure.blocks:
             fields[name] = sum(block < count for block in kept)
+    if isinstance(last := values.get("moe_layer_end_index"), int) and last >= 0:
+        fields["moe_layer_end_index"] = sum(block <= last for block in kept) - 1
+    if (step := values.get("decoder_sparse_step", 1)) > 1:
+        # Blocks are sparse when their number and the step say so; the list of the others needs no step.
+        dense = [block for block in range(structure.blocks) if (block + 1) % step]
+        dense = sorted({*dense, *values["mlp_only_layers"]})
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [n for n, block in enumerate(kept) if block in dense]}
     if "attention_types" in values:  # of GPT-Neo: kinds of attention, and how often they repeat
         fields["attention_types"] = [[fields["attention_layers"], 1]]
     return fields

@@ -1,105 +1,18 @@
-"""Table of what structured pruning can remove from the models of each family, and where it lies in their blocks.
+"""Table of the units that structured pruning can remove from the models of each family.
 
-A family is a `model_type` of transformers. A *unit* is what is removed: an MLP channel, a query head, a KV head, an
-expert, or a channel of an expert. A *run* is a part of a tensor's axis with all units of one kind in a row, each of the
-same number of rows or columns.
+A family is a `model_type` of transformers. Every row has been tested with the release of transformers that is pinned.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from alps.core.errors import UnsupportedModel
 from alps.models.auto_class import is_composite
-
-Unit = Literal["channel", "head", "kv_head", "expert", "expert_channel", "shared_channel"]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Axis of a tensor of a block from which units are removed.
-
-    Attributes:
-        tensor: name inside the block.
-        axis: number of the axis.
-        runs: units of each run, in order.
-        interleaved: True when the first units of all runs come first, then the second ones, as in GPT-OSS.
-    """
-
-    tensor: str
-    axis: int
-    runs: tuple[Unit, ...]
-    interleaved: bool = False
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """Dense MLP of a block.
-
-    Attributes:
-        inner: names of the linear maps whose outputs are channels, from the first on.
-        outer: name of the map whose inputs are channels.
-        field: of the configuration, the number of channels; None when no field says it.
-        is_fused: True when the one inner map computes gates, then values.
-        inputs_first: True when weights have the shape (in, out).
-    """
-
-    inner: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    outer: str = "mlp.down_proj"
-    field: str | None = "intermediate_size"
-    is_fused: bool = False
-    inputs_first: bool = False
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention of a block with one run of rows for every kind of head.
-
-    Attributes:
-        inner: names of the maps that compute heads, with their runs.
-        outer: name of the map whose inputs are query heads.
-        per_head: names of tensors with one entry, or one row, for each head.
-    """
-
-    inner: tuple[tuple[str, tuple[Unit, ...]], ...] = (
-        ("self_attn.q_proj", ("head",)),
-        ("self_attn.k_proj", ("kv_head",)),
-        ("self_attn.v_proj", ("kv_head",)),
-    )
-    outer: str = "self_attn.o_proj"
-    per_head: tuple[tuple[str, Unit], ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """Family of models: all units that can be removed from the models of one `model_type`.
-
-    Attributes:
-        model_type: of the configuration.
-        mlp: the dense MLP of blocks that have one.
-        attention: where heads lie; None when they cannot be removed.
-        heads: which numbers of heads the configuration can say: `free` for any, `divisor` for divisors of the hidden
-            size.
-        as_mistral: True when the model can be saved as Mistral, whose numbers of heads are free.
-        no_width: reason why MLP channels cannot be removed, as the end of a sentence.
-        no_heads: reason why heads cannot be removed, as the end of a sentence.
-        adds_mlp: True when the MLP's output is added to the residual stream without a norm or a factor.
-        depth: field with the number of blocks.
-    """
-
-    model_type: str
-    mlp: Mlp | None = Mlp()
-    attention: Attention | None = Attention()
-    heads: Literal["free", "divisor"] = "free"
-    as_mistral: bool = False
-    no_width: str = ""
-    no_heads: str = ""
-    adds_mlp: bool = True
-    depth: str = "num_hidden_layers"
-
+from alps.models.shrink_layout import Attention, Experts, Family, Mlp
 
 _FUSED_MLP = Mlp(("mlp.gate_up_proj",), is_fused=True)
 _PLAIN_MLP = Mlp(("mlp.up_proj",))
@@ -109,6 +22,26 @@ _GPTJ_MLP = Mlp(("mlp.fc_in",), "mlp.fc_out", "n_inner")
 _NEOX_MLP = Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
 _PHI3 = Attention((("self_attn.qkv_proj", ("head", "kv_head", "kv_head")),))
 _DENSE_OUT = replace(Attention(), outer="self_attn.dense")
+
+_SINKS = replace(Attention(), per_head=(("self_attn.sinks", "head"),))
+_MLA = Attention(
+    (
+        ("self_attn.q_proj", ("head",)),
+        ("self_attn.q_b_proj", ("head",)),
+        ("self_attn.kv_b_proj", ("kv_head",)),
+    ),
+    head_dim=None,
+)
+_LLAMA4_MLP = Mlp(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj", "intermediate_size_mlp")
+# Experts of models whose blocks all have them, and no other MLP.
+_ALL_EXPERTS = Experts("num_local_experts", "intermediate_size", router="router")
+_DEEPSEEK = Experts(
+    "n_routed_experts",
+    corrections=("e_score_correction_bias",),
+    shared="shared_experts",
+    shared_follows=True,
+    group_minimum=2,
+)
 
 _ONE_SIZE = "transformers derives the size of a head from their number and the hidden size"
 _FULL_NORM = "its norms of queries and keys run over all heads, so heads that stay would change"
@@ -130,7 +63,7 @@ _ROWS = (
     Family("phi3", _FUSED_MLP, _PHI3),
     Family("starcoder2", Mlp(("mlp.c_fc",), "mlp.c_proj")),
     Family("olmo"),
-    Family("granite", adds_mlp=False),
+    Family("granite"),
     Family("smollm3"),
     Family(
         "cohere",
@@ -174,6 +107,40 @@ _ROWS = (
         no_width="its configuration has the width of the MLP as a multiple of the hidden size",
         depth="n_layers",
     ),
+    Family("mixtral", None, experts=replace(_ALL_EXPERTS, router="gate")),
+    Family("qwen2_moe", experts=Experts(shared="shared_expert")),
+    Family("qwen3_moe", experts=Experts()),
+    Family("olmoe", None, None, replace(_ALL_EXPERTS, count="num_experts", router="gate"), no_heads=_FULL_NORM),
+    Family("gpt_oss", None, _SINKS, replace(_ALL_EXPERTS, inputs_first=True, interleaved=True)),
+    Family("deepseek_v2", attention=_MLA, experts=replace(_DEEPSEEK, group_minimum=1), heads="divisor"),
+    Family("deepseek_v3", attention=_MLA, experts=_DEEPSEEK),
+    Family("phimoe", None, experts=_ALL_EXPERTS),
+    Family("granitemoe", None, experts=replace(_ALL_EXPERTS, mixture="block_sparse_moe")),
+    Family("glm4_moe", experts=_DEEPSEEK),
+    Family(
+        "llama4_text",
+        _LLAMA4_MLP,
+        experts=replace(
+            _ALL_EXPERTS, mixture="feed_forward", inputs_first=True, shared="shared_expert", shared_follows=True
+        ),
+    ),
+    Family(
+        "ernie4_5_moe",
+        experts=Experts(
+            "moe_num_experts",
+            per_token="moe_k",
+            corrections=("moe_statics.e_score_correction_bias",),
+            shared="shared_experts",
+            shared_follows=True,
+        ),
+    ),
+    Family(
+        "jetmoe",
+        None,
+        None,
+        no_heads="its attention is a mixture of experts",
+        no_experts="its attention has as many experts as its MLP",
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
@@ -200,26 +167,5 @@ def family_of(model: nn.Module) -> Family:
 def adds_output(model: nn.Module) -> bool:
     """Check if the output of a model's MLP is added to the residual stream without a norm or a factor."""
     config: Any = model.config
-    return family_of(model).adds_mlp and bool(getattr(config, "do_layer_norm_before", True))
-
-
-def cuts_of(family: Family) -> list[Cut]:
-    """List the axes that can be cut in the blocks of a family; a block may lack some of the tensors."""
-    return [*_mlp_cuts(family.mlp), *_attention_cuts(family.attention)]
-
-
-def _mlp_cuts(mlp: Mlp | None) -> list[Cut]:
-    if mlp is None:
-        return []
-    runs: tuple[Unit, ...] = ("channel", "channel") if mlp.is_fused else ("channel",)
-    rows, columns = (1, 0) if mlp.inputs_first else (0, 1)
-    inner = [cut for name in mlp.inner for cut in (Cut(f"{name}.weight", rows, runs), Cut(f"{name}.bias", 0, runs))]
-    return [*inner, Cut(f"{mlp.outer}.weight", columns, ("channel",))]
-
-
-def _attention_cuts(attention: Attention | None) -> list[Cut]:
-    if attention is None:
-        return []
-    inner = [Cut(f"{name}.{part}", 0, runs) for name, runs in attention.inner for part in ("weight", "bias")]
-    norms = [Cut(name, 0, (unit,)) for name, unit in attention.per_head]
-    return [*inner, *norms, Cut(f"{attention.outer}.weight", 1, ("head",))]
+    is_scaled = getattr(config, "residual_multiplier", 1.0) != 1.0
+    return family_of(model).adds_mlp and not is_scaled and bool(getattr(config, "do_layer_norm_before", True))

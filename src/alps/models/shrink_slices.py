@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from alps.models.blocks import Block
-from alps.models.shrink_families import Attention, Cut, Family, Mlp, Unit, cuts_of
+from alps.models.shrink_layout import Attention, Cut, Family, Mlp, Unit, cuts_of
 from alps.models.sites import Site
 from alps.models.structure import Structure, unit_size
 
@@ -22,15 +22,29 @@ class Kept:
         channels: of the dense MLP.
         heads: query heads, equally many of each kept KV head.
         kv_heads: key and value heads.
+        experts: routed experts, equally many of each group.
+        expert_channels: of each kept expert, (kept experts, kept channels), ascending in each row.
+        shared_channels: of the shared experts, where their width follows from that of an expert.
     """
 
     channels: Tensor | None = None
     heads: Tensor | None = None
     kv_heads: Tensor | None = None
+    experts: Tensor | None = None
+    expert_channels: Tensor | None = None
+    shared_channels: Tensor | None = None
 
     def units(self, unit: Unit) -> Tensor | None:
         """Return the numbers of the units of one kind that stay."""
-        return {"channel": self.channels, "head": self.heads, "kv_head": self.kv_heads}[unit]
+        units: dict[Unit, Tensor | None] = {
+            "channel": self.channels,
+            "head": self.heads,
+            "kv_head": self.kv_heads,
+            "expert": self.experts,
+            "expert_channel": self.expert_channels,
+            "shared_channel": self.shared_channels,
+        }
+        return units[unit]
 
 
 @dataclass(frozen=True)
@@ -40,10 +54,14 @@ class OutputSites:
     Attributes:
         mlp: second projection of the dense MLP.
         attention: output projection of the attention; also None where heads cannot be removed.
+        experts: second projection of every expert, in order.
+        shared: second projection of the shared experts.
     """
 
     mlp: Site | None
     attention: Site | None
+    experts: tuple[Site, ...] = ()
+    shared: Site | None = None
 
 
 def sites_of(block: Block, family: Family) -> OutputSites:
@@ -53,7 +71,12 @@ def sites_of(block: Block, family: Family) -> OutputSites:
     def site(part: Mlp | Attention | None) -> Site | None:
         return None if part is None else sites.get(f"{block.name}.{part.outer}")
 
-    return OutputSites(mlp=site(family.mlp), attention=site(family.attention))
+    outputs = OutputSites(mlp=site(family.mlp), attention=site(family.attention))
+    if family.experts is None:
+        return outputs
+    prefix = f"{block.name}.{family.experts.mixture}.experts.down_proj."
+    experts = tuple(site for name, site in sites.items() if name.startswith(prefix))
+    return replace(outputs, experts=experts, shared=site(family.experts.shared_mlp))
 
 
 def slice_block(tensors: Mapping[str, Tensor], family: Family, structure: Structure, kept: Kept) -> dict[str, Tensor]:
@@ -71,15 +94,14 @@ def slice_block(tensors: Mapping[str, Tensor], family: Family, structure: Struct
     sliced = dict(tensors)
     for cut in cuts_of(family):
         if cut.tensor in sliced and (index := _rows(cut, tensors[cut.tensor], structure, kept)) is not None:
-            tensor = sliced[cut.tensor]
-            sliced[cut.tensor] = tensor.index_select(cut.axis, index.to(tensor.device))
+            sliced[cut.tensor] = _take(sliced[cut.tensor], index, cut.axis)
     return sliced
 
 
 def mask_block(module: nn.Module, family: Family, structure: Structure, kept: Kept) -> None:
     """Set all weights of a full block to zero that read removed channels and heads, in place.
 
-    Its outputs are those of the sliced block.
+    Its outputs are those of the sliced block, if no token is sent to removed experts (`alps.models.routing_mask`).
 
     Args:
         module: the block.
@@ -87,28 +109,49 @@ def mask_block(module: nn.Module, family: Family, structure: Structure, kept: Ke
         structure: of the model.
         kept: units that stay.
     """
-    outer = [part.outer for part in (family.mlp, family.attention) if part is not None]
+    shared = None if family.experts is None else family.experts.shared_mlp
+    parts = (family.mlp, family.attention, shared)
+    outer = [f"{part.outer}.weight" for part in parts if part is not None]
     state = module.state_dict()
     for cut in cuts_of(family):
-        if cut.tensor.removesuffix(".weight") in outer and cut.tensor in state:
-            index = _rows(cut, state[cut.tensor], structure, kept)
-            if index is not None:
-                removed = torch.ones(state[cut.tensor].shape[cut.axis], dtype=torch.bool)
-                removed[index] = False
-                state[cut.tensor].index_fill_(cut.axis, removed.nonzero().flatten().to(state[cut.tensor].device), 0.0)
+        if cut.tensor not in state or (index := _rows(cut, state[cut.tensor], structure, kept)) is None:
+            continue
+        tensor = state[cut.tensor]
+        if cut.tensor in outer:
+            kept_values = _take(tensor, index, cut.axis)
+            tensor.zero_().index_copy_(cut.axis, index.to(tensor.device), kept_values)
+        elif cut.runs == ("expert_channel",):
+            experts = torch.arange(len(tensor)) if kept.experts is None else kept.experts.cpu()
+            for expert, channels in zip(experts.tolist(), index, strict=True):
+                kept_values = _take(tensor[expert], channels, cut.axis - 1)
+                tensor[expert].zero_().index_copy_(cut.axis - 1, channels.to(tensor.device), kept_values)
+
+
+def _take(tensor: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Return the entries of an axis; an index of two dimensions has a row for each entry of the first axis."""
+    index = index.to(tensor.device)
+    if index.ndim == 1:
+        return tensor.index_select(axis, index)
+    shape = [1] * tensor.ndim
+    shape[0], shape[axis] = index.shape
+    expanded = list(tensor.shape)
+    expanded[axis] = index.shape[1]
+    return tensor.gather(axis, index.view(shape).expand(expanded))
 
 
 def _rows(cut: Cut, tensor: Tensor, structure: Structure, kept: Kept) -> Tensor | None:
-    """Return the numbers of the rows along a cut axis that stay; None for all of them."""
+    """Return the numbers of the entries of a cut axis that stay; None for all of them."""
     if all(kept.units(unit) is None for unit in cut.runs):
         return None
     size = unit_size(cut, tensor.shape, structure)
-    assert size is not None, cut
-    rows, start = list[Tensor](), 0
+    runs, start = list[Tensor](), 0
     for unit in cut.runs:
         count, units = structure.count(unit), kept.units(unit)
         assert count is not None
         units = torch.arange(count) if units is None else units.cpu()
-        rows.append((start + units[:, None] * size + torch.arange(size)).flatten())
+        if cut.interleaved:
+            runs.append(units * len(cut.runs) + len(runs))
+        else:
+            runs.append((start + units[..., None] * size + torch.arange(size)).flatten(-2))
         start += count * size
-    return torch.cat(rows)
+    return torch.stack(runs, -1).flatten(-2) if cut.interleaved else torch.cat(runs, -1)

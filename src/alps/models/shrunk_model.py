@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,9 +102,17 @@ def _check_shapes(
 def _any_units(structure: Structure, target: Target) -> Kept:
     """Return as many units as stay; which ones they are has no effect on shapes."""
     complete = target.complete(structure)
-    counts = {"channels": complete.mlp_width, "heads": complete.heads, "kv_heads": complete.kv_heads}
-    before = {"channels": structure.mlp_width, "heads": structure.heads, "kv_heads": structure.kv_heads}
-    return Kept(**{n: torch.arange(count) for n, count in counts.items() if count and count != before[n]})
+    counts = {
+        "channels": (complete.mlp_width, structure.mlp_width),
+        "heads": (complete.heads, structure.heads),
+        "kv_heads": (complete.kv_heads, structure.kv_heads),
+        "experts": (complete.experts, structure.experts),
+        "shared_channels": (complete.shared_width(structure), structure.shared_width),
+    }
+    kept = Kept(**{name: torch.arange(count) for name, (count, before) in counts.items() if count and count != before})
+    if complete.expert_width is None or complete.expert_width == structure.expert_width:
+        return kept
+    return replace(kept, expert_channels=torch.arange(complete.expert_width).repeat(complete.experts or 0, 1))
 
 
 def _shape(shape: Any) -> str:

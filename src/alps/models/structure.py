@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,11 @@ from torch import nn
 
 from alps.core.errors import ConfigError, UnsupportedModel
 from alps.models.blocks import Block
-from alps.models.shrink_families import Cut, Family, Unit, cuts_of, family_of
+from alps.models.shrink_families import family_of
+from alps.models.shrink_layout import Cut, Family, Unit, cuts_of
+
+# Channels of a fused expert are read in strides of 16 bytes, 8 numbers of 16 bits.
+_EXPERT_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,13 @@ class Structure:
         mlp_width: channels of a dense MLP.
         heads: query heads.
         kv_heads: key and value heads.
-        head_dim: size of a head; None where heads cannot be removed.
+        head_dim: size of a head, as the output projection reads it; None where heads cannot be removed.
+        experts: routed experts of a mixture.
+        expert_width: channels of each expert.
+        shared_width: channels of the shared experts together, if these follow from the width of an expert.
+        experts_per_token: experts that the router sends a token to.
+        expert_groups: groups of a grouped router, else 1.
+        groups_per_token: groups that it chooses experts from.
     """
 
     blocks: int
@@ -32,6 +42,12 @@ class Structure:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    experts: int | None = None
+    expert_width: int | None = None
+    shared_width: int | None = None
+    experts_per_token: int | None = None
+    expert_groups: int = 1
+    groups_per_token: int = 1
 
     @property
     def group(self) -> int:
@@ -40,7 +56,15 @@ class Structure:
 
     def count(self, unit: Unit) -> int | None:
         """Return the number of units of one kind in a block."""
-        return {"channel": self.mlp_width, "head": self.heads, "kv_head": self.kv_heads}[unit]
+        counts: dict[Unit, int | None] = {
+            "channel": self.mlp_width,
+            "head": self.heads,
+            "kv_head": self.kv_heads,
+            "expert": self.experts,
+            "expert_channel": self.expert_width,
+            "shared_channel": self.shared_width,
+        }
+        return counts[unit]
 
 
 @dataclass(frozen=True)
@@ -51,12 +75,16 @@ class Target:
         mlp_width: channels of a dense MLP.
         heads: query heads.
         kv_heads: key and value heads.
+        experts: routed experts of each mixture, equally many of each group.
+        expert_width: channels of each expert; shared experts become narrower by the same factor.
         kept_blocks: numbers of the blocks that stay, ascending.
     """
 
     mlp_width: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    experts: int | None = None
+    expert_width: int | None = None
     kept_blocks: tuple[int, ...] | None = None
 
     def complete(self, structure: Structure) -> Target:
@@ -76,8 +104,16 @@ class Target:
             mlp_width=structure.mlp_width if self.mlp_width is None else self.mlp_width,
             heads=heads,
             kv_heads=kv_heads,
+            experts=structure.experts if self.experts is None else self.experts,
+            expert_width=structure.expert_width if self.expert_width is None else self.expert_width,
             kept_blocks=kept,
         )
+
+    def shared_width(self, structure: Structure) -> int | None:
+        """Return the channels of the shared experts that stay."""
+        if structure.shared_width is None or structure.expert_width is None or self.expert_width is None:
+            return structure.shared_width
+        return structure.shared_width // structure.expert_width * self.expert_width
 
 
 def read_structure(model: nn.Module, blocks: Sequence[Block]) -> Structure:
@@ -93,36 +129,47 @@ def read_structure(model: nn.Module, blocks: Sequence[Block]) -> Structure:
     """
     family, config = family_of(model), _config(model)
     shapes = [{name: tuple(p.shape) for name, p in block.module.state_dict().items()} for block in blocks]
+    sizes: dict[str, tuple[int, ...]] = {}
+    for block, shape in zip(blocks, shapes, strict=True):
+        for name in {cut.tensor for cut in cuts_of(family)} & shape.keys():
+            if sizes.setdefault(name, shape[name]) != shape[name]:
+                raise UnsupportedModel(
+                    f"{block.name}.{name} has the shape {list(shape[name])}, unlike {list(sizes[name])} in an earlier "
+                    "block: structure can be removed from equal blocks only."
+                )
     heads = int(config.num_attention_heads)
     structure = Structure(
         blocks=len(blocks),
         hidden=int(config.hidden_size),
-        mlp_width=_mlp_width(family, shapes),
+        mlp_width=_units(family, sizes, "channel"),
         heads=heads,
-        kv_heads=_kv_heads(config, heads),
+        kv_heads=_kv_heads(family, config, heads),
+        head_dim=None if family.attention is None else sizes[f"{family.attention.outer}.weight"][1] // heads,
+        experts=_units(family, sizes, "expert"),
+        expert_width=_units(family, sizes, "expert_channel"),
+        shared_width=_units(family, sizes, "shared_channel"),
     )
-    if family.attention is not None:
-        columns = next(shape[f"{family.attention.outer}.weight"][1] for shape in shapes)
-        structure = replace(structure, head_dim=columns // heads)
-    for block, shape in zip(blocks, shapes, strict=True):
-        for cut in cuts_of(family):
-            if cut.tensor in shape and unit_size(cut, shape[cut.tensor], structure) is None:
-                raise UnsupportedModel(
-                    f"{block.name}.{cut.tensor} has the shape {list(shape[cut.tensor])}, unlike other blocks or the "
-                    "configuration: structure can be removed from equal blocks only."
-                )
-    return structure
+    if family.experts is None or structure.experts is None:
+        return structure
+    return replace(
+        structure,
+        experts_per_token=int(getattr(config, family.experts.per_token)),
+        expert_groups=int(getattr(config, "n_group", None) or 1),
+        groups_per_token=int(getattr(config, "topk_group", None) or 1),
+    )
 
 
-def unit_size(cut: Cut, shape: Sequence[int], structure: Structure) -> int | None:
-    """Return the rows or columns of one unit along a cut axis; None when the shape is not that of the structure."""
-    counts = [structure.count(unit) for unit in cut.runs]
-    total = sum(count or 0 for count in counts)
-    expected = {"head": structure.head_dim, "kv_head": structure.head_dim}.get(cut.runs[0], 1)
-    if None in counts or not total or shape[cut.axis] % total:
-        return None
-    size = shape[cut.axis] // total
-    return size if size in (1, expected) else None
+def _units(family: Family, sizes: Mapping[str, tuple[int, ...]], unit: Unit) -> int | None:
+    """Return the number of units in a block, which an axis with one run of them has; None when no block has any."""
+    lengths = (sizes[cut.tensor][cut.axis] for cut in cuts_of(family) if cut.runs == (unit,) and cut.tensor in sizes)
+    return next(lengths, None)
+
+
+def unit_size(cut: Cut, shape: Sequence[int], structure: Structure) -> int:
+    """Return the rows or columns of one unit along a cut axis."""
+    counts = [structure.count(unit) or 0 for unit in cut.runs]
+    assert sum(counts) and shape[cut.axis] % sum(counts) == 0, cut
+    return shape[cut.axis] // sum(counts)
 
 
 def check_numbers(model: nn.Module, structure: Structure, target: Target) -> None:
@@ -135,6 +182,7 @@ def check_numbers(model: nn.Module, structure: Structure, target: Target) -> Non
     family, complete = family_of(model), target.complete(structure)
     _check_width(family, structure, complete)
     _check_heads(model, family, structure, complete)
+    _check_experts(family, structure, complete)
     _check_blocks(structure, complete)
 
 
@@ -149,24 +197,24 @@ def _config(model: nn.Module) -> Any:
     return model.config
 
 
-def _kv_heads(config: Any, heads: int) -> int:
-    """Return the number of KV heads; of Falcon's two architectures only the newer one has a field for it."""
+def _kv_heads(family: Family, config: Any, heads: int) -> int:
+    """Return the number of KV heads; of Falcon's two architectures only the newer one has a field for it.
+
+    Latent attention computes keys and values for each query head.
+    """
+    if family.attention is not None and family.attention.head_dim is None:
+        return heads
     if config.model_type == "falcon" and not config.new_decoder_architecture:
         return 1 if config.multi_query else heads
     names = ("num_key_value_heads", "num_kv_heads")
     return next((int(number) for name in names if (number := getattr(config, name, None))), heads)
 
 
-def _mlp_width(family: Family, shapes: Sequence[dict[str, tuple[int, ...]]]) -> int | None:
-    if family.mlp is None:
-        return None
-    name, axis = f"{family.mlp.outer}.weight", 0 if family.mlp.inputs_first else 1
-    return next((shape[name][axis] for shape in shapes if name in shape), None)
-
-
 def _check_range(name: str, kept: int | None, present: int | None) -> None:
-    if kept is not None and not 1 <= kept <= (present or 0):
-        raise ConfigError(f"{kept} {name} cannot be kept of {present or 'none'}: choose a number in between.")
+    if kept is not None and present is None:
+        raise ConfigError(f"The model has no {name} that could be removed: leave their number out.")
+    if kept is not None and present is not None and not 1 <= kept <= present:
+        raise ConfigError(f"{kept} {name} cannot be kept of {present}: choose a number from 1 to {present}.")
 
 
 def _check_width(family: Family, structure: Structure, target: Target) -> None:
@@ -201,6 +249,35 @@ def _check_heads(model: nn.Module, family: Family, structure: Structure, target:
         raise UnsupportedModel(
             f"transformers takes no '{family.model_type}' model with {heads} heads, which do not divide its hidden "
             f"size of {structure.hidden}: choose a divisor."
+        )
+
+
+def _check_experts(family: Family, structure: Structure, target: Target) -> None:
+    if family.no_experts and target.experts is not None:
+        raise UnsupportedModel(
+            f"Experts of '{family.model_type}' models cannot be removed: {family.no_experts}; remove blocks instead."
+        )
+    _check_range("experts", target.experts, structure.experts)
+    _check_range("channels of an expert", target.expert_width, structure.expert_width)
+    if family.experts is None or target.experts is None or structure.experts is None:
+        return
+    if target.expert_width != structure.expert_width and (target.expert_width or 0) % _EXPERT_ALIGNMENT:
+        raise ConfigError(
+            f"Experts with {target.expert_width} channels cannot be multiplied in groups: choose a multiple of "
+            f"{_EXPERT_ALIGNMENT}."
+        )
+    groups, per_token = structure.expert_groups, structure.experts_per_token or 1
+    if target.experts % groups:
+        raise ConfigError(
+            f"{target.experts} experts cannot be kept of {structure.experts} in {groups} groups of equal size: choose "
+            f"a multiple of {groups}."
+        )
+    in_group = target.experts // groups
+    minimum = max(family.experts.group_minimum, -(-per_token // structure.groups_per_token))
+    if target.experts != structure.experts and in_group < minimum:
+        raise ConfigError(
+            f"{target.experts} experts are too few, since a token is sent to {per_token}: keep {groups * minimum} or "
+            "more."
         )
 
 
