@@ -64,6 +64,15 @@ def test_permuted_columns_are_removed_in_the_permuted_order() -> None:
     assert torch.equal(order[eliminate(permuted, 20).removed], eliminate(problem, 20).removed)
 
 
+def test_columns_of_any_scale_have_the_same_prices() -> None:
+    problem = correlated_columns(8, 60, 10)
+    scale = torch.pow(10, 6 * (torch.rand(60, generator=torch.Generator().manual_seed(2), dtype=torch.float64) - 0.5))
+    scaled = replace(problem, hessian=problem.hessian * scale * scale[:, None], target=problem.target / scale)
+    expected, result = eliminate(problem, 20), eliminate(scaled, 20)
+    assert torch.equal(result.removed, expected.removed)
+    torch.testing.assert_close(result.prices, expected.prices, rtol=1e-9, atol=0)
+
+
 def test_price_depends_on_row_weights() -> None:
     problem = correlated_columns(9, 40, 6)
     unweighted = eliminate(replace(problem, row_weights=None), 20)

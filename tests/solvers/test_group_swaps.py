@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from alps.solvers import group_swaps
 from alps.solvers.group_elimination import eliminate
 from alps.solvers.group_problem import objective
 from alps.solvers.group_swaps import _Search, improve_by_swaps
@@ -72,6 +74,23 @@ def test_protected_columns_stay_and_results_are_the_same_to_the_bit() -> None:
     assert torch.equal(first.kept, second.kept)
     assert first.objective == second.objective
     assert improve_by_swaps(problem, torch.arange(20), protected=range(20)).swaps == 0
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_a_scaled_gram_leads_to_the_same_exchanges(factor: float) -> None:
+    problem = correlated_columns(3, 40, 5, factors=4)
+    expected = improve_by_swaps(problem, torch.arange(20))
+    scaled = improve_by_swaps(replace(problem, hessian=problem.hessian * factor), torch.arange(20))
+    assert torch.equal(scaled.kept, expected.kept)
+    assert scaled.swaps == expected.swaps
+    assert scaled.objective == pytest.approx(factor * expected.objective, rel=1e-9)
+
+
+def test_the_start_is_returned_if_the_recomputed_objective_is_not_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_swaps, "objective", lambda _, kept: 1.0 + float(not torch.equal(kept, torch.arange(20))))
+    result = improve_by_swaps(correlated_columns(3, 40, 5, factors=4), torch.arange(20))
+    assert result.kept.tolist() == list(range(20))
+    assert (result.objective, result.before, result.swaps) == (1.0, 1.0, 0)
 
 
 def test_nothing_to_exchange_and_groups_of_several_columns() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,13 @@ from torch import Tensor
 
 from alps.solvers.group_problem import GroupProblem, refit
 from alps.solvers.sweep_tableau import SweepTableau
-from helpers.column_problems import correlated_columns
+from helpers.column_problems import correlated_columns, normal
 
 
 def definition(problem: GroupProblem, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M and A of a selection by dense algebra."""
+    """Return M and A of a selection by dense algebra, for the problem with a unit diagonal."""
+    scale = problem.hessian.diagonal().rsqrt()
+    problem = replace(problem, hessian=problem.hessian * scale * scale[:, None], target=problem.target / scale)
     H, W = problem.hessian, problem.target
     S, R = kept.nonzero().flatten(), (~kept).nonzero().flatten()
     inverse = torch.linalg.inv(H[S[:, None], S])
@@ -82,3 +86,18 @@ def test_stacks_of_submatrices_are_those_of_each_set() -> None:
     for i, columns in enumerate(sets):
         for both, single in zip(stacked, tableau.submatrices(columns, columns), strict=True):
             assert torch.equal(both[i], single)
+
+
+def test_pivots_stay_accurate_for_nearly_equal_columns() -> None:
+    inputs = normal(1, 30, 6)
+    inputs[:, 1] = inputs[:, 0] + 1e-3 * inputs[:, 1]
+    problem = GroupProblem(inputs.T @ inputs, normal(2, 3, 6))
+    tableau = SweepTableau(problem, torch.ones(6, dtype=torch.bool), block=1)
+    for column in (0, 0, 1, 1):
+        tableau.pivot(torch.tensor([column]))
+        exact = SweepTableau(problem, tableau.kept)
+        torch.testing.assert_close(tableau.prices(), exact.prices(), rtol=1e-6, atol=0)
+        both = torch.tensor([[0, 1, 3]])
+        tableau.flush()
+        for actual, expected in zip(tableau.submatrices(both, both), exact.submatrices(both, both), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)

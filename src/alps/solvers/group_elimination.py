@@ -74,7 +74,6 @@ def eliminate(
         for position, group in enumerate(torch.split(chosen, 1), start):
             removed[position : position + 1] = group
             prices[position : position + 1] = remove_group(tableau, group)
-        barred[chosen] = True
     if not bool(prices.isfinite().all()):
         raise SolveFailed("the Gram is too ill-conditioned for an elimination: raise the damping or use more samples")
     return Elimination(problem.others(removed), float(prices.sum()), removed, prices)

@@ -1,6 +1,7 @@
 """Sweep tableau of a column selection: prices of removals, gains of additions and their low-rank updates.
 
 legend  H, W, D, S, R   as in `group_problem.py`
+        E   Diag(H)^{-1/2}, kept as a vector                                   (n,)
         P   H_SS^{-1}                                                          (k, k)
         B   P H_SR                                                             (k, n-k)
         Q   Schur complement H_RR - H_RS P H_SR                                (n-k, n-k)
@@ -17,6 +18,9 @@ v_k = d - sign(d), and g = v / d:
 where u = A_k - A_kk g / 2. The outputs (m) occur in A only when it is built, so that a pivot costs O(n^2) for any m.
 Pivots are held as factors of low rank: one pivot then costs O(n b) for b held ones, and the diagonals are exact at any
 time. After `block` pivots they are added to M and A by three matrix products.
+
+All matrices are those of the problem with a unit diagonal, E H E and W E^{-1}. Prices do not depend on the scale of a
+column, but rounding would: in M_kj - v_k g_j it grows with |d|.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ class SweepTableau:
     Attributes:
         problem: the layer problem; groups play no role here.
         kept: True for the columns in S, shape (n,).
+        scale: E, shape (n,).
         sweep_diagonal: diagonal of M, shape (n,).
         energy_diagonal: diagonal of A, shape (n,).
     """
@@ -71,6 +76,10 @@ class SweepTableau:
             U = torch.empty_like(W)
             U[:, S] = W[:, S] + W[:, R] @ B.T
             U[:, R] = W[:, R] @ schur
+        self.scale = H.diagonal().rsqrt()
+        factors = torch.where(kept, 1 / self.scale, self.scale)
+        self._M.mul_(factors).mul_(factors[:, None])
+        U = U * factors
         self._A = self.problem.weigh_rows(U).T @ U
         self._v, self._g, self._u = (H.new_empty(self._shape) for _ in range(3))
         self._held = 0
@@ -79,7 +88,7 @@ class SweepTableau:
         self.energy_diagonal = self._A.diagonal().clone()
 
     def prices(self) -> Tensor:
-        """Return by how much each pivot changes the objective in size, infinite for none, shape (n,).
+        """Return by how much each pivot changes the objective in size, shape (n,).
 
         It is the price of removal for a kept column, and the gain of adding for another one.
         """
@@ -150,12 +159,12 @@ class SweepTableau:
         U = W H T with T = [[P, -B], [0, I]].
         """
         self.flush()
-        H, M, W, S = self.problem.hessian, self._M, self.problem.priced_target(), self.kept
+        H, M, E, W, S = self.problem.hessian, self._M, self.scale, self.problem.priced_target(), self.kept
         x = torch.randn(len(H), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(H.device)
-        y = H @ x
+        y = E * (H @ (E * x))
         expected, actual = torch.where(S, -x, y), M @ torch.where(S, y, x)
-        z = H @ torch.where(S, -(M @ x), x)
-        z = H @ (W.T @ self.problem.weigh_rows((W @ z)[:, None]).flatten())
+        outputs = W @ (H @ (E * torch.where(S, -(M @ x), x)))
+        z = E * (H @ (W.T @ self.problem.weigh_rows(outputs[:, None]).flatten()))
         energy = torch.where(S, -(M @ (z * S)), z - M @ (z * S))
         pairs = [(a[part], b[part]) for a, b in ((actual, expected), (self._A @ x, energy)) for part in (S, ~S)]
         return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
