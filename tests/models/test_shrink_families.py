@@ -15,6 +15,7 @@ from alps.models.shrink_families import FAMILIES, adds_output, family_of
 from alps.models.shrink_layout import Family
 from alps.models.shrunk_model import check_target
 from alps.models.structure import Structure, Target, read_structure
+from helpers.allowances import allowance_table
 from helpers.decoders import DENSE, HYBRID, MOE, RECENT, decoder
 from helpers.shrinking import check_plain, distance
 from helpers.vision import vision_model
@@ -95,15 +96,13 @@ def test_smaller_models_are_plain(kind: str, cut: str, ids: Tensor, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral", pytest.param("", marks=pytest.mark.slow)])
 def test_outputs_of_an_mlp_are_added_where_the_table_says_so(kind: str, ids: Tensor) -> None:
-    for name in [kind] if kind else [kind for kind in _KINDS if kind != "jetmoe"]:
+    for name in [kind] if kind else _KINDS:
         model = decoder(name)
         block, family = find_blocks(model)[-1].module, family_of(model)
         is_sparse = family.experts is not None and hasattr(block.get_submodule(family.experts.mixture), "experts")
+        outer = family.mlp.outer if family.mlp is not None else "mlp"
         if family.experts is not None and is_sparse:
             outer = family.experts.mixture
-        else:
-            assert family.mlp is not None
-            outer = family.mlp.outer
         outputs = list[Tensor]()
 
         def record(_module: nn.Module, _args: Any, output: Any, results: list[Tensor] = outputs) -> None:
@@ -132,6 +131,11 @@ def test_untested_families_are_refused(kind: str) -> None:
 def test_every_tested_decoder_is_in_the_table() -> None:
     assert [*DENSE, *MOE] == _KINDS
     assert {config().model_type for config in (*DENSE.values(), *MOE.values())} == FAMILIES.keys()
+
+
+def test_the_page_has_the_table() -> None:
+    page = Path(__file__).parent.parent.parent / "docs" / "structured.md"
+    assert allowance_table() in page.read_text(), "python tests/helpers/allowances.py prints it"
 
 
 def test_models_that_read_images_are_refused() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
 from alps.models.blocks import find_blocks
-from alps.models.shrink_families import family_of
+from alps.models.shrink_families import FAMILIES, family_of
 from alps.models.shrink_slices import Kept, mask_block, sites_of, slice_block
-from alps.models.structure import read_structure
+from alps.models.structure import Structure, read_structure
 from helpers.decoders import decoder
 
 
@@ -58,6 +61,37 @@ def test_experts_are_sliced_with_channels_of_their_own() -> None:
         assert torch.equal(sliced["mlp.experts.down_proj_bias"][new], state["mlp.experts.down_proj_bias"][expert])
         assert torch.equal(sliced["mlp.router.weight"][new], state["mlp.router.weight"][expert])
         assert torch.equal(sliced["mlp.router.bias"][new], state["mlp.router.bias"][expert])
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (Kept(channels=torch.tensor([3, 2])), "'channel' are not ascending numbers below 48"),
+        (Kept(channels=torch.tensor([1, 48])), "'channel' are not ascending"),
+        (Kept(channels=torch.tensor([], dtype=torch.long)), "'channel' are not ascending"),
+        (Kept(heads=torch.tensor([0, 1])), r"query heads on KV heads are not equally many on each: \[0, 1\]"),
+        (Kept(heads=torch.tensor([0, 1, 2])), "query heads on KV heads are not equally many"),
+        (Kept(heads=torch.tensor([0, 2]), kv_heads=torch.tensor([1])), "query heads on KV heads"),
+        (Kept(kv_heads=torch.tensor([1])), "KV heads leave with their query heads"),
+        (Kept(expert_channels=torch.tensor([[0, 1]])), "not 4 rows of ascending numbers below 24"),
+        (Kept(experts=torch.tensor([2]), expert_channels=torch.tensor([[1, 1]])), "not 1 rows of ascending numbers"),
+    ],
+)
+def test_units_that_no_plain_checkpoint_could_keep_are_refused(kept: Kept, message: str) -> None:
+    model = decoder("qwen3_moe" if kept.expert_channels is not None else "llama")
+    blocks = find_blocks(model)
+    structure = read_structure(model, blocks)
+    for function in (slice_block, mask_block):
+        argument: Any = blocks[0].module if function is mask_block else blocks[0].module.state_dict()
+        with pytest.raises(ValueError, match=message):
+            function(argument, family_of(model), structure, kept)
+
+
+def test_experts_of_groups_leave_equally() -> None:
+    structure = Structure(1, 32, experts=8, expert_width=8, expert_groups=2)
+    with pytest.raises(ValueError, match="experts in groups are not equally many"):
+        slice_block({}, FAMILIES["deepseek_v3"], structure, Kept(experts=torch.tensor([0, 1, 2, 4])))
+    assert slice_block({}, FAMILIES["deepseek_v3"], structure, Kept(experts=torch.tensor([0, 1, 5, 7]))) == {}
 
 
 def test_sites_of_mixtures_are_their_second_projections() -> None:

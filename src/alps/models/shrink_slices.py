@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -90,7 +91,11 @@ def slice_block(tensors: Mapping[str, Tensor], family: Family, structure: Struct
 
     Returns:
         All tensors of the smaller block by the same names; those that do not change are the same objects.
+
+    Raises:
+        ValueError: for units that are not ascending, or that leave unequally from KV heads or groups of experts.
     """
+    _check_kept(structure, kept)
     sliced = dict(tensors)
     for cut in cuts_of(family):
         if cut.tensor in sliced and (index := _rows(cut, tensors[cut.tensor], structure, kept)) is not None:
@@ -108,7 +113,11 @@ def mask_block(module: nn.Module, family: Family, structure: Structure, kept: Ke
         family: of the model.
         structure: of the model.
         kept: units that stay.
+
+    Raises:
+        ValueError: as in `slice_block`.
     """
+    _check_kept(structure, kept)
     shared = None if family.experts is None else family.experts.shared_mlp
     parts = (family.mlp, family.attention, shared)
     outer = [f"{part.outer}.weight" for part in parts if part is not None]
@@ -125,6 +134,39 @@ def mask_block(module: nn.Module, family: Family, structure: Structure, kept: Ke
             for expert, channels in zip(experts.tolist(), index, strict=True):
                 kept_values = _take(tensor[expert], channels, cut.axis - 1)
                 tensor[expert].zero_().index_copy_(cut.axis - 1, channels.to(tensor.device), kept_values)
+
+
+def _check_kept(structure: Structure, kept: Kept) -> None:
+    units: tuple[Unit, ...] = ("channel", "head", "kv_head", "expert", "shared_channel")
+    for unit in units:
+        numbers, count = kept.units(unit), structure.count(unit)
+        if numbers is not None and not _is_ascending(numbers, count or 0):
+            raise ValueError(f"Kept units of the kind '{unit}' are not ascending numbers below {count}.")
+    if kept.heads is not None:
+        kv_heads = torch.arange(structure.kv_heads or 0) if kept.kv_heads is None else kept.kv_heads.cpu()
+        _check_equal("query heads on KV heads", kept.heads, structure.group, kv_heads)
+    elif kept.kv_heads is not None:
+        raise ValueError("KV heads leave with their query heads: name the query heads that stay, too.")
+    if kept.experts is not None and structure.experts is not None:
+        groups = torch.arange(structure.expert_groups)
+        _check_equal("experts in groups", kept.experts, structure.experts // structure.expert_groups, groups)
+    if kept.expert_channels is not None:
+        rows = structure.experts if kept.experts is None else len(kept.experts)
+        is_complete = kept.expert_channels.ndim == 2 and len(kept.expert_channels) == rows
+        if not is_complete or not all(_is_ascending(row, structure.expert_width or 0) for row in kept.expert_channels):
+            raise ValueError(f"Kept channels are not {rows} rows of ascending numbers below {structure.expert_width}.")
+
+
+def _is_ascending(numbers: Tensor, count: int) -> bool:
+    ascends = bool((numbers[1:] > numbers[:-1]).all())
+    return ascends and len(numbers) > 0 and int(numbers[0]) >= 0 and int(numbers[-1]) < count
+
+
+def _check_equal(kind: str, numbers: Tensor, size: int, owners: Tensor) -> None:
+    """Refuse units that do not belong equally to all owners; each owner has `size` units in a row."""
+    counts = Counter((numbers.cpu() // size).tolist())
+    if counts.keys() != {*owners.tolist()} or len({*counts.values()}) != 1:
+        raise ValueError(f"Kept {kind} are not equally many on each: {numbers.tolist()}.")
 
 
 def _take(tensor: Tensor, index: Tensor, axis: int) -> Tensor:

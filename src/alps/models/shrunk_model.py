@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alps.core.errors import UnsupportedModel
 from alps.models.blocks import Block, find_blocks
@@ -104,15 +104,24 @@ def _any_units(structure: Structure, target: Target) -> Kept:
     complete = target.complete(structure)
     counts = {
         "channels": (complete.mlp_width, structure.mlp_width),
-        "heads": (complete.heads, structure.heads),
         "kv_heads": (complete.kv_heads, structure.kv_heads),
-        "experts": (complete.experts, structure.experts),
         "shared_channels": (complete.shared_width(structure), structure.shared_width),
     }
     kept = Kept(**{name: torch.arange(count) for name, (count, before) in counts.items() if count and count != before})
+    if (complete.heads, complete.kv_heads) != (structure.heads, structure.kv_heads):
+        kv_heads = complete.kv_heads or 1
+        kept = replace(kept, heads=_leading(kv_heads, structure.group, (complete.heads or 0) // kv_heads))
+    if complete.experts is not None and structure.experts is not None and complete.experts != structure.experts:
+        groups = structure.expert_groups
+        kept = replace(kept, experts=_leading(groups, structure.experts // groups, complete.experts // groups))
     if complete.expert_width is None or complete.expert_width == structure.expert_width:
         return kept
     return replace(kept, expert_channels=torch.arange(complete.expert_width).repeat(complete.experts or 0, 1))
+
+
+def _leading(groups: int, size: int, count: int) -> Tensor:
+    """Return the numbers of the first units of each group."""
+    return (torch.arange(groups)[:, None] * size + torch.arange(count)).flatten()
 
 
 def _shape(shape: Any) -> str:
