@@ -110,6 +110,18 @@ def test_waiting_policy_prints_a_row_for_each_policy_and_load(
     assert started_with == [*settings, ("1", None, None, None)]
 
 
+@pytest.mark.slow
+def test_expert_selection_prints_a_row_for_each_selection(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    sizes = "--experts 4 --top-k 2 --keep 3 --samples 10 --seqlen 64 --windows 2 --refit joint"
+    text = ["--calibration", str(english_file), "--text", str(english_file)]
+    rows = run(tmp_path, "expert_selection.py", "--model", str(stories), *text, *sizes.split())[2:]
+    names = ["dense model", "mixture", "random", "MSAN", "REAP", "joint", "joint, in order, refitted"]
+    assert [row[0] for row in rows] == names
+    divergences = [float(row[1].split(",")[0]) for row in rows]
+    assert divergences[1] == 0 and all(value > 0 for value in divergences[2:])
+    assert divergences[-1] < divergences[2]
+
+
 def test_copying_tells_copied_tokens_from_others(tmp_path: Path, stories: Path) -> None:
     story = "Once upon a time, there was a little girl named Lily. She loved to play with her ball in the park. "
     (tmp_path / "story.txt").write_text(story + "One day, Lily saw a dog. Lily loved to play with the dog. " + story)

@@ -12,6 +12,7 @@ from torch import Tensor
 from alps.core.errors import ConfigError
 from alps.solvers.expert_selection import (
     ExpertProblem,
+    candidate_sets,
     check_count,
     joint_selection,
     keep_highest,
@@ -81,6 +82,8 @@ def test_joint_selection_is_close_to_the_best_of_all_sets(groups: int) -> None:
         assert joint_selection(problem, 4) == kept
         by_score = keep_highest(reap_scores(problem), 4, groups)
         assert losses[tuple(kept)] <= losses[tuple(by_score)]
+        by_mean = keep_highest(msan_scores(problem), 4, groups)
+        assert candidate_sets(problem, 4) == {"joint": kept, "REAP": by_score, "MSAN": by_mean}
     assert min(ratios) > 1 - 1e-6
     # A router that chooses groups first jumps from one group to another, which leaves more local optima.
     assert sum(ratios) / len(ratios) < (1.03 if groups == 1 else 1.08)

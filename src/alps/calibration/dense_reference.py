@@ -147,7 +147,7 @@ class DenseReference:
             return {name: [x.to(device) for x in self._site_inputs[batch][name]] for name in names}
         return self._run(names, batch, device, stop_early)[0]
 
-    def run(self, batch: int, device: torch.device) -> None:
+    def run_block(self, batch: int, device: torch.device) -> None:
         """Run the dense copy of the current block on a batch of dense inputs, for hooks on its modules."""
         assert self._inputs is not None and self.block is not None, "the dense reference has no inputs"
         self._inputs.run(self.block.index, self.block.module, batch, device)

@@ -96,7 +96,7 @@ def record_tokens(
     if dense is not None and share:
         assert dense.block is not None
         dense_module = dense.block.module.get_submodule(mixture.name)
-        dense_hidden = collect(dense_module, lambda batch: dense.run(batch, device))
+        dense_hidden = collect(dense_module, lambda batch: dense.run_block(batch, device))
         output += share * (run_in_batches(mixture.run, dense_hidden) - output)
     return MixtureTokens(hidden, output, torch.arange(windows, device=device).repeat_interleave(count))
 

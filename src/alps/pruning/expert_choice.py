@@ -19,8 +19,9 @@ from alps.core.kl_divergence import kl_divergence
 # Kept experts of every mixture of a model.
 ExpertSets = Sequence[Sequence[int]]
 
-# Text of a candidate may repeat itself by this much more than the dense model's.
-_MORE_REPETITION = 0.1
+# Text of a candidate may repeat itself by this much more than the dense model's. Shares of single prompts differ by
+# some 0.3, so that this is two standard errors for eight prompts.
+_MORE_REPETITION = 0.2
 _PHRASE = 4
 
 

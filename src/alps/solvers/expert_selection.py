@@ -130,6 +130,13 @@ def replay_loss(problem: ExpertProblem, kept: Sequence[int]) -> float:
     return _State.start(problem, kept).loss
 
 
+def candidate_sets(problem: ExpertProblem, count: int) -> dict[str, list[int]]:
+    """Return the kept experts by the name of the selection: joint, REAP and MSAN."""
+    scores = {"REAP": reap_scores(problem), "MSAN": msan_scores(problem)}
+    by_score = {name: keep_highest(values, count, problem.groups) for name, values in scores.items()}
+    return {"joint": _joint_selection(problem, count, list(by_score.values())), **by_score}
+
+
 def joint_selection(problem: ExpertProblem, count: int) -> list[int]:
     """Select the experts to keep by exact replay.
 
@@ -143,9 +150,13 @@ def joint_selection(problem: ExpertProblem, count: int) -> list[int]:
     Returns:
         Numbers of the kept experts in ascending order. Equal problems give equal results.
     """
+    return candidate_sets(problem, count)["joint"]
+
+
+def _joint_selection(problem: ExpertProblem, count: int, others: Sequence[Sequence[int]]) -> list[int]:
+    """Return the best of the sets that exchanges reach from an elimination, and from other sets."""
     starts = [_eliminate(problem, count)]
-    for scores in (reap_scores(problem), msan_scores(problem)):
-        kept = tuple(keep_highest(scores, count, problem.groups))
+    for kept in map(tuple, others):
         if all(kept != state.kept for state in starts):
             starts.append(_State.start(problem, kept))
     return list(min(map(_exchange, starts), key=lambda state: state.loss).kept)

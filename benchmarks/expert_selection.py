@@ -1,0 +1,222 @@
+"""Compare selections of experts on a mixture made of a dense LLaMA: divergence from the mixture with all experts.
+
+No trained mixture fits here, so that one is made by `split_mixture.py`. Example:
+
+    python benchmarks/expert_selection.py --calibration c4.jsonl --text wikitext2:validation.txt --keep 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralForCausalLM
+
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.dense_reference import DenseReference
+from alps.calibration.expert_records import MixtureTokens, expert_problem, record_tokens
+from alps.calibration.expert_refit import refit_experts
+from alps.calibration.masked_router import Mixture, find_mixture, masked_routing
+from alps.core.kl_divergence import kl_divergence
+from alps.data.loaded_model import load
+from alps.data.text_sources import load_text
+from alps.models.blocks import Block, find_blocks
+from alps.pruning.expert_choice import choose_experts, kept_experts
+from alps.solvers.expert_selection import ExpertProblem, joint_selection, keep_highest, msan_scores, reap_scores
+from layers import calibration_options, markdown, origin
+from split_mixture import split
+
+_CPU = torch.device("cpu")
+Select = Callable[[ExpertProblem, int], list[int]]
+
+
+def _random(problem: ExpertProblem, count: int) -> list[int]:
+    # The problem's outputs are the seed, so that the draw of a block does not depend on the order of calls.
+    seed = int(problem.outputs.float().abs().sum()) % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(len(problem.experts), generator=generator)[:count].tolist())
+
+
+SELECTIONS: dict[str, Select] = {
+    "random": _random,
+    "MSAN": lambda problem, count: keep_highest(msan_scores(problem), count),
+    "REAP": lambda problem, count: keep_highest(reap_scores(problem), count),
+    "joint": joint_selection,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    calibration_options(parser, samples=16)
+    parser.add_argument("--text", action="append", default=[], help="text of a figure; the first windows are used")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each text, and of held-out calibration text")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--keep", type=int, default=6)
+    parser.add_argument("--sharpness", type=float, default=0.5)
+    parser.add_argument("--refit", default="random,REAP,joint", help="selections to refit, by commas")
+    parser.add_argument("--share", type=float, default=0.5, help="share of the mixture with all experts in a refit")
+    parser.add_argument("--mixture", type=Path, help="directory to keep the mixture in, or to take it from")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    loaded = load(options.model, "float32")
+    drawn = loaded.calibration(
+        load_text(options.calibration, "calibration"), options.samples + options.windows, options.seqlen, options.seed
+    ).ids
+    calibration, held_out = drawn[: options.samples], drawn[options.samples :]
+    texts = {"held-out calibration": held_out}
+    texts |= {text: loaded.evaluation(text, options.seqlen, options.windows).ids for text in options.text}
+    model = _mixture_model(options, loaded.model, calibration)
+    print(f"{time.perf_counter() - start:.0f} s for the mixture", flush=True)
+    figures = Figures(model, texts)
+    rows = [["dense model", *figures.of(loaded.model)], ["mixture", *figures.of(model)]]
+    mixtures, sets = select_all(model, calibration, options.keep)
+    print(f"{time.perf_counter() - start:.0f} s with the selections", flush=True)
+    for name, kept in sets.items():
+        with kept_experts(mixtures, kept):
+            rows.append([name, *figures.of(model)])
+    for name in filter(None, options.refit.split(",")):
+        shrunk = copy.deepcopy(model)
+        with kept_experts(*select_and_refit(shrunk, calibration, options.keep, SELECTIONS[name], options.share)):
+            rows.append([f"{name}, in order, refitted", *figures.of(shrunk)])
+    choice = choose_experts(
+        mixtures,
+        sets,
+        torch.split(held_out, 4),
+        logits=lambda ids: model(input_ids=ids, use_cache=False).logits,
+        continuations=lambda: continuations(model, held_out),
+    )
+    heads = [
+        f"{options.keep} of {options.experts} experts",
+        *(f"KL, perplexity on {Path(text).name}" for text in texts),
+    ]
+    print(markdown(heads, rows))
+    measured = ", ".join(f"{n} {q.kl:.3f} nats and {q.repetition:.0%} repeated" for n, q in choice.measured.items())
+    print(f"Chosen: {choice.name} ({measured}; all experts {choice.dense_repetition:.0%}).")
+    print(f"{origin(options)}, {time.perf_counter() - start:.0f} s")
+
+
+class Figures:
+    """Divergence from a mixture, and perplexity, on some texts; the mixture's logits are kept."""
+
+    def __init__(self, model: Any, texts: dict[str, Tensor]) -> None:
+        self._texts = texts
+        self._expected = {name: [_logits(model, ids) for ids in torch.split(texts[name], 4)] for name in texts}
+
+    def of(self, model: Any) -> list[str]:
+        """Return a cell for every text."""
+        cells = []
+        for name, ids in self._texts.items():
+            divergence = loss = 0.0
+            for part, expected in zip(torch.split(ids, 4), self._expected[name], strict=True):
+                logits = _logits(model, part)
+                divergence += float(kl_divergence(logits.flatten(0, 1), expected.flatten(0, 1), ids.numel()))
+                loss += (
+                    float(
+                        torch.nn.functional.cross_entropy(
+                            logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+                        )
+                    )
+                    / ids[:, 1:].numel()
+                )
+            cells.append(f"{divergence:.4f}, {torch.tensor(loss).exp():.2f}")
+        return cells
+
+
+def select_all(model: Any, windows: Tensor, count: int) -> tuple[list[Mixture], dict[str, list[list[int]]]]:
+    """Return the mixtures, and the sets of every selection, from the inputs behind blocks with all experts."""
+    sets: dict[str, list[list[int]]] = {name: [] for name in SELECTIONS}
+
+    def visit(_mixture: Mixture, _tokens: MixtureTokens, problem: ExpertProblem) -> Sequence[int]:
+        for name, select in SELECTIONS.items():
+            sets[name].append(select(problem, count))
+        return problem.experts
+
+    return _walk(model, windows, visit)[0], sets
+
+
+def select_and_refit(
+    model: Any, windows: Tensor, count: int, select: Select, share: float
+) -> tuple[list[Mixture], list[Sequence[int]]]:
+    """Select and refit behind blocks that are smaller already; the weights of the model are changed."""
+
+    def visit(mixture: Mixture, tokens: MixtureTokens, problem: ExpertProblem) -> Sequence[int]:
+        kept = select(problem, count)
+        refit_experts(mixture, tokens, kept)
+        return kept
+
+    return _walk(model, windows, visit, share)
+
+
+def _walk(
+    model: Any,
+    windows: Tensor,
+    visit: Callable[[Mixture, MixtureTokens, ExpertProblem], Sequence[int]],
+    share: float = 0.0,
+) -> tuple[list[Mixture], list[Sequence[int]]]:
+    """Visit the mixture of every block, behind blocks with the experts that were kept."""
+    blocks = find_blocks(model)
+    inputs = capture_block_inputs(model, blocks, windows, max(4096 // windows.shape[1], 1))
+    dense = DenseReference.start(inputs, needed=share > 0)
+    mixtures, sets = list[Mixture](), list[Sequence[int]]()
+    for block in blocks:
+        mixture = _mixture_of(block)
+        dense.begin_block(block)
+        tokens = record_tokens(
+            mixture, block, inputs, device=_CPU, tokens=inputs.tokens, dense=dense if share else None, share=share
+        )
+        kept = visit(mixture, tokens, expert_problem(mixture, tokens))
+        with masked_routing(mixture, kept):
+            inputs.advance(block.index, block.module, _CPU)
+        dense.advance(_CPU)
+        mixtures.append(mixture)
+        sets.append(kept)
+    return mixtures, sets
+
+
+def continuations(model: Any, prompts: Tensor, tokens: int = 48) -> Tensor:
+    """Return the greedy continuations of the first 32 tokens of some windows."""
+    prompts = prompts[:, :32]
+    mask = torch.ones_like(prompts)
+    output: Tensor = model.generate(
+        prompts, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return output[:, prompts.shape[1] :]
+
+
+def _mixture_model(options: argparse.Namespace, model: Any, windows: Tensor) -> Any:
+    if options.mixture and options.mixture.exists():
+        return MixtralForCausalLM.from_pretrained(options.mixture, experts_implementation="eager").eval()
+    made = split(
+        model,
+        windows,
+        experts=options.experts,
+        top_k=options.top_k,
+        sharpness=options.sharpness,
+        seed=options.seed,
+    )
+    if options.mixture:
+        made.save_pretrained(options.mixture)
+    return made
+
+
+def _mixture_of(block: Block) -> Mixture:
+    mixture = find_mixture(block)
+    assert mixture is not None
+    return mixture
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+if __name__ == "__main__":
+    main()
