@@ -16,7 +16,7 @@ from alps.solvers.group_problem import GroupProblem, objective
 from helpers.column_problems import correlated_columns, direct_objective, normal, optimum
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 1000), group=st.integers(1, 3), batch=st.integers(1, 3), keep=st.integers(1, 8))
 def test_every_price_is_the_true_increase(seed: int, group: int, batch: int, keep: int) -> None:
     problem = correlated_columns(seed, 8 * group, 4, group=group)

@@ -29,9 +29,10 @@ def test_change_of_a_pair_is_the_true_one() -> None:
             assert float(changes[i, j]) == pytest.approx(after - before, rel=1e-7, abs=1e-9 * before)
 
 
-def test_swaps_are_within_two_per_cent_of_the_optimum_on_average() -> None:
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_swaps_are_within_two_per_cent_of_the_optimum_on_average(count: int) -> None:
     ratios, plain = [], []
-    for seed in range(200):
+    for seed in range(count):
         problem = correlated_columns(7 * seed, 8 + seed % 3, 1 + seed % 4)
         keep = problem.groups // 2
         start = eliminate(problem, keep)
@@ -41,7 +42,7 @@ def test_swaps_are_within_two_per_cent_of_the_optimum_on_average() -> None:
         assert (result.swaps == 0) == torch.equal(result.kept, start.kept)
         ratios.append(result.objective / best)
         plain.append(start.objective / best)
-    assert sum(ratios) / 200 < 1.02
+    assert sum(ratios) / count < 1.02
     assert sum(ratios) < sum(plain)
 
 
