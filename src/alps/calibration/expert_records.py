@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +89,15 @@ def record_tokens(
         [torch.randperm(inputs.window_tokens, generator=generator)[:count].sort().values for _ in range(windows)]
     ).to(device)
 
-    def collect(module: nn.Module, run: Callable[[int], object]) -> Tensor:
+    def collect(module: nn.Module, run: Callable[[int], object]) -> tuple[Tensor, Tensor]:
         return _collect(module, run, range(len(inputs.hidden)), positions, inputs.window_tokens)
 
-    hidden = collect(mixture.module, lambda batch: inputs.run(block.index, block.module, batch, device))
-    output = run_in_batches(mixture.run, hidden)
+    hidden, output = collect(mixture.module, lambda batch: inputs.run(block.index, block.module, batch, device))
     if dense is not None and share:
         assert dense.block is not None
         dense_module = dense.block.module.get_submodule(mixture.name)
-        dense_hidden = collect(dense_module, lambda batch: dense.run_block(batch, device))
-        output += share * (run_in_batches(mixture.run, dense_hidden) - output)
+        dense_output = collect(dense_module, lambda batch: dense.run_block(batch, device))[1]
+        output += share * (dense_output - output)
     return MixtureTokens(hidden, output, torch.arange(windows, device=device).repeat_interleave(count))
 
 
@@ -141,26 +141,31 @@ def run_in_batches(run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
 
 def _collect(
     module: nn.Module, run: Callable[[int], object], batches: Sequence[int], positions: Tensor, window_tokens: int
-) -> Tensor:
-    """Return the inputs of a module at some positions (windows, count) of all windows, shape (tokens, features)."""
-    collected: list[Tensor] = []
+) -> tuple[Tensor, Tensor]:
+    """Return inputs and float32 outputs of a module, (tokens, features), at positions (windows, count) of windows."""
+    inputs, outputs = list[Tensor](), list[Tensor]()
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def select(states: Tensor, first: int) -> Tensor:
+        states = states.reshape(-1, window_tokens, states.shape[-1])
+        rows = positions[first : first + len(states)]
+        return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
         values = (*args, *kwargs.values())
         if len(values) != 1:
             raise UnsupportedModel(
                 f"Experts cannot be removed from {type(module).__name__}: its routing depends on more than the hidden "
                 "states."
             )
-        hidden = values[0].reshape(-1, window_tokens, values[0].shape[-1])
-        rows = positions[sum(map(len, collected)) :][: len(hidden)]
-        collected.append(hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1])))
+        first = sum(map(len, inputs))
+        inputs.append(select(values[0], first))
+        outputs.append(select(output[0] if isinstance(output, tuple) else output, first).float())
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
             for batch in batches:
                 run(batch)
     finally:
         handle.remove()
-    return torch.cat(collected).flatten(0, 1)
+    return torch.cat(inputs).flatten(0, 1), torch.cat(outputs).flatten(0, 1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from alps.calibration.dense_reference import input_hooks
+from alps.calibration.dense_reference import MAX_CACHE_BYTES, input_hooks
 from alps.calibration.expert_records import MixtureTokens, run_in_batches
 from alps.calibration.masked_router import Mixture, down_inputs, masked_routing, route
 from alps.calibration.replaced_forward import replaced_forward
@@ -108,17 +108,25 @@ def _relative_error(mixture: Mixture, tokens: MixtureTokens) -> float:
 def output_maps(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> list[OutputMap]:
     """Return the last map of each kept expert with its inputs, times the routing weights.
 
+    Inputs are computed when the functions are called, and cached up to `MAX_CACHE_BYTES`.
+
     Args:
         mixture: with its dense weights.
         hidden: inputs (tokens, features) of the mixture, which are routed among the kept experts.
         kept: numbers of the kept experts.
     """
     index, weights = route(mixture, hidden, kept)
-    maps = list[OutputMap]()
+    maps, free_bytes = list[OutputMap](), MAX_CACHE_BYTES
     for expert in kept:
         rows, places = ((index == expert) & (weights != 0)).nonzero(as_tuple=True)
-        inputs = partial(_expert_inputs, mixture, hidden, expert, rows, weights[rows, places].float())
-        maps.append((down_inputs(mixture, hidden[:1], expert)[0], inputs))
+        site = down_inputs(mixture, hidden[:1], expert)[0]
+        inputs: Callable[[], ExpertInputs] = partial(
+            _expert_inputs, mixture, hidden, expert, rows, weights[rows, places].float()
+        )
+        size = 4 * len(rows) * site.shape[1]
+        if size <= free_bytes:
+            inputs, free_bytes = cache(inputs), free_bytes - size
+        maps.append((site, inputs))
     return maps
 
 
