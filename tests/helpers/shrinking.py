@@ -22,6 +22,8 @@ from alps.models.shrink_slices import Kept, mask_block, slice_block
 from alps.models.shrunk_model import check_target, empty_shrunk_model
 from alps.models.structure import Structure, Target, read_structure
 
+_PROVENANCE = ("transformers_version", "dtype", "_name_or_path")
+
 
 def random_kept(structure: Structure, target: Target, seed: int) -> Kept:
     """Return random units of a block that meet a target."""
@@ -134,7 +136,7 @@ def _check_text(model: Any, structure: Structure, target: Target) -> None:
 
 def plain_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a configuration, without those that depend on who has written it."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("transformers_version", "dtype")}
+    return {name: value for name, value in config.to_dict().items() if name not in _PROVENANCE}
 
 
 def distance(first: Tensor, second: Tensor) -> float:

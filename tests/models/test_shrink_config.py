@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
@@ -73,6 +74,7 @@ def test_llama_with_other_heads_is_written_as_mistral() -> None:
         "head_dim": 8,
         "sliding_window": None,
         "max_position_embeddings": 2048,
+        "transformers_version": transformers.__version__,
     }
     read = AutoConfig.for_model(**fields)
     assert type(read) is MistralConfig and read.own_field == [1, 2, 3]

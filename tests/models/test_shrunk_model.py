@@ -84,6 +84,14 @@ def test_grouped_experts_keep_their_groups(ids: Tensor, tmp_path: Path) -> None:
         check_plain(model, target, ids[:3], tmp_path / kind)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [Target(mlp_width=128, heads=4, kept_blocks=(0, 1, 2, 4)), Target(kv_heads=3)])
+def test_a_trained_model_becomes_plain(target: Target, stories: Path, tmp_path: Path) -> None:
+    """Three of four KV heads have six query heads, which do not divide the hidden size of 64."""
+    ids = torch.randint(2, 500, (3, 64), generator=torch.Generator().manual_seed(0))
+    check_plain(AutoModelForCausalLM.from_pretrained(stories), target, ids, tmp_path)
+
+
 def test_the_model_has_no_weights_and_the_settings_of_its_source() -> None:
     model = decoder("llama", torch.bfloat16)
     model.generation_config.temperature = 0.7

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import MistralConfig
 
@@ -72,10 +73,14 @@ def edit_config_text(text: str, model: nn.Module, structure: Structure, target: 
     new = _shrink(source, family_of(model), structure, target, needs_mistral(model, structure, target))
     expected, before = _values(new), _values(source)
     changed = {name: value for name, value in expected.items() if name not in before or before[name] != value}
+    if type(new) is not type(config):
+        # Releases since 5 take tokenizers of Mistral models from earlier ones for faulty, and say so.
+        changed["transformers_version"] = expected["transformers_version"] = transformers.__version__
     names = {_written_name(name, fields, config): name for name in changed}
     text = replace_fields(text, {name: expected[field] for name, field in names.items() if name in fields})
     # What a file leaves out may follow from other fields; if it does not, it is added.
     read = _values(type(new).from_dict(decode_floats(json.loads(text))))
+    read.setdefault("transformers_version", json.loads(text).get("transformers_version"))
     missing = {name: value for name, value in expected.items() if name not in read or read[name] != value}
     return replace_fields(text, missing) if missing else text
 

@@ -210,6 +210,19 @@ def _kv_heads(family: Family, config: Any, heads: int) -> int:
     return next((int(number) for name in names if (number := getattr(config, name, None))), heads)
 
 
+def _refusal(family: Family, structure: Structure, units: str, reason: str) -> UnsupportedModel:
+    """Return the error for units that cannot be removed; it names those that can."""
+    can = {
+        "MLP channels": structure.mlp_width is not None and not family.no_width,
+        "heads": not family.no_heads,
+        "experts": structure.experts is not None,
+    }
+    others = " and ".join([name for name, is_possible in can.items() if is_possible] + ["blocks"])
+    return UnsupportedModel(
+        f"{units} of '{family.model_type}' models cannot be removed: {reason}; {others} can be removed."
+    )
+
+
 def _check_range(name: str, kept: int | None, present: int | None) -> None:
     if kept is not None and present is None:
         raise ConfigError(f"The model has no {name} that could be removed: leave their number out.")
@@ -220,9 +233,7 @@ def _check_range(name: str, kept: int | None, present: int | None) -> None:
 def _check_width(family: Family, structure: Structure, target: Target) -> None:
     _check_range("MLP channels", target.mlp_width, structure.mlp_width)
     if target.mlp_width != structure.mlp_width and family.no_width:
-        raise UnsupportedModel(
-            f"MLP channels of '{family.model_type}' models cannot be removed: {family.no_width}; remove blocks instead."
-        )
+        raise _refusal(family, structure, "MLP channels", family.no_width)
 
 
 def _check_heads(model: nn.Module, family: Family, structure: Structure, target: Target) -> None:
@@ -232,10 +243,7 @@ def _check_heads(model: nn.Module, family: Family, structure: Structure, target:
         return
     heads, kv_heads = target.heads or 0, target.kv_heads or 1
     if family.no_heads:
-        raise UnsupportedModel(
-            f"Heads of '{family.model_type}' models cannot be removed: {family.no_heads}; remove MLP channels or "
-            "blocks."
-        )
+        raise _refusal(family, structure, "Heads", family.no_heads)
     if heads % kv_heads or heads // kv_heads > structure.group:
         raise ConfigError(
             f"{heads} query heads cannot share {kv_heads} KV heads equally, at most {structure.group} on each: choose "
@@ -254,9 +262,7 @@ def _check_heads(model: nn.Module, family: Family, structure: Structure, target:
 
 def _check_experts(family: Family, structure: Structure, target: Target) -> None:
     if family.no_experts and target.experts is not None:
-        raise UnsupportedModel(
-            f"Experts of '{family.model_type}' models cannot be removed: {family.no_experts}; remove blocks instead."
-        )
+        raise _refusal(family, structure, "Experts", family.no_experts)
     _check_range("experts", target.experts, structure.experts)
     _check_range("channels of an expert", target.expert_width, structure.expert_width)
     if family.experts is None or target.experts is None or structure.experts is None:
