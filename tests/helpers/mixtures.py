@@ -17,8 +17,8 @@ from alps.models.blocks import Block, find_blocks
 from helpers.decoders import MOE
 
 EXPERTS = 8
-# Mixtures whose experts take their routing as arguments.
-KINDS = [kind for kind in MOE if kind not in ("jetmoe", "llama4")]
+# Mixtures of which experts can be removed.
+KINDS = [kind for kind in MOE if kind != "jetmoe"]
 # Routers that choose two of four groups of experts first.
 GROUPED = ["deepseek_v2", "deepseek_v3", "glm4_moe"]
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

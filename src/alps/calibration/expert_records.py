@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import DenseReference
-from alps.calibration.masked_router import Mixture, route
-from alps.calibration.moe_hooks import run_expert
+from alps.calibration.masked_router import Mixture, expert_output, route
 from alps.core.errors import UnsupportedModel
 from alps.core.seeds import derive_seed
 from alps.models.blocks import Block
@@ -120,9 +119,8 @@ def expert_problem(
     rows = torch.arange(count, device=tokens.hidden.device) * len(tokens.hidden) // count
     tokens = tokens.part(rows)
     outputs = tokens.hidden.new_empty(mixture.count, count, features)
-    with torch.no_grad():
-        for expert in range(mixture.count):
-            outputs[expert] = run_expert(mixture.experts, tokens.hidden, expert)
+    for expert in range(mixture.count):
+        outputs[expert] = expert_output(mixture, tokens.hidden, expert)
 
     def route_rows(kept: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
         return route(mixture, tokens.hidden[rows], kept)

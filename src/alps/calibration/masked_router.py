@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from alps.calibration.dense_reference import StopForward, input_hooks
-from alps.calibration.moe_hooks import PRODUCTS, can_reroute, run_expert
+from alps.calibration.moe_hooks import PRODUCTS, can_reroute, is_stacked, run_expert
 from alps.calibration.replaced_forward import replaced_forward
 from alps.core.errors import UnsupportedModel
 from alps.models.blocks import Block
@@ -91,7 +91,7 @@ def find_mixture(block: Block) -> Mixture | None:
     experts = sites[0].module
     names = {id(module): name for name, module in block.module.named_modules()}
     name, _, last = names[id(experts)].rpartition(".")
-    if any(site.module is not experts for site in sites) or not can_reroute(experts):
+    if any(site.module is not experts for site in sites) or not (can_reroute(experts) or is_stacked(experts)):
         raise UnsupportedModel(
             f"Experts of {block.name} cannot be removed: {type(experts).__name__} does not take the routing of its "
             "tokens as (hidden states, expert numbers, weights); prune inside the experts with alps prune instead."
@@ -145,21 +145,8 @@ def route(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor
     Raises:
         UnsupportedModel: if the router sends tokens to a removed expert with a weight.
     """
-    routing: list[Tensor] = []
-
-    def stop(_hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        routing.extend((index, weights))
-        raise StopForward
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(masked_routing(mixture, kept))
-        stack.enter_context(replaced_forward(mixture.experts, stop))
-        for shared in mixture.shared:
-            stack.enter_context(replaced_forward(shared, _identity))
-        with suppress(StopForward):
-            mixture.run(hidden)
-    index, weights = routing
+    arguments = _expert_arguments(mixture, hidden, kept)
+    index, weights = _stacked_routing(mixture, arguments[0]) if is_stacked(mixture.experts) else arguments[1:]
     allowed = torch.zeros(mixture.count, dtype=torch.bool, device=index.device)
     allowed[list(kept)] = True
     if bool((~allowed[index] & (weights != 0)).any()):
@@ -170,13 +157,55 @@ def route(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor
     return index, weights
 
 
+def expert_output(mixture: Mixture, hidden: Tensor, expert: int) -> Tensor:
+    """Return the output of one expert for inputs of the mixture (tokens, features), without a routing weight.
+
+    Where the routing weight multiplies the input of the expert (Llama 4), it is a part of the expert, and `route`
+    returns 1. Such a weight does not depend on the other experts.
+    """
+    with torch.no_grad():
+        if not is_stacked(mixture.experts):
+            return run_expert(mixture.experts, hidden, expert)
+        (stacked,) = _expert_arguments(mixture, hidden, [expert])
+        output: Tensor = mixture.experts(stacked)
+        return output.view(mixture.count, *hidden.shape)[expert]
+
+
 def down_inputs(mixture: Mixture, hidden: Tensor, expert: int) -> tuple[Site, Tensor]:
-    """Return the last map of an expert, and its inputs (tokens, in) for hidden states (tokens, features)."""
+    """Return the last map of an expert, and its inputs (tokens, in) for inputs of the mixture (tokens, features)."""
     calls: list[tuple[Site, Tensor]] = []
     sites = [site for site in mixture.sites if site.expert == expert]
-    with torch.no_grad(), input_hooks(sites, lambda site, x: calls.append((site, x))):
-        run_expert(mixture.experts, hidden, expert)
-    return calls[-1]
+    with input_hooks(sites, lambda site, x: calls.append((site, x))):
+        expert_output(mixture, hidden, expert)
+    site, inputs = calls[-1]
+    assert len(inputs) == len(hidden)
+    return site, inputs
+
+
+def _expert_arguments(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the arguments with which a mixture calls its experts, when tokens are routed among kept experts."""
+    arguments: list[Tensor] = []
+
+    def stop(*args: Tensor) -> None:
+        arguments.extend(args)
+        raise StopForward
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(masked_routing(mixture, kept))
+        stack.enter_context(replaced_forward(mixture.experts, stop))
+        for shared in mixture.shared:
+            stack.enter_context(replaced_forward(shared, _identity))
+        with suppress(StopForward):
+            mixture.run(hidden)
+    return tuple(arguments)
+
+
+def _stacked_routing(mixture: Mixture, stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return experts and weights (tokens, k) of inputs (experts * tokens, features) that are zero where not routed."""
+    routed = (stacked.view(mixture.count, -1, stacked.shape[-1]) != 0).any(dim=-1).T.float()
+    weights, index = routed.sort(dim=1, descending=True, stable=True)
+    return index[:, : mixture.top_k], weights[:, : mixture.top_k]
 
 
 class _MaskedLogits(TorchFunctionMode):

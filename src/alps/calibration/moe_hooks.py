@@ -90,6 +90,14 @@ def can_reroute(module: nn.Module) -> bool:
     return _has_kernels(module) and len(names) == 4 and names[2] in _ROUTINGS
 
 
+def is_stacked(module: nn.Module) -> bool:
+    """Return True if a module of experts takes one input for each expert and token, as rows in the order of experts.
+
+    Rows of tokens that are routed elsewhere are zero (Llama 4).
+    """
+    return not _has_kernels(module) and len(inspect.signature(_plain_forward(module)).parameters) == 2
+
+
 def run_expert(module: nn.Module, hidden: Tensor, expert: int) -> Tensor:
     """Return the output of one expert for all hidden states (tokens, features), without a routing weight.
 
