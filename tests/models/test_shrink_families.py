@@ -30,10 +30,10 @@ _KINDS = [kind for kind, config in {**DENSE, **MOE}.items() if config().model_ty
 _TOLERANCE = {"granitemoe": 2e-6}
 
 
-def target_of(cut: str, structure: Structure) -> Target:
+def target_of(cut: str, family: Family, structure: Structure) -> Target:
     """Return a target of one kind for a tiny model; `all` has whatever the family may have."""
     kept = tuple(number for number in range(structure.blocks) if number != 1)
-    has_heads, has_experts = structure.head_dim is not None, structure.experts is not None
+    has_heads, has_experts = family.attention is not None, structure.experts is not None
     return {
         "width": Target(mlp_width=(structure.mlp_width or 32) // 2),
         "heads": Target(heads=(structure.heads or 0) // 2),
@@ -54,7 +54,7 @@ def target_of(cut: str, structure: Structure) -> Target:
 def refusal(model: Any, structure: Structure, cut: str) -> AlpsError | None:
     """Return the error with which a cut is refused."""
     try:
-        check_target(model, find_blocks(model), target_of(cut, structure))
+        check_target(model, find_blocks(model), target_of(cut, family_of(model), structure))
     except AlpsError as error:
         return error
     return None
@@ -91,7 +91,7 @@ def test_smaller_models_are_plain(kind: str, cut: str, ids: Tensor, tmp_path: Pa
     elif cut == "kv_heads" and structure.kv_heads == 1:
         pytest.skip("has one KV head")
     else:
-        check_plain(model, target_of(cut, structure), ids[:3], tmp_path, _TOLERANCE.get(kind, 1e-6))
+        check_plain(model, target_of(cut, family_of(model), structure), ids[:3], tmp_path, _TOLERANCE.get(kind, 1e-6))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral", pytest.param("", marks=pytest.mark.slow)])

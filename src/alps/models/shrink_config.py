@@ -15,7 +15,8 @@ from alps.models.config_fields import replace_fields
 from alps.models.config_json import decode_floats
 from alps.models.shrink_families import family_of
 from alps.models.shrink_layout import Family
-from alps.models.structure import Structure, Target, needs_mistral
+from alps.models.shrink_limits import needs_mistral
+from alps.models.structure import Structure, Target
 
 # Fields with one entry for every block.
 _PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")

@@ -15,8 +15,9 @@ from alps.models.blocks import Block, find_blocks
 from alps.models.meta_model import empty_model
 from alps.models.shrink_config import shrunk_config
 from alps.models.shrink_families import family_of
+from alps.models.shrink_limits import check_numbers
 from alps.models.shrink_slices import Kept, slice_block
-from alps.models.structure import Structure, Target, check_numbers, read_structure
+from alps.models.structure import Structure, Target, read_structure
 
 # Attributes of modules that say nothing of a block's kind: its number, and the mode that it is in.
 _OTHER_NAMES = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")

@@ -8,13 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from alps.core.errors import ConfigError, UnsupportedModel
+from alps.core.errors import UnsupportedModel
 from alps.models.blocks import Block
 from alps.models.shrink_families import family_of
 from alps.models.shrink_layout import Cut, Family, Unit, cuts_of
-
-# Channels of a fused expert are read in strides of 16 bytes, 8 numbers of 16 bits.
-_EXPERT_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,8 @@ class Structure:
         mlp_width: channels of a dense MLP.
         heads: query heads.
         kv_heads: key and value heads.
-        head_dim: size of a head, as the output projection reads it; None where heads cannot be removed.
+        head_dim: size of a head, as the output projection reads it.
+        latent: size of what latent attention caches in place of keys and values; None for other attention.
         experts: routed experts of a mixture.
         expert_width: channels of each expert.
         shared_width: channels of the shared experts together, if these follow from the width of an expert.
@@ -42,6 +40,7 @@ class Structure:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    latent: int | None = None
     experts: int | None = None
     expert_width: int | None = None
     shared_width: int | None = None
@@ -53,6 +52,11 @@ class Structure:
     def group(self) -> int:
         """Query heads for each KV head."""
         return (self.heads or 1) // (self.kv_heads or 1)
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers that a key-value cache holds for each token and block."""
+        return self.latent or 2 * (self.kv_heads or 0) * (self.head_dim or 0)
 
     def count(self, unit: Unit) -> int | None:
         """Return the number of units of one kind in a block."""
@@ -127,7 +131,8 @@ def read_structure(model: nn.Module, blocks: Sequence[Block]) -> Structure:
         UnsupportedModel: for an unknown family, and for blocks whose shapes differ from each other or from what the
             configuration says.
     """
-    family, config = family_of(model), _config(model)
+    family = family_of(model)
+    config: Any = model.config
     shapes = [{name: tuple(p.shape) for name, p in block.module.state_dict().items()} for block in blocks]
     sizes: dict[str, tuple[int, ...]] = {}
     for block, shape in zip(blocks, shapes, strict=True):
@@ -144,7 +149,8 @@ def read_structure(model: nn.Module, blocks: Sequence[Block]) -> Structure:
         mlp_width=_units(family, sizes, "channel"),
         heads=heads,
         kv_heads=_kv_heads(family, config, heads),
-        head_dim=None if family.attention is None else sizes[f"{family.attention.outer}.weight"][1] // heads,
+        head_dim=_head_dim(family, config, sizes, heads),
+        latent=config.kv_lora_rank + config.qk_rope_head_dim if _is_latent(family) else None,
         experts=_units(family, sizes, "expert"),
         expert_width=_units(family, sizes, "expert_channel"),
         shared_width=_units(family, sizes, "shared_channel"),
@@ -172,29 +178,14 @@ def unit_size(cut: Cut, shape: Sequence[int], structure: Structure) -> int:
     return shape[cut.axis] // sum(counts)
 
 
-def check_numbers(model: nn.Module, structure: Structure, target: Target) -> None:
-    """Refuse a target whose numbers the family or the model does not allow.
-
-    Raises:
-        UnsupportedModel: for units that cannot be removed from models of the family.
-        ConfigError: for numbers out of range.
-    """
-    family, complete = family_of(model), target.complete(structure)
-    _check_width(family, structure, complete)
-    _check_heads(model, family, structure, complete)
-    _check_experts(family, structure, complete)
-    _check_blocks(structure, complete)
+def _is_latent(family: Family) -> bool:
+    return family.attention is not None and family.attention.head_dim is None
 
 
-def needs_mistral(model: nn.Module, structure: Structure, target: Target) -> bool:
-    """Check if a LLaMA with these heads can be saved as Mistral only."""
-    family, complete = family_of(model), target.complete(structure)
-    changed = (complete.heads, complete.kv_heads) != (structure.heads, structure.kv_heads)
-    return changed and family.heads == "divisor" and structure.hidden % (complete.heads or 1) != 0
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
+def _head_dim(family: Family, config: Any, sizes: Mapping[str, tuple[int, ...]], heads: int) -> int:
+    if family.attention is not None:
+        return sizes[f"{family.attention.outer}.weight"][1] // heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _kv_heads(family: Family, config: Any, heads: int) -> int:
@@ -202,95 +193,9 @@ def _kv_heads(family: Family, config: Any, heads: int) -> int:
 
     Latent attention computes keys and values for each query head.
     """
-    if family.attention is not None and family.attention.head_dim is None:
+    if _is_latent(family):
         return heads
     if config.model_type == "falcon" and not config.new_decoder_architecture:
         return 1 if config.multi_query else heads
     names = ("num_key_value_heads", "num_kv_heads")
     return next((int(number) for name in names if (number := getattr(config, name, None))), heads)
-
-
-def _refusal(family: Family, structure: Structure, units: str, reason: str) -> UnsupportedModel:
-    """Return the error for units that cannot be removed; it names those that can."""
-    can = {
-        "MLP channels": structure.mlp_width is not None and not family.no_width,
-        "heads": not family.no_heads,
-        "experts": structure.experts is not None,
-    }
-    others = " and ".join([name for name, is_possible in can.items() if is_possible] + ["blocks"])
-    return UnsupportedModel(
-        f"{units} of '{family.model_type}' models cannot be removed: {reason}; {others} can be removed."
-    )
-
-
-def _check_range(name: str, kept: int | None, present: int | None) -> None:
-    if kept is not None and present is None:
-        raise ConfigError(f"The model has no {name} that could be removed: leave their number out.")
-    if kept is not None and present is not None and not 1 <= kept <= present:
-        raise ConfigError(f"{kept} {name} cannot be kept of {present}: choose a number from 1 to {present}.")
-
-
-def _check_width(family: Family, structure: Structure, target: Target) -> None:
-    _check_range("MLP channels", target.mlp_width, structure.mlp_width)
-    if target.mlp_width != structure.mlp_width and family.no_width:
-        raise _refusal(family, structure, "MLP channels", family.no_width)
-
-
-def _check_heads(model: nn.Module, family: Family, structure: Structure, target: Target) -> None:
-    _check_range("query heads", target.heads, structure.heads)
-    _check_range("KV heads", target.kv_heads, structure.kv_heads)
-    if (target.heads, target.kv_heads) == (structure.heads, structure.kv_heads):
-        return
-    heads, kv_heads = target.heads or 0, target.kv_heads or 1
-    if family.no_heads:
-        raise _refusal(family, structure, "Heads", family.no_heads)
-    if heads % kv_heads or heads // kv_heads > structure.group:
-        raise ConfigError(
-            f"{heads} query heads cannot share {kv_heads} KV heads equally, at most {structure.group} on each: choose "
-            f"one of {', '.join(str(kv_heads * share) for share in range(1, structure.group + 1))}."
-        )
-    if family.heads == "free" or structure.hidden % heads == 0:
-        return
-    config = _config(model)
-    has_bias = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    if not family.as_mistral or has_bias:
-        raise UnsupportedModel(
-            f"transformers takes no '{family.model_type}' model with {heads} heads, which do not divide its hidden "
-            f"size of {structure.hidden}: choose a divisor."
-        )
-
-
-def _check_experts(family: Family, structure: Structure, target: Target) -> None:
-    if family.no_experts and target.experts is not None:
-        raise _refusal(family, structure, "Experts", family.no_experts)
-    _check_range("experts", target.experts, structure.experts)
-    _check_range("channels of an expert", target.expert_width, structure.expert_width)
-    if family.experts is None or target.experts is None or structure.experts is None:
-        return
-    if target.expert_width != structure.expert_width and (target.expert_width or 0) % _EXPERT_ALIGNMENT:
-        raise ConfigError(
-            f"Experts with {target.expert_width} channels cannot be multiplied in groups: choose a multiple of "
-            f"{_EXPERT_ALIGNMENT}."
-        )
-    groups, per_token = structure.expert_groups, structure.experts_per_token or 1
-    if target.experts % groups:
-        raise ConfigError(
-            f"{target.experts} experts cannot be kept of {structure.experts} in {groups} groups of equal size: choose "
-            f"a multiple of {groups}."
-        )
-    in_group = target.experts // groups
-    minimum = max(family.experts.group_minimum, -(-per_token // structure.groups_per_token))
-    if target.experts != structure.experts and in_group < minimum:
-        raise ConfigError(
-            f"{target.experts} experts are too few, since a token is sent to {per_token}: keep {groups * minimum} or "
-            "more."
-        )
-
-
-def _check_blocks(structure: Structure, target: Target) -> None:
-    kept = target.kept_blocks or ()
-    if not kept or list(kept) != sorted({*kept} & {*range(structure.blocks)}):
-        raise ConfigError(
-            f"Blocks {list(kept)} cannot be kept of a model with blocks 0 to {structure.blocks - 1}: name each once, "
-            "in ascending order."
-        )
