@@ -105,6 +105,7 @@ def test_an_expert_without_tokens_scores_zero_and_is_free_to_remove() -> None:
     problem = _problem(4)
 
     def route(kept: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert len(rows)
         return problem.route([i for i in kept if i != 2], rows)
 
     unused = ExpertProblem(problem.outputs, problem.target, problem.token_weights, route)

@@ -25,6 +25,9 @@ from alps.models.blocks import Block
 from alps.models.routers import find_routers, is_inside
 from alps.models.sites import Site
 
+# Tokens that pass a router or an expert at once.
+_BATCH_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -145,8 +148,8 @@ def route(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor
     Raises:
         UnsupportedModel: if the router sends tokens to a removed expert with a weight.
     """
-    arguments = _expert_arguments(mixture, hidden, kept)
-    index, weights = _stacked_routing(mixture, arguments[0]) if is_stacked(mixture.experts) else arguments[1:]
+    parts = [_route_part(mixture, part, kept) for part in torch.split(hidden, _BATCH_TOKENS)]
+    index, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     allowed = torch.zeros(mixture.count, dtype=torch.bool, device=index.device)
     allowed[list(kept)] = True
     if bool((~allowed[index] & (weights != 0)).any()):
@@ -164,11 +167,7 @@ def expert_output(mixture: Mixture, hidden: Tensor, expert: int) -> Tensor:
     returns 1. Such a weight does not depend on the other experts.
     """
     with torch.no_grad():
-        if not is_stacked(mixture.experts):
-            return run_expert(mixture.experts, hidden, expert)
-        (stacked,) = _expert_arguments(mixture, hidden, [expert])
-        output: Tensor = mixture.experts(stacked)
-        return output.view(mixture.count, *hidden.shape)[expert]
+        return torch.cat([_run_part(mixture, part, expert) for part in torch.split(hidden, _BATCH_TOKENS)])
 
 
 def down_inputs(mixture: Mixture, hidden: Tensor, expert: int) -> tuple[Site, Tensor]:
@@ -177,9 +176,28 @@ def down_inputs(mixture: Mixture, hidden: Tensor, expert: int) -> tuple[Site, Te
     sites = [site for site in mixture.sites if site.expert == expert]
     with input_hooks(sites, lambda site, x: calls.append((site, x))):
         expert_output(mixture, hidden, expert)
-    site, inputs = calls[-1]
+    last = calls[-1][0]
+    inputs = torch.cat([x for site, x in calls if site is last])
     assert len(inputs) == len(hidden)
-    return site, inputs
+    return last, inputs
+
+
+def _route_part(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the experts and weights of a batch of tokens."""
+    arguments = _expert_arguments(mixture, hidden, kept)
+    if is_stacked(mixture.experts):
+        return _stacked_routing(mixture, arguments[0])
+    _, index, weights = arguments
+    return index, weights
+
+
+def _run_part(mixture: Mixture, hidden: Tensor, expert: int) -> Tensor:
+    """Return the output of an expert for a batch of tokens."""
+    if not is_stacked(mixture.experts):
+        return run_expert(mixture.experts, hidden, expert)
+    (stacked,) = _expert_arguments(mixture, hidden, [expert])
+    output: Tensor = mixture.experts(stacked)
+    return output.view(mixture.count, *hidden.shape)[expert]
 
 
 def _expert_arguments(mixture: Mixture, hidden: Tensor, kept: Sequence[int]) -> tuple[Tensor, ...]:

@@ -215,10 +215,15 @@ class _State:
         return float(self.errors.sum())
 
     def cheapest(self, candidates: Sequence[int]) -> tuple[int, float]:
-        """Return the candidate whose removal raises the loss least, the first of equals, and the increase."""
+        """Return the candidate whose removal raises the loss least, the first of equals, and the increase.
+
+        An expert without tokens is removed for nothing, before one whose removal would lower the loss.
+        """
         increases = []
         for expert in candidates:
             rows = self._dependent_rows(expert)
+            if not len(rows):
+                return expert, 0.0
             _, errors = _replay(self.problem, self._without(expert), rows)
             increases.append(float((errors - self.errors[rows]).sum()))
         best = min(range(len(candidates)), key=increases.__getitem__)
@@ -240,6 +245,8 @@ class _State:
         return (self.routed == expert).any(dim=1).nonzero().flatten()
 
     def _changed(self, kept: tuple[int, ...], rows: Tensor) -> _State:
+        if not len(rows):
+            return replace(self, kept=kept)
         routed, errors = _replay(self.problem, kept, rows)
         return replace(
             self,
