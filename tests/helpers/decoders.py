@@ -285,6 +285,15 @@ RECENT: dict[str, Callable[[], Any]] = {
     "hunyuan_v1_moe": _sized("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
 }
 
+# Variants of others that structured pruning has a row for.
+STRUCTURED: dict[str, Callable[[], Any]] = {
+    "ministral": _sized("ministral", head_dim=8, sliding_window=6, layer_types=_SLIDING),
+    "ministral3": _sized("ministral3", head_dim=8),
+    "cwm": _sized("cwm", head_dim=8, sliding_window=6, layer_types=_SLIDING),
+    "hunyuan_v1_dense": _sized("hunyuan_v1_dense", head_dim=8),
+    "vaultgemma": _sized("vaultgemma", head_dim=8, sliding_window=6, layer_types=_SLIDING),
+}
+
 # Their initial values keep a recurrence stable.
 _OWN_VALUES = ("A_log", "dt_bias", ".D")
 
@@ -294,7 +303,7 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261125)
         try:
-            config = {**DENSE, **MOE, **HYBRID, **IMAGES, **RECENT}[kind]()
+            config = {**DENSE, **MOE, **HYBRID, **IMAGES, **RECENT, **STRUCTURED}[kind]()
         except ValueError as error:
             pytest.skip(f"this transformers has no such architecture: {error}")
         # The text part of Mllama has a configuration of its own, which no auto class knows.

@@ -16,7 +16,7 @@ from alps.models.shrink_layout import Family
 from alps.models.shrunk_model import check_target
 from alps.models.structure import Structure, Target, read_structure
 from helpers.allowances import allowance_table
-from helpers.decoders import DENSE, HYBRID, MOE, RECENT, decoder
+from helpers.decoders import DENSE, HYBRID, MOE, RECENT, STRUCTURED, decoder
 from helpers.shrinking import check_plain, distance
 from helpers.vision import vision_model
 
@@ -25,9 +25,10 @@ _QUICK = {
     *(("llama", "all"), ("phi3", "all"), ("gpt2", "width"), ("qwen2", "blocks"), ("mistral", "heads")),
     *(("mixtral", "experts"), ("gpt_oss", "all"), ("deepseek_v3", "expert_width")),
 }
-_KINDS = [kind for kind, config in {**DENSE, **MOE}.items() if config().model_type in FAMILIES]
-# Its scores are not divided by the root of the size of a head, so that rounding counts more.
-_TOLERANCE = {"granitemoe": 2e-6}
+_CONFIGS = {**DENSE, **MOE, **STRUCTURED, "hunyuan_v1_moe": RECENT["hunyuan_v1_moe"]}
+_KINDS = list(_CONFIGS)
+# Products of other shapes are rounded otherwise, which large scores of attention and routers amplify in these two.
+_TOLERANCE = {"granitemoe": 2e-6, "hunyuan_v1_moe": 2e-6}
 
 
 def target_of(cut: str, family: Family, structure: Structure) -> Target:
@@ -123,14 +124,13 @@ def test_outputs_of_an_mlp_are_added_where_the_table_says_so(kind: str, ids: Ten
 
 @pytest.mark.parametrize("kind", ["mamba", "gemma3n", pytest.param("", marks=pytest.mark.slow)])
 def test_untested_families_are_refused(kind: str) -> None:
-    for name in [kind] if kind else (*HYBRID, *RECENT):
+    for name in [kind] if kind else [kind for kind in (*HYBRID, *RECENT) if kind not in _KINDS]:
         with pytest.raises(UnsupportedModel, match="have not been tested: use"):
             family_of(decoder(name))
 
 
 def test_every_tested_decoder_is_in_the_table() -> None:
-    assert [*DENSE, *MOE] == _KINDS
-    assert {config().model_type for config in (*DENSE.values(), *MOE.values())} == FAMILIES.keys()
+    assert {config().model_type for config in _CONFIGS.values()} == FAMILIES.keys()
 
 
 def test_the_page_has_the_table() -> None:

@@ -7,7 +7,7 @@ import pytest
 from alps.models.blocks import find_blocks
 from alps.models.shrink_families import FAMILIES, family_of
 from alps.models.shrink_layout import Cut, cuts_of
-from helpers.decoders import DENSE, MOE, decoder
+from helpers.decoders import DENSE, MOE, STRUCTURED, decoder
 
 
 def test_a_mixture_has_its_axes_in_order() -> None:
@@ -27,7 +27,7 @@ def test_a_mixture_has_its_axes_in_order() -> None:
 def test_every_weight_that_the_table_names_exists() -> None:
     """Biases, norms and corrections depend on the configuration; weights do not."""
     names: dict[str, set[str]] = {}
-    for kind in (*DENSE, *MOE):
+    for kind in (*DENSE, *MOE, *STRUCTURED, "hunyuan_v1_moe"):
         model = decoder(kind)
         names.setdefault(family_of(model).model_type, set()).update(
             name for block in find_blocks(model) for name in block.module.state_dict()

@@ -54,6 +54,8 @@ def _headless(model_type: str, mlp: Mlp, reason: str = _ONE_SIZE, **more: Any) -
 _ROWS = (
     Family("llama", heads="divisor", as_mistral=True),
     Family("mistral"),
+    Family("ministral"),
+    Family("ministral3"),
     Family("qwen2"),
     Family("qwen3"),
     Family("gemma"),
@@ -80,6 +82,9 @@ _ROWS = (
     Family("seed_oss"),
     Family("arcee", _PLAIN_MLP, heads="divisor"),
     Family("apertus", _PLAIN_MLP),
+    Family("hunyuan_v1_dense"),
+    Family("cwm", heads="divisor"),
+    Family("vaultgemma", heads="divisor"),
     _headless("olmo2", Mlp(), _FULL_NORM, adds_mlp=False),
     _headless("olmo3", Mlp(), _FULL_NORM, adds_mlp=False),
     _headless("helium", Mlp(), "transformers gives its output projection as many inputs as the hidden size"),
@@ -132,6 +137,13 @@ _ROWS = (
             corrections=("moe_statics.e_score_correction_bias",),
             shared="shared_experts",
             shared_follows=True,
+        ),
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        None,
+        experts=Experts(
+            "num_experts", "intermediate_size", "moe_topk", router="gate.wg", shared="shared_mlp", shared_follows=True
         ),
     ),
     Family(
