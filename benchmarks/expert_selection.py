@@ -22,6 +22,7 @@ from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.expert_records import MixtureTokens, expert_problem, record_tokens
 from alps.calibration.expert_refit import refit_experts
+from alps.calibration.expert_width import narrow_experts
 from alps.calibration.masked_router import Mixture, find_mixture, masked_routing
 from alps.core.kl_divergence import kl_divergence
 from alps.data.loaded_model import load
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--keep", type=int, default=6)
     parser.add_argument("--sharpness", type=float, default=0.5)
-    parser.add_argument("--refit", default="random,REAP,joint", help="selections to refit, by commas")
+    parser.add_argument("--refit", default="random,REAP,joint,narrow", help="selections to refit")
     parser.add_argument("--share", type=float, default=0.5, help="share of the mixture with all experts in a refit")
     parser.add_argument("--mixture", type=Path, help="directory to keep the mixture in, or to take it from")
     options = parser.parse_args()
@@ -75,16 +76,21 @@ def main() -> None:
     model = _mixture_model(options, loaded.model, calibration)
     print(f"{time.perf_counter() - start:.0f} s for the mixture", flush=True)
     figures = Figures(model, texts)
-    rows = [["dense model", *figures.of(loaded.model)], ["mixture", *figures.of(model)]]
+    rows = [figures.row("dense model", loaded.model), figures.row("mixture", model)]
     mixtures, sets = select_all(model, calibration, options.keep)
     print(f"{time.perf_counter() - start:.0f} s with the selections", flush=True)
     for name, kept in sets.items():
         with kept_experts(mixtures, kept):
-            rows.append([name, *figures.of(model)])
+            rows.append(figures.row(name, model))
     for name in filter(None, options.refit.split(",")):
         shrunk = copy.deepcopy(model)
+        if name == "narrow":
+            width = model.config.intermediate_size * options.keep // options.experts
+            narrow_and_refit(shrunk, calibration, width, options.share)
+            rows.append(figures.row(f"all, {width} channels wide, refitted", shrunk))
+            continue
         with kept_experts(*select_and_refit(shrunk, calibration, options.keep, SELECTIONS[name], options.share)):
-            rows.append([f"{name}, in order, refitted", *figures.of(shrunk)])
+            rows.append(figures.row(f"{name}, in order, refitted", shrunk))
     choice = choose_experts(
         mixtures,
         sets,
@@ -109,9 +115,9 @@ class Figures:
         self._texts = texts
         self._expected = {name: [_logits(model, ids) for ids in torch.split(texts[name], 4)] for name in texts}
 
-    def of(self, model: Any) -> list[str]:
-        """Return a cell for every text."""
-        cells = []
+    def row(self, name: str, model: Any) -> list[str]:
+        """Return a name and a cell for every text; the row is printed, too."""
+        cells = [name]
         for name, ids in self._texts.items():
             divergence = loss = 0.0
             for part, expected in zip(torch.split(ids, 4), self._expected[name], strict=True):
@@ -126,6 +132,7 @@ class Figures:
                     / ids[:, 1:].numel()
                 )
             cells.append(f"{divergence:.4f}, {torch.tensor(loss).exp():.2f}")
+        print(*cells, sep="; ", flush=True)
         return cells
 
 
@@ -152,6 +159,22 @@ def select_and_refit(
         return kept
 
     return _walk(model, windows, visit, share)
+
+
+def narrow_and_refit(model: Any, windows: Tensor, width: int, share: float) -> None:
+    """Narrow all experts of a Mixtral to the same width, and refit them behind narrower blocks."""
+
+    def visit(mixture: Mixture, tokens: MixtureTokens, problem: ExpertProblem) -> Sequence[int]:
+        narrow = narrow_experts(mixture, tokens, problem.experts, width)
+        with torch.no_grad():
+            for expert, channels in enumerate(narrow.channels):
+                removed = torch.ones(mixture.sites[-1].shape[1], dtype=torch.bool)
+                removed[channels] = False
+                mixture.experts.get_parameter("gate_up_proj")[expert, removed.repeat(2)] = 0
+        refit_experts(mixture, tokens, problem.experts)
+        return problem.experts
+
+    _walk(model, windows, visit, share)
 
 
 def _walk(
