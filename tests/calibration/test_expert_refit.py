@@ -11,7 +11,7 @@ from alps.calibration.expert_records import MixtureTokens, record_tokens
 from alps.calibration.expert_refit import refit_experts
 from alps.calibration.masked_router import Mixture, masked_routing
 from alps.core.errors import ConfigError
-from helpers.mixtures import KINDS, find_mixture_blocks, inputs_of, mixture_model
+from helpers.mixtures import EACH_KIND, find_mixture_blocks, inputs_of, mixture_model
 
 _CPU = torch.device("cpu")
 _KEPT = [0, 1, 3, 4, 6, 7]
@@ -32,7 +32,7 @@ def _error(mixture: Mixture, tokens: MixtureTokens) -> float:
     return float((difference.square() * weights).sum() / (tokens.target.square() * weights).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_refit_lowers_the_held_out_error_and_changes_output_maps_alone(kind: str) -> None:
     model, mixture, tokens = _record(kind)
     _, held_out = tokens.split(5)

@@ -13,7 +13,7 @@ from alps.calibration.expert_refit import output_maps
 from alps.calibration.expert_width import narrow_experts
 from alps.calibration.masked_router import Mixture, masked_routing
 from alps.core.errors import ConfigError
-from helpers.mixtures import KINDS, find_mixture_blocks, inputs_of, mixture_model
+from helpers.mixtures import EACH_KIND, find_mixture_blocks, inputs_of, mixture_model
 
 _CPU = torch.device("cpu")
 _KEPT = [0, 2, 3, 5, 6, 7]
@@ -27,7 +27,7 @@ def _record(kind: str) -> tuple[Any, Mixture, MixtureTokens]:
     return model, mixture, record_tokens(mixture, block, inputs, device=_CPU, tokens=10**6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_each_expert_keeps_equally_many_channels_at_stationary_weights(kind: str) -> None:
     _, mixture, tokens = _record(kind)
     before = mixture.sites[-1].parameter.detach().clone()

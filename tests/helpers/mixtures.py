@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,9 @@ from helpers.decoders import MOE
 EXPERTS = 8
 # Mixtures of which experts can be removed.
 KINDS = [kind for kind in MOE if kind != "jetmoe"]
+# Every form of routing and of weights; the default tests run on these kinds, the slow ones on all.
+_FORMS = ("qwen2_moe", "gpt_oss", "deepseek_v3", "llama4")
+EACH_KIND = [kind if kind in _FORMS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Routers that choose two of four groups of experts first.
 GROUPED = ["deepseek_v2", "deepseek_v3", "glm4_moe"]
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

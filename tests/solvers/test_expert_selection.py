@@ -76,14 +76,13 @@ def test_joint_selection_is_close_to_the_best_of_all_sets(groups: int) -> None:
             for kept in combinations(range(8), 4)
             if all(sum(i // size == group for i in kept) == 4 // groups for group in range(groups))
         }
-        kept = joint_selection(problem, 4)
-        assert tuple(kept) in losses  # ascending, and equally many of each group
-        ratios.append(losses[tuple(kept)] / min(losses.values()))
-        assert joint_selection(problem, 4) == kept
-        by_score = keep_highest(reap_scores(problem), 4, groups)
-        assert losses[tuple(kept)] <= losses[tuple(by_score)]
-        by_mean = keep_highest(msan_scores(problem), 4, groups)
-        assert candidate_sets(problem, 4) == {"joint": kept, "REAP": by_score, "MSAN": by_mean}
+        sets = candidate_sets(problem, 4)
+        kept, by_score = tuple(sets["joint"]), keep_highest(reap_scores(problem), 4, groups)
+        assert kept in losses  # ascending, and equally many of each group
+        ratios.append(losses[kept] / min(losses.values()))
+        assert sets["REAP"] == by_score and losses[kept] <= losses[tuple(by_score)]
+        assert sets["MSAN"] == keep_highest(msan_scores(problem), 4, groups)
+    assert tuple(joint_selection(problem, 4)) == kept
     assert min(ratios) > 1 - 1e-6
     # A router that chooses groups first jumps from one group to another, which leaves more local optima.
     assert sum(ratios) / len(ratios) < (1.03 if groups == 1 else 1.08)
