@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
+from alps.calibration.activation_store import ActivationStore
 from alps.calibration.block_capture import capture_block_inputs
-from alps.calibration.dense_reference import DenseReference
 from alps.calibration.expert_records import MixtureTokens, expert_problem, record_tokens
 from alps.calibration.expert_refit import refit_experts
 from alps.calibration.expert_width import narrow_experts
 from alps.calibration.masked_router import Mixture, find_mixture, masked_routing
+from alps.core.distributed import SINGLE_PROCESS
 from alps.core.kl_divergence import kl_divergence
 from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
 from alps.models.blocks import Block, find_blocks
-from alps.pruning.expert_choice import choose_experts, kept_experts
+from alps.pruning.expert_choice import ExpertChooser
+from alps.pruning.shrink_experts import recorded_outputs
 from alps.solvers.expert_selection import ExpertProblem, joint_selection, keep_highest, msan_scores, reap_scores
 from layers import calibration_options, markdown, origin
 from split_mixture import split
@@ -80,7 +83,7 @@ def main() -> None:
     mixtures, sets = select_all(model, calibration, options.keep)
     print(f"{time.perf_counter() - start:.0f} s with the selections", flush=True)
     for name, kept in sets.items():
-        with kept_experts(mixtures, kept):
+        with routing_among(mixtures, kept):
             rows.append(figures.row(name, model))
     for name in filter(None, options.refit.split(",")):
         shrunk = copy.deepcopy(model)
@@ -89,15 +92,12 @@ def main() -> None:
             narrow_and_refit(shrunk, calibration, width, options.share)
             rows.append(figures.row(f"all, {width} channels wide, refitted", shrunk))
             continue
-        with kept_experts(*select_and_refit(shrunk, calibration, options.keep, SELECTIONS[name], options.share)):
+        with routing_among(*select_and_refit(shrunk, calibration, options.keep, SELECTIONS[name], options.share)):
             rows.append(figures.row(f"{name}, in order, refitted", shrunk))
-    choice = choose_experts(
-        mixtures,
-        sets,
-        torch.split(held_out, 4),
-        logits=lambda ids: model(input_ids=ids, use_cache=False).logits,
-        continuations=lambda: continuations(model, held_out),
-    )
+    blocks = find_blocks(model)
+    chooser = ExpertChooser(model=model, blocks=blocks, device=_CPU, activations=ActivationStore())
+    candidates = {name: dict(enumerate(sets[name])) for name in ("joint", "REAP", "MSAN")}
+    choice = SINGLE_PROCESS.run_on_main(lambda: chooser.compare(candidates, held_out), lambda: None)
     heads = [
         f"{options.keep} of {options.experts} experts",
         *(f"KL, perplexity on {Path(text).name}" for text in texts),
@@ -186,31 +186,29 @@ def _walk(
     """Visit the mixture of every block, behind blocks with the experts that were kept."""
     blocks = find_blocks(model)
     inputs = capture_block_inputs(model, blocks, windows, max(4096 // windows.shape[1], 1))
-    dense = DenseReference.start(inputs, needed=share > 0)
-    mixtures, sets = list[Mixture](), list[Sequence[int]]()
+    dense, mixtures, sets = inputs.copy(), list[Mixture](), list[Sequence[int]]()
     for block in blocks:
         mixture = _mixture_of(block)
-        dense.begin_block(block)
+        with recorded_outputs(mixture.module, dense.activations) as outputs:
+            dense.advance(block.index, block.module, _CPU)
         tokens = record_tokens(
-            mixture, block, inputs, device=_CPU, tokens=inputs.tokens, dense=dense if share else None, share=share
+            mixture, block, inputs, device=_CPU, tokens=inputs.tokens, dense_outputs=outputs, share=share
         )
         kept = visit(mixture, tokens, expert_problem(mixture, tokens))
         with masked_routing(mixture, kept):
             inputs.advance(block.index, block.module, _CPU)
-        dense.advance(_CPU)
         mixtures.append(mixture)
         sets.append(kept)
     return mixtures, sets
 
 
-def continuations(model: Any, prompts: Tensor, tokens: int = 48) -> Tensor:
-    """Return the greedy continuations of the first 32 tokens of some windows."""
-    prompts = prompts[:, :32]
-    mask = torch.ones_like(prompts)
-    output: Tensor = model.generate(
-        prompts, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    return output[:, prompts.shape[1] :]
+@contextmanager
+def routing_among(mixtures: Sequence[Mixture], sets: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Context in which every mixture routes tokens to its kept experts only."""
+    with ExitStack() as stack:
+        for mixture, kept in zip(mixtures, sets, strict=True):
+            stack.enter_context(masked_routing(mixture, kept))
+        yield
 
 
 def _mixture_model(options: argparse.Namespace, model: Any, windows: Tensor) -> Any:

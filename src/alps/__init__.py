@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alps.inference.api import pack, unpack
     from alps.inference.convert import pack_linears
     from alps.pruning.api import prune
+    from alps.pruning.shrink_api import shrink
     from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT, Wanda
     from alps.solvers.patterns import SemiStructured, Unstructured
 
@@ -43,6 +44,7 @@ __all__ = [
     "pack_linears",
     "prune",
     "reconstruct",
+    "shrink",
     "unpack",
 ]
 
@@ -69,6 +71,7 @@ _LAZY_EXPORTS = {
     "pack_linears": "alps.inference.convert",
     "prune": "alps.pruning.api",
     "reconstruct": "alps.finetuning.api",
+    "shrink": "alps.pruning.shrink_api",
     "unpack": "alps.inference.api",
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from alps.calibration.dense_reference import DenseReference
 from alps.calibration.expert_records import MixtureTokens, expert_problem, record_tokens
 from alps.calibration.masked_router import Mixture, find_mixture
+from alps.core.distributed import ProcessGroup
 from alps.models.blocks import Block
 from alps.solvers.expert_selection import replayed_output
 from helpers.mixtures import EACH_KIND, EXPERTS, GROUPED, find_mixture_blocks, inputs_of, mixture_model, sliced_model
+from helpers.thread_group import run_in_threads
 
 _CPU = torch.device("cpu")
 
@@ -76,14 +79,34 @@ def test_the_target_holds_a_share_of_the_dense_models_outputs(ids: Tensor) -> No
     dense_inputs = inputs_of(model, ids, block.index)
     inputs = dense_inputs.copy()
     inputs.hidden[:] = [hidden + 0.1 * hidden.roll(1, dims=1) for hidden in inputs.hidden]
-    dense = DenseReference.start(dense_inputs, needed=True)
-    dense.begin_block(block)
+    dense = list[Tensor]()
+    handle = mixture.module.register_forward_hook(lambda _module, _args, output: dense.append(output))
+    with torch.no_grad():
+        for batch in range(len(dense_inputs.hidden)):
+            dense_inputs.run(block.index, block.module, batch, _CPU)
+    handle.remove()
 
     def target(share: float) -> Tensor:
-        return record_tokens(mixture, block, inputs, device=_CPU, tokens=10**6, dense=dense, share=share).target
+        return record_tokens(mixture, block, inputs, device=_CPU, tokens=10**6, dense_outputs=dense, share=share).target
 
     exact = record_tokens(mixture, block, dense_inputs, device=_CPU, tokens=10**6).target
     assert torch.allclose(target(1.0), exact, atol=1e-6)
     assert torch.allclose(target(0.5), (target(0.0) + exact) / 2, atol=1e-6)
     assert not torch.allclose(target(0.0), exact, atol=1e-3)
     assert find_mixture(block) is not None
+
+
+def test_ranks_record_the_tokens_of_all_windows(ids: Tensor) -> None:
+    model = mixture_model("glm4_moe")
+    block, mixture = find_mixture_blocks(model)[0]
+    alone = record_tokens(mixture, block, inputs_of(model, ids, block.index), device=_CPU, tokens=5 * len(ids))
+
+    def record(group: ProcessGroup) -> MixtureTokens:
+        copied = copy.deepcopy(model)
+        block, mixture = find_mixture_blocks(copied)[0]
+        inputs = inputs_of(copied, group.shard(ids), block.index, 1)
+        return record_tokens(mixture, block, inputs, device=_CPU, tokens=5 * len(ids), group=group)
+
+    for tokens in run_in_threads(2, record):
+        for name in ("hidden", "target", "windows"):
+            assert torch.allclose(getattr(tokens, name), getattr(alone, name), rtol=1e-5, atol=1e-5), name

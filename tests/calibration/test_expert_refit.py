@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alps.calibration.expert_records import MixtureTokens, record_tokens
-from alps.calibration.expert_refit import refit_experts
+from alps.calibration.expert_refit import output_maps, refit_experts, shared_maps
+from alps.calibration.expert_width import narrow_experts, narrow_shared_expert
 from alps.calibration.masked_router import Mixture, masked_routing
 from alps.core.errors import ConfigError
 from helpers.mixtures import EACH_KIND, find_mixture_blocks, inputs_of, mixture_model
@@ -50,6 +51,21 @@ def test_a_refit_lowers_the_held_out_error_and_changes_output_maps_alone(kind: s
     down = mixture.sites[-1].parameter
     for expert in (2, 5):
         assert torch.equal(down[expert], before[mixture.sites[-1].parameter_name][expert])
+
+
+def test_a_refit_of_narrow_experts_leaves_their_other_columns_zero() -> None:
+    _, mixture, tokens = _record("deepseek_v3", windows=20)
+    narrow = narrow_experts(mixture, tokens, _KEPT, 16)
+    shared = narrow_shared_expert(mixture, tokens, 16)
+    channels = [*narrow.channels, *shared.channels]
+    maps = [*output_maps(mixture, tokens.hidden, _KEPT), *shared_maps(mixture, tokens.hidden)]
+    before = [site.read().clone() for site, _ in maps]
+    refit = refit_experts(mixture, tokens, _KEPT, channels=channels)
+    assert refit.prior is not None and refit.error_after < refit.error_before
+    for (site, _), weight, kept in zip(maps, before, channels, strict=True):
+        columns = torch.zeros(site.shape[1], dtype=torch.bool).index_fill(0, kept, True)
+        assert not site.read()[:, ~columns].any()
+        assert not torch.equal(site.read()[:, columns], weight[:, columns])
 
 
 def test_weights_stay_when_no_prior_lowers_the_held_out_error() -> None:

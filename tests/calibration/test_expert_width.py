@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from alps.calibration.expert_records import MixtureTokens, record_tokens
-from alps.calibration.expert_refit import output_maps
-from alps.calibration.expert_width import narrow_experts
+from alps.calibration.expert_refit import output_maps, shared_maps
+from alps.calibration.expert_width import narrow_experts, narrow_shared_expert
 from alps.calibration.masked_router import Mixture, masked_routing
-from alps.core.errors import ConfigError
+from alps.core.errors import ConfigError, UnsupportedModel
 from helpers.mixtures import EACH_KIND, find_mixture_blocks, inputs_of, mixture_model
 
 _CPU = torch.device("cpu")
@@ -108,3 +108,24 @@ def test_channels_of_one_expert_are_the_best_of_all_sets() -> None:
     }
     best = min(costs, key=costs.__getitem__)
     assert narrow.channels[0].tolist() == [i for i in range(24) if i not in best]
+
+
+def test_the_shared_expert_keeps_channels_at_stationary_weights() -> None:
+    _, mixture, tokens = _record("glm4_moe")
+    ((site, inputs),) = shared_maps(mixture, tokens.hidden)
+    weight, (rows, X) = site.read().double().clone(), inputs()
+    narrow = narrow_shared_expert(mixture, tokens, 16)
+    assert narrow.channels.shape == (1, 16) and narrow.tokens == [len(tokens.hidden)] == [len(rows)]
+    X, omega = X.double(), tokens.weights.double()
+    gram = X.T @ (X * omega[:, None])
+    gram += max(24 / len(X), 0.01) * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    gradient = (site.read().double() - weight) @ gram
+    assert float(gradient[:, narrow.channels[0]].norm()) < 1e-5 * float((weight @ gram).norm())
+    removed = [i for i in range(24) if i not in narrow.channels[0].tolist()]
+    assert not site.read()[:, removed].any() and site.read()[:, narrow.channels[0]].any(dim=0).all()
+
+
+def test_a_mixture_without_a_shared_expert_has_none_to_narrow() -> None:
+    _, mixture, tokens = _record("olmoe")
+    with pytest.raises(UnsupportedModel, match="does not add the output of its shared expert unchanged"):
+        narrow_shared_expert(mixture, tokens, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from alps.core.errors import ConfigError
 from alps.core.statistics import InputSums
 from helpers import group_threads
 from helpers.cli_process import run_group
+from helpers.thread_group import run_in_threads
 
 
 def test_ranks_that_do_not_own_statistics_release_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +52,24 @@ def test_one_process_is_a_group_without_messages() -> None:
     assert torch.equal(group.shard(values), values) and group.all_reduce_sum(values) is values
     with pytest.raises(ConfigError, match="4 windows cannot be split over 5 processes"):
         ProcessGroup(1, 5).shard(values)
+
+
+def test_a_generator_runs_on_the_main_rank_alone_and_all_ranks_meet_at_its_steps() -> None:
+    started: list[int] = []
+
+    def work(group: ProcessGroup) -> tuple[int, int]:
+        steps: list[int] = []
+
+        def generate() -> Generator[None, None, int]:
+            started.append(group.rank)
+            for _ in range(3):
+                yield
+            return 7
+
+        return group.run_on_main(generate, lambda: steps.append(1)), len(steps)
+
+    assert run_in_threads(2, work) == [(7, 3)] * 2 and started == [0]
+    assert work(ProcessGroup()) == (7, 3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,20 @@ from torch import nn
 import alps
 from alps.core.errors import CheckpointError, ConfigError
 from alps.data.loaded_model import LoadedModel, load
-from alps.finetuning.checkpoint_pair import check_pair, check_request, count_zeros, describe, write_changed
+from alps.finetuning.checkpoint_pair import (
+    check_pair,
+    check_request,
+    count_zeros,
+    describe,
+    is_shrunk,
+    kept_blocks,
+    write_changed,
+)
+from alps.models.blocks import find_blocks
 from alps.models.save import staged_side_files
+from alps.models.structure import Target, read_structure
 from alps.reporting.run_report import RunReport
+from helpers.shrinking import random_kept, shrink
 
 Tiny = Callable[..., Any]
 
@@ -41,6 +53,8 @@ def _refusals(tiny_model: Tiny, words: Any) -> dict[str, tuple[LoadedModel, Load
     shorter, wide = copy.deepcopy(dense), copy.deepcopy(dense)
     shorter.model.layers = shorter.model.layers[:-1]
     wide.model.layers[2].mlp.up_proj = nn.Linear(32, 8, bias=False)
+    vocabulary = copy.deepcopy(shorter)
+    vocabulary.resize_token_embeddings(60)
     more = copy.deepcopy(words)
     more.add_tokens(["more"])
     whole = LoadedModel("dense", dense, words)
@@ -52,6 +66,11 @@ def _refusals(tiny_model: Tiny, words: Any) -> dict[str, tuple[LoadedModel, Load
             pruned,
             "model.layers.2.mlp.up_proj.weight is (8, 32) in one and (44, 32) in the other",
         ),
+        "fewer blocks and tokens": (
+            whole,
+            LoadedModel("small", vocabulary, None),
+            "model.embed_tokens.weight is (64, 32) in one and (60, 32) in the other",
+        ),
         "another vocabulary": (LoadedModel("words", dense, more), pruned, "their tokenizers differ in 'more'"),
         "not pruned": (whole, LoadedModel("same", dense, words), "Nothing is pruned in 'same'"),
         "in the wrong order": (pruned, whole, "Nothing is pruned in 'dense'"),
@@ -59,13 +78,64 @@ def _refusals(tiny_model: Tiny, words: Any) -> dict[str, tuple[LoadedModel, Load
 
 
 @pytest.mark.parametrize(
-    "case", ["another class", "fewer blocks", "another shape", "another vocabulary", "not pruned", "in the wrong order"]
+    "case",
+    [
+        "another class",
+        "fewer blocks",
+        "another shape",
+        "fewer blocks and tokens",
+        "another vocabulary",
+        "not pruned",
+        "in the wrong order",
+    ],
 )
 def test_models_that_do_not_belong_together(tiny_model: Tiny, word_tokenizer: Any, case: str) -> None:
     dense, pruned, complaint = _refusals(tiny_model, word_tokenizer)[case]
     with pytest.raises(ConfigError) as refused:
         check_pair(dense, pruned)
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def _shrunk(model: Any, target: Target) -> Any:
+    structure = read_structure(model, find_blocks(model))
+    return shrink(model, target, [random_kept(structure, target, number) for number in range(structure.blocks)])
+
+
+@pytest.mark.parametrize(
+    "target", [Target(mlp_width=40), Target(heads=2, kept_blocks=(0, 2)), Target(kv_heads=1), Target(kept_blocks=(1,))]
+)
+def test_a_shrunk_model_belongs_to_its_source(tiny_model: Tiny, word_tokenizer: Any, target: Target) -> None:
+    dense = tiny_model("llama")
+    small = _shrunk(tiny_model("llama"), target)
+    assert is_shrunk(dense, small) and not is_shrunk(small, dense) and not is_shrunk(dense, tiny_model("llama"))
+    assert not is_shrunk(dense, _pruned(tiny_model)) and not is_shrunk(dense, tiny_model("gpt2"))
+    pair = LoadedModel("dense", dense, word_tokenizer), LoadedModel("small", small, word_tokenizer)
+    check_pair(*pair)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        check_pair(*reversed(pair))
+    # Zeros on top change nothing of that.
+    alps.prune(small, pattern="2:4", method="magnitude", measure_error=False)
+    check_pair(*pair)
+
+
+def test_removed_blocks_are_those_of_the_report(tiny_model: Tiny, tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    alps.shrink(dense, tmp_path / "small", drop_blocks=[1], calibration=torch.arange(2, 62).view(4, 15))
+    small = load(str(tmp_path / "small")).model
+    assert kept_blocks(dense, small, tmp_path / "small") == (0, 2)
+    assert kept_blocks(dense, dense, tmp_path) == (0, 1, 2)
+    complaint = r"has 2 of 3 blocks, and its shrink\.json does not say which"
+    with pytest.raises(ConfigError, match=complaint):
+        kept_blocks(dense, small, tmp_path)
+    # That of another source, which has other parameters.
+    report = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    report["before"]["parameters"] -= 1
+    (tmp_path / "shrink.json").write_text(json.dumps(report))
+    with pytest.raises(ConfigError, match=complaint):
+        kept_blocks(dense, small, tmp_path)
+    (tmp_path / "shrink.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not a report"):
+        kept_blocks(dense, small, tmp_path)
 
 
 @pytest.mark.parametrize(("pattern", "named"), [("2:4", "2:4"), ("3:4", "25%")])

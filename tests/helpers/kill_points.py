@@ -1,6 +1,6 @@
-"""Prune in processes that are killed at random moments and resumed until the run is complete.
+"""Prune or shrink in processes that are killed at random moments and resumed until the run is complete.
 
-    python tests/helpers/kill_points.py MODEL FOLDER SETTINGS.yaml --kills 20 --seed 0
+    python tests/helpers/kill_points.py MODEL FOLDER SETTINGS.yaml --kills 20 --seed 0 --command prune
 
 Every process is forked from this one, which has pruned once and so has imported everything. The moments are drawn over
 the time of an undisturbed run; every third kill instead falls while a file is written. Prints a line of JSON: kills by
@@ -27,6 +27,8 @@ from alps.checkpoints.journal import journal_directory
 from alps.core.progress import NoProgress
 from alps.pruning.config import load_prune_config
 from alps.pruning.job import prune_checkpoint
+from alps.pruning.shrink_config import load_shrink_config
+from alps.pruning.shrink_job import shrink_checkpoint
 
 
 def main() -> None:
@@ -108,8 +110,11 @@ def _start(options: argparse.Namespace, name: str, slow: bool = False) -> int:
 
 
 def _prune(options: argparse.Namespace, name: str) -> None:
-    settings = load_prune_config(options.settings, {"model": str(options.model)})
-    prune_checkpoint(settings, options.folder / name, NoProgress())
+    model = {"model": str(options.model)}
+    if options.command == "shrink":
+        shrink_checkpoint(load_shrink_config(options.settings, model), options.folder / name, NoProgress())
+    else:
+        prune_checkpoint(load_prune_config(options.settings, model), options.folder / name, NoProgress())
 
 
 def _wait(child: int) -> int:
@@ -136,6 +141,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("settings", type=Path)
+    parser.add_argument("--command", choices=("prune", "shrink"), default="prune")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -46,6 +46,13 @@ def tune(dense: str, pruned: Path, out: Path) -> int:
     return len(report.layers)
 
 
+def shrink(name: str, out: Path) -> float:
+    """Remove channels, heads and a block, and return the share of the parameters that are gone."""
+    report = alps.shrink(name, out, mlp=0.25, num_heads=6, drop_blocks=[12], calibration="text.txt")
+    assert_type(report.after.parameters, int)
+    return report.share_removed
+
+
 def load_or_explain(folder: Path) -> alps.LoadedModel | None:
     """Load what was packed, or print why it cannot be loaded."""
     try:

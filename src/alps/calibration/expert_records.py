@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from alps.calibration.block_inputs import BlockInputs
-from alps.calibration.dense_reference import DenseReference
 from alps.calibration.masked_router import Mixture, expert_output, route
+from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import UnsupportedModel
 from alps.core.seeds import derive_seed
 from alps.models.blocks import Block
@@ -52,9 +52,9 @@ class MixtureTokens:
         """Return a part of the tokens, by their numbers or by a mask."""
         return MixtureTokens(self.hidden[rows], self.target[rows], self.windows[rows])
 
-    def split(self, every: int) -> tuple[MixtureTokens, MixtureTokens]:
+    def split(self, interval: int) -> tuple[MixtureTokens, MixtureTokens]:
         """Return the tokens to fit, and those of every `every`-th window, which are held out."""
-        held_out = self.windows % every == every - 1
+        held_out = self.windows % interval == interval - 1
         return self.part(~held_out), self.part(held_out)
 
 
@@ -66,8 +66,9 @@ def record_tokens(
     device: torch.device,
     tokens: int,
     seed: int = 0,
-    dense: DenseReference | None = None,
+    dense_outputs: Sequence[Tensor] | None = None,
     share: float = 0.0,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> MixtureTokens:
     """Record the inputs of a mixture on equally many tokens of each window, and its outputs with all experts.
 
@@ -78,26 +79,27 @@ def record_tokens(
         device: where the block runs, and of the records.
         tokens: largest number of tokens, at least one of each window.
         seed: of the tokens' positions.
-        dense: reference that runs the same windows through the dense model; needed for a share.
+        dense_outputs: outputs of the mixture in the dense model on the same windows, batch by batch; needed for a
+            share.
         share: share t of the dense model's outputs in the target: y = M(x) + t (M(x_dense) - M(x)).
+        group: ranks that have the other windows; the records of all windows are the same on each rank.
     """
-    windows = sum(map(len, inputs.hidden))
+    counts: list[int] = group.all_gather_object(sum(map(len, inputs.hidden)))
+    windows = sum(counts)
     count = min(max(tokens // windows, 1), inputs.window_tokens)
     generator = torch.Generator().manual_seed(derive_seed(seed, "tokens of mixtures"))
-    positions = torch.stack(
-        [torch.randperm(inputs.window_tokens, generator=generator)[:count].sort().values for _ in range(windows)]
-    ).to(device)
-
-    def collect(module: nn.Module, run: Callable[[int], object]) -> tuple[Tensor, Tensor]:
-        return _collect(module, run, range(len(inputs.hidden)), positions, inputs.window_tokens)
-
-    hidden, output = collect(mixture.module, lambda batch: inputs.run(block.index, block.module, batch, device))
-    if dense is not None and share:
-        assert dense.block is not None
-        dense_module = dense.block.module.get_submodule(mixture.name)
-        dense_output = collect(dense_module, lambda batch: dense.run_block(batch, device))[1]
-        output += share * (dense_output - output)
-    return MixtureTokens(hidden, output, torch.arange(windows, device=device).repeat_interleave(count))
+    chosen = [torch.randperm(inputs.window_tokens, generator=generator)[:count].sort().values for _ in range(windows)]
+    positions = torch.stack(chosen[group.rank :: group.size]).to(device)
+    hidden, output = _collect(mixture.module, block, inputs, positions, device)
+    if dense_outputs is not None and share:
+        parts, first = list[Tensor](), 0
+        for batch in dense_outputs:
+            parts.append(_select(batch.to(device), positions, first, inputs.window_tokens).float())
+            first += len(parts[-1])
+        output += share * (torch.cat(parts) - output)
+    hidden, output = (_gather(states, group) for states in (hidden, output))
+    numbers = torch.arange(windows, device=device).repeat_interleave(count)
+    return MixtureTokens(hidden.flatten(0, 1), output.flatten(0, 1), numbers)
 
 
 def expert_problem(
@@ -138,15 +140,10 @@ def run_in_batches(run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
 
 
 def _collect(
-    module: nn.Module, run: Callable[[int], object], batches: Sequence[int], positions: Tensor, window_tokens: int
+    module: nn.Module, block: Block, inputs: BlockInputs, positions: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return inputs and float32 outputs of a module, (tokens, features), at positions (windows, count) of windows."""
-    inputs, outputs = list[Tensor](), list[Tensor]()
-
-    def select(states: Tensor, first: int) -> Tensor:
-        states = states.reshape(-1, window_tokens, states.shape[-1])
-        rows = positions[first : first + len(states)]
-        return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
+    """Return inputs and float32 outputs of a module, (windows, count, features), at positions (windows, count)."""
+    selected, outputs = list[Tensor](), list[Tensor]()
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
         values = (*args, *kwargs.values())
@@ -155,15 +152,39 @@ def _collect(
                 f"Experts cannot be removed from {type(module).__name__}: its routing depends on more than the hidden "
                 "states."
             )
-        first = sum(map(len, inputs))
-        inputs.append(select(values[0], first))
-        outputs.append(select(output[0] if isinstance(output, tuple) else output, first).float())
+        first = sum(map(len, selected))
+        selected.append(_select(values[0], positions, first, inputs.window_tokens))
+        outputs.append(_select(states_of(output), positions, first, inputs.window_tokens).float())
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
-            for batch in batches:
-                run(batch)
+            for batch in range(len(inputs.hidden)):
+                inputs.run(block.index, block.module, batch, device)
     finally:
         handle.remove()
-    return torch.cat(inputs).flatten(0, 1), torch.cat(outputs).flatten(0, 1)
+    return torch.cat(selected), torch.cat(outputs)
+
+
+def states_of(output: Any) -> Tensor:
+    """Return the hidden states in what a mixture returns, with its scores or without."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _select(states: Tensor, positions: Tensor, first: int, window_tokens: int) -> Tensor:
+    """Return the states at the positions of some windows, (windows, count, features), from window `first` on."""
+    states = states.reshape(-1, window_tokens, states.shape[-1])
+    rows = positions[first : first + len(states)]
+    return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _gather(states: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the states (windows, ...) of the windows of all ranks, in the order of the windows."""
+    if group.size == 1:
+        return states
+    parts: list[Tensor] = group.all_gather_object(states.cpu())
+    whole = torch.empty(sum(map(len, parts)), *states.shape[1:], dtype=states.dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: group.size] = part
+    return whole.to(states.device)

@@ -46,7 +46,12 @@ class ExpertRefit:
 
 
 def refit_experts(
-    mixture: Mixture, tokens: MixtureTokens, kept: Sequence[int], *, priors: Sequence[float] = PRIORS
+    mixture: Mixture,
+    tokens: MixtureTokens,
+    kept: Sequence[int],
+    *,
+    channels: Sequence[Tensor] = (),
+    priors: Sequence[float] = PRIORS,
 ) -> ExpertRefit:
     """Refit the last maps of the kept experts, then that of a shared expert, and write them.
 
@@ -57,6 +62,8 @@ def refit_experts(
         mixture: with its dense weights.
         tokens: recorded inputs and targets.
         kept: numbers of the kept experts; only they are routed to, and only they are changed.
+        channels: that stay of each kept expert, then of the shared expert; the other columns of their last maps are
+            zero already, and remain so. Those without an entry keep all.
         priors: multiples of the inputs to try.
 
     Raises:
@@ -67,7 +74,9 @@ def refit_experts(
         raise ConfigError("Experts cannot be refitted on one calibration window: use at least two.")
     fit, held_out = tokens.split(min(HELD_OUT, windows))
     maps = output_maps(mixture, fit.hidden, kept)
-    maps += _shared_maps(mixture, fit.hidden)
+    maps += shared_maps(mixture, fit.hidden)
+    for i, numbers in enumerate(channels):
+        maps[i] = (maps[i][0], partial(_restricted, maps[i][1], numbers))
     dense = [site.read().clone() for site, _ in maps]
     with masked_routing(mixture, kept):
         residual = fit.target - run_in_batches(mixture.run, fit.hidden)
@@ -136,7 +145,15 @@ def _expert_inputs(mixture: Mixture, hidden: Tensor, expert: int, rows: Tensor, 
     return rows, down_inputs(mixture, hidden[rows], expert)[1].float() * weights[:, None]
 
 
-def _shared_maps(mixture: Mixture, hidden: Tensor) -> list[OutputMap]:
+def _restricted(inputs: Callable[[], ExpertInputs], channels: Tensor) -> ExpertInputs:
+    """Return the inputs of a map with zeros in all but some channels."""
+    rows, X = inputs()
+    if not len(rows):
+        return rows, X
+    return rows, torch.zeros_like(X).index_copy_(1, channels, X[:, channels])
+
+
+def shared_maps(mixture: Mixture, hidden: Tensor) -> list[OutputMap]:
     """Return the last map of a shared expert with its weighted inputs; nothing if there is not exactly one.
 
     The weight of a token is the ratio of what the mixture adds to what the map returns, such as a sigmoid gate.

@@ -6,7 +6,7 @@ legend  X      inputs of an expert's last map, times the routing weights       (
         H      X^T w X + lam I                                                 (m, m)
 The problem of each expert is that of a dense MLP (`alps.solvers.group_problem`) with the Gram H of its own tokens. lam
 has the effect of m more tokens of white inputs, so that an expert with few tokens stays close to its weight. An expert
-without tokens keeps the channels of the largest columns.
+without tokens keeps the channels of the largest columns. A shared expert is narrowed in the same way, on all tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from alps.calibration.expert_records import MixtureTokens
-from alps.calibration.expert_refit import output_maps
+from alps.calibration.expert_refit import OutputMap, output_maps, shared_maps
 from alps.calibration.masked_router import Mixture
-from alps.core.errors import ConfigError
+from alps.core.errors import ConfigError, UnsupportedModel
 from alps.solvers.expert_refit import weighted_gram
 from alps.solvers.group_elimination import eliminate
 from alps.solvers.group_problem import GroupProblem, refit
@@ -55,22 +55,51 @@ def narrow_experts(mixture: Mixture, tokens: MixtureTokens, kept: Sequence[int],
         ConfigError: if the experts have fewer channels.
     """
     channels, errors, counts = [], [], []
-    for site, inputs in output_maps(mixture, tokens.hidden, kept):
-        rows, X = inputs()
-        if not 1 <= width <= site.shape[1]:
-            raise ConfigError(f"{width} channels cannot be kept of the {site.shape[1]} of {site.name}.")
-        weight = site.read().float().clone()
-        if len(rows):
-            hessian = weighted_gram(X, tokens.weights[rows], prior_tokens=site.shape[1])
-        else:
-            hessian = torch.eye(site.shape[1], dtype=torch.float64, device=weight.device)
-        problem = GroupProblem(hessian, weight)
-        selection = improve_by_swaps(problem, eliminate(problem, width).kept)
-        narrowed = torch.zeros_like(weight)
-        narrowed[:, selection.kept] = refit(problem, selection.kept).float()
-        site.write(narrowed)
-        energy = float(((weight.double() @ hessian) * weight).sum())
-        channels.append(selection.kept)
-        errors.append(selection.objective / energy if energy else 0.0)
-        counts.append(len(rows))
+    for output_map in output_maps(mixture, tokens.hidden, kept):
+        selected, error, count = _narrow(output_map, tokens, width)
+        channels.append(selected)
+        errors.append(error)
+        counts.append(count)
     return NarrowExperts(torch.stack(channels), errors, counts)
+
+
+def narrow_shared_expert(mixture: Mixture, tokens: MixtureTokens, width: int) -> NarrowExperts:
+    """Select the channels of the expert that all tokens share, as if it were one of several.
+
+    Args:
+        mixture: with one shared expert.
+        tokens: recorded inputs.
+        width: channels to keep.
+
+    Raises:
+        ConfigError: if the expert has fewer channels.
+        UnsupportedModel: if what the expert adds to the output is no multiple of what its last map returns.
+    """
+    maps = shared_maps(mixture, tokens.hidden)
+    if not maps:
+        raise UnsupportedModel(
+            f"Channels of experts cannot be removed from {type(mixture.module).__name__}: it does not add the output "
+            "of its shared expert unchanged."
+        )
+    selected, error, count = _narrow(maps[0], tokens, width)
+    return NarrowExperts(selected[None], [error], [count])
+
+
+def _narrow(output_map: OutputMap, tokens: MixtureTokens, width: int) -> tuple[Tensor, float, int]:
+    """Write a narrower map, and return its channels, its relative objective, and the number of its tokens."""
+    site, inputs = output_map
+    rows, X = inputs()
+    if not 1 <= width <= site.shape[1]:
+        raise ConfigError(f"{width} channels cannot be kept of the {site.shape[1]} of {site.name}.")
+    weight = site.read().float().clone()
+    if len(rows):
+        hessian = weighted_gram(X, tokens.weights[rows], prior_tokens=site.shape[1])
+    else:
+        hessian = torch.eye(site.shape[1], dtype=torch.float64, device=weight.device)
+    problem = GroupProblem(hessian, weight)
+    selection = improve_by_swaps(problem, eliminate(problem, width).kept)
+    narrowed = torch.zeros_like(weight)
+    narrowed[:, selection.kept] = refit(problem, selection.kept).float()
+    site.write(narrowed)
+    energy = float(((weight.double() @ hessian) * weight).sum())
+    return selection.kept, selection.objective / energy if energy else 0.0, len(rows)

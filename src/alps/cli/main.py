@@ -26,6 +26,11 @@ COMMANDS = {
         "prune",
         "Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card.",
     ),
+    "shrink": (
+        "shrink",
+        "shrink_command",
+        "Remove MLP channels, heads, blocks or experts from MODEL, and write a plain, smaller checkpoint OUT.",
+    ),
     "eval": (
         "evaluate",
         "evaluate_command",
@@ -79,7 +84,7 @@ COMMANDS = {
 }
 
 # Commands that several processes can run together.
-_DISTRIBUTED_COMMANDS = ("prune", "eval")
+_DISTRIBUTED_COMMANDS = ("prune", "shrink", "eval")
 
 
 class _Commands(TyperGroup):

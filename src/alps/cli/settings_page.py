@@ -10,9 +10,11 @@ from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.finetuning.distillation import DistillConfig
 from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
 from alps.pruning.config import PruneConfig
+from alps.pruning.shrink_config import ShrinkConfig
 
 _CONFIGS: dict[str, type[BaseModel]] = {
     "prune": PruneConfig,
+    "shrink": ShrinkConfig,
     "eval": EvaluateConfig,
     "compare": CompareConfig,
     "reconstruct": ReconstructConfig,
@@ -21,11 +23,12 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 _INTRODUCTION = """\
 # Settings
 
-Every setting of `alps prune`, `alps eval`, `alps compare`, `alps reconstruct` and `alps distill`. A setting has one
-name: the key in a YAML file (`--config` of `alps prune` and `alps compare`), the keyword argument in Python
-(`alps.prune`, `alps.evaluate` and `alps.evaluate_tasks`, `alps.compare`, `alps.reconstruct`, `alps.distill`), and, with
-dashes, the option of the command line. A switch `--name` also has a form `--no-name`. *By preset* means that the
-value of `--preset` applies where the setting is not given ([presets](presets.md)).
+Every setting of `alps prune`, `alps shrink`, `alps eval`, `alps compare`, `alps reconstruct` and `alps distill`. A
+setting has one name: the key in a YAML file (`--config` of `alps prune`, `alps shrink` and `alps compare`), the keyword
+argument in Python (`alps.prune`, `alps.shrink`, `alps.evaluate` and `alps.evaluate_tasks`, `alps.compare`,
+`alps.reconstruct`, `alps.distill`), and, with dashes, the option of the command line. A switch `--name` also has a form
+`--no-name`. *By preset* means that the value of `--preset` applies where the setting is not given
+([presets](presets.md)).
 
 This page is generated from the code: `python -m alps.cli.settings_page > docs/settings.md`.
 """

@@ -16,6 +16,7 @@ from alps.core.text_format import format_peak_memory
 from alps.reporting.publish import PAGE_NAME
 from alps.reporting.records import ComparisonRecord, Estimate, EvaluationRecord, TaskRecord
 from alps.reporting.run_report import INSIDE_SOLVE, RunReport, all_patterns, kept_sentence
+from alps.reporting.shrink_report import ExpertSelection, ShrinkReport
 
 if TYPE_CHECKING:
     from alps.cli.demo_run import DemoRow
@@ -69,6 +70,55 @@ def _warnings(report: RunReport) -> list[str]:
             "tokens of all experts; use more samples."
         )
     return lines
+
+
+def shrink_summary(report: ShrinkReport, out: Path) -> Text:
+    """Summarise a structured pruning run in a few lines: sizes, errors, cost, files."""
+    before, after = report.before, report.after
+    fields = ", ".join(f"{name} {before.fields.get(name)} -> {value}" for name, value in after.fields.items())
+    lines = [
+        f"{before.parameters:,} -> {after.parameters:,} parameters ({100 * report.share_removed:.1f} % fewer): "
+        f"{fields}."
+    ]
+    if report.removals:
+        removed = ", ".join(
+            f"{removal.block}" if removal.kl is None else f"{removal.block} (KL {removal.kl:.4f})"
+            for removal in report.removals
+        )
+        lines.append(f"Removed blocks, in this order: {removed}.")
+    if report.experts is not None:
+        lines.append(_describe_experts(report.experts))
+    if report.speedup is not None:
+        for candidate in report.speedup.candidates:
+            chosen = " (chosen)" if candidate == report.speedup.chosen else ""
+            lines.append(f"{candidate.describe()}{chosen}.")
+        lines.append(report.speedup.outcome)
+    errors = [block.error for block in report.blocks]
+    lines.append(
+        f"Mean relative error of the hidden states: {sum(errors) / len(errors):.4f}, {errors[-1]:.4f} after the last "
+        "block."
+    )
+    if tuned := [block.reconstruction for block in report.blocks if block.reconstruction is not None]:
+        first, last = (sum(values) / len(tuned) for values in ([t.before for t in tuned], [t.after for t in tuned]))
+        lines.append(f"Block reconstruction: mean held-back loss {first:.4f} before, {last:.4f} after.")
+    if protected := sum(cut.protected for block in report.blocks for cut in block.cuts):
+        lines.append(f"{protected} channels were kept because they carry a massive activation.")
+    lines += [f"Note: {note}" for note in report.notes]
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items() if phase != "total")
+    memory = format_peak_memory(report.peak_host_bytes, report.peak_device_bytes, report.device)
+    lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
+    lines.append(f"Written to {out}: weights, tokenizer, shrink.json, README.md.")
+    return Text("\n".join(lines))
+
+
+def _describe_experts(selection: ExpertSelection) -> str:
+    candidates = ", ".join(
+        f"{candidate.name} {candidate.kl:.4f} and {candidate.repetition:.0%}" for candidate in selection.candidates
+    )
+    return (
+        f"Experts: the set of {selection.chosen} was kept. KL before the refit, and repeated phrases in continuations: "
+        f"{candidates}; with all experts {selection.dense_repetition:.0%}."
+    )
 
 
 def distillation_summary(report: RunReport, out: Path) -> Text:

@@ -10,7 +10,7 @@ import datetime
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
@@ -104,6 +104,31 @@ class ProcessGroup:
         with self._communication():
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def run_on_main(self, start: Callable[[], Generator[None, None, Any]], on_step: Callable[[], None]) -> Any:
+        """Run a generator on the main rank alone, and return its picklable result on all ranks.
+
+        All ranks meet after every step, so that none waits for the others longer than a step takes.
+
+        Args:
+            start: makes the generator; it is called on the main rank alone.
+            on_step: called on each rank after every step.
+        """
+        steps = start() if self.is_main else None
+
+        def advance() -> tuple[bool, Any]:
+            assert steps is not None
+            try:
+                next(steps)
+            except StopIteration as end:
+                return True, end.value
+            return False, None
+
+        while True:
+            is_done, result = self.broadcast_from_main(advance)
+            if is_done:
+                return result
+            on_step()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,7 @@ from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel
-from alps.models.blocks import find_blocks
+from alps.models.blocks import Block, find_blocks
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.dense_parameters import dense_parameters
 from alps.models.load import check_checkpoint, parse_dtype
@@ -22,6 +23,7 @@ from alps.models.sites import Site
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
 from alps.reporting.run_report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
+from alps.reporting.shrink_report import SHRINK_REPORT_NAME, ShrinkReport
 from alps.solvers.patterns import USUAL_PATTERNS, group_violations
 
 
@@ -52,25 +54,77 @@ def check_request(dense: str, pruned: str, out: Path, *, device: str, dtype: str
 
 
 def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
-    """Refuse models that differ in more than the values of their weights, or a second model that is not pruned.
+    """Refuse models of which the second is neither a pruned nor a shrunk version of the first.
+
+    A pruned model differs in the values of its weights alone. A shrunk one has fewer parameters, in the same hidden
+    states and with the same vocabulary.
 
     Raises:
         ConfigError: naming the first difference in class, parameters, shapes or vocabulary, or when `pruned` has no
             more zeros in its linear layers than `dense`.
         UnsupportedModel: when a model has no decoder blocks, or looks ahead.
     """
-    difference = _model_difference(dense.model, pruned.model) or _vocabulary_difference(dense, pruned)
+    difference = _model_difference(dense.model, pruned.model)
+    if difference and is_shrunk(dense.model, pruned.model):
+        difference = _frame_difference(dense.model, pruned.model)
+    difference = difference or _vocabulary_difference(dense, pruned)
     if difference:
         raise ConfigError(
             f"'{dense.name}' and '{pruned.name}' do not belong together, {difference}: "
             "give the dense model from which the pruned one was made."
         )
     dense.check_causal()
+    if is_shrunk(dense.model, pruned.model):
+        return
     if count_zeros(pruned.model) <= count_zeros(dense.model):
         raise ConfigError(
             f"Nothing is pruned in '{pruned.name}': its linear layers have no more zeros than those of "
             f"'{dense.name}'; give DENSE first, then PRUNED."
         )
+
+
+def is_shrunk(dense: nn.Module, pruned: nn.Module) -> bool:
+    """Check if the second model has lost whole structures: a parameter is missing, and no other one is larger.
+
+    Parameters of blocks are compared by their names inside a block, since the blocks that stay may be any.
+    """
+    own, other = (find_blocks(model) for model in (dense, pruned))
+    if len(other) > len(own):
+        return False
+    before, after = (_block_shapes(blocks) for blocks in (own, other))
+    if not after.keys() <= before.keys():
+        return False
+    sizes = [(before[name], shape) for name, shape in after.items()]
+    fits = all(len(a) == len(b) and all(x <= y for x, y in zip(b, a, strict=True)) for a, b in sizes)
+    return fits and (len(other) < len(own) or any(a != b for a, b in sizes))
+
+
+def kept_blocks(dense: nn.Module, pruned: nn.Module, folder: Path) -> tuple[int, ...]:
+    """Return the indices of the dense model's blocks that stay in a pruned or shrunk one.
+
+    Args:
+        dense: the dense model.
+        pruned: the other model.
+        folder: of the other model, whose `shrink.json` names the blocks if some are missing.
+
+    Raises:
+        ConfigError: when blocks are missing, and the file does not say which.
+        CheckpointError: when the file is not a report.
+    """
+    before, after = (len(find_blocks(model)) for model in (dense, pruned))
+    if before == after:
+        return tuple(range(before))
+    report = ShrinkReport.read(folder) if folder.is_dir() else None
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    # A model that was shrunk twice names the blocks of the one in between.
+    named = report is not None and report.before.parameters == parameters
+    kept = tuple(block.block for block in report.blocks) if report is not None and named else ()
+    if len(kept) != after or list(kept) != sorted({*kept} & {*range(before)}):
+        raise ConfigError(
+            f"'{folder}' has {after} of {before} blocks, and its {SHRINK_REPORT_NAME} does not say which: reconstruct "
+            "the directory that `alps shrink` has written, with the model that it was made from."
+        )
+    return kept
 
 
 def count_zeros(model: nn.Module) -> int:
@@ -140,11 +194,33 @@ def write_changed(pruned: LoadedModel, report: RunReport, out: Path, side_files:
         (folder / "README.md").write_text(model_card(report, page))
 
 
+def _block_shapes(blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:
+    """Return the largest shape of every parameter of any block, by its name inside the block."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in blocks:
+        for name, parameter in block.module.named_parameters():
+            shape = tuple(parameter.shape)
+            shapes[name] = max(shapes.get(name, shape), shape)
+    return shapes
+
+
+def _frame_difference(dense: nn.Module, pruned: nn.Module) -> str | None:
+    """Compare everything outside the blocks; a LLaMA with fewer heads is a Mistral, so classes may differ."""
+    shapes = []
+    for model in (dense, pruned):
+        inside = {id(p) for block in find_blocks(model) for p in block.module.parameters()}
+        shapes.append({n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in inside})
+    return _shape_difference(*shapes)
+
+
 def _model_difference(dense: nn.Module, pruned: nn.Module) -> str | None:
     if type(dense) is not type(pruned):
         return f"one is a {type(dense).__name__}, the other a {type(pruned).__name__}"
-    own = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
-    other = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters()}
+    own, other = ({n: tuple(p.shape) for n, p in model.named_parameters()} for model in (dense, pruned))
+    return _shape_difference(own, other)
+
+
+def _shape_difference(own: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]) -> str | None:
     for name in [*own, *other]:
         if name not in own or name not in other:
             return f"only one of them has {name}"

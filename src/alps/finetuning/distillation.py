@@ -1,7 +1,8 @@
 """Distillation of the dense model into the pruned one on calibration text; every pruned weight stays zero.
 
 The loss is the mean over tokens of KL(dense || pruned) between the next-token distributions at temperature 1. The kept
-weights of the pruned layers, norms and biases are trained; embeddings, the output head and other parameters are not.
+weights of the pruned layers, norms and biases are trained; embeddings, the output head and other parameters are not. Of
+a shrunk model, which has lost whole structures, all layers are trained.
 The KL on a few held-back windows is measured at intervals, and the best state is kept.
 """
 
@@ -31,6 +32,7 @@ from alps.finetuning.checkpoint_pair import (
     check_request,
     count_zeros,
     describe,
+    is_shrunk,
     write_changed,
 )
 from alps.finetuning.masked_adamw import MaskedAdamW, TrainableParameter
@@ -147,14 +149,14 @@ def distill_model(
     text = text or load_text(settings.calibration, "calibration")
     windows = pruned.calibration(text, settings.samples, settings.seqlen, settings.seed)
     pruned.check_ids(windows)
-    zeros = count_zeros(pruned.model)
+    zeros, shrunk = count_zeros(pruned.model), is_shrunk(dense.model, pruned.model)
     training = dense.model.training, pruned.model.training
     try:
         with out_of_memory_as_error("lower --batch-tokens and --seqlen, or use --device cpu"):
             dense.model.to(device).eval()
             with (
                 half_matmul_in_float32(device, dense.model, pruned.model),
-                _trainable_in_float32(pruned.model.to(device).eval()) as trainable,
+                _trainable_in_float32(pruned.model.to(device).eval(), all_layers=shrunk) as trainable,
                 MaskedAdamW(pruned.model, trainable, settings.lr) as optimiser,
             ):
                 run = Distillation(
@@ -200,21 +202,21 @@ def distill_model(
 
 
 @contextmanager
-def _trainable_in_float32(model: nn.Module) -> Iterator[list[TrainableParameter]]:
+def _trainable_in_float32(model: nn.Module, *, all_layers: bool) -> Iterator[list[TrainableParameter]]:
     """Context with the parameters to train, in which a float16 model computes in float32."""
     stored_dtypes = {id(parameter): parameter.dtype for parameter in model.parameters()}
     if torch.float16 in stored_dtypes.values():
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
     try:
-        yield _trainable(model, stored_dtypes)
+        yield _trainable(model, stored_dtypes, all_layers)
     finally:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored_dtypes[id(parameter)])
 
 
-def _trainable(model: nn.Module, stored_dtypes: dict[int, torch.dtype]) -> list[TrainableParameter]:
-    """List layers that have zeros, with their masks, and the vectors (norms, biases) outside head and routers."""
+def _trainable(model: nn.Module, stored_dtypes: dict[int, torch.dtype], all_layers: bool) -> list[TrainableParameter]:
+    """List layers that have zeros, or all layers, with masks, and vectors (norms, biases) outside head and routers."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
     blocks = find_blocks(model)
@@ -222,7 +224,7 @@ def _trainable(model: nn.Module, stored_dtypes: dict[int, torch.dtype]) -> list[
     weights = {id(site.parameter) for block in blocks for site in block.sites}
     trainable = []
     for parameter in model.parameters():
-        if id(parameter) in weights and not bool(parameter.all()):
+        if id(parameter) in weights and (all_layers or not bool(parameter.all())):
             trainable.append(TrainableParameter(parameter, parameter.detach() != 0, stored_dtypes[id(parameter)]))
         elif parameter.ndim == 1 and id(parameter) not in frozen:
             trainable.append(TrainableParameter(parameter, None, stored_dtypes[id(parameter)]))

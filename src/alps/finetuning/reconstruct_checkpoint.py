@@ -42,6 +42,7 @@ from alps.finetuning.checkpoint_pair import (
     check_request,
     count_zeros,
     describe,
+    kept_blocks,
     write_changed,
 )
 from alps.models.blocks import Block, find_blocks, on_device
@@ -153,6 +154,12 @@ def reconstruct_model(
         raise ConfigError(
             f"Nothing is left to tune in '{pruned.name}': every weight of its linear layers is zero; prune less."
         )
+    kept = kept_blocks(dense.model, pruned.model, Path(pruned.name))
+    if settings.target < 1 and len(kept) < len(find_blocks(dense.model)):
+        raise ConfigError(
+            f"'{pruned.name}' lacks whole blocks, behind which only the dense model's hidden states can be the target: "
+            "give --target 1, or leave it out."
+        )
     device = pick_device(settings.device)
     # `check_pair` compared the vocabularies, so either tokenizer may be used.
     reader = LoadedModel(dense.name, dense.model, pruned.tokenizer if dense.tokenizer is None else dense.tokenizer)
@@ -162,7 +169,7 @@ def reconstruct_model(
     start = time.perf_counter()
     try:
         records = _reconstruct_blocks(
-            dense.model.eval(), pruned.model.eval(), windows.ids, settings, device=device, progress=progress
+            dense.model.eval(), pruned.model.eval(), kept, windows.ids, settings, device=device, progress=progress
         )
     finally:
         dense.model.train(training[0])
@@ -189,13 +196,17 @@ def reconstruct_model(
 def _reconstruct_blocks(
     dense: nn.Module,
     pruned: nn.Module,
+    kept: Sequence[int],
     ids: Tensor,
     settings: ReconstructConfig,
     *,
     device: torch.device,
     progress: Progress,
 ) -> list[ReconstructionRecord]:
-    """Tune all blocks of `pruned` in order, on windows of token ids (windows, seqlen)."""
+    """Tune all blocks of `pruned` in order, on windows of token ids (windows, seqlen).
+
+    The target of a block is behind its dense counterpart, number `kept[i]`, and behind the removed blocks that follow.
+    """
     parameters = settings.parameters()
     dense_blocks, blocks = (probe_blocks(model, find_blocks(model)) for model in (dense, pruned))
     # At least two batches, since one is held back.
@@ -214,10 +225,17 @@ def _reconstruct_blocks(
             for model, model_blocks, captured in ((dense, dense_blocks, targets), (pruned, blocks, inputs)):
                 check_replay(model, model_blocks, captured, ids, device)
             output_loss = OutputLoss(LMHead(pruned, blocks, inputs.calls.layout), torch.split(ids, batch_size))
-            for dense_block, block in zip(dense_blocks, blocks, strict=True):
-                is_last = block is blocks[-1]
+            ends = [*kept[1:], len(dense_blocks)]
+            for skipped in dense_blocks[: kept[0]]:
+                with on_device(skipped, device):
+                    targets.advance(skipped.index, skipped.module, device)
+            for block, index, end in zip(blocks, kept, ends, strict=True):
+                is_last, dense_block = block is blocks[-1], dense_blocks[index]
                 with on_device(dense_block, device), on_device(block, device):
                     targets.advance(dense_block.index, dense_block.module, device)
+                    for skipped in dense_blocks[index + 1 : end]:
+                        with on_device(skipped, device):
+                            targets.advance(skipped.index, skipped.module, device)
                     record = reconstruct_block(
                         block,
                         inputs,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +38,16 @@ _LOG = logging.getLogger("alps")
 STAGING_NAME = "files"
 # Letters of both cases, digits, accents, other scripts and spaces, which classes of tokenizers treat in their own ways.
 _SAMPLE = "It's 12 o'clock:  naïve CAFÉ, 東京 \U0001f600\n\tx = y_1;"
+
+
+class DirectoryWriter(Protocol):
+    """Writer of a model's directory, for the checks before a run."""
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write everything but weights."""
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weight files, without their headers."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ class CheckpointWriter:
 
 @contextmanager
 def staged_side_files(
-    writer: CheckpointWriter, out: Path, journal_folder: Path | None = None, journal_bytes: int = 0
+    writer: DirectoryWriter, out: Path, journal_folder: Path | None = None, journal_bytes: int = 0
 ) -> Iterator[Path]:
     """Context of a temporary directory that holds all files but weights, ready to be moved to `out`.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
@@ -15,10 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from alps.checkpoints.atomic_io import check_target, remove_partial
-from alps.checkpoints.journal import Journal, check_journal, follow_journal, open_journal
+from alps.checkpoints.atomic_io import check_target
+from alps.checkpoints.journal import Journal, check_journal
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
-from alps.core.errors import AlpsError
 from alps.core.progress import NoProgress, Progress
 from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.mixture import CalibrationMix, load_calibration
@@ -29,6 +28,7 @@ from alps.models.save import block_bytes, staged_side_files
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.dry_run import Forecast, forecast
+from alps.pruning.journaled_run import errors_with_progress, finished_work, shared_journal
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
@@ -39,6 +39,7 @@ from alps.solvers import Method
 from alps.solvers.dense_target import PRIOR_TOKENS
 
 _LOG = logging.getLogger("alps")
+_FIRST_STEP = "the allocation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,9 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
         fingerprint["calibration_sha256"] = windows.sha256
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
-    with _shared_journal(out, fingerprint, group) as journal, _errors_with_progress(journal):
+    with shared_journal(out, fingerprint, group) as journal, errors_with_progress(journal, _FIRST_STEP):
         if journal.holds_work and group.is_main:
-            _LOG.info(f"Resuming after {_finished_work(journal)}, kept in '{journal.directory}'.")
+            _LOG.info(f"Resuming after {finished_work(journal, _FIRST_STEP)}, kept in '{journal.directory}'.")
         with _staged(loaded, out, journal, group) as side_files:
             report = prune_model(
                 loaded,
@@ -210,19 +211,6 @@ def _open(job: PruneJob, source: CalibrationMix | Tensor | None) -> LoadedModel:
 
 
 @contextmanager
-def _shared_journal(out: Path, fingerprint: Mapping[str, str], group: ProcessGroup) -> Iterator[Journal]:
-    """Context of the run's journal: the main rank holds it, the others read it and add their blocks."""
-    if group.is_main:
-        with open_journal(out, fingerprint) as journal:
-            remove_partial(out)
-            group.barrier()
-            yield journal
-    else:
-        group.barrier()
-        yield follow_journal(out)
-
-
-@contextmanager
 def _staged(loaded: LoadedModel, out: Path, journal: Journal, group: ProcessGroup) -> Iterator[Path | None]:
     """Context of the files other than weights, written by the main rank; see `staged_side_files`."""
     if group.is_main:
@@ -231,21 +219,3 @@ def _staged(loaded: LoadedModel, out: Path, journal: Journal, group: ProcessGrou
             yield folder
     else:
         yield None
-
-
-@contextmanager
-def _errors_with_progress(journal: Journal) -> Iterator[None]:
-    """Context that adds to errors and interrupts how much of the run is kept, and how to resume it."""
-    try:
-        yield
-    except (AlpsError, KeyboardInterrupt) as error:
-        if not journal.holds_work:
-            raise
-        reason = str(error) or "Interrupted."
-        work = _finished_work(journal)
-        kept = f"{work[0].upper()}{work[1:]} {'are' if journal.finished else 'is'} kept in '{journal.directory}'"
-        raise type(error)(f"{reason} {kept}: the same command resumes there.") from None
-
-
-def _finished_work(journal: Journal) -> str:
-    return f"{journal.finished} finished blocks" if journal.finished else "the allocation"

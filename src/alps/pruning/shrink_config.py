@@ -1,0 +1,219 @@
+"""Settings of structured pruning: described once, for the command line, YAML files, `alps.shrink` and the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from alps.core.device import pick_device
+from alps.core.errors import ConfigError, check_choice
+from alps.core.json_text import to_json
+from alps.core.settings import BOS, CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
+from alps.finetuning.block_reconstruction import ReconstructionParameters
+
+# Two ways to say how much of a kind of structure goes; at most one of them may be given.
+_ALTERNATIVES = (
+    ("mlp", "mlp_width"),
+    ("heads", "num_heads"),
+    ("blocks", "drop_blocks"),
+    ("experts", "num_experts"),
+    ("expert_mlp", "expert_mlp_width"),
+)
+_CUTS = (*(name for pair in _ALTERNATIVES for name in pair), "kv_groups")
+LLAMA = "llama.cpp"
+RUNTIMES = ("transformers", LLAMA)
+
+# Defaults of the settings marked 'by preset'.
+SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 3}}
+
+# Of block reconstruction: largest step size, and tokens in a step. Both were chosen by the distance from the dense
+# hidden states on calibration text: docs/experiments.md, "Structured pruning".
+_LR, _TOKENS = 1e-3, 512
+
+_Share = Annotated[float | None, Setting(WHAT, "SHARE")]
+_Count = Annotated[int | None, Setting(WHAT, "N")]
+
+
+def split_numbers(numbers: Any) -> Any:
+    """Split a text with commas into integers; return anything else, and a text that holds no integers, unchanged."""
+    if not isinstance(numbers, str):
+        return numbers
+    try:
+        return [int(part) for part in numbers.split(",") if part.strip()]
+    except ValueError:
+        return numbers
+
+
+class ShrinkConfig(BaseModel):
+    """All settings of structured pruning; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Annotated[str, Setting(WHAT, affects_weights=False)] = Field(
+        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
+    )
+    mlp: _Share = Field(
+        default=None, gt=0, lt=1, description="Share of the MLP channels to remove from every block, such as 0.25."
+    )
+    mlp_width: _Count = Field(default=None, ge=1, description="MLP channels to keep in every block, in place of --mlp.")
+    heads: _Share = Field(
+        default=None, gt=0, lt=1, description="Share of the query heads to remove, the same number in every KV group."
+    )
+    num_heads: _Count = Field(default=None, ge=1, description="Query heads to keep, in place of --heads.")
+    kv_groups: _Count = Field(
+        default=None, ge=1, description="KV groups to keep: key and value heads with their query heads."
+    )
+    blocks: _Count = Field(default=None, ge=1, description="Number of whole blocks to remove.")
+    drop_blocks: Annotated[
+        list[Annotated[int, Field(ge=0)]], BeforeValidator(split_numbers), Setting(WHAT, "I,J,...")
+    ] = Field(default=[], description="Blocks to remove by their index from 0, in place of --blocks.")
+    experts: _Share = Field(
+        default=None, gt=0, lt=1, description="Share of the experts to remove from every mixture, all of them whole."
+    )
+    num_experts: _Count = Field(default=None, ge=1, description="Experts to keep, in place of --experts.")
+    expert_mlp: _Share = Field(
+        default=None, gt=0, lt=1, description="Share of the channels to remove inside every expert."
+    )
+    expert_mlp_width: _Count = Field(
+        default=None, ge=1, description="Channels to keep inside every expert, in place of --expert-mlp."
+    )
+    speedup: Annotated[float | None, Setting(WHAT, "TIMES")] = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="Speed of generation to reach on this machine, in units of the dense model's: the mix of MLP "
+        "width, heads and blocks is chosen by measurement. In place of all settings above.",
+    )
+    runtime: Annotated[str, Setting(WHAT, "NAME", RUNTIMES)] = Field(
+        default="transformers", description="Runtime in which --speedup measures."
+    )
+    align: Annotated[int | None, Setting(WHAT, "N", default="256, 128 or 64, as the width is a multiple of it")] = (
+        Field(default=None, ge=1, description="Multiple to which widths given as shares are rounded.")
+    )
+    preset: Annotated[str, Setting(HOW, "NAME", tuple(SHRINK_PRESETS), affects_weights=False)] = Field(
+        default="layers",
+        description="Defaults for the settings marked 'by preset'; best adds block reconstruction, and needs 131,072 "
+        "calibration tokens or more.",
+    )
+    reconstruct_epochs: Annotated[int, Setting(HOW, "N", default="by preset")] = Field(
+        default=0,
+        ge=0,
+        description="Epochs of block reconstruction: tuning the smaller block to the dense block's outputs.",
+    )
+    calibration: Annotated[str, Setting(CALIBRATION, "TEXT", affects_weights=False)] = Field(
+        default="c4", description="Calibration text, as in `alps prune`."
+    )
+    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=128, ge=2, description="Calibration windows.")
+    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=1024, ge=2, description="Tokens per calibration window."
+    )
+    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the choice of calibration windows."
+    )
+    bos: Annotated[bool, Setting(CALIBRATION)] = Field(default=False, description=BOS)
+    device: Annotated[str, Setting(RESOURCES, "NAME", affects_weights=False)] = Field(
+        default="auto", description="Device to compute on: auto, cpu or cuda:N."
+    )
+    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
+        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
+    )
+    offload: Annotated[bool, Setting(RESOURCES, affects_weights=False)] = Field(
+        default=False, description="Keep activations in CPU memory between blocks."
+    )
+    activation_memory: Annotated[float | None, Setting(RESOURCES, "GIB", default="no limit", affects_weights=False)] = (
+        Field(
+            default=None,
+            ge=0,
+            allow_inf_nan=False,
+            description="GiB of activations to keep in memory; the others go to files next to OUT.",
+        )
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", "layers")
+        check_choice("Preset", name, SHRINK_PRESETS)
+        return {**SHRINK_PRESETS[name], **values}
+
+    def check_cuts(self) -> None:
+        """Refuse settings that remove nothing, or say twice how much of a kind goes.
+
+        Raises:
+            ConfigError: see above.
+        """
+        cuts = [name for name in _CUTS if getattr(self, name) not in (None, [])]
+        check_choice("Runtime", self.runtime, RUNTIMES)
+        if self.speedup is not None and cuts:
+            raise ConfigError(f"--speedup chooses what to remove: leave {_option(cuts[0])} out.")
+        if not cuts and self.speedup is None:
+            raise ConfigError(
+                "Nothing is to be removed: give --mlp, --heads, --kv-groups, --blocks, --experts or --speedup."
+            )
+        for first, second in _ALTERNATIVES:
+            if first in cuts and second in cuts:
+                raise ConfigError(f"{_option(first)} and {_option(second)} say the same in two ways: give one of them.")
+        if len(set(self.drop_blocks)) < len(self.drop_blocks):
+            raise ConfigError(f"--drop-blocks names a block twice: {','.join(map(str, self.drop_blocks))}.")
+
+    def reconstruction(self) -> ReconstructionParameters | None:
+        """Return the parameters of block reconstruction, None for no epochs."""
+        if not self.reconstruct_epochs:
+            return None
+        return ReconstructionParameters(epochs=self.reconstruct_epochs, lr=_LR, tokens=_TOKENS)
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """Limit of the activations in memory in bytes, None for no limit."""
+        return None if self.activation_memory is None else int(self.activation_memory * 2**30)
+
+    def pick_device(self) -> torch.device:
+        """Return the device to run on.
+
+        Raises:
+            ConfigError: when it does not exist on this machine.
+        """
+        return pick_device(self.device)
+
+    def fingerprint_fields(self) -> dict[str, str]:
+        """Return every setting that the weights depend on, by name, as text."""
+        names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
+        values = self.model_dump(mode="json", include=names)
+        return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """Return the resolved settings as YAML, one key a line."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_shrink_config(path: Path | None, overrides: dict[str, Any]) -> ShrinkConfig:
+    """Make a config from a YAML file, with every override that is not None on top.
+
+    An override of one way to say how much is removed clears the file's other ways.
+
+    Raises:
+        ConfigError: for a missing or broken file, unknown keys, or values of the wrong kind.
+    """
+    return load_config(ShrinkConfig, path, overrides, _merge)
+
+
+def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for pair in _ALTERNATIVES:
+        for key, other in (pair, pair[::-1]):
+            if key in overrides and other not in overrides:
+                values.pop(other, None)
+    if "speedup" in overrides:
+        values = {name: value for name, value in values.items() if name not in _CUTS}
+    elif any(name in overrides for name in _CUTS):
+        values.pop("speedup", None)
+    return {**values, **overrides}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

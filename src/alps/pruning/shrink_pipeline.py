@@ -1,0 +1,238 @@
+"""Shrink the blocks of a model in order, each on the activations that the smaller blocks before it produce.
+
+The dense model's hidden states pass through the dense blocks meanwhile. A block is fitted to the dense hidden states
+behind it, or behind the removed blocks that follow it, so that the gap of a removed block is patched by the output
+projections before it. The smaller block is then tuned as a whole, with `--reconstruct-epochs`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from alps.calibration.activation_store import ActivationStore
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs, batch_tokens
+from alps.calibration.lm_head import LMHead
+from alps.calibration.replay_check import check_replay
+from alps.core.device import exact_float32
+from alps.core.errors import SolveFailed
+from alps.core.half_precision import half_matmul_in_float32
+from alps.core.memory import out_of_memory_as_error
+from alps.core.phase_timer import PhaseTimer
+from alps.finetuning.block_reconstruction import (
+    OutputLoss,
+    ReconstructionParameters,
+    reconstruct_block,
+    relative_loss,
+)
+from alps.models.blocks import Block, on_device
+from alps.models.shrink_slices import slice_block
+from alps.models.shrunk_weights import ShrunkModel, fill_module
+from alps.pruning.shrink_context import ShrinkContext
+from alps.pruning.shrink_layers import BlockStates, Cutter
+from alps.reporting.records import ReconstructionRecord
+from alps.reporting.shrink_report import CutRecord, ShrunkBlock
+
+_MEMORY_HINT = "keep activations on the CPU with --offload, give fewer --samples, or use --dtype bfloat16"
+_HOST_MEMORY_HINT = "keep activations in files with --activation-memory, give fewer --samples, or use --dtype bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkRun:
+    """Models of a run, and how the blocks are shrunk.
+
+    Attributes:
+        model: dense, in evaluation mode; its blocks are left unchanged.
+        blocks: all blocks of the dense model in order.
+        shrunk: the smaller model, without weights.
+        cutter: of heads and channels.
+        reconstruction: parameters of block reconstruction; None leaves it out.
+        context: device, ranks, journal.
+    """
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    shrunk: ShrunkModel
+    cutter: Cutter
+    reconstruction: ReconstructionParameters | None
+    context: ShrinkContext
+
+
+def shrink_blocks(run: ShrinkRun, windows: Tensor) -> tuple[list[ShrunkBlock], dict[str, float]]:
+    """Shrink every block that stays, and keep it in the journal.
+
+    Args:
+        run: models and options.
+        windows: calibration token ids (windows, tokens).
+
+    Returns:
+        The records of the blocks, and the wall time by phase.
+
+    Raises:
+        SolveFailed: when activations or solutions are not finite; names the layer.
+        CheckpointError: when a finished block cannot be kept, or is damaged.
+    """
+    timer = PhaseTimer(run.context.device)
+    with (
+        out_of_memory_as_error(_MEMORY_HINT, _HOST_MEMORY_HINT),
+        exact_float32(),
+        half_matmul_in_float32(run.context.device, run.model, run.shrunk.model),
+        torch.no_grad(),
+    ):
+        kept = run.cutter.target.kept_blocks or ()
+        run.context.progress.start("shrink", len(kept))
+        try:
+            records = _shrink_in_order(run, windows, timer)
+        finally:
+            run.context.progress.finish()
+    return records, timer.seconds
+
+
+def _shrink_in_order(run: ShrinkRun, windows: Tensor, timer: PhaseTimer) -> list[ShrunkBlock]:
+    kept = list(run.cutter.target.kept_blocks or ())
+    journal, device = run.context.journal, run.context.device
+    if journal.finished == len(kept):
+        return [journal.record(position) for position in range(len(kept))]
+    with timer.measure("capture"):
+        dense, output_loss = _capture(run, windows)
+    states, records = dense.copy(), list[ShrunkBlock]()
+    for index in range(kept[0]):
+        with timer.measure("forward"):
+            _advance(run.blocks[index], dense, device)
+    for position, index in enumerate(kept):
+        block, following = run.blocks[index], kept[position + 1] if position + 1 < len(kept) else len(run.blocks)
+        is_last = position == len(kept) - 1
+        small = small_block(run, position)
+        record = journal.restore(position, small, device)
+        if record is None:
+            loss = output_loss if is_last else None
+            record = _shrink_block(
+                run, block, small, run.blocks[index + 1 : following], states, dense, output_loss=loss
+            )
+            with timer.measure("journal"):
+                journal.save(position, small.module, record)
+        elif not is_last:
+            with timer.measure("forward"):
+                states.advance(index, small.module, device)
+                for skipped in run.blocks[index:following]:
+                    _advance(skipped, dense, device)
+        for phase, seconds in record.seconds.items():
+            if phase != "total":
+                timer.add(phase, seconds)
+        records.append(record)
+        run.shrunk.release(position)
+        run.context.progress.step(f"block {index}  error {record.error:.4f}")
+    return records
+
+
+def _shrink_block(
+    run: ShrinkRun,
+    block: Block,
+    small: Block,
+    gap: Sequence[Block],
+    states: BlockInputs,
+    dense: BlockInputs,
+    *,
+    output_loss: OutputLoss | None,
+) -> ShrunkBlock:
+    """Cut and refit one block, fill the smaller one with the result, and tune it.
+
+    Args:
+        run: models and options.
+        block: of the dense model.
+        small: its counterpart in the smaller model; gets weights here.
+        gap: removed blocks behind it.
+        states: inputs of the block in the smaller model; advanced here.
+        dense: inputs of the block in the dense model; advanced past the gap here.
+        output_loss: for the last block, loss of the model's predictions.
+    """
+    start, device, timer = time.perf_counter(), run.context.device, PhaseTimer(run.context.device)
+    with on_device(block, device):
+        # A model in memory keeps its weights.
+        work = block if block.store is not None else block.clone()
+        with timer.measure("forward"):
+            dense_sites, dense_inputs = run.cutter.record_dense(work, dense)
+            for skipped in gap:
+                _advance(skipped, dense, device)
+        with timer.measure("cut"):
+            kept, cuts = run.cutter.cut(
+                work,
+                BlockStates(
+                    inputs=states, dense_inputs=dense_inputs, dense_sites=dense_sites, dense_outputs=dense.hidden
+                ),
+            )
+        tensors = slice_block(work.module.state_dict(), run.cutter.family, run.cutter.structure, kept)
+        fill_module(small.module, tensors, device)
+        reconstruction = None
+        if run.reconstruction is not None:
+            with timer.measure("reconstruct"):
+                reconstruction = reconstruct_block(
+                    small,
+                    states,
+                    dense.hidden,
+                    run.reconstruction,
+                    device=device,
+                    output_loss=output_loss,
+                    group=run.context.group,
+                )
+    with timer.measure("forward"):
+        states.advance(block.index, small.module, device)
+        error = _distance(states, dense, run.context)
+    if not math.isfinite(error):
+        raise SolveFailed(f"{block.name}: the hidden states behind it are not finite; run with --dtype float32.")
+    return _record(block, cuts, error, reconstruction, timer, start)
+
+
+def _record(
+    block: Block,
+    cuts: list[CutRecord],
+    error: float,
+    reconstruction: ReconstructionRecord | None,
+    timer: PhaseTimer,
+    start: float,
+) -> ShrunkBlock:
+    seconds = {**timer.seconds, "total": time.perf_counter() - start}
+    return ShrunkBlock(block=block.index, cuts=cuts, error=error, reconstruction=reconstruction, seconds=seconds)
+
+
+def _distance(states: BlockInputs, dense: BlockInputs, context: ShrinkContext) -> float:
+    """Return the mean over all tokens of the relative squared distance from the dense hidden states."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for hidden, goal in zip(states.hidden, dense.hidden, strict=True):
+        for window, target in zip(hidden, goal, strict=True):
+            total += torch.tensor([float(relative_loss(window, target)), 1.0], dtype=torch.float64)
+    total = context.group.all_reduce_sum(total)
+    return float(total[0] / total[1])
+
+
+def small_block(run: ShrinkRun, position: int) -> Block:
+    """Return a block of the smaller model, with the index of its counterpart, whose arguments it is called with."""
+    small, index = run.shrunk.blocks[position], (run.cutter.target.kept_blocks or ())[position]
+    return replace(small, index=index, frozen=run.blocks[index].frozen)
+
+
+def _advance(block: Block, states: BlockInputs, device: torch.device) -> None:
+    with on_device(block, device):
+        states.advance(block.index, block.module, device)
+
+
+def _capture(run: ShrinkRun, windows: Tensor) -> tuple[BlockInputs, OutputLoss]:
+    """Return the inputs of the first block for the windows of this rank, and the loss of the model's predictions."""
+    context, model, blocks = run.context, run.model, run.blocks
+    tokens, reconstruction = windows.shape[1], run.reconstruction
+    batch_size: int | list[int] = max(batch_tokens(blocks, context.device) // tokens, 1)
+    if reconstruction is not None:
+        batch_size = context.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
+    storage = torch.device("cpu") if context.offload else context.device
+    activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
+    windows = context.group.shard(windows)
+    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=activations)
+    check_replay(model, blocks, inputs, windows, context.device)
+    batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
+    return inputs, OutputLoss(LMHead(model, blocks, inputs.calls.layout), batches)
