@@ -96,8 +96,7 @@ class ShrinkConfig(BaseModel):
     )
     preset: Annotated[str, Setting(HOW, "NAME", tuple(SHRINK_PRESETS), affects_weights=False)] = Field(
         default="layers",
-        description="Defaults for the settings marked 'by preset'; best adds block reconstruction, and needs 131,072 "
-        "calibration tokens or more.",
+        description="Defaults for the settings marked 'by preset'; best adds three epochs of block reconstruction.",
     )
     reconstruct_epochs: Annotated[int, Setting(HOW, "N", default="by preset")] = Field(
         default=0,
