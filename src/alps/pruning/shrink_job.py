@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from alps.checkpoints.journal import Journal, check_journal
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import ConfigError
 from alps.core.memory import peak_device_bytes, peak_host_bytes
-from alps.core.progress import NoProgress, Progress
+from alps.core.progress import Progress
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
-from alps.data.loaded_model import LoadedModel, load, open_model
+from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.finetuning.block_reconstruction import ReconstructionParameters
@@ -33,9 +33,9 @@ from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.load import check_checkpoint, parse_dtype
 from alps.models.save import staged_side_files
 from alps.models.shrink_families import adds_output, family_of
-from alps.models.shrunk_model import check_target, empty_shrunk_model
+from alps.models.shrunk_model import empty_shrunk_model
 from alps.models.shrunk_weights import ShrunkModel
-from alps.models.structure import Structure, Target, read_structure
+from alps.models.structure import Structure, Target
 from alps.pruning.block_removal import REMOVAL_TOKENS, choose_removals
 from alps.pruning.journaled_run import errors_with_progress, finished_work, shared_journal
 from alps.pruning.latency import Runtime, transformers_runtime
@@ -45,37 +45,15 @@ from alps.pruning.shrink_context import ShrinkContext, ShrinkJournal
 from alps.pruning.shrink_experts import ExpertCut, check_windows, choose_kept_experts
 from alps.pruning.shrink_layers import Cutter
 from alps.pruning.shrink_pipeline import ShrinkRun, shrink_blocks
-from alps.pruning.shrink_target import changed_fields, check_experts, describe_target, resolve_target, size_record
+from alps.pruning.shrink_plan import ShrinkPlan, describe_plan, open_plan
+from alps.pruning.shrink_target import changed_fields
 from alps.pruning.shrink_write import ShrunkWriter, write_shrunk
-from alps.pruning.speedup_candidates import Choices, list_choices
 from alps.pruning.speedup_search import SpeedupSearch, choose_mix
 from alps.reporting.records import CalibrationRecord, calibration_record
-from alps.reporting.shrink_report import BlockRemoval, ExpertSelection, ShrinkReport, SizeRecord
+from alps.reporting.shrink_report import BlockRemoval, ExpertSelection, ShrinkReport
 
 _LOG = logging.getLogger("alps")
 _FIRST_STEP = "the choice of blocks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShrinkPlan:
-    """A model that is open, and what it will look like.
-
-    Attributes:
-        loaded: the dense model.
-        structure: of it.
-        target: complete numbers of units that stay. Blocks that are still to be chosen are placeholders.
-        before, after: sizes of the dense and the smaller model.
-        lines: description for the user.
-        choices: of which the target is still to be chosen for a speed; None if the settings name it.
-    """
-
-    loaded: LoadedModel
-    structure: Structure
-    target: Target
-    before: SizeRecord
-    after: SizeRecord
-    lines: list[str]
-    choices: Choices | None = None
 
 
 def shrink_checkpoint(
@@ -153,53 +131,6 @@ def shrink_checkpoint(
     return report
 
 
-def open_plan(config: ShrinkConfig, source: CalibrationMix | Tensor, loaded: LoadedModel | None = None) -> ShrinkPlan:
-    """Open a model, and find what it will look like.
-
-    Raises:
-        ConfigError, UnsupportedModel, CheckpointError: for a model or numbers that cannot be.
-    """
-    if loaded is None:
-        # A model that samples its own text has to be in memory.
-        samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.sources)
-        loaded = (load if samples_itself else open_model)(config.model, config.dtype)
-    blocks = loaded.blocks()
-    structure = read_structure(loaded.model, blocks)
-    check_experts(config, family_of(loaded.model), structure)
-    if config.speedup is not None:
-        # Everything stays until the mix is chosen; what cannot be chosen is refused here.
-        choices = list_choices(loaded.model, blocks, structure, config.align)
-        return describe_plan(loaded, Target().complete(structure), choices)
-    return describe_plan(loaded, resolve_target(config, structure))
-
-
-def describe_plan(loaded: LoadedModel, target: Target, choices: Choices | None = None) -> ShrinkPlan:
-    """Find what a model will look like.
-
-    Raises:
-        ConfigError, UnsupportedModel: for numbers that cannot be.
-    """
-    blocks = loaded.blocks()
-    structure = check_target(loaded.model, blocks, target)
-    for block in blocks:
-        # Refuses mixtures whose routing cannot be replayed.
-        ExpertCut(structure, target).mixture(block)
-    small = empty_shrunk_model(loaded.model, blocks, target)
-    old, new = changed_fields(loaded.model.config, small.config)
-    before = size_record(loaded.model, structure, old)
-    after_structure = _smaller(structure, target)
-    after = size_record(small, after_structure, new)
-    return ShrinkPlan(
-        loaded=loaded,
-        structure=structure,
-        target=target,
-        before=before,
-        after=after,
-        lines=describe_target(before, after, after_structure),
-        choices=choices,
-    )
-
-
 def plan_shrink(config: ShrinkConfig, out: Path) -> list[str]:
     """Describe what `shrink_checkpoint` would write, as lines of text; nothing is written.
 
@@ -262,19 +193,6 @@ def _windows(
             raise ConfigError("`bos` is for windows of a text: put the BOS token into the token ids.")
         return loaded.token_ids(source)
     return loaded.calibration(source, config.samples, config.seqlen, config.seed, device, progress, bos=config.bos)
-
-
-def _smaller(structure: Structure, target: Target) -> Structure:
-    return replace(
-        structure,
-        blocks=len(target.kept_blocks or ()),
-        mlp_width=target.mlp_width,
-        heads=target.heads,
-        kv_heads=target.kv_heads,
-        experts=target.experts,
-        expert_width=target.expert_width,
-        shared_width=target.shared_width(structure),
-    )
 
 
 def _shrink(
@@ -458,14 +376,8 @@ def _staged(
     writer: ShrunkWriter, out: Path, journal: Journal, small: ShrunkModel, group: ProcessGroup
 ) -> Iterator[Path | None]:
     """Context of the files other than weights, written by the main rank; see `staged_side_files`."""
-    if not group.is_main:
-        with nullcontext():
-            yield None
-        return
-    with staged_side_files(writer, out, journal.directory, small.nbytes) as folder:
-        yield folder
-
-
-def shrink_by_name(config: ShrinkConfig, out: Path) -> ShrinkReport:
-    """Shrink without progress, for scripts; see `shrink_checkpoint`."""
-    return shrink_checkpoint(config, out, NoProgress())
+    if group.is_main:
+        with staged_side_files(writer, out, journal.directory, small.nbytes) as folder:
+            yield folder
+    else:
+        yield None
