@@ -26,6 +26,9 @@ def _config(**settings: Any) -> ShrinkConfig:
         ({"experts": 0.25, "num_experts": 6}, "--experts and --num-experts say"),
         ({"expert_mlp": 0.25, "expert_mlp_width": 64}, "--expert-mlp and --expert-mlp-width say"),
         ({"drop_blocks": "3,5,3"}, "--drop-blocks names a block twice: 3,5,3."),
+        ({"speedup": 1.2, "kv_groups": 2}, "--speedup chooses what to remove: leave --kv-groups out."),
+        ({"speedup": 1.2, "drop_blocks": [3]}, "--speedup chooses what to remove: leave --drop-blocks out."),
+        ({"speedup": 1.2, "runtime": "llama"}, "Did you mean 'llama.cpp'?"),
     ],
 )
 def test_contradictions_are_one_sentence(settings: dict[str, Any], complaint: str) -> None:
@@ -58,6 +61,8 @@ def test_all_kinds_can_be_removed_together() -> None:
         {"activation_memory": float("inf")},
         {"preset": "bset"},
         {"mlpp": 0.25},
+        {"speedup": 1.0},
+        {"speedup": float("inf")},
     ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
@@ -93,6 +98,18 @@ def test_an_override_clears_the_other_way_of_the_file(tmp_path: Path) -> None:
         load_shrink_config(path, {"mlp_width": 128, "mlp": 0.5}).check_cuts()
 
 
+def test_a_speed_and_numbers_of_units_clear_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nmlp: 0.25\nkv_groups: 2\ndrop_blocks: [1]\nseed: 5\n")
+    fast = load_shrink_config(path, {"speedup": 1.25})
+    fast.check_cuts()
+    assert (fast.speedup, fast.mlp, fast.kv_groups, fast.drop_blocks, fast.seed) == (1.25, None, None, [], 5)
+    path.write_text("model: m\nspeedup: 1.25\n")
+    narrow = load_shrink_config(path, {"mlp": 0.5})
+    narrow.check_cuts()
+    assert (narrow.speedup, narrow.mlp) == (None, 0.5)
+
+
 def test_yaml_repeats_the_settings(tmp_path: Path) -> None:
     config = _config(mlp=0.25, drop_blocks="2,1", preset="best", calibration="naïve.txt", activation_memory=0.5)
     path = tmp_path / "alps.yaml"
@@ -111,6 +128,7 @@ def test_what_changes_no_weight_is_not_in_the_fingerprint() -> None:
         {"kv_groups": 2},
         {"drop_blocks": [1]},
         {"align": 1},
+        {"mlp": None, "speedup": 1.2},
         {"seed": 1},
         {"samples": 4},
         {"bos": True},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alps.cli.tables import shrink_summary
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
 from alps.pruning import shrink_job, speedup_search
@@ -84,6 +85,9 @@ def test_the_mix_of_the_smallest_divergence_is_made(resumed: tuple[Path, ShrinkR
     assert numbers == (search.chosen.blocks, search.chosen.mlp_width, search.chosen.heads)
     assert [removal.block for removal in report.removals] == [2] * search.chosen.removed
     assert ShrinkReport.read(out) == report
+    lines = shrink_summary(report, out).plain.splitlines()
+    assert [line for line in lines if line.endswith("(chosen).")] == [f"{search.chosen.describe()} (chosen)."]
+    assert search.outcome in lines
 
 
 def test_speeds_are_those_of_the_runtime(resumed: tuple[Path, ShrinkReport]) -> None:
