@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    words = f"{blocks} finished blocks are" if blocks else "The choice of blocks is"
+    words = f"{blocks} finished blocks are" if blocks else "The choice of blocks or experts is"
     with monkeypatch.context() as patch:
         stop_after(blocks, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt, match=rf"Interrupted\. {words} kept in '.*out\.partial'"):
@@ -162,7 +162,7 @@ def test_the_saved_settings_repeat_the_run(
     config = load_shrink_config(whole[0] / "alps.yaml", {})
     with monkeypatch.context() as patch:
         stop_after(0, KeyboardInterrupt(), patch)
-        with pytest.raises(KeyboardInterrupt, match=r"Interrupted\. The choice of blocks is kept in '.*out\.partial'"):
+        with pytest.raises(KeyboardInterrupt, match=r"Interrupted\. The choice of blocks or experts is kept in '.*out\.partial'"):
             shrink_checkpoint(config, tmp_path / "out", NoProgress())
     monkeypatch.setattr(shrink_job, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
     shrink_checkpoint(config, tmp_path / "out", NoProgress())

@@ -53,7 +53,7 @@ from alps.reporting.records import CalibrationRecord, calibration_record
 from alps.reporting.shrink_report import BlockRemoval, ExpertSelection, ShrinkReport
 
 _LOG = logging.getLogger("alps")
-_FIRST_STEP = "the choice of blocks"
+_FIRST_STEP = "the choice of blocks or experts"
 
 
 def shrink_checkpoint(
