@@ -162,7 +162,9 @@ def test_the_saved_settings_repeat_the_run(
     config = load_shrink_config(whole[0] / "alps.yaml", {})
     with monkeypatch.context() as patch:
         stop_after(0, KeyboardInterrupt(), patch)
-        with pytest.raises(KeyboardInterrupt, match=r"Interrupted\. The choice of blocks or experts is kept in '.*out\.partial'"):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"Interrupted\. The choice of blocks or experts is kept in '.*out\.partial'"
+        ):
             shrink_checkpoint(config, tmp_path / "out", NoProgress())
     monkeypatch.setattr(shrink_job, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
     shrink_checkpoint(config, tmp_path / "out", NoProgress())
