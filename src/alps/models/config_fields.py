@@ -23,7 +23,7 @@ def replace_fields(text: str, fields: Mapping[str, Any]) -> str:
     spans = {name: (start, end) for name, start, end in _value_spans(text)}
     indent = _indent(text)
     edits = [(*spans[name], _dump(value, indent)) for name, value in fields.items() if name in spans]
-    new = [f"{json.dumps(name)}: {_dump(value, indent)}" for name, value in fields.items() if name not in spans]
+    new = [f"{to_json(name)}: {_dump(value, indent)}" for name, value in fields.items() if name not in spans]
     if new:
         end = max((end for _, end in spans.values()), default=text.index("{") + 1)
         separator = ", " if indent is None else f",\n{indent}"

@@ -28,10 +28,9 @@ LLAMA = "llama.cpp"
 RUNTIMES = ("transformers", LLAMA)
 
 # Defaults of the settings marked 'by preset'.
-SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 3}}
+SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 1}}
 
-# Of block reconstruction: largest step size, and tokens in a step. Both were chosen by the distance from the dense
-# hidden states on calibration text: docs/experiments.md, "Structured pruning".
+# Of block reconstruction: largest step size, and tokens in a step; docs/experiments.md, "Structured pruning".
 _LR, _TOKENS = 1e-3, 512
 
 _Share = Annotated[float | None, Setting(WHAT, "SHARE")]
@@ -96,7 +95,8 @@ class ShrinkConfig(BaseModel):
     )
     preset: Annotated[str, Setting(HOW, "NAME", tuple(SHRINK_PRESETS), affects_weights=False)] = Field(
         default="layers",
-        description="Defaults for the settings marked 'by preset'; best adds three epochs of block reconstruction.",
+        description="Defaults for the settings marked 'by preset'; best adds block reconstruction, and needs 131,072 "
+        "calibration tokens or more.",
     )
     reconstruct_epochs: Annotated[int, Setting(HOW, "N", default="by preset")] = Field(
         default=0,

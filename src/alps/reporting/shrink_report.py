@@ -15,6 +15,19 @@ from alps.reporting.records import CalibrationRecord, ReconstructionRecord, Reco
 
 SHRINK_REPORT_NAME = "shrink.json"
 
+# Phases of a run, whose wall times are disjoint.
+SHRINK_PHASES = {
+    "load": "opening the model and its tokenizer",
+    "removal": "choice of the blocks to remove, or of the mix for a speed",
+    "experts": "choice of the experts to keep",
+    "capture": "recording of the block inputs",
+    "forward": "forward passes of all blocks, without those of the cuts",
+    "cut": "sums of the inputs of output projections, choice of what stays, and refits",
+    "reconstruct": "block reconstruction",
+    "journal": "writing of finished blocks to the journal",
+    "save": "writing of the checkpoint",
+}
+
 
 class BlockRemoval(Record):
     """Removal of one block.
@@ -208,7 +221,7 @@ class ShrinkReport(Record):
         removals: removed blocks in the order of their removal.
         experts: choice of the experts that stay; None if all do.
         blocks: the blocks that stay, in order.
-        seconds: wall time by phase, and `total`.
+        seconds: wall time by phase of `SHRINK_PHASES`, and `total`.
         peak_host_bytes, peak_device_bytes: largest resident size of the process, and torch's largest allocation on
             the GPU.
         versions: packages, machine and commit.
