@@ -22,6 +22,7 @@ from alps.cli.tables import shrink_summary
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.errors import ConfigError, SolveFailed, UnsupportedModel
 from alps.models.blocks import find_blocks
+from alps.models.shrink_families import family_of
 from alps.models.shrink_layout import Family
 from alps.models.shrink_slices import Kept, slice_block
 from alps.models.structure import Structure, Target, read_structure
@@ -84,10 +85,10 @@ def _model(kind: str) -> Any:
     return mixture_model(name) if name in MOE else decoder(name)
 
 
-def _settings(cut: str, structure: Structure) -> dict[str, Any]:
+def _settings(cut: str, structure: Structure, family: Family) -> dict[str, Any]:
     """Return the settings of a cut, without what the kind does not have."""
     settings = dict(_CUTS[cut])
-    if structure.head_dim is None:
+    if structure.head_dim is None or family.no_heads:
         settings.pop("num_heads", None)
     if structure.mlp_width is None:
         settings.pop("mlp_width", None)
@@ -104,7 +105,7 @@ def test_the_result_is_plain_and_equals_the_masked_full_model(
     records, model = _record_slices(monkeypatch), _model(kind)
     structure = read_structure(model, find_blocks(model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = alps.shrink(model, tmp_path / "out", **_settings(cut, structure))
+    report = alps.shrink(model, tmp_path / "out", **_settings(cut, structure, family_of(model)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     small, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info

@@ -158,14 +158,13 @@ class Cutter:
         sums = self.collect(block, site, states)
         problem, share = self.build_problem(site, sums, self.structure.head_dim or 1)
         heads, kv_heads = self._choose_heads(problem)
-        unit = "head" if kv_heads is None else "kv_head"
-        total = self.structure.heads if kv_heads is None else self.structure.kv_heads
-        groups = torch.arange(self.structure.heads or 0, device=self.device) if heads is None else heads
-        record = self.write(site, problem, groups, sums.total)
-        named = groups if kv_heads is None else kv_heads
-        record = record.model_copy(
-            update={"unit": unit, "kept": named.tolist(), "total": total or len(named), "share": share}
-        )
+        kept = torch.arange(self.structure.heads or 0, device=self.device) if heads is None else heads
+        record = self.write(site, problem, kept, sums.total)
+        changes: dict[str, object] = {"unit": "head", "share": share}
+        if kv_heads is not None and len(kept) == len(kv_heads) * self.structure.group:
+            # Whole KV groups went; else the query heads say which groups did.
+            changes |= {"unit": "kv_head", "kept": kv_heads.tolist(), "total": self.structure.kv_heads}
+        record = record.model_copy(update=changes)
         return heads, kv_heads, record
 
     def _choose_heads(self, problem: GroupProblem) -> tuple[Tensor | None, Tensor | None]:
