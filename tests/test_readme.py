@@ -53,6 +53,7 @@ def test_commands_and_python_run_on_a_small_model(tmp_path: Path, short_stories:
         "prune",
         "inspect",
         "eval",
+        "shrink",
         "prune",
         "compare",
         "report",
