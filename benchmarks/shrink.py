@@ -115,7 +115,7 @@ class _Oscar(Cutter):
 
 @dataclass(frozen=True)
 class Selection:
-    """How channels are chosen, and what is done to those that stay.
+    """Choice of channels and blocks, and treatment of those that stay.
 
     Attributes:
         cutter: class that chooses.

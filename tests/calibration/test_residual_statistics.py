@@ -96,7 +96,7 @@ def test_parts_add_up_and_a_weight_counts_as_that_many_tokens() -> None:
 
 
 def _goal(windows: Sequence[int]) -> Tensor:
-    """What each of some windows should have reached, and by its number only."""
+    """Goals of some windows, which depend on their numbers only."""
     return torch.stack([torch.randn(8, 32, generator=torch.Generator().manual_seed(number)) for number in windows])
 
 
@@ -124,7 +124,7 @@ def windows() -> Tensor:
 
 
 def _direct(model: Any, windows: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-    """The same sums from hooks on the whole model."""
+    """Sums from hooks on the whole model."""
     seen: dict[str, Any] = {}
     module = model.model.layers[0]
     handles = [

@@ -1,4 +1,4 @@
-"""What a plan says of a smaller model is what the shapes say."""
+"""Plans of smaller models: their counts are those of the shapes."""
 
 from __future__ import annotations
 
