@@ -141,7 +141,7 @@ def test_removed_blocks_are_those_of_the_report(tiny_model: Tiny, tmp_path: Path
 @pytest.mark.parametrize(("pattern", "named"), [("2:4", "2:4"), ("3:4", "25%")])
 def test_a_foreign_checkpoint_is_described_by_its_zeros(tiny_model: Tiny, pattern: str, named: str) -> None:
     pruned = LoadedModel("pruned", _pruned(tiny_model, pattern), None)
-    report = describe(pruned, "dense", "cpu")
+    report = describe(pruned, LoadedModel("dense", tiny_model("llama"), None), "cpu")
     assert (report.model, report.method, report.pattern, report.dtype) == ("dense", "unknown", named, "float32")
     assert report.sparsity == 1 - int(pattern[0]) / 4 and len(report.layers) == 21
     assert all(layer.error is None and layer.sparsity == report.sparsity for layer in report.layers)
@@ -150,7 +150,7 @@ def test_a_foreign_checkpoint_is_described_by_its_zeros(tiny_model: Tiny, patter
 
 def test_a_changed_model_is_written_whole(tiny_model: Tiny, word_tokenizer: Any, tmp_path: Path) -> None:
     pruned = LoadedModel("pruned", _pruned(tiny_model), word_tokenizer)
-    report = describe(pruned, "dense", "cpu")
+    report = describe(pruned, LoadedModel("dense", tiny_model("llama"), None), "cpu")
     with staged_side_files(pruned.writer, tmp_path / "out") as side_files:
         write_changed(pruned, report, tmp_path / "out", side_files)
     assert RunReport.read(tmp_path / "out") == report and (tmp_path / "out" / "README.md").is_file()

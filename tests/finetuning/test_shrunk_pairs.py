@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import alps
 from alps.core.errors import ConfigError
 from alps.finetuning.checkpoint_pair import count_zeros
+from alps.reporting.shrink_card import structure_lines
 from alps.reporting.shrink_report import ShrinkReport
 from helpers.model_comparison import mean_kl
 
@@ -53,11 +54,16 @@ def test_blocks_are_reconstructed_behind_the_gap(stories: Path, shrunk: Path, te
     with pytest.raises(ConfigError, match="lacks whole blocks"):
         alps.reconstruct(stories, shrunk, tmp_path / "other", target=0.5, **_sizes(text, 16))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "shrunk by structured pruning" in card and "**Blocks reconstructed.**" in card
+    assert earlier is not None and all(line in card for line in structure_lines(earlier) if line)
+    assert "unknown" not in card and "zero" not in card
 
 
 def test_all_layers_are_distilled(stories: Path, shrunk: Path, text: Path, tmp_path: Path) -> None:
     report = alps.distill(stories, shrunk, tmp_path / "out", steps=6, lr=1e-3, batch_tokens=256, **_sizes(text, 24))
     (record,) = report.distillations
+    assert report.is_structured and report.method == "structured pruning"
     assert record.kl_after < record.kl_before
     before, after = (
         dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()) for folder in (shrunk, tmp_path / "out")

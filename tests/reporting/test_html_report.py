@@ -14,6 +14,7 @@ import matplotlib
 
 from alps.reporting.compare_results import DENSE, Result
 from alps.reporting.html_report import report_page
+from alps.reporting.run_report import STRUCTURED
 from helpers.comparisons import comparison, measured_result
 from helpers.html_page import Page
 
@@ -151,6 +152,11 @@ def test_a_panel_needs_data() -> None:
         for site in result.layers:
             site.error = site.magnitude_error = None
     assert sections(unmeasured) == ["perplexity", "cost", "tables"]
+
+
+def test_a_shrunk_model_is_not_called_pruned_to_a_sparsity() -> None:
+    text = report_page([measured_result(STRUCTURED, "0%")])
+    assert "Shrunk by structured pruning" in text and "Pruned to 0%" not in text
 
 
 def test_perplexities_that_no_number_holds_are_left_out_of_figures() -> None:

@@ -6,7 +6,8 @@ import yaml
 
 from alps.reporting.model_card import model_card
 from alps.reporting.records import EvaluationRecord
-from alps.reporting.run_report import LayerRecord, RunReport
+from alps.reporting.run_report import STRUCTURED, LayerRecord, RunReport
+from helpers.shrink_reports import shrink_report
 
 
 def report(model: str) -> RunReport:
@@ -46,3 +47,19 @@ def test_the_figures_are_those_of_the_report() -> None:
     assert "| mean relative reconstruction error | 0.1250 |" in card
     assert "| mean error of magnitude pruning on the same inputs | 0.2500 |" in card
     assert "| dense | some | 3 x 8 | 7.39 |" in card
+
+
+def test_a_tuned_shrunk_model_is_not_called_sparse() -> None:
+    dense = report("owner/name")
+    layers = [dense.layers[0].model_copy(update={"entries": 1000, "zeros": 1, "error": None, "magnitude_error": None})]
+    shrunk = dense.model_copy(update={"method": STRUCTURED, "pattern": "0.1%", "layers": layers})
+    card = model_card(shrunk, structure=shrink_report())
+    assert "# owner/name, shrunk by structured pruning\n" in card
+    assert "25.0 % of the parameters were removed: 4,000 -> 3,000," in card and "`shrink.json` lists" in card
+    for words in ("zero", "unknown", "0%", "sparse", "packed"):
+        assert words not in card
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["pruned", "structured-pruning"]
+    sparse = shrunk.model_copy(update={"pattern": "70%", "layers": dense.layers})
+    card = model_card(sparse)
+    assert "# owner/name, shrunk by structured pruning, 70% zeros\n" in card and "7 of 10 weights" in card
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["pruned", "sparse", "structured-pruning"]

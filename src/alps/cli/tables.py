@@ -130,7 +130,7 @@ def distillation_summary(report: RunReport, out: Path) -> Text:
         f"{last.seconds:.0f} s ({last.stopped}).",
         f"KL to the dense model on {last.held_back_windows} held-back windows: {last.kl_before:.4f} before, "
         f"{last.kl_after:.4f} after (step {last.best_step}).",
-        f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
+        _zeros_and_memory(report, memory),
         f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.",
     ]
     return Text("\n".join(lines))
@@ -146,10 +146,16 @@ def reconstruction_summary(report: RunReport, out: Path) -> Text:
         f"Reconstructed block by block: {sum(row.after < row.before for row in rows)} of {len(rows)} blocks improved, "
         f"mean relative loss on held-back windows {before:.4f} before, {after:.4f} after; "
         f"{last.seconds:.0f} s.",
-        f"{last.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}.",
+        _zeros_and_memory(report, memory),
         f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.",
     ]
     return Text("\n".join(lines))
+
+
+def _zeros_and_memory(report: RunReport, memory: str) -> str:
+    if report.is_structured:
+        return f"Peak memory {memory}."
+    return f"{report.zeros:,} of {report.entries:,} weights are zero, the same as before; peak memory {memory}."
 
 
 def _page_name(out: Path) -> str:

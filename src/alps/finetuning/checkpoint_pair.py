@@ -22,7 +22,7 @@ from alps.models.load import check_checkpoint, parse_dtype
 from alps.models.sites import Site
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
-from alps.reporting.run_report import REPORT_NAME, DenseRecord, LayerRecord, RunReport
+from alps.reporting.run_report import REPORT_NAME, STRUCTURED, DenseRecord, LayerRecord, RunReport
 from alps.reporting.shrink_report import SHRINK_REPORT_NAME, ShrinkReport
 from alps.solvers.patterns import USUAL_PATTERNS, group_violations
 
@@ -132,12 +132,12 @@ def count_zeros(model: nn.Module) -> int:
     return sum(int((site.read() == 0).sum()) for block in find_blocks(model) for site in block.sites)
 
 
-def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
-    """Make the report of a model that another program has pruned, from counts of its weights alone.
+def describe(pruned: LoadedModel, dense: LoadedModel, device: str) -> RunReport:
+    """Make the report of a model without one from counts of its weights alone: a shrunk one, or another program's.
 
     Args:
         pruned: the model.
-        dense: name of the dense model.
+        dense: from which it was made.
         device: of the job.
     """
     sites = [(block.index, site) for block in find_blocks(pruned.model) for site in block.sites]
@@ -158,9 +158,9 @@ def describe(pruned: LoadedModel, dense: str, device: str) -> RunReport:
     ]
     unpruned = dense_parameters(pruned.model, {site.parameter_name for _, site in sites})
     report = RunReport(
-        model=dense,
+        model=dense.name,
         architecture=type(pruned.model).__name__,
-        method="unknown",
+        method=STRUCTURED if is_shrunk(dense.model, pruned.model) else "unknown",
         pattern="",
         dtype=dtype_name(sites[0][1].dtype),
         device=device,
@@ -191,7 +191,7 @@ def write_changed(pruned: LoadedModel, report: RunReport, out: Path, side_files:
         pruned.writer.write_weights(folder)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, out)
-        (folder / "README.md").write_text(model_card(report, page))
+        (folder / "README.md").write_text(model_card(report, page, ShrinkReport.read(folder)))
 
 
 def _block_shapes(blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:

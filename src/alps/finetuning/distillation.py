@@ -118,7 +118,7 @@ def distill_directory(dense: str, pruned: str, out: Path, settings: DistillConfi
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     with staged_side_files(student.writer, out) as side_files:
         record = distill_model(teacher, student, settings, progress, text)
-        report = earlier or describe(student, dense, record.device)
+        report = earlier or describe(student, teacher, record.device)
         report.distillations.append(record)
         write_changed(student, report, out, side_files)
     return report

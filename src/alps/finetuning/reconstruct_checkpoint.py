@@ -116,7 +116,7 @@ def reconstruct_directory(
     teacher, student = load(dense, settings.dtype), load(pruned, settings.dtype)
     with staged_side_files(student.writer, out) as side_files:
         records, run = reconstruct_model(teacher, student, settings, source, progress=progress)
-        report = earlier or describe(student, dense, run.device)
+        report = earlier or describe(student, teacher, run.device)
         report.reconstructions += records
         report.reconstruction_runs.append(run)
         write_changed(student, report, out, side_files)

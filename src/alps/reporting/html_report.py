@@ -19,6 +19,7 @@ from alps.reporting.html_convergence import convergence_section
 from alps.reporting.html_heatmaps import error_section, sparsity_section
 from alps.reporting.markdown_tables import tables
 from alps.reporting.records import EvaluationRecord
+from alps.reporting.run_report import STRUCTURED
 from alps.reporting.run_selection import Runs
 from alps.reporting.svg import Section, format_number, page_style
 
@@ -78,6 +79,8 @@ def _sections(runs: Runs) -> list[Section]:
 
 def _subtitle(runs: Runs) -> str:
     if len(runs.pruned) == 1:
+        if runs.pruned[0].method == STRUCTURED:
+            return f"Shrunk by {STRUCTURED}"
         return f"Pruned to {runs.pruned[0].pattern} with {runs.pruned[0].method}"
     counts = [(len(runs.methods), "method"), (len(runs.patterns), "pattern"), (len(runs.seeds), "seed")]
     words = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts if count)

@@ -8,31 +8,27 @@ import yaml
 
 from alps.models.auto_class import reads_images
 from alps.models.load import looks_local
-from alps.reporting.run_report import RunReport, all_patterns, kept_sentence
+from alps.reporting.run_report import STRUCTURED, RunReport, all_patterns, kept_sentence
+from alps.reporting.shrink_card import structure_lines
+from alps.reporting.shrink_report import ShrinkReport
 
 
-def model_card(report: RunReport, page: bool = False) -> str:
+def model_card(report: RunReport, page: bool = False, structure: ShrinkReport | None = None) -> str:
     """Write README.md of a pruned directory, with the front matter that model hubs read.
 
     Args:
         report: of the run that made the checkpoint.
         page: the directory has a report.html, which the card mentions.
+        structure: report of the structured pruning before the run, which the card repeats; None if there is none.
     """
-    is_tuned = bool(report.distillations or report.reconstructions)
-    unchanged = "pruning left everything else unchanged" if is_tuned else "everything else is unchanged"
-    kept = f"{kept_sentence(report)}. " if report.kept else ""
-    loader = "AutoModelForImageTextToText" if reads_images(report.architecture) else "AutoModelForCausalLM"
     lines = [
         *_front_matter(report),
         f"# {_title(report)}",
         "",
         *_distillation_lines(report),
         *_reconstruction_lines(report),
-        f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.layers)} "
-        f"linear layers are zero; {unchanged}. {kept}"
-        f"The files are an ordinary dense checkpoint with zeros in it: it loads with `{loader}.from_pretrained`, and "
-        "has the size and speed of the dense one until it is packed or compressed.",
-        "",
+        *([] if structure is None else [*structure_lines(structure), ""]),
+        *_zeros_lines(report),
         "| | |",
         "|---|---|",
         *_table_rows(report),
@@ -43,13 +39,31 @@ def model_card(report: RunReport, page: bool = False) -> str:
             f"| {record.model} | {record.text} | {record.windows} x {record.seqlen} | {record.perplexity_text('.2f')} |"
             for record in evaluations
         ]
-    lines += [
-        "",
-        "`report.json` has the error and the solver's record of every layer, and the time of each phase"
-        + ("; `report.html` shows them as figures." if page else "."),
+    return "\n".join([*lines, "", _files_sentence(page, structure), ""])
+
+
+def _zeros_lines(report: RunReport) -> list[str]:
+    """State which weights are zero, and what that means for whoever loads the files."""
+    if report.is_structured:
+        return []
+    is_tuned = bool(report.distillations or report.reconstructions)
+    unchanged = "pruning left everything else unchanged" if is_tuned else "everything else is unchanged"
+    kept = f"{kept_sentence(report)}. " if report.kept else ""
+    loader = "AutoModelForImageTextToText" if reads_images(report.architecture) else "AutoModelForCausalLM"
+    return [
+        f"{report.zeros:,} of {report.entries:,} weights ({100 * report.sparsity:.2f} %) in {len(report.layers)} "
+        f"linear layers are zero; {unchanged}. {kept}"
+        f"The files are an ordinary dense checkpoint with zeros in it: it loads with `{loader}.from_pretrained`, and "
+        "has the size and speed of the dense one until it is packed or compressed.",
         "",
     ]
-    return "\n".join(lines)
+
+
+def _files_sentence(page: bool, structure: ShrinkReport | None) -> str:
+    figures = "; `report.html` shows them as figures" if page else ""
+    kept = "" if structure is None else " `shrink.json` lists what was kept of every block."
+    records = "the error and the solver's record of every layer, and the time of each phase"
+    return f"`report.json` has {records}{figures}.{kept}"
 
 
 def _front_matter(report: RunReport) -> list[str]:
@@ -59,20 +73,29 @@ def _front_matter(report: RunReport) -> list[str]:
         "pipeline_tag": "image-text-to-text" if reads_images(report.architecture) else "text-generation",
         # A hub refuses a base model that is not on a hub, and a card must not show the user's folders.
         **({} if is_local or "/" not in report.model else {"base_model": report.model}),
-        "tags": ["pruned", "sparse", report.method, *(["distilled"] if report.distillations else [])],
+        "tags": _tags(report),
     }
     return ["---", yaml.safe_dump(fields, sort_keys=False).strip(), "---", ""]
+
+
+def _tags(report: RunReport) -> list[str]:
+    method = "structured-pruning" if report.method == STRUCTURED else report.method
+    sparse = [] if report.is_structured else ["sparse"]
+    return ["pruned", *sparse, method, *(["distilled"] if report.distillations else [])]
 
 
 def _title(report: RunReport) -> str:
     name = Path(report.model).name if looks_local(report.model) else report.model
     pattern = f"{report.pattern}{' and more' if report.overrides else ''}"
     distilled = ", then distilled" if report.distillations else ""
+    if report.method == STRUCTURED:
+        zeros = "" if report.is_structured else f", {pattern} zeros"
+        return f"{name}, shrunk by {STRUCTURED}{zeros}{distilled}"
     return f"{name}, pruned to {pattern} with {report.method}{distilled}"
 
 
 def _table_rows(report: RunReport) -> list[str]:
-    rows = [f"| method, pattern | {report.method}, {all_patterns(report)} |"]
+    rows = [] if report.is_structured else [f"| method, pattern | {report.method}, {all_patterns(report)} |"]
     if report.mean_error is not None:
         rows.append(f"| mean relative reconstruction error | {report.mean_error:.4f} |")
         rows.append(f"| mean error of magnitude pruning on the same inputs | {report.mean_magnitude_error:.4f} |")
@@ -97,10 +120,11 @@ def _distillation_lines(report: RunReport) -> list[str]:
         f"{run.kl_after:.4f} |"
         for run in report.distillations
     ]
+    trained = "the weights of all layers," if report.is_structured else "the kept weights,"
+    before = "" if report.is_structured else " The errors and perplexities below are those of the one-shot run before."
     return [
-        "**Distilled, not one-shot.** After pruning, the kept weights, norms and biases were trained towards the dense "
-        "model; the zeros stayed zero. Compare this checkpoint with distilled ones only. The errors and perplexities "
-        "below are those of the one-shot run before.",
+        f"**Distilled, not one-shot.** After pruning, {trained} norms and biases were trained towards the dense "
+        f"model{_zeros_stayed(report)}. Compare this checkpoint with distilled ones only.{before}",
         "",
         "| steps | tokens | learning rate | text | held-back KL before | after |",
         "|---:|---:|---:|---|---:|---:|",
@@ -113,9 +137,10 @@ def _reconstruction_lines(report: RunReport) -> list[str]:
     """State that the blocks were reconstructed, and on which windows if that was a separate job."""
     if not report.reconstructions:
         return []
+    errors = "" if report.is_structured else " The errors below are those before."
     lines = [
         "**Blocks reconstructed.** After pruning, the kept weights, norms and biases of every block were tuned to the "
-        "outputs of the dense model's block; the zeros stayed zero. The errors below are those before.",
+        f"outputs of the dense model's block{_zeros_stayed(report)}.{errors}",
         "",
     ]
     if not report.reconstruction_runs:
@@ -135,3 +160,7 @@ def _reconstruction_lines(report: RunReport) -> list[str]:
             f"{used.seqlen} tokens, seed {used.seed}, sha256 {used.sha256[:12]} | {before:.4f} | {after:.4f} |"
         )
     return [*lines, ""]
+
+
+def _zeros_stayed(report: RunReport) -> str:
+    return "" if report.is_structured else "; the zeros stayed zero"

@@ -24,6 +24,11 @@ from alps.solvers.base import SolveInfo
 
 REPORT_NAME = "report.json"
 
+# Method of a report on a model that has lost whole structures; single weights may be zero, too.
+STRUCTURED = "structured pruning"
+# Share of zeros from which a model that has lost structures counts as sparse, too; weights may happen to be zero.
+_SPARSE = 0.01
+
 # Phases of a run, whose wall times are disjoint. A test compares them with those that the code records.
 PHASES = {
     "load": "opening the model and its tokenizer",
@@ -169,6 +174,11 @@ class RunReport(Record):
     def sparsity(self) -> float:
         """Fraction of zeros among the weights of all pruned layers."""
         return self.zeros / self.entries if self.entries else 0.0
+
+    @property
+    def is_structured(self) -> bool:
+        """True if whole structures were removed, and no single weights."""
+        return self.method == STRUCTURED and self.sparsity < _SPARSE
 
     @property
     def kept(self) -> list[DenseRecord]:

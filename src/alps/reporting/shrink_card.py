@@ -27,8 +27,6 @@ def shrink_card(report: ShrinkReport, *, has_settings: bool = True) -> str:
         **({} if is_local or "/" not in report.model else {"base_model": report.model}),
         "tags": ["pruned", "structured-pruning"],
     }
-    before, after, used = report.before, report.after, report.calibration
-    seed = "" if used.seed is None else f", seed {used.seed}"
     lines = [
         "---",
         yaml.safe_dump(fields, sort_keys=False).strip(),
@@ -36,6 +34,28 @@ def shrink_card(report: ShrinkReport, *, has_settings: bool = True) -> str:
         "",
         f"# {name}, shrunk by structured pruning",
         "",
+        *structure_lines(report),
+    ]
+    if any(block.reconstruction is not None for block in report.blocks):
+        lines.append("The smaller blocks were tuned to the hidden states of the dense model, one after the other.")
+    if report.speedup is not None:
+        lines += ["", *speedup_lines(report.speedup)]
+    lines += [
+        "",
+        "`shrink.json` lists what was kept of every block, with the errors"
+        f"{'; `alps.yaml` the settings' if has_settings else ''}.",
+        "",
+        *(f"| {key} | {value} |" for key, value in {"": "", "---": "---", **report.versions}.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def structure_lines(report: ShrinkReport) -> list[str]:
+    """Return what was removed from a model, on which calibration text, and what loads the result, as Markdown."""
+    before, after, used = report.before, report.after, report.calibration
+    seed = "" if used.seed is None else f", seed {used.seed}"
+    lines = [
         f"{100 * report.share_removed:.1f} % of the parameters were removed: {before.parameters:,} -> "
         f"{after.parameters:,}, {format_size(before.nbytes)} -> {format_size(after.nbytes)}. The result is an "
         "ordinary, smaller checkpoint: it loads with `AutoModelForCausalLM.from_pretrained`, and everything that takes "
@@ -52,19 +72,7 @@ def shrink_card(report: ShrinkReport, *, has_settings: bool = True) -> str:
         lines.append(f"Removed blocks: {', '.join(str(removal.block) for removal in report.removals)}.")
     if report.experts is not None:
         lines.append(f"The experts that stay were chosen by the selection '{report.experts.chosen}'.")
-    if any(block.reconstruction is not None for block in report.blocks):
-        lines.append("The smaller blocks were tuned to the hidden states of the dense model, one after the other.")
-    if report.speedup is not None:
-        lines += ["", *speedup_lines(report.speedup)]
-    lines += [
-        "",
-        "`shrink.json` lists what was kept of every block, with the errors"
-        f"{'; `alps.yaml` the settings' if has_settings else ''}.",
-        "",
-        *(f"| {key} | {value} |" for key, value in {"": "", "---": "---", **report.versions}.items()),
-        "",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def speedup_lines(speedup: SpeedupRecord) -> list[str]:
