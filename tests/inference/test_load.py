@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import alps
 from alps.checkpoints.pack import pack_directory
-from alps.core.errors import CheckpointError
+from alps.core.errors import AlpsError, CheckpointError
 from alps.data.loaded_model import LoadedModel
 from alps.evaluation.perplexity import measure_perplexity
 from alps.inference.convert import packed_modules
@@ -188,10 +188,10 @@ def test_directories_that_do_not_fit_are_rejected(tmp_path: Path, tiny_model: Ca
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, **json.loads(edit)}))
         pack_directory(folder, tmp_path / f"{name}-packed")
-        with pytest.raises(CheckpointError, match=reason):
+        with pytest.raises(AlpsError, match=reason):
             alps.load(tmp_path / f"{name}-packed")
 
-    refused("more", lambda name: name.replace("q_proj", "q_project"), "no tensor .*q_project.weight.*unpack")
+    refused("other-name", lambda name: name.replace("q_proj", "q_project"), "lacks 3 tensors .*q_proj.weight")
     refused("fewer", lambda name: None if "layers.1.mlp.up" in name else name, "lacks 1 tensors .*layers.1.mlp.up_proj")
     refused("other", lambda name: name, "has shape", edit='{"intermediate_size": 48}')
 
@@ -202,22 +202,3 @@ def test_directories_that_do_not_fit_are_rejected(tmp_path: Path, tiny_model: Ca
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         alps.load(tmp_path / "damaged")
-
-
-def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data[..., ::2] = 0
-    model.save_pretrained(tmp_path / "dense")
-    pack_directory(tmp_path / "dense", tmp_path / "packed")
-    with pytest.raises(CheckpointError, match=r"no tensor .*experts.*alps unpack"):
-        alps.load(tmp_path / "packed")

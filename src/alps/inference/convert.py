@@ -11,6 +11,7 @@ from alps.checkpoints.bitmask_codec import PackedMatrix, count_kept, is_worth_pa
 from alps.core.errors import CheckpointError
 from alps.inference.cpu_backend import KINDS
 from alps.inference.packed_linear import PackedLinear
+from alps.models.linear_maps import ProductCheck, is_linear_layer
 
 
 def pack_linears(model: nn.Module) -> int:
@@ -19,17 +20,17 @@ def pack_linears(model: nn.Module) -> int:
     As in `alps pack`, only the number of zeros matters, not the method that made them. Weights that are tied to others
     stay dense. At any time at most one layer is in memory both dense and packed.
     """
-    tied, count = tied_parameters(model), 0
+    tied, is_product, count = tied_parameters(model), ProductCheck(), 0
     for name, layer in list(model.named_modules()):
-        if type(layer) not in (nn.Linear, Conv1D) or f"{name}.weight" in tied or not name:
+        if f"{name}.weight" in tied or not name or not is_linear_layer(layer) or not is_product(layer):
             continue
-        weight: Tensor = layer.weight.data
+        weight: Tensor = layer.get_parameter("weight").data
         if weight.dtype not in KINDS or not weight.numel() or not weight.is_cpu:
             continue
         weight = as_out_in(layer, weight)
         if not is_worth_packing(len(weight), weight.shape[1], count_kept(weight), weight.element_size()):
             continue
-        set_module(model, name, packed_layer(layer, pack(weight)))
+        replace_module(model, layer, packed_layer(layer, pack(weight)))
         count += 1
     refuse_saving(model)
     return count
@@ -38,25 +39,29 @@ def pack_linears(model: nn.Module) -> int:
 def packed_layer(layer: nn.Module, packed: PackedMatrix) -> PackedLinear:
     """Return a packed layer that replaces `layer` and has its bias."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
-    return PackedLinear(packed, None if bias is None else bias.data, inputs_first=type(layer) is Conv1D)
+    return PackedLinear(packed, None if bias is None else bias.data, inputs_first=isinstance(layer, Conv1D))
 
 
 def as_out_in(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight of a layer as (out, in); a Conv1D stores it as (in, out)."""
-    return weight.t().contiguous() if type(layer) is Conv1D else weight
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
 
 
-def set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the submodule `name` of a model by `layer`."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a submodule in every place of a model that holds it."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, attribute, new)
 
 
 def tied_parameters(model: nn.Module) -> set[str]:
-    """Return the names of all parameters that the model holds under more than one name."""
+    """Return the names of all parameters that several modules hold; a module may be in several places."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for owner, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{owner}.{attribute}" if owner else attribute)
     return {name for aliases in names.values() if len(aliases) > 1 for name in aliases}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from alps.checkpoints.tensor_codec import decode_matrix, decode_tensor
 from alps.checkpoints.unpack import check_file
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
-from alps.inference.convert import as_out_in, packed_layer, refuse_saving, set_module, tied_parameters
+from alps.inference.convert import as_out_in, packed_layer, refuse_saving, replace_module, tied_parameters
 from alps.models.architecture_check import check_config
 from alps.models.configuration import load_config
+from alps.models.linear_maps import ProductCheck, is_linear_layer
 from alps.models.load import quiet, readable
-from alps.models.meta_model import empty_model
+from alps.models.recorded_load import load_recorded
+from alps.models.recorded_tensor import RecordedTensor
 from alps.models.tied_head import is_other_head, untie_config
 
 
@@ -59,100 +61,85 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
         check_config(config, str(directory))
     for name, shard in manifest.shards.items():
         check_file(directory / name, shard.bytes, shard.sha256)
-    with quiet(), readable(str(directory)):
-        model = _skeleton(config, dtype or config.dtype or _first_dtype(manifest))
     try:
-        _fill(model, directory, manifest)
+        tensors = _Tensors(directory, manifest)
+        with quiet(), readable(str(directory)):
+            model = load_recorded(config, tensors.recorded(), name=str(directory), dtype=dtype)
+        _fill(model, tensors)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"'{directory}' is inconsistent ({error}): pack the checkpoint again.") from None
     if is_other_head(model):
         untie_config(model.config, str(directory))
-    model.tie_weights()  # type: ignore[operator]
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise CheckpointError(
-            f"'{directory}' lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}: unpack "
-            "it with `alps unpack`, and load the result."
-        )
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     refuse_saving(model)
     return model.requires_grad_(False).eval()
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Create the model on the meta device, with the dtypes that transformers would load."""
-    model = empty_model(config, dtype)
-    float32_modules = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
-    if dtype == torch.float16:
-        float32_modules += getattr(model, "_keep_in_fp32_modules", None) or ()
-    for name, parameter in model.named_parameters():
-        if any(f".{module}." in f".{name}." for module in float32_modules):
-            parameter.data = parameter.data.float()
-    return model
+class _Tensors:
+    """Tensors of the checkpoint in a packed directory."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._manifest, self._compressed = manifest, bool(manifest.compression)
+        self._shards = {name: _reader(directory / name) for name in manifest.shards}
+
+    def recorded(self) -> dict[str, RecordedTensor]:
+        """Return all tensors, by their names in the checkpoint, before any is read."""
+        return {
+            name: RecordedTensor.stored(name, record.shape, _dtype(record.dtype), partial(self.read, name))
+            for name, record in self._manifest.tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, and unpack it if it is packed."""
+        record = self._manifest.tensors[name]
+        data = decode_tensor(name, record, self._compressed, self._shards[record.shard])
+        return _as_dtype(data, record.dtype, record.shape)
+
+    def is_packed(self, name: str) -> bool:
+        """Return whether a tensor is packed in the directory."""
+        return self._manifest.tensors[name].kept is not None
+
+    def read_packed(self, name: str, dtype: torch.dtype) -> PackedMatrix:
+        """Read a packed matrix, with its values in a dtype."""
+        record = self._manifest.tensors[name]
+        packed = decode_matrix(name, record, self._compressed, self._shards[record.shard])
+        return replace(packed, values=_as_dtype(packed.values, record.dtype, [record.kept or 0]).to(dtype))
 
 
-class _NameMap:
-    """Map from tensor names of a checkpoint to those of a model; either may have the base model's prefix or lack it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._kind = type(model).__name__
-        self._shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self._ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-
-    def find(self, stored: str, shape: list[int]) -> str | None:
-        """Return the name of a tensor in the model; None for tensors that transformers would ignore.
-
-        Args:
-            stored: name in the checkpoint.
-            shape: shape in the checkpoint.
-
-        Raises:
-            CheckpointError: if the model has no such tensor, or has one of another shape.
-        """
-        for name in (stored, self._prefix + stored, stored.removeprefix(self._prefix)):
-            if name in self._shapes:
-                if self._shapes[name] != shape:
-                    raise CheckpointError(
-                        f"Tensor {stored} has shape {shape}, but {self._kind} expects {self._shapes[name]}: restore "
-                        "the config.json of this checkpoint."
-                    )
-                return name
-        if any(re.search(pattern, stored) for pattern in self._ignored):
-            return None
-        raise CheckpointError(
-            f"{self._kind} has no tensor {stored}, which transformers converts to others when it loads the dense "
-            "checkpoint: load the output of `alps unpack` instead."
-        )
-
-
-def _fill(model: nn.Module, directory: Path, manifest: Manifest) -> None:
-    """Load all tensors of the directory into the model, one at a time."""
-    names, tied = _NameMap(model), tied_parameters(model)
-    shards = {name: _reader(directory / name) for name in manifest.shards}
-    compressed = bool(manifest.compression)
-    for stored, record in manifest.tensors.items():
-        name = names.find(stored, record.shape)
-        if name is None:
-            continue
-        owner, _, attribute = name.rpartition(".")
-        module, read_part = model.get_submodule(owner), shards[record.shard]
-        dtype: torch.dtype = getattr(module, attribute).dtype
-        stays_packed = record.kept is not None and attribute == "weight" and name not in tied
-        if record.kept is not None and stays_packed and type(module) is nn.Linear:
-            packed = decode_matrix(stored, record, compressed, read_part)
-            values = _as_dtype(packed.values, record.dtype, [record.kept]).to(dtype)
-            _set_packed(model, owner, module, replace(packed, values=values))
-            continue
-        data = decode_tensor(stored, record, compressed, read_part)
-        tensor = _as_dtype(data, record.dtype, record.shape).to(dtype)
-        if stays_packed and type(module) is Conv1D:
-            _set_packed(model, owner, module, pack(as_out_in(module, tensor)))
-        elif attribute in module._parameters:
-            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+def _fill(model: nn.Module, tensors: _Tensors) -> None:
+    """Read all tensors of a model, one at a time."""
+    packed = dict(_packed_layers(model, tensors))
+    dense = dict[int, nn.Parameter]()
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if isinstance(parameter, RecordedTensor) and not (attribute == "weight" and module in packed):
+                if id(parameter) not in dense:
+                    dense[id(parameter)] = nn.Parameter(parameter.compute(), requires_grad=False)
+                module._parameters[attribute] = dense[id(parameter)]
+        for attribute, buffer in module._buffers.items():
+            if isinstance(buffer, RecordedTensor):
+                module._buffers[attribute] = buffer.compute()
+    for module, stored in packed.items():
+        weight = module.get_parameter("weight")
+        if isinstance(module, Conv1D):
+            matrix = pack(as_out_in(module, cast(RecordedTensor, weight).compute()))
         else:
-            module._buffers[attribute] = tensor
+            matrix = tensors.read_packed(stored, weight.dtype)
+        layer = packed_layer(module, matrix)
+        layer.check()
+        replace_module(model, module, layer)
+
+
+def _packed_layers(model: nn.Module, tensors: _Tensors) -> Iterator[tuple[nn.Module, str]]:
+    """Iterate over the layers that stay packed, with the names of their weights in the checkpoint."""
+    tied, is_product = tied_parameters(model), ProductCheck()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, RecordedTensor) and f"{name}.weight" not in tied and is_linear_layer(module):
+            stored = weight.source
+            if stored is not None and tensors.is_packed(stored) and is_product(module):
+                yield module, stored
 
 
 def _reader(path: Path) -> Callable[[str], Tensor]:
@@ -166,18 +153,10 @@ def _reader(path: Path) -> Callable[[str], Tensor]:
 
 def _as_dtype(data: Tensor, dtype: str, shape: list[int]) -> Tensor:
     """View the bytes of a contiguous tensor as a safetensors dtype and a shape."""
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype}")
-    return data.reshape(-1).view(torch.uint8).view(DTYPES[dtype]).view(shape)
+    return data.reshape(-1).view(torch.uint8).view(_dtype(dtype)).view(shape)
 
 
-def _set_packed(model: nn.Module, name: str, module: nn.Module, packed: PackedMatrix) -> None:
-    layer = packed_layer(module, packed)
-    layer.check()
-    set_module(model, name, layer)
-
-
-def _first_dtype(manifest: Manifest) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor, which transformers uses if config.json names none."""
-    dtypes = (DTYPES[record.dtype] for record in manifest.tensors.values() if record.dtype in DTYPES)
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name}")
+    return DTYPES[name]

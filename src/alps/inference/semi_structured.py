@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from alps.core.errors import ConfigError
-from alps.inference.convert import packed_modules, set_module
+from alps.inference.convert import packed_modules, replace_module
 from alps.inference.packed_linear import PackedLinear
 
 # Both libraries of torch, cuSPARSELt and CUTLASS, take multiples of these sizes, and these dtypes.
@@ -42,9 +42,9 @@ def convert_to_semi_structured(model: nn.Module) -> int:
         ConfigError: if no layer is compatible.
     """
     count = 0
-    for name, layer in list(packed_modules(model)):
+    for _, layer in list(packed_modules(model)):
         if is_2_4_compatible(layer):
-            set_module(model, name, SemiStructuredLinear(layer))
+            replace_module(model, layer, SemiStructuredLinear(layer))
             count += 1
     if not count:
         raise ConfigError(

@@ -56,6 +56,17 @@ def model_class(config: Any) -> type:
     return chosen
 
 
+def loadable_class(config: Any) -> tuple[Any, Any]:
+    """Return the class of transformers that an auto class would load a checkpoint into, and its own configuration.
+
+    That is a part of `config` if the causal language model is the text part of a model of text and images.
+    """
+    kind: Any = model_class(config)
+    sub_configs: dict[str, Any] = getattr(config, "sub_configs", {})
+    is_part = "text_config" in sub_configs and getattr(kind, "config_class", None) is sub_configs["text_config"]
+    return kind, config.get_text_config() if is_part else config
+
+
 def _is_mapped(kind: type) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
