@@ -23,6 +23,7 @@ _COVERED_ELSEWHERE = {
     "data/byte_streams": "tests/data/test_text_files.py: every compression and encoding with every format",
     "data/csv_texts": "tests/data/test_text_files.py: one table for all formats",
     "data/json_texts": "tests/data/test_text_files.py: one table for all formats",
+    "data/tensor_cache": "tests/data/test_self_generated.py: damaged and half-written files of the cache of windows",
     "data/text_column": "tests/data/test_text_files.py: the choice of a column with every format",
     "evaluation/distributed_lm": "tests/evaluation/test_tasks.py: a class of lm-eval's, which runs with lm-eval alone",
     "evaluation/evaluate_config": "tests/cli/test_evaluate.py: what it rejects are options of the command",

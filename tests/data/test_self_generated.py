@@ -16,6 +16,7 @@ from torch import Tensor
 import alps
 from alps.core.errors import ConfigError
 from alps.data import self_generated as generated
+from alps.data import tensor_cache
 from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import load_calibration
 from alps.data.sampling import TemperatureSchedule, sample_windows
@@ -142,7 +143,7 @@ def test_a_file_appears_whole_or_not_at_all(
     expected = sample_windows(
         tiny.model, 0, samples=3, seqlen=12, seed=0, forbidden=forbidden_tokens(tiny.tokenizer, 64, 0)
     )
-    monkeypatch.setattr(generated, "save_file", half)
+    monkeypatch.setattr(tensor_cache, "save_file", half)
     messages: list[str] = []
     if isinstance(failure, OSError):
         assert torch.equal(windows(tiny, messages=messages), expected)

@@ -104,7 +104,7 @@ class LoadedModel:
             seqlen: tokens per window.
             seed: seed of the draw.
             device: device on which the model samples; None for its own.
-            progress: receives the steps of the sampling.
+            progress: receives the steps of the sampling, and of the count of a large text's tokens.
             bos: begin every window with the BOS token, see `alps.data.windows`.
 
         Raises:
@@ -126,7 +126,13 @@ class LoadedModel:
         for i in sorted(range(len(counts)), key=lambda i: mix.sources[i].text is None):
             if (text := mix.sources[i].text) is not None:
                 drawn[i] = draw_calibration_windows(
-                    text, self.tokenizer, samples=counts[i], seqlen=seqlen, seed=seeds[i], bos=bos
+                    text,
+                    self.tokenizer,
+                    samples=counts[i],
+                    seqlen=seqlen,
+                    seed=seeds[i],
+                    bos=bos,
+                    progress=progress,
                 )
             else:
                 drawn[i] = generate_windows(

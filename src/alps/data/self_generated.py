@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alps.core.cache import cache_folder
@@ -21,6 +16,7 @@ from alps.core.errors import ConfigError
 from alps.core.json_text import to_json
 from alps.core.progress import Progress
 from alps.data.sampling import TemperatureSchedule, sample_windows
+from alps.data.tensor_cache import read_cached, write_cached
 from alps.data.text_sources import SELF
 from alps.data.windows import Windows, bos_token, document_separator
 from alps.models.auto_class import text_config
@@ -82,7 +78,7 @@ def generate_windows(
     }
     name = hashlib.sha256(to_json(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "generated" / f"{name[:32]}.safetensors"
-    ids = _read_cached(path, samples, seqlen)
+    ids = read_cached(path, (samples, seqlen))
     if ids is None:
         _LOG.info(f"Sampling {samples} windows of {seqlen} tokens from the dense model, once; this may take long ...")
         ids = sample_windows(
@@ -97,7 +93,7 @@ def generate_windows(
             progress=progress,
         )
         try:
-            _write_cached(path, Windows(ids, SELF, samples))
+            write_cached(path, ids)
         except OSError as error:
             _LOG.warning(f"The sampled windows cannot be kept in '{path.parent}': {error.strerror or error}.")
     return Windows(ids, SELF, samples, bos=bos)
@@ -140,28 +136,3 @@ def forbidden_tokens(tokenizer: Any, size: int, first: int) -> Tensor:
     vocabulary = set(tokenizer.get_vocab().values())
     special -= {first, document_separator(tokenizer)}
     return torch.tensor([i for i in range(size) if i not in vocabulary or i in special], dtype=torch.int64)
-
-
-def _read_cached(path: Path, samples: int, seqlen: int) -> Tensor | None:
-    """Read the windows of a cache file; None when it is missing, damaged, or holds others."""
-    try:
-        with safe_open(path, "pt") as file:
-            ids, sha256 = file.get_tensor("ids"), (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    is_expected = ids.shape == (samples, seqlen) and ids.dtype == torch.int64
-    return ids if is_expected and Windows(ids, SELF, samples).sha256 == sha256 else None
-
-
-def _write_cached(path: Path, windows: Windows) -> None:
-    """Write a cache file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    try:
-        os.close(handle)
-        save_file({"ids": windows.ids}, partial, metadata={"sha256": windows.sha256})
-        Path(partial).replace(path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        Path(partial).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text sources: files, the standard corpora (by `datasets`), and the documentation inside CPython.
+"""Text sources: files, the standard corpora of the hub, and the documentation inside CPython.
 
 A source is a list of rows. Calibration joins rows by the tokenizer's document separator, evaluation by a blank line, as
 in the literature.
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from alps.core.errors import ConfigError, did_you_mean
 from alps.data.arrow_texts import iterate_records, looks_like_arrow
 from alps.data.byte_streams import inspect_bytes
+from alps.data.hub_corpora import HUB_CORPORA, read_hub_corpus
 from alps.data.json_texts import read_json_values
 from alps.data.text_files import PLAIN, read_text_file
 
@@ -111,31 +112,6 @@ def _wikitext_rows(text: str) -> list[str]:
     return ["" if line == " \n" else line for line in lines if line]
 
 
-def _hub_rows(corpus: str, split: Split) -> list[str]:
-    """Load a standard corpus from the hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            f"Text '{corpus}' needs the package datasets: run pip install 'alps-prune[datasets]', or give a text file."
-        ) from None
-    calibrating = split == "calibration"
-    part = "train" if calibrating else ("validation" if corpus == "c4" else "test")
-    shard = "en/c4-train.00000-of-01024.json.gz" if calibrating else "en/c4-validation.00000-of-00008.json.gz"
-    arguments: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
-        "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": part}),
-        "c4": (("allenai/c4",), {"data_files": {part: shard}, "split": part}),
-        "ptb": (("ptb-text-only/ptb_text_only", "penn_treebank"), {"split": part}),
-    }
-    positional, keywords = arguments[corpus]
-    try:
-        rows = datasets.load_dataset(*positional, **keywords)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"Text '{corpus}' cannot be fetched from the hub ({reason}): give a local file.") from error
-    return list(rows["sentence" if corpus == "ptb" else "text"])
-
-
 def _python_docs(split: Split) -> list[str]:
     """Return the language reference that CPython ships for `help()`; a third of its topics is held out for evaluation.
 
@@ -155,12 +131,10 @@ def _python_docs(split: Split) -> list[str]:
 
 
 def _hub_corpus(corpus: str) -> Callable[[Split], list[str]]:
-    return lambda split: _hub_rows(corpus, split)
+    return lambda split: read_hub_corpus(corpus, split == "calibration")
 
 
 _CORPORA: dict[str, Callable[[Split], list[str]]] = {
-    "wikitext2": _hub_corpus("wikitext2"),
-    "c4": _hub_corpus("c4"),
-    "ptb": _hub_corpus("ptb"),
+    **{name: _hub_corpus(name) for name in HUB_CORPORA},
     "python-docs": _python_docs,
 }

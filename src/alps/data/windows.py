@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from alps.core.errors import ConfigError
+from alps.core.progress import Progress
+from alps.data.joined_documents import JoinedDocuments
 from alps.data.text_sources import Origin, Text
 
 # Separators of documents in pre-training text. The EOS token of a chat model may end a turn, not a document.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
-_TOKENIZER_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,14 @@ class Windows:
 
 
 def draw_calibration_windows(
-    text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: bool = False
+    text: Text,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: bool = False,
+    progress: Progress | None = None,
 ) -> Windows:
     """Draw random windows without overlap from a text.
 
@@ -68,6 +76,7 @@ def draw_calibration_windows(
         seqlen: tokens in a window.
         seed: of offset and permutation.
         bos: begin every window with the BOS token, in place of one token of the text.
+        progress: advanced while the tokens of a large text are counted.
 
     Raises:
         ConfigError: when the text is too short for that many windows, a number is not positive, or there is no BOS
@@ -76,18 +85,18 @@ def draw_calibration_windows(
     if samples < 1 or seqlen < 1:
         raise ConfigError(f"{samples} samples of seqlen {seqlen} hold no tokens: give at least 1 of each.")
     begin = [bos_token(tokenizer)] if bos else []
-    ids, width = _tokenize(text.rows, tokenizer), seqlen - len(begin)
-    available = len(ids) // width if width else 0
+    documents, width = JoinedDocuments(text, tokenizer, document_separator(tokenizer), progress), seqlen - len(begin)
+    available = documents.tokens // width if width else 0
     if available < samples:
         raise ConfigError(
-            f"Calibration text '{text.name}' has {len(ids)} tokens, enough for {available} windows of {seqlen}; "
-            f"{samples} are needed: give more text, or lower --samples or --seqlen."
+            f"Calibration text '{text.name}' has {documents.tokens} tokens, enough for {available} windows of "
+            f"{seqlen}; {samples} are needed: give more text, or lower --samples or --seqlen."
         )
     generator = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(len(ids) - available * width + 1, (1,), generator=generator))
-    grid = ids[offset : offset + available * width].view(available, width)
+    offset = int(torch.randint(documents.tokens - available * width + 1, (1,), generator=generator))
     chosen = torch.randperm(available, generator=generator)[:samples]
-    return Windows(_begin(grid[chosen], begin), text.name, available, origins=(text.origin,), bos=bos)
+    grid = documents.read(offset + chosen * width, width)
+    return Windows(_begin(grid, begin), text.name, available, origins=(text.origin,), bos=bos)
 
 
 def cut_evaluation_windows(
@@ -137,19 +146,6 @@ def bos_token(tokenizer: Any) -> int:
 def _begin(grid: Tensor, tokens: list[int]) -> Tensor:
     """Return a copy of token ids (windows, width) with the same tokens in front of every window."""
     return torch.cat([torch.tensor(tokens, dtype=torch.int64).expand(len(grid), -1), grid], dim=1)
-
-
-def _tokenize(rows: list[str], tokenizer: Any) -> Tensor:
-    separator = document_separator(tokenizer)
-    rows = [row for row in rows if row.strip()]
-    end = [] if separator is None else [separator]
-    batches = [torch.empty(0, dtype=torch.int64)]
-    # In batches: a tokenizer holds a hundred bytes for every token, which for a shard of C4 is more than memory has.
-    for start in range(0, len(rows), _TOKENIZER_ROWS):
-        batch = rows[start : start + _TOKENIZER_ROWS]
-        pieces = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
-        batches.append(torch.tensor([token for piece in pieces for token in (*piece, *end)], dtype=torch.int64))
-    return torch.cat(batches)
 
 
 def document_separator(tokenizer: Any) -> int | None:
