@@ -9,7 +9,16 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from alps.core.errors import ConfigError
-from alps.core.settings import COMMAND_LINE, Setting, describe_fields, load_config, make_config
+from alps.core.settings import (
+    CALIBRATION,
+    COMMAND_LINE,
+    RESOURCES,
+    WHAT,
+    Setting,
+    describe_fields,
+    load_config,
+    make_config,
+)
 
 
 class _Config(BaseModel):
@@ -26,12 +35,23 @@ class _Config(BaseModel):
 def test_fields_are_described_with_option_type_and_default() -> None:
     fields = {field.name: field for field in describe_fields(_Config)}
     assert [field.option for field in fields.values()] == [
-        *("--model", "--seqlen", "--share", "--order", "--texts", "--fast")
+        *("--seqlen", "--model", "--share", "--order", "--texts", "--fast")
     ]
-    assert [field.value_type for field in fields.values()] == [str, int, float, str, str, bool]
-    assert [field.default for field in fields.values()] == ["required", "2048", "by preset", "up", "a,b", "off"]
+    assert [field.value_type for field in fields.values()] == [int, str, float, str, str, bool]
+    assert [field.default for field in fields.values()] == ["2048", "required", "by preset", "up", "a,b", "off"]
     assert fields["order"].help == "Order. One of up, down." and fields["texts"].help == "Texts."
     assert fields["eval_seqlen"].setting.panel == "How" and fields["model"].setting.panel == "Options"
+
+
+class _Later(_Config):
+    device: Annotated[str, Setting(RESOURCES)] = Field(default="auto", description="Device.")
+    count: Annotated[int, Setting(WHAT)] = Field(default=1, description="Count.")
+    seed: Annotated[int, Setting(CALIBRATION)] = Field(default=0, description="Seed.")
+
+
+def test_fields_follow_the_order_of_panels_and_not_that_of_classes() -> None:
+    names = [field.name for field in describe_fields(_Later)]
+    assert names == ["count", "eval_seqlen", "seed", "device", "model", "share", "order", "texts", "fast"]
 
 
 def test_none_stands_for_the_default() -> None:

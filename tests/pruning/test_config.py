@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from alps.core.errors import ConfigError
+from alps.core.settings import describe_fields
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.solvers import METHODS, Alps, DSnoT, Magnitude, Refitted, SparseGPT
 from alps.solvers.admm import EFFORTS, AdmmSettings
@@ -189,7 +190,7 @@ def test_what_is_saved_reads_back_as_the_same_settings(tmp_path: Path) -> None:
     ):
         text = settings.to_yaml()
         assert load_prune_config(_yaml(tmp_path, text), {}) == settings
-        assert list(yaml.safe_load(text)) == list(PruneConfig.model_fields)
+        assert list(yaml.safe_load(text)) == [field.name for field in describe_fields(PruneConfig)]
         assert len([line for line in text.splitlines() if not line.startswith(" ")]) >= len(settings.model_fields_set)
 
 

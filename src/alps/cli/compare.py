@@ -10,9 +10,8 @@ import typer
 from rich.markdown import Markdown
 
 from alps.cli.console import console_output
-from alps.cli.options import config_options
+from alps.cli.options import ConfigFile, config_options
 from alps.core.errors import ConfigError
-from alps.core.settings import OUTPUT
 from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig, load_compare_config
 from alps.reporting.compare_results import RESULTS_NAME
@@ -32,12 +31,7 @@ def compare_command(
         Path | None,
         typer.Argument(metavar="OUT", help="Directory for the results; an unfinished comparison in it is continued."),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file with any of these settings; options override it.", metavar="FILE", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    config: ConfigFile = None,
 ) -> None:
     """Prune MODEL by several methods to several patterns, and measure each of the pruned models.
 

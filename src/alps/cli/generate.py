@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from alps.cli.console import console_output, cpu_contention
+from alps.cli.options import Device, Dtype
 from alps.core.errors import ConfigError
 
 _LOG = logging.getLogger("alps")
@@ -23,10 +24,8 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="Device to compute on: auto, cpu or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Continue a text with a packed or dense model: text to stdout as it comes, speed and memory to stderr."""
     from alps.data.loaded_model import load

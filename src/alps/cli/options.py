@@ -1,16 +1,43 @@
-"""Options of a command, made from the fields of a config."""
+"""Options of a command, made from the fields of a config, and options that several commands share."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
-from alps.core.settings import ConfigField, describe_fields
+from alps.core.run_config import RunConfig
+from alps.core.settings import MODEL, OUTPUT, ConfigField, describe_fields
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+Device = Annotated[str, typer.Option(help=RunConfig.model_fields["device"].description)]
+Dtype = Annotated[str, typer.Option(help=RunConfig.model_fields["dtype"].description)]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what would be removed, with sizes and estimates; write nothing.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue an unfinished run, and fail when there is none.", rich_help_panel=OUTPUT),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with any of these settings; options override it.",
+        metavar="FILE",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def config_options(config: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -26,7 +53,7 @@ def config_options(config: type[BaseModel]) -> Callable[[Callable[..., None]], C
         fields = [field for field in describe_fields(config) if field.name not in own]
         arguments = [parameter for parameter in own.values() if _is_argument(parameter)]
         others = [parameter for parameter in own.values() if not _is_argument(parameter)]
-        parameters = [*arguments, *map(_parameter, _by_panel(fields)), *others]
+        parameters = [*arguments, *map(_parameter, fields), *others]
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:
@@ -45,11 +72,6 @@ def config_options(config: type[BaseModel]) -> Callable[[Callable[..., None]], C
 def _is_argument(parameter: inspect.Parameter) -> bool:
     marks = getattr(parameter.annotation, "__metadata__", ())
     return any(isinstance(mark, typer.models.ArgumentInfo) for mark in marks)
-
-
-def _by_panel(fields: list[ConfigField]) -> list[ConfigField]:
-    panels = list(dict.fromkeys(field.setting.panel for field in fields))
-    return sorted(fields, key=lambda field: panels.index(field.setting.panel))
 
 
 def _parameter(field: ConfigField) -> inspect.Parameter:

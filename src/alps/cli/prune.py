@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from alps.cli.console import console_output
-from alps.cli.options import config_options
+from alps.cli.options import ConfigFile, DryRun, Model, Resume, config_options
 from alps.cli.tables import prune_summary
 from alps.core.distributed import process_group, require_single_process
-from alps.core.settings import OUTPUT
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.dry_run import forecast_summary
 from alps.pruning.job import estimate_run, prune_checkpoint
@@ -19,31 +18,12 @@ from alps.pruning.job import estimate_run, prune_checkpoint
 
 @config_options(PruneConfig)
 def prune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=PruneConfig.model_fields["model"].description)],
+    model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the pruned checkpoint.")],
     values: dict[str, Any],
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print what would be pruned, with estimates of memory and time; write nothing.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue an unfinished run, and fail when there is none.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file with any of these settings; options override it.", metavar="FILE", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    config: ConfigFile = None,
 ) -> None:
     """Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card."""
     if dry_run:

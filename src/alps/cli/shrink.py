@@ -8,39 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from alps.cli.console import console_output
-from alps.cli.options import config_options
+from alps.cli.options import ConfigFile, DryRun, Model, Resume, config_options
 from alps.cli.tables import shrink_summary
 from alps.core.distributed import process_group, require_single_process
-from alps.core.settings import OUTPUT
 from alps.pruning.shrink_config import ShrinkConfig, load_shrink_config
 from alps.pruning.shrink_job import plan_shrink, shrink_checkpoint
 
 
 @config_options(ShrinkConfig)
 def shrink_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=ShrinkConfig.model_fields["model"].description)],
+    model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the smaller checkpoint.")],
     values: dict[str, Any],
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what the smaller model looks like; write nothing.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue an unfinished run, and fail when there is none.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file with any of these settings; options override it.", metavar="FILE", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    config: ConfigFile = None,
 ) -> None:
     """Remove MLP channels, heads, blocks or experts from MODEL, and write a plain, smaller checkpoint OUT."""
     if dry_run:

@@ -14,16 +14,18 @@ from pydantic.fields import FieldInfo
 from alps.core.errors import ConfigError
 from alps.core.yaml_io import format_validation_error, read_yaml
 
-# Panels of the settings, in the order in which help texts and docs/settings.md list them.
-WHAT, HOW, CALIBRATION, MEASUREMENTS, RESOURCES, OUTPUT = (
+# Panels of the settings, in the order in which help texts, YAML files and docs/settings.md list them.
+PANELS = WHAT, HOW, CALIBRATION, MEASUREMENTS, TASKS, RESOURCES, OUTPUT = (
     "What to prune",
     "How",
     "Calibration",
     "Measurements",
+    "Zero-shot tasks",
     "Resources",
     "Output",
 )
-# Description of a setting that several commands have.
+# Descriptions of settings that several commands have.
+MODEL = "Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
 BOS = "Begin every window with the tokenizer's BOS token, for models that need it, such as Gemma."
 COMMAND_LINE = "the command line"
 ARGUMENTS = "the arguments"
@@ -75,9 +77,9 @@ class ConfigField:
 
 
 def describe_fields(config: type[BaseModel]) -> Iterator[ConfigField]:
-    """List the fields of a config in their order."""
-    for name, field in config.model_fields.items():
-        setting = next((item for item in field.metadata if isinstance(item, Setting)), Setting())
+    """List the fields of a config in the order of `PANELS`; within a panel, those of a base class come first."""
+    fields = [(name, field, _setting(field)) for name, field in config.model_fields.items()]
+    for name, field, setting in sorted(fields, key=lambda row: _position(row[2].panel)):
         choices = setting.choices or _literal_choices(field.annotation)
         listed = f" One of {', '.join(choices)}." if choices else ""
         yield ConfigField(
@@ -88,6 +90,14 @@ def describe_fields(config: type[BaseModel]) -> Iterator[ConfigField]:
             help=f"{field.description or ''}{listed}",
             setting=setting,
         )
+
+
+def _setting(field: FieldInfo) -> Setting:
+    return next((item for item in field.metadata if isinstance(item, Setting)), Setting())
+
+
+def _position(panel: str) -> int:
+    return PANELS.index(panel) if panel in PANELS else len(PANELS)
 
 
 def make_config(config: type[_Config], values: Mapping[str, Any], where: str) -> _Config:

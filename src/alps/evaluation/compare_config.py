@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alps.core.errors import CheckpointError, ConfigError
-from alps.core.settings import BOS, CALIBRATION, MEASUREMENTS, RESOURCES, WHAT, Setting, load_config
+from alps.core.run_config import RunConfig
+from alps.core.settings import BOS, CALIBRATION, MEASUREMENTS, MODEL, WHAT, Setting, load_config
 from alps.core.yaml_io import read_value
 from alps.pruning.config import PruneConfig, load_prune_config, split_names
 from alps.pruning.presets import PRESETS
@@ -61,14 +61,10 @@ class ComparisonRun(BaseModel):
         return f"{self.method} {self.pattern}, seed {self.seed}"
 
 
-class CompareConfig(BaseModel):
-    """All settings of `alps compare`; unknown keys are refused."""
+class CompareConfig(RunConfig):
+    """All settings of `alps compare`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    model: Annotated[str, Setting(WHAT)] = Field(
-        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
-    )
+    model: Annotated[str, Setting(WHAT)] = Field(description=MODEL)
     methods: Annotated[list[str], BeforeValidator(split_names), Setting(WHAT, "NAME,...")] = Field(
         default=["magnitude", "wanda", "sparsegpt", "dsnot", "alps"],
         min_length=1,
@@ -115,12 +111,6 @@ class CompareConfig(BaseModel):
     )
     prompt_tokens: Annotated[int, Setting(MEASUREMENTS, "N")] = Field(
         default=48, ge=1, description="Tokens per continuation."
-    )
-    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
     )
 
     def runs(self) -> list[ComparisonRun]:
@@ -175,10 +165,6 @@ class CompareConfig(BaseModel):
                     f"'{folder}' holds a comparison with {key} {old!r}, not {new!r}: "
                     "give the same settings to continue it, or another OUT."
                 )
-
-    def to_yaml(self) -> str:
-        """Return the settings as YAML, one key a line."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def load_compare_config(path: Path | None, overrides: dict[str, Any]) -> CompareConfig:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from alps.core.errors import ConfigError
-from alps.core.settings import BOS, MEASUREMENTS, RESOURCES, Setting
+from alps.core.run_config import RunConfig
+from alps.core.settings import BOS, MEASUREMENTS, TASKS, Setting
 from alps.pruning.config import split_names
 
-_TASKS = "Zero-shot tasks"
 
-
-class EvaluateConfig(BaseModel):
-    """All settings of `alps eval`; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class EvaluateConfig(RunConfig):
+    """All settings of `alps eval`."""
 
     model: Annotated[str, Setting(MEASUREMENTS)] = Field(
         description="Model: a directory, packed or not, a .gguf file, a hub name (owner/name), or smollm2-135m."
@@ -37,22 +34,16 @@ class EvaluateConfig(BaseModel):
         default=None, ge=1, description="Use only the first N windows of each text."
     )
     bos: Annotated[bool, Setting(MEASUREMENTS)] = Field(default=False, description=BOS)
-    tasks: Annotated[list[str], BeforeValidator(split_names), Setting(_TASKS, "NAME,...")] = Field(
+    tasks: Annotated[list[str], BeforeValidator(split_names), Setting(TASKS, "NAME,...")] = Field(
         default=[], description="Zero-shot tasks, such as piqa,arc_easy; they need the package lm-eval."
     )
-    task_data: Annotated[str | None, Setting(_TASKS, "FOLDER", default="lm-eval's, from the hub")] = Field(
+    task_data: Annotated[str | None, Setting(TASKS, "FOLDER", default="lm-eval's, from the hub")] = Field(
         default=None, description="Folder of local items, TASK.jsonl each."
     )
-    limit: Annotated[int | None, Setting(_TASKS, "N", default="all")] = Field(
+    limit: Annotated[int | None, Setting(TASKS, "N", default="all")] = Field(
         default=None, ge=1, description="Score only the first N items of each task."
     )
-    batch_size: Annotated[int, Setting(_TASKS, "N")] = Field(default=8, ge=1, description="Sequences in a forward.")
-    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
-    )
+    batch_size: Annotated[int, Setting(TASKS, "N")] = Field(default=8, ge=1, description="Sequences in a forward.")
 
     @property
     def task_folder(self) -> Path | None:

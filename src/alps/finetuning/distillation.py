@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from alps.core.device import pick_device
@@ -23,7 +23,8 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
-from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
+from alps.core.run_config import RunConfig
+from alps.core.settings import CALIBRATION, HOW, Setting
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel, load
 from alps.data.text_sources import Text, load_text
@@ -46,10 +47,8 @@ from alps.reporting.run_report import RunReport
 _MAX_HELD_BACK = 8
 
 
-class DistillConfig(BaseModel):
-    """All settings of `alps distill`; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class DistillConfig(RunConfig):
+    """All settings of `alps distill`."""
 
     minutes: Annotated[float | None, Setting(HOW, "MINUTES")] = Field(
         default=None,
@@ -77,12 +76,6 @@ class DistillConfig(BaseModel):
     seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=512, ge=2, description="Tokens per window.")
     seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
         default=0, ge=0, lt=2**63, description="Seed of the choice and the order of the windows."
-    )
-    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoints'), float32, bfloat16 or float16."
     )
 
     def schedule(self) -> Schedule:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import ActivationStore
@@ -27,6 +27,7 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
+from alps.core.run_config import RunConfig
 from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel, load
@@ -51,10 +52,8 @@ from alps.reporting.records import ReconstructionRecord, ReconstructionRun, cali
 from alps.reporting.run_report import RunReport
 
 
-class ReconstructConfig(BaseModel):
-    """All settings of `alps reconstruct`; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class ReconstructConfig(RunConfig):
+    """All settings of `alps reconstruct`."""
 
     epochs: Annotated[int, Setting(HOW, "N")] = Field(
         default=1, ge=1, description="Passes over the calibration windows."
@@ -82,12 +81,6 @@ class ReconstructConfig(BaseModel):
     )
     seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
         default=0, ge=0, lt=2**63, description="Seed of the choice and the order of the calibration windows."
-    )
-    device: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoints'), float32, bfloat16 or float16."
     )
     offload: Annotated[bool, Setting(RESOURCES)] = Field(
         default=False, description="Keep activations in CPU memory between blocks."

@@ -8,16 +8,13 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from alps.core.device import pick_device
 from alps.core.errors import ConfigError, did_you_mean, truncate
-from alps.core.json_text import to_json
-from alps.core.settings import BOS, CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
+from alps.core.settings import HOW, WHAT, Setting, load_config
 from alps.core.yaml_io import read_mapping
 from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
+from alps.pruning.calibrated_config import CalibratedConfig
 from alps.pruning.layer_rules import Rules, parse_overrides
 from alps.pruning.presets import PAPER, PRESETS, apply_preset
 from alps.pruning.recipe import PruneRecipe
@@ -68,17 +65,9 @@ def parse_options(options: Any) -> Any:
     return read_mapping(options, "options") if isinstance(options, str) else options
 
 
-class PruneConfig(BaseModel):
-    """All settings of a pruning run; unknown keys are refused.
+class PruneConfig(CalibratedConfig):
+    """All settings of a pruning run; those that are not given take the values of the `preset`."""
 
-    Settings that are not given take the values of the `preset`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    model: Annotated[str, Setting(WHAT, affects_weights=False)] = Field(
-        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
-    )
     sparsity: Annotated[float | None, Setting(WHAT, "SHARE")] = Field(
         default=None, description="Share of the weights to remove from every linear layer, such as 0.7."
     )
@@ -142,36 +131,6 @@ class PruneConfig(BaseModel):
     measure_error: Annotated[bool, Setting(HOW)] = Field(
         default=True,
         description="Measure the reconstruction error of every layer, also for methods that do not need it.",
-    )
-    calibration: Annotated[str, Setting(CALIBRATION, "TEXT", affects_weights=False)] = Field(
-        default="c4",
-        description="Calibration text: a text or .jsonl file, wikitext2, c4, ptb, python-docs, or self (sampled from "
-        "the model); a mix is written TEXT:WEIGHT,TEXT:WEIGHT.",
-    )
-    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=128, ge=1, description="Calibration windows.")
-    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=2048, ge=2, description="Tokens per calibration window."
-    )
-    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the choice of calibration windows."
-    )
-    bos: Annotated[bool, Setting(CALIBRATION)] = Field(default=False, description=BOS)
-    device: Annotated[str, Setting(RESOURCES, "NAME", affects_weights=False)] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
-    )
-    offload: Annotated[bool, Setting(RESOURCES, affects_weights=False)] = Field(
-        default=False, description="Keep activations in CPU memory between blocks."
-    )
-    activation_memory: Annotated[float | None, Setting(RESOURCES, "GIB", default="no limit", affects_weights=False)] = (
-        Field(
-            default=None,
-            ge=0,
-            allow_inf_nan=False,
-            description="GiB of activations to keep in memory; the others go to files next to OUT.",
-        )
     )
 
     @model_validator(mode="before")
@@ -256,32 +215,6 @@ class PruneConfig(BaseModel):
             reconstruction=self.reconstruction(),
             measure_error=self.measure_error,
         )
-
-    @property
-    def activation_bytes(self) -> int | None:
-        """Limit of the activations in memory in bytes, None for no limit."""
-        return None if self.activation_memory is None else int(self.activation_memory * 2**30)
-
-    def pick_device(self) -> torch.device:
-        """Return the device to run on.
-
-        Raises:
-            ConfigError: when it does not exist on this machine.
-        """
-        return pick_device(self.device)
-
-    def fingerprint_fields(self) -> dict[str, str]:
-        """Return every setting that the weights depend on, by name, as text.
-
-        Model and calibration text are left out: a run identifies them by their content.
-        """
-        names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
-        values = self.model_dump(mode="json", include=names)
-        return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}
-
-    def to_yaml(self) -> str:
-        """Return the resolved settings as YAML, one key a line."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def load_prune_config(path: Path | None, overrides: dict[str, Any]) -> PruneConfig:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from alps.core.device import pick_device
 from alps.core.errors import ConfigError, check_choice
-from alps.core.json_text import to_json
-from alps.core.settings import BOS, CALIBRATION, HOW, RESOURCES, WHAT, Setting, describe_fields, load_config
+from alps.core.settings import CALIBRATION, HOW, WHAT, Setting, load_config
 from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.pruning.calibrated_config import CalibratedConfig
 
 # Two ways to say how much of a kind of structure goes; at most one of them may be given.
 _ALTERNATIVES = (
@@ -47,14 +44,9 @@ def split_numbers(numbers: Any) -> Any:
         return numbers
 
 
-class ShrinkConfig(BaseModel):
-    """All settings of structured pruning; unknown keys are refused."""
+class ShrinkConfig(CalibratedConfig):
+    """All settings of structured pruning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    model: Annotated[str, Setting(WHAT, affects_weights=False)] = Field(
-        description="Model: a directory, a .gguf file, a hub name (owner/name), or smollm2-135m."
-    )
     mlp: _Share = Field(
         default=None, gt=0, lt=1, description="Share of the MLP channels to remove from every block, such as 0.25."
     )
@@ -103,33 +95,10 @@ class ShrinkConfig(BaseModel):
         ge=0,
         description="Epochs of block reconstruction: tuning the smaller block to the dense block's outputs.",
     )
-    calibration: Annotated[str, Setting(CALIBRATION, "TEXT", affects_weights=False)] = Field(
-        default="c4", description="Calibration text, as in `alps prune`."
-    )
+    # At least two windows, since some are held out.
     samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(default=128, ge=2, description="Calibration windows.")
     seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
         default=1024, ge=2, description="Tokens per calibration window."
-    )
-    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the choice of calibration windows."
-    )
-    bos: Annotated[bool, Setting(CALIBRATION)] = Field(default=False, description=BOS)
-    device: Annotated[str, Setting(RESOURCES, "NAME", affects_weights=False)] = Field(
-        default="auto", description="Device to compute on: auto, cpu or cuda:N."
-    )
-    dtype: Annotated[str, Setting(RESOURCES, "NAME")] = Field(
-        default="auto", description="Data type of the weights: auto (the checkpoint's), float32, bfloat16 or float16."
-    )
-    offload: Annotated[bool, Setting(RESOURCES, affects_weights=False)] = Field(
-        default=False, description="Keep activations in CPU memory between blocks."
-    )
-    activation_memory: Annotated[float | None, Setting(RESOURCES, "GIB", default="no limit", affects_weights=False)] = (
-        Field(
-            default=None,
-            ge=0,
-            allow_inf_nan=False,
-            description="GiB of activations to keep in memory; the others go to files next to OUT.",
-        )
     )
 
     @model_validator(mode="before")
@@ -166,29 +135,6 @@ class ShrinkConfig(BaseModel):
         if not self.reconstruct_epochs:
             return None
         return ReconstructionParameters(epochs=self.reconstruct_epochs, lr=_LR, tokens=_TOKENS)
-
-    @property
-    def activation_bytes(self) -> int | None:
-        """Limit of the activations in memory in bytes, None for no limit."""
-        return None if self.activation_memory is None else int(self.activation_memory * 2**30)
-
-    def pick_device(self) -> torch.device:
-        """Return the device to run on.
-
-        Raises:
-            ConfigError: when it does not exist on this machine.
-        """
-        return pick_device(self.device)
-
-    def fingerprint_fields(self) -> dict[str, str]:
-        """Return every setting that the weights depend on, by name, as text."""
-        names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
-        values = self.model_dump(mode="json", include=names)
-        return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}
-
-    def to_yaml(self) -> str:
-        """Return the resolved settings as YAML, one key a line."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def load_shrink_config(path: Path | None, overrides: dict[str, Any]) -> ShrinkConfig:
