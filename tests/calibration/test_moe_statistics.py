@@ -265,7 +265,7 @@ def test_sequential_order_prunes_second_maps_on_what_pruned_first_ones_make(many
 def test_experts_that_the_first_batch_misses_are_pruned_with_the_others(
     many: Tensor, order: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alps.pruning.pipeline.batch_tokens", lambda *_: 1)
+    monkeypatch.setattr("alps.pruning.first_inputs.batch_tokens", lambda *_: 1)
     model = decoder("qwen3_moe")
     # The first window is one token all along: most experts see none of it.
     many[0] = 7

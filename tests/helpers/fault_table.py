@@ -192,7 +192,7 @@ def _dangling_link(scene: Scene) -> None:
 
 def _no_host_memory(scene: Scene) -> None:
     words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried."
-    scene.during = lambda: patch("alps.pruning.pipeline.capture_block_inputs", side_effect=RuntimeError(words))
+    scene.during = lambda: patch("alps.pruning.first_inputs.capture_block_inputs", side_effect=RuntimeError(words))
 
 
 def _float16(scene: Scene) -> list[object]:

@@ -112,7 +112,7 @@ def test_many_batches_give_what_one_gives(
     whole, split = tiny_model("opt"), tiny_model("opt")
     one = prune(whole, ids, Wanda(), _HALF)
     monkeypatch.setattr(
-        "alps.pruning.pipeline.batch_tokens", lambda *_: 40
+        "alps.pruning.first_inputs.batch_tokens", lambda *_: 40
     )  # two windows of 16 tokens, and one in the last batch
     many = prune(split, ids, Wanda(), _HALF)
     for a, b in zip(one.layers, many.layers, strict=True):

@@ -16,21 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.activation_store import ActivationStore
-from alps.calibration.block_capture import capture_block_inputs
-from alps.calibration.block_inputs import BlockInputs, batch_tokens
+from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward
 from alps.calibration.layer_order import calibrate
-from alps.calibration.lm_head import LMHead
-from alps.calibration.replay_check import check_replay
-from alps.core.device import exact_float32
-from alps.core.half_precision import half_matmul_in_float32
-from alps.core.memory import out_of_memory_as_error
 from alps.core.phase_timer import PhaseTimer
 from alps.finetuning.block_reconstruction import OutputLoss, reconstruct_block
 from alps.models.blocks import Block, on_device
 from alps.pruning.context import RunContext
+from alps.pruning.first_inputs import capture_first_inputs
 from alps.pruning.layer_rules import AppliedRules
 from alps.pruning.layer_solver import LayerSolver
 from alps.pruning.recipe import PruneRecipe
@@ -41,9 +35,6 @@ from alps.pruning.work_distribution import solve_layers
 from alps.reporting.records import ReconstructionRecord
 from alps.reporting.run_report import DenseRecord, LayerRecord
 from alps.solvers.patterns import Pattern
-
-_MEMORY_HINT = "keep activations on the CPU with --offload, give fewer --samples, or use --dtype bfloat16"
-_HOST_MEMORY_HINT = "keep activations in files with --activation-memory, give fewer --samples, or use --dtype bfloat16"
 
 
 @dataclass(frozen=True)
@@ -89,11 +80,7 @@ def prune_blocks(
         windows = None
     timer = PhaseTimer(context.device)
     restorable = sum(context.journal.is_finished(block) for block in applied.blocks)
-    with (
-        out_of_memory_as_error(_MEMORY_HINT, _HOST_MEMORY_HINT),
-        exact_float32(),
-        half_matmul_in_float32(context.device, model),
-    ):
+    with context.computation(model):
         patterns = _layer_patterns(model, applied, windows, recipe, context, timer)
         with _progress(applied.blocks, recipe, context):
             results = _prune_in_order(
@@ -126,7 +113,7 @@ def _prune_in_order(
     """Prune the blocks one after the other, or restore them from the journal."""
     device, traced = context.device, _traced_blocks(blocks)
     with timer.measure("capture"):
-        inputs, output_loss = _capture(model, blocks, windows, recipe, context)
+        inputs, output_loss = _first_inputs(model, blocks, windows, recipe, context)
     reference = DenseReference.start(inputs, needed=recipe.uses_dense_reference)
     results: list[BlockResult] = []
     for block in blocks:
@@ -237,23 +224,12 @@ def _layer_patterns(
     return {**patterns, **applied.patterns}
 
 
-def _capture(
+def _first_inputs(
     model: nn.Module, blocks: list[Block], windows: Tensor | None, recipe: PruneRecipe, context: RunContext
 ) -> tuple[BlockInputs, OutputLoss | None]:
-    """Return the inputs of the first block for the windows of this rank, and the loss of the model's predictions."""
     if windows is None:
         return BlockInputs([]), None
-    tokens, reconstruction = windows.shape[1], recipe.reconstruction
-    batch_size: int | list[int] = max(batch_tokens(blocks, context.device) // tokens, 1)
-    if reconstruction is not None:
-        batch_size = context.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
-    storage = torch.device("cpu") if context.offload else context.device
-    activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
-    windows = context.group.shard(windows)
-    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=activations)
-    check_replay(model, blocks, inputs, windows, context.device)
-    batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
-    return inputs, OutputLoss(LMHead(model, blocks, inputs.calls.layout), batches)
+    return capture_first_inputs(model, blocks, windows, context, recipe.reconstruction)
 
 
 def _forward_of(

@@ -1,9 +1,8 @@
-"""The environment of a structured pruning run: device, process group, progress, memory limits, journal."""
+"""The environment of a structured pruning run, with its journal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from pydantic import ValidationError
@@ -13,9 +12,9 @@ from alps.checkpoints.journal import Journal
 from alps.checkpoints.safetensors_io import check_result
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import CheckpointError
-from alps.core.progress import NoProgress, Progress
 from alps.models.blocks import Block
 from alps.models.shrunk_weights import fill_module
+from alps.pruning.environment import RunEnvironment
 from alps.reporting.shrink_report import BlockRemoval, ExpertSelection, ShrunkBlock, SpeedupRecord
 
 _REMOVALS, _EXPERTS, _SPEEDUP = "removals", "experts", "speedup"
@@ -115,23 +114,11 @@ class ShrinkJournal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkContext:
-    """Device, ranks and limits of a run.
+class ShrinkContext(RunEnvironment):
+    """Device, ranks, limits and journal of a structured pruning run.
 
     Attributes:
-        device: where blocks run and layers are solved.
-        journal: keeps every finished block.
-        group: ranks of the run, which share the windows.
-        progress: receives one step for every block.
-        offload: keep the activations between blocks in host memory.
-        activation_bytes: limit of the activations in memory, in bytes; the others go to files. None for no limit.
-        spill_folder: folder of those files; None for the system's folder of temporary files.
+        journal: keeps every finished block, and all choices.
     """
 
-    device: torch.device
     journal: ShrinkJournal
-    group: ProcessGroup = field(default_factory=ProcessGroup)
-    progress: Progress = field(default_factory=NoProgress)
-    offload: bool = False
-    activation_bytes: int | None = None
-    spill_folder: Path | None = None

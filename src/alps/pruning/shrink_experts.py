@@ -19,11 +19,8 @@ from alps.calibration.expert_records import MixtureTokens, record_tokens, states
 from alps.calibration.expert_refit import refit_experts
 from alps.calibration.expert_width import narrow_experts, narrow_shared_expert
 from alps.calibration.masked_router import Mixture, down_inputs, find_mixture
-from alps.core.device import exact_float32
 from alps.core.distributed import ProcessGroup
 from alps.core.errors import ConfigError
-from alps.core.half_precision import half_matmul_in_float32
-from alps.core.memory import out_of_memory_as_error
 from alps.models.blocks import Block
 from alps.models.shrink_slices import Kept
 from alps.models.structure import Structure, Target
@@ -181,12 +178,11 @@ def choose_kept_experts(
     """
     if (selection := context.journal.load_experts()) is not None:
         return selection
-    storage = torch.device("cpu") if context.offload else context.device
     chooser = ExpertChooser(
         model=model,
         blocks=blocks,
         device=context.device,
-        activations=ActivationStore(storage, context.activation_bytes, context.spill_folder),
+        activations=context.activation_store(),
     )
     # The selections and the divergence are a pass each; how many the continuations need is seen at their end.
     context.progress.start("choose experts", 2 * len(blocks))
@@ -197,14 +193,7 @@ def choose_kept_experts(
             context.progress.step("")
 
     try:
-        with (
-            out_of_memory_as_error(
-                "keep activations on the CPU with --offload, or use --dtype bfloat16",
-                "keep activations in files with --activation-memory, or use --dtype bfloat16",
-            ),
-            exact_float32(),
-            half_matmul_in_float32(context.device, model),
-        ):
+        with context.computation(model, fewer_samples=False):
             choice = context.group.run_on_main(lambda: chooser.choose(windows, count), on_step)
     finally:
         context.progress.finish()

@@ -15,15 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from alps.calibration.activation_store import ActivationStore
-from alps.calibration.block_capture import capture_block_inputs
-from alps.calibration.block_inputs import BlockInputs, batch_tokens
-from alps.calibration.lm_head import LMHead
-from alps.calibration.replay_check import check_replay
-from alps.core.device import exact_float32
+from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import SolveFailed
-from alps.core.half_precision import half_matmul_in_float32
-from alps.core.memory import out_of_memory_as_error
 from alps.core.phase_timer import PhaseTimer
 from alps.finetuning.block_reconstruction import (
     OutputLoss,
@@ -34,13 +27,11 @@ from alps.finetuning.block_reconstruction import (
 from alps.models.blocks import Block, on_device
 from alps.models.shrink_slices import slice_block
 from alps.models.shrunk_weights import ShrunkModel, fill_module
+from alps.pruning.first_inputs import capture_first_inputs
 from alps.pruning.shrink_context import ShrinkContext
 from alps.pruning.shrink_layers import BlockStates, Cutter
 from alps.reporting.records import ReconstructionRecord
 from alps.reporting.shrink_report import CutRecord, ShrunkBlock
-
-_MEMORY_HINT = "keep activations on the CPU with --offload, give fewer --samples, or use --dtype bfloat16"
-_HOST_MEMORY_HINT = "keep activations in files with --activation-memory, give fewer --samples, or use --dtype bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +70,7 @@ def shrink_blocks(run: ShrinkRun, windows: Tensor) -> tuple[list[ShrunkBlock], d
         CheckpointError: when a finished block cannot be kept, or is damaged.
     """
     timer = PhaseTimer(run.context.device)
-    with (
-        out_of_memory_as_error(_MEMORY_HINT, _HOST_MEMORY_HINT),
-        exact_float32(),
-        half_matmul_in_float32(run.context.device, run.model, run.shrunk.model),
-        torch.no_grad(),
-    ):
+    with run.context.computation(run.model, run.shrunk.model), torch.no_grad():
         kept = run.cutter.target.kept_blocks or ()
         run.context.progress.start("shrink", len(kept))
         try:
@@ -100,7 +86,7 @@ def _shrink_in_order(run: ShrinkRun, windows: Tensor, timer: PhaseTimer) -> list
     if journal.finished == len(kept):
         return [journal.record(position) for position in range(len(kept))]
     with timer.measure("capture"):
-        dense, output_loss = _capture(run, windows)
+        dense, output_loss = capture_first_inputs(run.model, run.blocks, windows, run.context, run.reconstruction)
     states, records = dense.copy(), list[ShrunkBlock]()
     for index in range(kept[0]):
         with timer.measure("forward"):
@@ -220,19 +206,3 @@ def small_block(run: ShrinkRun, position: int) -> Block:
 def _advance(block: Block, states: BlockInputs, device: torch.device) -> None:
     with on_device(block, device):
         states.advance(block.index, block.module, device)
-
-
-def _capture(run: ShrinkRun, windows: Tensor) -> tuple[BlockInputs, OutputLoss]:
-    """Return the inputs of the first block for the windows of this rank, and the loss of the model's predictions."""
-    context, model, blocks = run.context, run.model, run.blocks
-    tokens, reconstruction = windows.shape[1], run.reconstruction
-    batch_size: int | list[int] = max(batch_tokens(blocks, context.device) // tokens, 1)
-    if reconstruction is not None:
-        batch_size = context.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
-    storage = torch.device("cpu") if context.offload else context.device
-    activations = ActivationStore(storage, context.activation_bytes, context.spill_folder)
-    windows = context.group.shard(windows)
-    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=activations)
-    check_replay(model, blocks, inputs, windows, context.device)
-    batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
-    return inputs, OutputLoss(LMHead(model, blocks, inputs.calls.layout), batches)

@@ -1,0 +1,49 @@
+"""Inputs of the first block on the calibration windows, with which a run over the blocks begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alps.calibration.block_capture import capture_block_inputs
+from alps.calibration.block_inputs import BlockInputs, batch_tokens
+from alps.calibration.lm_head import LMHead
+from alps.calibration.replay_check import check_replay
+from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters
+from alps.models.blocks import Block
+from alps.pruning.environment import RunEnvironment
+
+
+def capture_first_inputs(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    environment: RunEnvironment,
+    reconstruction: ReconstructionParameters | None,
+) -> tuple[BlockInputs, OutputLoss]:
+    """Record the inputs of the first block for the windows of this rank.
+
+    Args:
+        model: that the blocks belong to, in evaluation mode.
+        blocks: all of its blocks in order.
+        windows: calibration token ids (windows, tokens) of all ranks.
+        environment: device, ranks and limits.
+        reconstruction: parameters of a block reconstruction, whose steps the batches then are; None without one.
+
+    Returns:
+        The inputs, and the loss of the model's predictions on the same batches.
+
+    Raises:
+        UnsupportedModel: when blocks that run one by one do not give what the model gives.
+    """
+    tokens = windows.shape[1]
+    batch_size: int | list[int] = max(batch_tokens(blocks, environment.device) // tokens, 1)
+    if reconstruction is not None:
+        batch_size = environment.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
+    windows = environment.group.shard(windows)
+    inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=environment.activation_store())
+    check_replay(model, blocks, inputs, windows, environment.device)
+    batches = torch.split(windows, [len(hidden) for hidden in inputs.hidden])
+    return inputs, OutputLoss(LMHead(model, blocks, inputs.calls.layout), batches)
