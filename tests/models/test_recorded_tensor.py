@@ -66,3 +66,19 @@ def test_new_tensors_and_ordinary_ones_that_are_changed_are_no_records() -> None
     new = torch.empty_like(tensor).uniform_()
     assert type(new) is Tensor and new.shape == (3, 4) and reads == []
     assert bool((new.copy_(tensor) == 7).all()) and reads == ["weight"]
+
+
+def test_parts_read_only_what_they_are_made_of() -> None:
+    reads = list[str]()
+    values = [torch.randn(3, 4) for _ in range(4)]
+    tensors = [stored(str(i), value, reads) for i, value in enumerate(values)]
+    fused = torch.cat([torch.stack(list(tensors[:2])), torch.stack(list(tensors[2:]))], dim=1).transpose(-1, -2)
+    fused = fused.contiguous().to(torch.bfloat16)
+    expected = torch.cat([values[1], values[3]]).t().to(torch.bfloat16)
+    assert isinstance(fused, RecordedTensor) and isinstance(part := fused.part(1), RecordedTensor)
+    assert torch.equal(part.compute(), expected) and reads == ["1", "3"]
+    for other in (torch.cat(list(tensors)), torch.stack(list(tensors), dim=1), tensors[0], tensors[0].chunk(2)[0]):
+        assert isinstance(other, RecordedTensor)
+        part = other.part(1)
+        computed = part.compute() if isinstance(part, RecordedTensor) else part
+        assert torch.equal(computed, other.compute()[1])

@@ -10,30 +10,44 @@ from transformers.pytorch_utils import Conv1D
 from alps.checkpoints.bitmask_codec import PackedMatrix, count_kept, is_worth_packing, pack
 from alps.core.errors import CheckpointError
 from alps.inference.cpu_backend import KINDS
+from alps.inference.packed_experts import replace_experts, run_experts_singly
 from alps.inference.packed_linear import PackedLinear
 from alps.models.linear_maps import ProductCheck, is_linear_layer
+from alps.models.routers import is_fused
 
 
 def pack_linears(model: nn.Module) -> int:
     """Pack, in place, every linear layer that becomes smaller when packed, and return the number of packed layers.
 
-    As in `alps pack`, only the number of zeros matters, not the method that made them. Weights that are tied to others
-    stay dense. At any time at most one layer is in memory both dense and packed.
+    Fused experts are packed as well, and each matrix of them counts as a layer. As in `alps pack`, only the number of
+    zeros matters, not the method that made them. Weights that are tied to others stay dense. At any time at most one
+    layer is in memory both dense and packed.
     """
     tied, is_product, count = tied_parameters(model), ProductCheck(), 0
     for name, layer in list(model.named_modules()):
         if f"{name}.weight" in tied or not name or not is_linear_layer(layer) or not is_product(layer):
             continue
-        weight: Tensor = layer.get_parameter("weight").data
-        if weight.dtype not in KINDS or not weight.numel() or not weight.is_cpu:
-            continue
-        weight = as_out_in(layer, weight)
-        if not is_worth_packing(len(weight), weight.shape[1], count_kept(weight), weight.element_size()):
-            continue
-        replace_module(model, layer, packed_layer(layer, pack(weight)))
-        count += 1
+        weight = as_out_in(layer, layer.get_parameter("weight").data)
+        if _is_worth_packing(weight):
+            replace_module(model, layer, packed_layer(layer, pack(weight)))
+            count += 1
+    for name, module in list(model.named_modules()):
+        for attribute, parameter in list(module._parameters.items()):
+            if parameter is None or f"{name}.{attribute}" in tied or not is_fused(module, parameter):
+                continue
+            if _is_worth_packing(parameter.data):
+                replace_experts(module, attribute, parameter.data)
+                count += len(parameter)
+    run_experts_singly(model)
     refuse_saving(model)
     return count
+
+
+def _is_worth_packing(weight: Tensor) -> bool:
+    if weight.dtype not in KINDS or not weight.numel() or not weight.is_cpu:
+        return False
+    rows, columns = weight.numel() // weight.shape[-1], weight.shape[-1]
+    return is_worth_packing(rows, columns, count_kept(weight), weight.element_size())
 
 
 def packed_layer(layer: nn.Module, packed: PackedMatrix) -> PackedLinear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -23,9 +23,9 @@ class LazyWeight(Tensor):
     _unpack: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int], like: Tensor, unpack: Callable[[], Tensor]) -> LazyWeight:
+    def __new__(cls, shape: tuple[int, ...], like: Tensor, unpack: Callable[[], Tensor]) -> Self:
         make: Any = Tensor._make_wrapper_subclass
-        weight: LazyWeight = make(cls, shape, dtype=like.dtype, device=like.device)
+        weight: Self = make(cls, shape, dtype=like.dtype, device=like.device)
         weight._unpack = unpack
         return weight
 

@@ -21,10 +21,12 @@ from alps.checkpoints.tensor_codec import decode_matrix, decode_tensor
 from alps.checkpoints.unpack import check_file
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
-from alps.inference.convert import as_out_in, packed_layer, refuse_saving, replace_module, tied_parameters
+from alps.inference.convert import as_out_in, packed_layer, refuse_saving, replace_module
+from alps.inference.packed_experts import replace_experts, run_experts_singly
+from alps.inference.packing_plan import plan_packing
+from alps.inference.torch_backend import unpack_rows
 from alps.models.architecture_check import check_config
 from alps.models.configuration import load_config
-from alps.models.linear_maps import ProductCheck, is_linear_layer
 from alps.models.load import quiet, readable
 from alps.models.recorded_load import load_recorded
 from alps.models.recorded_tensor import RecordedTensor
@@ -109,18 +111,21 @@ class _Tensors:
 
 def _fill(model: nn.Module, tensors: _Tensors) -> None:
     """Read all tensors of a model, one at a time."""
-    packed = dict(_packed_layers(model, tensors))
+    plan = plan_packing(model, tensors.is_packed)
+    for module, attribute in plan.experts:
+        replace_experts(module, attribute, _expert_matrices(module, attribute, tensors))
+    run_experts_singly(model)
     dense = dict[int, nn.Parameter]()
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
-            if isinstance(parameter, RecordedTensor) and not (attribute == "weight" and module in packed):
+            if isinstance(parameter, RecordedTensor) and not (attribute == "weight" and module in plan.layers):
                 if id(parameter) not in dense:
                     dense[id(parameter)] = nn.Parameter(parameter.compute(), requires_grad=False)
                 module._parameters[attribute] = dense[id(parameter)]
         for attribute, buffer in module._buffers.items():
             if isinstance(buffer, RecordedTensor):
                 module._buffers[attribute] = buffer.compute()
-    for module, stored in packed.items():
+    for module, stored in plan.layers.items():
         weight = module.get_parameter("weight")
         if isinstance(module, Conv1D):
             matrix = pack(as_out_in(module, cast(RecordedTensor, weight).compute()))
@@ -131,15 +136,17 @@ def _fill(model: nn.Module, tensors: _Tensors) -> None:
         replace_module(model, module, layer)
 
 
-def _packed_layers(model: nn.Module, tensors: _Tensors) -> Iterator[tuple[nn.Module, str]]:
-    """Iterate over the layers that stay packed, with the names of their weights in the checkpoint."""
-    tied, is_product = tied_parameters(model), ProductCheck()
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, RecordedTensor) and f"{name}.weight" not in tied and is_linear_layer(module):
-            stored = weight.source
-            if stored is not None and tensors.is_packed(stored) and is_product(module):
-                yield module, stored
+def _expert_matrices(module: nn.Module, attribute: str, tensors: _Tensors) -> Iterator[Tensor]:
+    """Iterate over the slices of a fused parameter; of its experts one is dense at a time."""
+    parameter = cast(RecordedTensor, module.get_parameter(attribute))
+    if parameter.source is None:
+        for number in range(len(parameter)):
+            part = parameter.part(number)
+            yield part.compute() if isinstance(part, RecordedTensor) else part
+        return
+    packed, rows = tensors.read_packed(parameter.source, parameter.dtype), parameter.shape[1]
+    for first in range(0, len(packed.mask), rows):
+        yield unpack_rows(packed, first, first + rows)
 
 
 def _reader(path: Path) -> Callable[[str], Tensor]:

@@ -9,6 +9,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from alps.core.errors import ConfigError
 from alps.inference.convert import packed_modules, replace_module
+from alps.inference.packed_experts import PackedExperts
 from alps.inference.packed_linear import PackedLinear
 
 # Both libraries of torch, cuSPARSELt and CUTLASS, take multiples of these sizes, and these dtypes.
@@ -42,8 +43,9 @@ def convert_to_semi_structured(model: nn.Module) -> int:
         ConfigError: if no layer is compatible.
     """
     count = 0
+    experts = {layer for module in model.modules() if isinstance(module, PackedExperts) for layer in module.layers}
     for _, layer in list(packed_modules(model)):
-        if is_2_4_compatible(layer):
+        if layer not in experts and is_2_4_compatible(layer):
             replace_module(model, layer, SemiStructuredLinear(layer))
             count += 1
     if not count:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,6 +102,24 @@ class RecordedTensor(Tensor):
         if self._changed is not None:
             return self._changed
         return record.read() if isinstance(record, _Source) else _run(record, *_computed(record.arguments))
+
+    def part(self, number: int) -> Tensor:
+        """Return a record of slice `number` along the first dimension, made of as few stored tensors as it can be."""
+        record = self._record
+        if isinstance(record, _Source) or record.index is not None or self._changed is not None:
+            return self[number]
+        name, (first, *others) = _name(record.operation), record.arguments
+        # Dimensions may be given by position or by name, may count from the end, and are 0 if they are left out.
+        dimensions = [int(dim) % self.ndim for dim in (*others, *record.options.values()) if isinstance(dim, int)]
+        if name in _COPIES:
+            return record.operation(first.part(number), *others, **record.options)  # type: ignore[no-any-return]
+        if name == "stack" and not any(dimensions):
+            return cast(Tensor, first[number])
+        if name == "cat" and all(dimensions) and dimensions:
+            return torch.cat([tensor.part(number) for tensor in first], dimensions[0] - 1)
+        if name == "transpose" and all(dimensions):
+            return cast(Tensor, first.part(number)).transpose(dimensions[0] - 1, dimensions[1] - 1)
+        return self[number]
 
     def _to_change(self) -> Tensor:
         """Return the values, in memory that later computations read."""

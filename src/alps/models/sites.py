@@ -108,7 +108,12 @@ class Site:
     def _inputs_first(self) -> bool:
         if self.expert is None:
             return isinstance(self.module, Conv1D)
-        return bool(getattr(self.module, "is_transposed", type(self.module).__name__ in _INPUTS_FIRST))
+        return stores_inputs_first(self.module)
+
+
+def stores_inputs_first(experts: nn.Module) -> bool:
+    """Check if the fused parameters of a module have the shape (experts, in, out), and not (experts, out, in)."""
+    return bool(getattr(experts, "is_transposed", type(experts).__name__ in _INPUTS_FIRST))
 
 
 def find_sites(prefix: str, block: nn.Module, is_product: ProductCheck | None = None) -> list[Site]:
