@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from helpers.command_line import run_alps
@@ -44,6 +47,7 @@ def test_inspect_counts_broken_groups(
         (["{model}", "--text", "{text}", "--limit", "3"], "--limit has no effect without --tasks"),
         (["{model}", "--text", "{text}", "--task-data", "x"], "--task-data has no effect without --tasks"),
         (["{model}", "--text", "{text}", "--batch-size", "2"], "--batch-size has no effect without --tasks"),
+        (["{model}", "--text", "{text}", "--card"], "README.md' does not exist: give a directory that alps wrote"),
         (["{model}", "--tasks", ","], "No task is named"),
         # A model that does not exist: tasks are checked before it is loaded.
         (["nowhere/at/all", "--tasks", "piqa", "--task-data", "{text}"], "is not a directory"),
@@ -67,6 +71,30 @@ def test_wrong_evaluations(
     assert run_alps(monkeypatch, "eval", *filled) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and expected in printed.err and printed.err.count("\n") == 1
+
+
+def test_figures_go_to_the_card_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], short_stories: Path, text: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(short_stories, tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: mit\nbase_model: karpathy/tinyllamas\n---\n# Stories\n")
+    out = tmp_path / "pruned"
+    assert (
+        run_alps(monkeypatch, "prune", model, out, "--sparsity", "0.5", "--method", "magnitude", "--no-measure-error")
+        == 0
+    )
+    capsys.readouterr()
+    assert run_alps(monkeypatch, "eval", out, "--text", text, "--seqlen", "64", "--windows", "2", "--card") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    card: Any = ModelCard.load(out / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(row["perplexity"], 4) and result.metric_args["windows"] == 2
+    assert (card.data.license, card.data.base_model) == ("mit", "karpathy/tinyllamas")
+    assert "Licence: that of the source, `mit`." in card.text
+    # A packed directory keeps the metadata.
+    assert run_alps(monkeypatch, "pack", out, tmp_path / "packed") == 0
+    packed: Any = ModelCard.load(tmp_path / "packed" / "README.md")
+    assert packed.data.license == "mit" and packed.data.eval_results == card.data.eval_results
 
 
 def test_inspecting_a_dense_model_says_so(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
+from huggingface_hub import ModelCard
 
 from alps.reporting.model_card import model_card
 from alps.reporting.records import EvaluationRecord
 from alps.reporting.run_report import STRUCTURED, LayerRecord, RunReport
 from helpers.shrink_reports import shrink_report
+
+
+def _read(text: str) -> Any:
+    return ModelCard(text)
 
 
 def report(model: str) -> RunReport:
@@ -32,7 +39,7 @@ def report(model: str) -> RunReport:
 
 
 def test_front_matter_names_a_hub_model_and_no_folder_of_this_machine() -> None:
-    for model, expected in (("owner/name", "owner/name"), ("/home/someone/secret/llama", None), ("smollm2-135m", None)):
+    for model, expected in (("owner/name", "owner/name"), ("/home/someone/secret/llama", None)):
         card = model_card(report(model))
         front = yaml.safe_load(card.split("---")[1])
         assert front.get("base_model") == expected
@@ -47,6 +54,14 @@ def test_the_figures_are_those_of_the_report() -> None:
     assert "| mean relative reconstruction error | 0.1250 |" in card
     assert "| mean error of magnitude pruning on the same inputs | 0.2500 |" in card
     assert "| dense | some | 3 x 8 | 7.39 |" in card
+    (result,) = _read(card).data.eval_results or []
+    assert (result.dataset_name, result.metric_value) == ("some", 7.389)
+
+
+def test_the_licence_of_the_source_is_named() -> None:
+    card = model_card(report("owner/name"), source={"license": "mit"})
+    assert "\nLicence: that of the source, `mit`.\n" in card and _read(card).data.license == "mit"
+    assert "names no licence" in model_card(report("owner/name"))
 
 
 def test_a_tuned_shrunk_model_is_not_called_sparse() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from alps.evaluation.api import evaluate
 from alps.evaluation.evaluate_config import EvaluateConfig
 from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.models.load import check_architecture
+from alps.reporting.card_metadata import add_results, read_card
 from alps.reporting.records import EvaluationRecord, TaskRecord
 
 
@@ -35,6 +37,8 @@ def evaluate_command(
     for name in (model, config.reference):
         if name is not None:
             check_architecture(name)
+    if config.card:
+        read_card(Path(model))
     # Tasks are checked before the model is loaded.
     tasks = find_tasks(config.tasks, config.task_folder, config.limit) if "tasks" in config.model_fields_set else None
     errors, rows = Console(stderr=True), list[EvaluationRecord | TaskRecord]()
@@ -65,6 +69,8 @@ def evaluate_command(
             if group.is_main:
                 errors.print(task_table(scores))
     if group.is_main:
+        if config.card:
+            add_results(Path(model), rows)
         print(to_json([row.model_dump() for row in rows], indent=1))
 
 

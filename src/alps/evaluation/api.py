@@ -20,6 +20,7 @@ from alps.evaluation.perplexity import measure_perplexity
 from alps.evaluation.tasks import find_tasks, score_tasks
 from alps.models.load import check_architecture
 from alps.models.memory_check import check_weights_in_memory, unwrap
+from alps.reporting.card_metadata import add_results, read_card
 from alps.reporting.compare_results import Result
 from alps.reporting.markdown_tables import summary
 from alps.reporting.records import EvaluationRecord, TaskRecord
@@ -40,6 +41,7 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     bos: bool = False,
+    card: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -56,6 +58,7 @@ def evaluate(
         seqlen: tokens per window.
         windows: use only the first windows of each text; None for all.
         bos: begin every window with the tokenizer's BOS token, for models that need it.
+        card: add the figures to the metadata of the directory's README.md, in the form that hubs read.
         device: device to compute on; `auto` is the first GPU if any.
         dtype: data type of the weights of models given by name.
         progress: receives every batch.
@@ -64,7 +67,10 @@ def evaluate(
     Raises:
         ConfigError: for a text that is missing or too short, windows longer than the model takes, a model without a
             tokenizer, or a reference with another tokenizer or vocabulary.
+        CheckpointError: for a `card` that cannot be read.
     """
+    if card:
+        read_card(_directory(model))
     for source in (model, reference):
         if isinstance(source, str | Path):
             check_architecture(source)
@@ -73,12 +79,18 @@ def evaluate(
     cut = [loaded.evaluation(str(text), seqlen, windows, bos=bos) for text in names]
     settings: dict[str, Any] = {"device": torch_device, "progress": progress, "group": group}
     if reference is None:
-        return [measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut]
-    dense = _load(reference, dtype)
-    for part, text in zip(cut, names, strict=True):
-        dense.check_same(part, str(text), windows)
-    pair = (loaded.name, dense.name)
-    return [measure_divergence(loaded.model, dense.model, part, names=pair, **settings) for part in cut]
+        records: list[EvaluationRecord] = [
+            measure_perplexity(loaded.model, part, name=loaded.name, **settings) for part in cut
+        ]
+    else:
+        dense = _load(reference, dtype)
+        for part, text in zip(cut, names, strict=True):
+            dense.check_same(part, str(text), windows)
+        pair = (loaded.name, dense.name)
+        records = [measure_divergence(loaded.model, dense.model, part, names=pair, **settings) for part in cut]
+    if card and group.is_main:
+        add_results(_directory(model), records)
+    return records
 
 
 def evaluate_tasks(
@@ -88,6 +100,7 @@ def evaluate_tasks(
     task_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    card: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     group: ProcessGroup = SINGLE_PROCESS,
@@ -100,18 +113,24 @@ def evaluate_tasks(
         task_data: folder of local files, NAME.jsonl for every task; nothing is then fetched.
         limit: score only the first items of each task; None for all.
         batch_size: sequences in a forward.
-        device, dtype: as in `evaluate`.
+        card, device, dtype: as in `evaluate`.
         group: ranks that share the requests, each called with the same arguments.
 
     Raises:
         ConfigError: for an unknown task, data that cannot be used or fetched, or without lm-eval or a tokenizer.
+        CheckpointError: for a `card` that cannot be read.
     """
+    if card:
+        read_card(_directory(model))
     torch_device = pick_device(device)
     if isinstance(model, str | Path):
         check_architecture(model)
     task_set = find_tasks(tasks, None if task_data is None else Path(task_data), limit)
     device_of_rank = group.device(device, torch_device)
-    return score_tasks(_load(model, dtype), task_set, device_of_rank, batch_size=batch_size, group=group)
+    records = score_tasks(_load(model, dtype), task_set, device_of_rank, batch_size=batch_size, group=group)
+    if card and group.is_main:
+        add_results(_directory(model), records)
+    return records
 
 
 def compare(
@@ -186,6 +205,10 @@ def compare(
     }
     config = make_config(CompareConfig, values, ARGUMENTS)
     return ComparisonResults(run_comparison(config, Path(out), progress or NoProgress()))
+
+
+def _directory(model: LoadedModel | str | Path) -> Path:
+    return Path(model.name if isinstance(model, LoadedModel) else model)
 
 
 def _load(model: LoadedModel | str | Path, dtype: str) -> LoadedModel:

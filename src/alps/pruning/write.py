@@ -11,6 +11,7 @@ from alps.checkpoints.safetensors_io import check_result
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.data.loaded_model import LoadedModel
 from alps.pruning.config import SETTINGS_NAME, PruneConfig
+from alps.reporting.card_metadata import CARD_NAME, read_source_card
 from alps.reporting.model_card import model_card
 from alps.reporting.publish import publish_run
 from alps.reporting.run_report import REPORT_NAME, RunReport
@@ -65,7 +66,8 @@ def write(
         report = report.with_seconds("save", time.perf_counter() - start)
         (folder / REPORT_NAME).write_text(report.to_json())
         page = publish_run(folder, report, out)
-        (folder / "README.md").write_text(model_card(report, page))
+        source = read_source_card(loaded.directory, loaded.name)
+        (folder / CARD_NAME).write_text(model_card(report, page, source=source), encoding="utf-8")
         if replaceable is not None:
             (folder / replaceable).touch()
         if config is not None:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from alps.models.auto_class import reads_images
 from alps.models.load import looks_local
+from alps.reporting.card_metadata import front_matter, licence_sentence
 from alps.reporting.run_report import STRUCTURED, RunReport, all_patterns, kept_sentence
 from alps.reporting.shrink_card import structure_lines
 from alps.reporting.shrink_report import ShrinkReport
 
 
-def model_card(report: RunReport, page: bool = False, structure: ShrinkReport | None = None) -> str:
+def model_card(
+    report: RunReport,
+    page: bool = False,
+    structure: ShrinkReport | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> str:
     """Write README.md of a pruned directory, with the front matter that model hubs read.
 
     Args:
         report: of the run that made the checkpoint.
         page: the directory has a report.html, which the card mentions.
         structure: report of the structured pruning before the run, which the card repeats; None if there is none.
+        source: fields of the source's card, see `alps.reporting.card_metadata.read_source_card`; None if it has none.
     """
     lines = [
-        *_front_matter(report),
-        f"# {_title(report)}",
-        "",
+        *_head(report, source or {}),
         *_distillation_lines(report),
         *_reconstruction_lines(report),
         *([] if structure is None else [*structure_lines(structure), ""]),
@@ -39,7 +44,7 @@ def model_card(report: RunReport, page: bool = False, structure: ShrinkReport | 
             f"| {record.model} | {record.text} | {record.windows} x {record.seqlen} | {record.perplexity_text('.2f')} |"
             for record in evaluations
         ]
-    return "\n".join([*lines, "", _files_sentence(page, structure), ""])
+    return "\n".join([*lines, "", licence_sentence(source or {}), "", _files_sentence(page, structure), ""])
 
 
 def _zeros_lines(report: RunReport) -> list[str]:
@@ -66,16 +71,18 @@ def _files_sentence(page: bool, structure: ShrinkReport | None) -> str:
     return f"`report.json` has {records}{figures}.{kept}"
 
 
-def _front_matter(report: RunReport) -> list[str]:
-    is_local = looks_local(report.model)
-    fields = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if reads_images(report.architecture) else "text-generation",
-        # A hub refuses a base model that is not on a hub, and a card must not show the user's folders.
-        **({} if is_local or "/" not in report.model else {"base_model": report.model}),
-        "tags": _tags(report),
-    }
-    return ["---", yaml.safe_dump(fields, sort_keys=False).strip(), "---", ""]
+def _head(report: RunReport, source: Mapping[str, Any]) -> list[str]:
+    later = [run.calibration for run in report.reconstruction_runs] + [run.calibration for run in report.distillations]
+    return front_matter(
+        _title(report),
+        report.model,
+        architecture=report.architecture,
+        source=source,
+        tags=_tags(report),
+        calibrations=[report.calibration, *later],
+        # Figures of the one-shot run are not those of a model that was tuned afterwards.
+        evaluations=[] if later else report.evaluations,
+    )
 
 
 def _tags(report: RunReport) -> list[str]:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from alps.core.text_format import format_size
 from alps.models.load import looks_local
+from alps.reporting.card_metadata import front_matter, licence_sentence
 from alps.reporting.shrink_report import ShrinkReport, SpeedupRecord
 
 
-def shrink_card(report: ShrinkReport, *, has_settings: bool = True) -> str:
+def shrink_card(report: ShrinkReport, *, has_settings: bool = True, source: Mapping[str, Any] | None = None) -> str:
     """Write README.md of a shrunk directory, with the front matter that model hubs read.
 
     Args:
         report: of the run.
         has_settings: whether `alps.yaml` is written, too.
+        source: fields of the source's card, see `alps.reporting.card_metadata.read_source_card`; None if it has none.
     """
     is_local = looks_local(report.model)
     name = Path(report.model).name if is_local else report.model
-    fields = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        # A hub refuses a base model that is not on a hub, and a card must not show the user's folders.
-        **({} if is_local or "/" not in report.model else {"base_model": report.model}),
-        "tags": ["pruned", "structured-pruning"],
-    }
     lines = [
-        "---",
-        yaml.safe_dump(fields, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {name}, shrunk by structured pruning",
-        "",
+        *front_matter(
+            f"{name}, shrunk by structured pruning",
+            report.model,
+            architecture=report.architecture,
+            source=source or {},
+            tags=["pruned", "structured-pruning"],
+            calibrations=[report.calibration],
+        ),
         *structure_lines(report),
     ]
     if any(block.reconstruction is not None for block in report.blocks):
@@ -41,6 +38,8 @@ def shrink_card(report: ShrinkReport, *, has_settings: bool = True) -> str:
     if report.speedup is not None:
         lines += ["", *speedup_lines(report.speedup)]
     lines += [
+        "",
+        licence_sentence(source or {}),
         "",
         "`shrink.json` lists what was kept of every block, with the errors"
         f"{'; `alps.yaml` the settings' if has_settings else ''}.",
