@@ -31,7 +31,7 @@ from alps.data.loaded_model import load
 from alps.evaluation.api import evaluate
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
-from alps.pruning import shrink_job
+from alps.pruning import shrink_choice, shrink_job, shrink_pipeline
 from alps.pruning.block_removal import REMOVAL_TOKENS
 from alps.pruning.shrink_config import ShrinkConfig
 from alps.pruning.shrink_layers import BlockStates, ChannelChoice, Cutter
@@ -238,9 +238,9 @@ def _patched(selection: Selection) -> Any:
 
     stack = _Patches()
     stack.add(patch.object(ResidualSums, "update", flat))
-    stack.add(patch.object(shrink_job, "Cutter", Patched))
+    stack.add(patch.object(shrink_pipeline, "Cutter", Patched))
     if selection.blocks != "kl":
-        stack.add(patch.object(shrink_job, "choose_removals", _REMOVALS[selection.blocks]))
+        stack.add(patch.object(shrink_choice, "choose_removals", _REMOVALS[selection.blocks]))
     return stack
 
 

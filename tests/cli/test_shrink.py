@@ -127,7 +127,7 @@ def test_wrong_inputs_are_one_sentence_and_write_nothing(
     defaults = ["--calibration", str(text), "--samples", "4", "--seqlen", "64"]
     # The calibration is the first work of a run.
     monkeypatch.setattr("alps.pruning.shrink_job.shrink_blocks", _fail)
-    monkeypatch.setattr("alps.pruning.shrink_job.choose_removals", _fail)
+    monkeypatch.setattr("alps.pruning.shrink_choice.choose_removals", _fail)
     assert run_alps(monkeypatch, "shrink", model, out, *defaults, *options) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

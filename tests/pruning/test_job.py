@@ -88,7 +88,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     def too_early(*_: Any) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("alps.pruning.job.open_model", too_early)
+    monkeypatch.setattr("alps.pruning.run_inputs.open_model", too_early)
     with pytest.raises(CheckpointError, match=r"not empty|is a file|cannot be created"):
         if given == "a name":
             alps.prune(checkpoint, sparsity=0.5, out=out)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alps.checkpoints.journal import journal_directory
 from alps.core.errors import CheckpointError, ConfigError
 from alps.core.progress import NoProgress
-from alps.pruning import shrink_job
+from alps.pruning import shrink_choice, shrink_job
 from alps.pruning.shrink_config import ShrinkConfig, load_shrink_config
 from alps.pruning.shrink_job import plan_shrink, shrink_checkpoint
 from alps.pruning.shrink_pipeline import ShrinkRun, shrink_blocks
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
             # The first blocks are computed with all activations in files, the others in memory.
             run_shrink(settings, out, activation_memory=0.0, offload=True)
     assert not out.exists()
-    monkeypatch.setattr(shrink_job, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
+    monkeypatch.setattr(shrink_choice, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
     with log_messages() as messages:
         report = run_shrink(settings, out, resume=True)
     assert any(message.startswith("Resuming after") for message in messages)
@@ -166,7 +166,7 @@ def test_the_saved_settings_repeat_the_run(
             KeyboardInterrupt, match=r"Interrupted\. The choice of blocks or experts is kept in '.*out\.partial'"
         ):
             shrink_checkpoint(config, tmp_path / "out", NoProgress())
-    monkeypatch.setattr(shrink_job, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
+    monkeypatch.setattr(shrink_choice, "choose_removals", Mock(side_effect=AssertionError("chosen again")))
     shrink_checkpoint(config, tmp_path / "out", NoProgress())
     assert weight_bytes(tmp_path / "out") == weight_bytes(whole[0])
     # All files but the report, with its times, and the card, with its versions.

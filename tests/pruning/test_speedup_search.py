@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alps.cli.tables import shrink_summary
 from alps.core.errors import ConfigError
 from alps.core.progress import NoProgress
-from alps.pruning import shrink_job, speedup_search
+from alps.pruning import shrink_choice, speedup_search
 from alps.pruning.shrink_config import ShrinkConfig
 from alps.pruning.shrink_job import plan_shrink, shrink_checkpoint
 from alps.reporting.shrink_report import ShrinkReport, SpeedupRecord
@@ -35,7 +35,7 @@ def windows(stories: Path, english: str) -> Tensor:
 def _run(stories: Path, windows: Tensor, out: Path, runtime: FakeRuntime, **settings: Any) -> ShrinkReport:
     config = ShrinkConfig.model_validate({"model": str(stories), "speedup": _WANTED, **settings})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrink_job, "open_runtime", lambda *_: runtime)
+        patch.setattr(shrink_choice, "open_runtime", lambda *_: runtime)
         return shrink_checkpoint(config, out, NoProgress(), token_ids=windows)
 
 
@@ -154,7 +154,7 @@ def test_a_missed_speed_is_said(stories: Path, windows: Tensor, tmp_path: Path) 
 def test_a_dry_run_lists_the_mixes(stories: Path, english_file: Path, tmp_path: Path) -> None:
     settings = {"model": str(stories), "calibration": str(english_file), "seqlen": 32, "speedup": _WANTED}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrink_job, "open_runtime", lambda *_: FakeRuntime())
+        patch.setattr(shrink_choice, "open_runtime", lambda *_: FakeRuntime())
         lines = plan_shrink(ShrinkConfig.model_validate(settings), tmp_path / "out")
         assert lines[0].startswith("MLP width 64, 8 heads, 5 blocks: predicted 1.8")
         assert lines[-1].endswith("Nothing was shrunk or written.") and list(tmp_path.iterdir()) == []

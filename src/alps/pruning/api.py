@@ -24,7 +24,8 @@ from alps.pruning.context import RunContext
 from alps.pruning.job import prune_checkpoint
 from alps.pruning.presets import PAPER, apply_preset
 from alps.pruning.recipe import PruneRecipe
-from alps.pruning.run import make_calibration_windows, prune_model
+from alps.pruning.run import prune_model
+from alps.pruning.run_inputs import make_calibration_windows
 from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method, Refitted
@@ -193,9 +194,7 @@ def _prune_in_memory(
         source = calibration
     elif recipe.reads_inputs:
         source = load_calibration(config.calibration, config.samples)
-    windows = make_calibration_windows(
-        loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed, bos=config.bos
-    )
+    windows = None if source is None else make_calibration_windows(loaded, source, config, context)
     seed = None if isinstance(calibration, Tensor) else config.seed
     if out is None:
         return prune_model(loaded, windows, recipe, context, seed=seed, load_seconds=seconds)

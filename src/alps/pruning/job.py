@@ -5,10 +5,7 @@ Finished blocks are kept in a journal next to the output, from which a later pro
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,29 +13,28 @@ from pathlib import Path
 from torch import Tensor
 
 from alps.checkpoints.atomic_io import check_target
-from alps.checkpoints.journal import Journal, check_journal
+from alps.checkpoints.journal import check_journal
 from alps.core.distributed import SINGLE_PROCESS, ProcessGroup
 from alps.core.progress import NoProgress, Progress
-from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.mixture import CalibrationMix, load_calibration
 from alps.data.windows import Windows
 from alps.models.demo_model import DEMO_MODEL_NAME
 from alps.models.load import check_checkpoint, parse_dtype
-from alps.models.save import block_bytes, staged_side_files
+from alps.models.save import block_bytes
 from alps.pruning.config import PruneConfig
 from alps.pruning.context import RunContext
 from alps.pruning.dry_run import Forecast, forecast
-from alps.pruning.journaled_run import errors_with_progress, finished_work, shared_journal
+from alps.pruning.journaled_run import journaled_run, staged_by_main
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
-from alps.pruning.run import make_calibration_windows, prune_model
+from alps.pruning.run import prune_model
+from alps.pruning.run_inputs import make_calibration_windows, open_for_run
 from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
 from alps.solvers.dense_target import PRIOR_TOKENS
 
-_LOG = logging.getLogger("alps")
 _FIRST_STEP = "the allocation"
 
 
@@ -123,23 +119,19 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
     fingerprint = job.fingerprint()
     group.broadcast_from_main(lambda: check_journal(out, fingerprint, resume))
     start = time.perf_counter()
-    loaded = _open(job, source)
+    loaded = open_for_run(config, source)
     loaded.check_causal()
     load_seconds = time.perf_counter() - start
     fingerprint["model_sha256"] = loaded.identity()
-    windows: Windows | None = group.broadcast_from_main(
-        lambda: make_calibration_windows(
-            loaded, source, context, samples=config.samples, seqlen=config.seqlen, seed=config.seed, bos=config.bos
-        )
-    )
-    if windows is not None:
+    windows: Windows | None = None
+    if source is not None:
+        windows = group.broadcast_from_main(lambda: make_calibration_windows(loaded, source, config, context))
         fingerprint["calibration_sha256"] = windows.sha256
     if loaded.store is not None:
         loaded.store.check_finite(group.rank, group.size)
-    with shared_journal(out, fingerprint, group) as journal, errors_with_progress(journal, _FIRST_STEP):
-        if journal.holds_work and group.is_main:
-            _LOG.info(f"Resuming after {finished_work(journal, _FIRST_STEP)}, kept in '{journal.directory}'.")
-        with _staged(loaded, out, journal, group) as side_files:
+    with journaled_run(out, fingerprint, group, _FIRST_STEP) as journal:
+        unfinished = [block for block in loaded.blocks() if block.index >= journal.finished]
+        with staged_by_main(loaded.writer, out, journal, group, block_bytes(unfinished)) as side_files:
             report = prune_model(
                 loaded,
                 windows,
@@ -148,7 +140,7 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
                 seed=config.seed if isinstance(source, CalibrationMix) else None,
                 load_seconds=load_seconds,
             )
-            report = write(
+            return write(
                 loaded,
                 report,
                 out,
@@ -157,10 +149,6 @@ def run_job(job: PruneJob, out: Path, context: RunContext, *, resume: bool = Fal
                 group=group,
                 side_files=side_files,
             )
-        group.barrier()
-        if group.is_main:
-            journal.discard()
-    return report
 
 
 def estimate_run(config: PruneConfig, out: Path) -> Forecast:
@@ -172,7 +160,7 @@ def estimate_run(config: PruneConfig, out: Path) -> Forecast:
     job = PruneJob(config=config)
     source = _check(job, out)
     context = make_context(config, NoProgress())
-    loaded = _open(job, source)
+    loaded = open_for_run(config, source)
     loaded.check_causal()
     return forecast(loaded, job.recipe, context, samples=config.samples, seqlen=config.seqlen)
 
@@ -202,20 +190,3 @@ def _check(job: PruneJob, out: Path) -> CalibrationMix | Tensor | None:
     if not recipe.reads_inputs:
         return None
     return load_calibration(config.calibration, config.samples) if job.token_ids is None else job.token_ids
-
-
-def _open(job: PruneJob, source: CalibrationMix | Tensor | None) -> LoadedModel:
-    # A model that samples its own text has to be in memory.
-    samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.sources)
-    return (load if samples_itself else open_model)(job.config.model, job.config.dtype)
-
-
-@contextmanager
-def _staged(loaded: LoadedModel, out: Path, journal: Journal, group: ProcessGroup) -> Iterator[Path | None]:
-    """Context of the files other than weights, written by the main rank; see `staged_side_files`."""
-    if group.is_main:
-        unfinished = [block for block in loaded.blocks() if block.index >= journal.finished]
-        with staged_side_files(loaded.writer, out, journal.directory, block_bytes(unfinished)) as folder:
-            yield folder
-    else:
-        yield None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 
-from torch import Tensor, nn
+from torch import nn
 
 from alps.core.errors import ConfigError
 from alps.core.memory import peak_device_bytes, peak_host_bytes
 from alps.core.provenance import provenance
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel
-from alps.data.mixture import CalibrationMix
 from alps.data.windows import Windows
 from alps.models.auto_class import is_composite
 from alps.pruning.context import RunContext
@@ -38,39 +37,6 @@ def check_calibrated(recipe: PruneRecipe, calibrated: bool) -> None:
     """
     if recipe.reads_inputs and not calibrated:
         raise ConfigError(f"Method {recipe.method.name} with these settings needs calibration text or token ids.")
-
-
-def make_calibration_windows(
-    loaded: LoadedModel,
-    source: CalibrationMix | Tensor | None,
-    context: RunContext,
-    *,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    bos: bool = False,
-) -> Windows | None:
-    """Return the calibration windows of a run, drawn from texts unless they are token ids already.
-
-    Args:
-        loaded: model and tokenizer.
-        source: texts, token ids (windows, tokens), or None for no windows.
-        context: device and progress for a model that samples its own text.
-        samples: windows to draw.
-        seqlen: tokens in each window.
-        seed: of the draws.
-        bos: begin every window with the BOS token.
-
-    Raises:
-        ConfigError, UnsupportedModel: see `LoadedModel.token_ids` and `LoadedModel.calibration`.
-    """
-    if source is None:
-        return None
-    if isinstance(source, Tensor):
-        if bos:
-            raise ConfigError("`bos` is for windows of a text: put the BOS token into the token ids.")
-        return loaded.token_ids(source)
-    return loaded.calibration(source, samples, seqlen, seed, context.device, context.progress, bos=bos)
 
 
 def prune_model(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import SolveFailed
 from alps.core.phase_timer import PhaseTimer
+from alps.data.loaded_model import LoadedModel
 from alps.finetuning.block_reconstruction import (
     OutputLoss,
     ReconstructionParameters,
@@ -25,13 +26,17 @@ from alps.finetuning.block_reconstruction import (
     relative_loss,
 )
 from alps.models.blocks import Block, on_device
+from alps.models.shrink_families import adds_output, family_of
 from alps.models.shrink_slices import slice_block
+from alps.models.shrunk_model import empty_shrunk_model
 from alps.models.shrunk_weights import ShrunkModel, fill_module
+from alps.models.structure import Structure, Target
 from alps.pruning.first_inputs import capture_first_inputs
 from alps.pruning.shrink_context import ShrinkContext
+from alps.pruning.shrink_experts import ExpertCut
 from alps.pruning.shrink_layers import BlockStates, Cutter
 from alps.reporting.records import ReconstructionRecord
-from alps.reporting.shrink_report import CutRecord, ShrunkBlock
+from alps.reporting.shrink_report import CutRecord, ExpertSelection, ShrunkBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,36 @@ class ShrinkRun:
     cutter: Cutter
     reconstruction: ReconstructionParameters | None
     context: ShrinkContext
+
+
+def make_run(
+    loaded: LoadedModel,
+    structure: Structure,
+    target: Target,
+    context: ShrinkContext,
+    *,
+    small: ShrunkModel | None = None,
+    experts: ExpertSelection | None = None,
+    reconstruction: ReconstructionParameters | None = None,
+) -> ShrinkRun:
+    """Return a run for a complete target; the smaller model is built unless it is given."""
+    model, blocks = loaded.model, loaded.blocks()
+    return ShrinkRun(
+        model=model,
+        blocks=blocks,
+        shrunk=small or ShrunkModel.of(empty_shrunk_model(model, blocks, target)),
+        cutter=Cutter(
+            family=family_of(model),
+            structure=structure,
+            target=target,
+            adds_output=adds_output(model),
+            device=context.device,
+            group=context.group,
+            experts=ExpertCut(structure, target, {} if experts is None else experts.kept),
+        ),
+        reconstruction=reconstruction,
+        context=context,
+    )
 
 
 def shrink_blocks(run: ShrinkRun, windows: Tensor) -> tuple[list[ShrunkBlock], dict[str, float]]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from alps.data.loaded_model import LoadedModel, load, open_model
+from alps.core.distributed import ProcessGroup
+from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix
 from alps.models.shrink_families import family_of
 from alps.models.shrunk_model import check_target, empty_shrunk_model
 from alps.models.structure import Structure, Target, read_structure
+from alps.pruning.run_inputs import open_for_run
 from alps.pruning.shrink_config import ShrinkConfig
 from alps.pruning.shrink_experts import ExpertCut
 from alps.pruning.shrink_target import changed_fields, check_experts, describe_target, resolve_target, size_record
 from alps.pruning.speedup_candidates import Choices, list_choices
 from alps.reporting.shrink_report import SizeRecord
+
+_LOG = logging.getLogger("alps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +51,7 @@ def open_plan(config: ShrinkConfig, source: CalibrationMix | Tensor, loaded: Loa
     Raises:
         ConfigError, UnsupportedModel, CheckpointError: for a model or numbers that cannot be.
     """
-    if loaded is None:
-        # A model that samples its own text has to be in memory.
-        samples_itself = isinstance(source, CalibrationMix) and any(part.text is None for part in source.sources)
-        loaded = (load if samples_itself else open_model)(config.model, config.dtype)
+    loaded = loaded or open_for_run(config, source)
     blocks = loaded.blocks()
     structure = read_structure(loaded.model, blocks)
     check_experts(config, family_of(loaded.model), structure)
@@ -85,6 +87,13 @@ def describe_plan(loaded: LoadedModel, target: Target, choices: Choices | None =
         lines=describe_target(before, after, after_structure),
         choices=choices,
     )
+
+
+def log_plan(plan: ShrinkPlan, group: ProcessGroup) -> None:
+    """Tell the user on the main rank what the model will look like."""
+    if group.is_main:
+        for line in plan.lines:
+            _LOG.info(line)
 
 
 def _smaller(structure: Structure, target: Target) -> Structure:
