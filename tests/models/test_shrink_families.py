@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,19 @@ def test_every_tested_decoder_is_in_the_table() -> None:
     assert {config().model_type for config in _CONFIGS.values()} == FAMILIES.keys()
 
 
+_PAGE = Path(__file__).parent.parent.parent / "docs" / "structured.md"
+
+
 def test_the_page_has_the_table() -> None:
-    page = Path(__file__).parent.parent.parent / "docs" / "structured.md"
-    assert allowance_table() in page.read_text(), "python tests/helpers/allowances.py prints it"
+    assert allowance_table() in _PAGE.read_text(), "python tests/helpers/allowances.py prints it"
+
+
+@pytest.mark.parametrize(("unit", "words"), [("head", "not with fewer heads"), ("channel", "not a narrower MLP")])
+def test_the_page_says_what_llama_cpp_does_not_load(unit: str, words: str) -> None:
+    """A slow test converts and loads tiny models of these families."""
+    (row,) = (line for line in _PAGE.read_text().splitlines() if words in line)
+    named = {family.model_type for family in FAMILIES.values() if unit in family.unloadable}
+    assert set(re.findall("`([a-z0-9_]+)`", row)) == named
 
 
 def test_models_that_read_images_are_refused() -> None:

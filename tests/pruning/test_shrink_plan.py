@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from alps.data.loaded_model import LoadedModel
+from alps.models.structure import Target, read_structure
 from alps.pruning.shrink_config import ShrinkConfig
-from alps.pruning.shrink_plan import open_plan
+from alps.pruning.shrink_plan import describe_plan, open_plan
+from helpers.decoders import decoder
 
 
 def test_a_plan_counts_what_stays(stories: Path) -> None:
@@ -26,3 +30,21 @@ def test_a_plan_counts_what_stays(stories: Path) -> None:
     assert plan.after.fields == {"intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4}
     assert plan.before.fields == {"intermediate_size": 172, "num_attention_heads": 8, "num_hidden_layers": 5}
     assert "260,032" in " ".join(plan.lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "words"),
+    [
+        ("qwen2", Target(heads=2), "'qwen2' models with fewer heads"),
+        ("qwen2", Target(kv_heads=1), "'qwen2' models with fewer heads"),
+        ("qwen2", Target(mlp_width=32), None),
+        ("gpt_bigcode", Target(mlp_width=32), "'gpt_bigcode' models with a narrower MLP"),
+        ("qwen3", Target(heads=2), None),
+    ],
+)
+def test_cuts_that_llama_cpp_does_not_load_are_said_before(kind: str, target: Target, words: str | None) -> None:
+    loaded = LoadedModel("m", decoder(kind), None)
+    complete = target.complete(read_structure(loaded.model, loaded.blocks()))
+    lines = [line for line in describe_plan(loaded, complete).lines if line.startswith("llama.cpp")]
+    assert len(lines) == (words is not None)
+    assert words is None or f"llama.cpp does not load {words}: leave that cut out" in lines[0]

@@ -12,7 +12,7 @@ from torch import nn
 
 from alps.core.errors import UnsupportedModel
 from alps.models.auto_class import is_composite
-from alps.models.shrink_layout import Attention, Experts, Family, Mlp
+from alps.models.shrink_layout import Attention, Experts, Family, Mlp, Unit
 
 _FUSED_MLP = Mlp(("mlp.gate_up_proj",), is_fused=True)
 _PLAIN_MLP = Mlp(("mlp.up_proj",))
@@ -43,6 +43,11 @@ _DEEPSEEK = Experts(
     group_minimum=2,
 )
 
+# llama.cpp wants as many inputs of the output projection as the hidden size has; its converter says four times the
+# hidden size, whatever the width.
+_HEADS: tuple[Unit, ...] = ("head",)
+_CHANNELS: tuple[Unit, ...] = ("channel",)
+
 _ONE_SIZE = "transformers derives the size of a head from their number and the hidden size"
 _FULL_NORM = "its norms of queries and keys run over all heads, so heads that stay would change"
 
@@ -56,27 +61,28 @@ _ROWS = (
     Family("mistral"),
     Family("ministral"),
     Family("ministral3"),
-    Family("qwen2"),
+    Family("qwen2", unloadable=_HEADS),
     Family("qwen3"),
     Family("gemma"),
     Family("gemma2", heads="divisor", adds_mlp=False),
     Family("gemma3_text", heads="divisor", adds_mlp=False),
     Family("phi", Mlp(("mlp.fc1",), "mlp.fc2"), _DENSE_OUT),
-    Family("phi3", _FUSED_MLP, _PHI3),
-    Family("starcoder2", Mlp(("mlp.c_fc",), "mlp.c_proj")),
-    Family("olmo"),
-    Family("granite"),
+    Family("phi3", _FUSED_MLP, _PHI3, unloadable=_HEADS),
+    Family("starcoder2", Mlp(("mlp.c_fc",), "mlp.c_proj"), unloadable=_HEADS),
+    Family("olmo", unloadable=_HEADS),
+    Family("granite", unloadable=_HEADS),
     Family("smollm3"),
     Family(
         "cohere",
         attention=replace(
             Attention(), per_head=(("self_attn.q_norm.weight", "head"), ("self_attn.k_norm.weight", "kv_head"))
         ),
+        unloadable=_HEADS,
     ),
     Family("cohere2"),
-    Family("glm", _FUSED_MLP),
+    Family("glm", _FUSED_MLP, unloadable=_HEADS),
     Family("glm4", _FUSED_MLP, adds_mlp=False),
-    Family("nemotron", _PLAIN_MLP),
+    Family("nemotron", _PLAIN_MLP, unloadable=_HEADS),
     Family("exaone4", adds_mlp=False),
     Family("ernie4_5"),
     Family("seed_oss"),
@@ -91,12 +97,12 @@ _ROWS = (
     _headless("stablelm", Mlp()),
     _headless("persimmon", _NEOX_MLP),
     _headless("gpt_neox", _NEOX_MLP),
-    _headless("falcon", replace(_NEOX_MLP, field="ffn_hidden_size")),
+    _headless("falcon", replace(_NEOX_MLP, field="ffn_hidden_size"), unloadable=_CHANNELS),
     _headless("opt", _FC_MLP),
     _headless("xglm", _FC_MLP, depth="num_layers"),
     _headless("biogpt", replace(_FC_MLP, field="intermediate_size")),
     _headless("gpt2", replace(_GPT_MLP, inputs_first=True), depth="n_layer"),
-    _headless("gpt_bigcode", _GPT_MLP, depth="n_layer"),
+    _headless("gpt_bigcode", _GPT_MLP, depth="n_layer", unloadable=_CHANNELS),
     _headless("gpt_neo", replace(_GPT_MLP, field="intermediate_size"), depth="num_layers"),
     _headless("gptj", _GPTJ_MLP, depth="n_layer"),
     _headless("codegen", _GPTJ_MLP, depth="n_layer"),

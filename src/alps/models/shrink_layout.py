@@ -126,6 +126,7 @@ class Family:
         no_experts: reason why experts cannot be removed, as the end of a sentence.
         adds_mlp: True when the MLP's output is added to the residual stream without a norm.
         depth: field with the number of blocks.
+        unloadable: units without which llama.cpp does not load a model that it loads whole.
     """
 
     model_type: str
@@ -139,6 +140,7 @@ class Family:
     no_experts: str = ""
     adds_mlp: bool = True
     depth: str = "num_hidden_layers"
+    unloadable: tuple[Unit, ...] = ()
 
 
 def cuts_of(family: Family) -> list[Cut]:

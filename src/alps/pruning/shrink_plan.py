@@ -11,6 +11,7 @@ from alps.core.distributed import ProcessGroup
 from alps.data.loaded_model import LoadedModel
 from alps.data.mixture import CalibrationMix
 from alps.models.shrink_families import family_of
+from alps.models.shrink_layout import Family
 from alps.models.shrunk_model import check_target, empty_shrunk_model
 from alps.models.structure import Structure, Target, read_structure
 from alps.pruning.run_inputs import open_for_run
@@ -84,9 +85,26 @@ def describe_plan(loaded: LoadedModel, target: Target, choices: Choices | None =
         target=target,
         before=before,
         after=after,
-        lines=describe_target(before, after, after_structure),
+        lines=[
+            *describe_target(before, after, after_structure),
+            *_llama_lines(family_of(loaded.model), structure, after_structure),
+        ],
         choices=choices,
     )
+
+
+def _llama_lines(family: Family, before: Structure, after: Structure) -> list[str]:
+    """Say that llama.cpp will not load the result, where that is known."""
+    cuts = {
+        "head": ("fewer heads", before.heads != after.heads),
+        "channel": ("a narrower MLP", before.mlp_width != after.mlp_width),
+    }
+    refused = [words for unit, (words, is_cut) in cuts.items() if is_cut and unit in family.unloadable]
+    return [
+        f"llama.cpp does not load '{family.model_type}' models with {words}: leave that cut out if the result is for "
+        "llama.cpp."
+        for words in refused
+    ]
 
 
 def log_plan(plan: ShrinkPlan, group: ProcessGroup) -> None:
