@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from alps.core.post_import import run_after_import
+
 if TYPE_CHECKING:
     from alps.core.errors import AlpsError
     from alps.data.loaded_model import LoadedModel, load
@@ -74,6 +76,15 @@ _LAZY_EXPORTS = {
     "shrink": "alps.pruning.shrink_api",
     "unpack": "alps.inference.api",
 }
+
+
+def _register_quantizer() -> None:
+    import_module("alps.inference.transformers_quantizer").register()
+
+
+# The one effect of importing alps: with it, `from_pretrained` of transformers reads packed directories. Nothing is
+# imported for this before transformers is.
+run_after_import("transformers.quantizers.auto", _register_quantizer)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ from helpers.packing import resigned, small
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda f: f.update(version=2), "packed in version 2 .* reads version 1: install a newer alps"),
+        (lambda f: f.update(version=3), "packed in version 3 .* reads versions up to 2: install a newer alps"),
+        (lambda f: f.update(version=0), "packed in version 0"),
         (lambda f: f.update(format="other"), "damaged"),
         (lambda f: f.update(compression="lzma"), "damaged"),
         (lambda f: f.pop("tensors"), "damaged"),
@@ -31,7 +32,7 @@ from helpers.packing import resigned, small
         (lambda f: f["tensors"]["a"].update(kept=None), "contradicts itself"),
         (lambda f: f["tensors"]["b"].update(kept=3), "contradicts itself"),
         (lambda f: f["tensors"]["a"].update(shape=[8, 33]), "Tensor a differs from what was packed|cannot be unpacked"),
-        (lambda f: f["files"]["config.json"].update(name="../config.json"), "damaged"),
+        (lambda f: f["files"]["config.original.json"].update(name="../config.json"), "damaged"),
         (lambda f: f.update(headers={"/tmp/model.safetensors": "{}"}), "damaged"),
     ],
 )

@@ -24,7 +24,7 @@ from alps.checkpoints.manifest import Manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
 from alps.core.errors import CheckpointError
-from helpers.packing import contents, pruned, small
+from helpers.packing import contents, make_first_version, pruned, small
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_comes_back_to_the_byte(checkpoint: Path, tmp_path: Path, c
     names = {path.name for path in (tmp_path / "packed").iterdir()}
     assert {"packed.json", "packed.safetensors", "config.json", "README.md", "README.original.md"} <= names
     assert not {name for name in names if name.startswith("model") or name == ".cache"}
-    assert "quantization_config" not in (tmp_path / "packed" / "config.json").read_text()
+    assert {"config.original.json", "alps.safetensors", "alps_packed.py"} <= names
 
     unpack_directory(tmp_path / "packed", tmp_path / "back")
     del before[".cache/lock"]
@@ -83,7 +83,8 @@ def test_the_card_says_how_to_load_the_pack(checkpoint: Path, tmp_path: Path) ->
     card = (tmp_path / "packed" / "README.md").read_text()
     front, notice, below = re.split(r"^---\n\n|^# The model", card, flags=re.MULTILINE)
     assert front == "---\ntags: [pruned]\n"
-    assert "transformers does not\n> read" in notice and "> alps unpack THIS-DIRECTORY NEW-DIRECTORY" in notice
+    assert "reads only with alps" in notice and "> import alps\n> from transformers import AutoModel" in notice
+    assert "> alps unpack THIS-DIRECTORY NEW-DIRECTORY" in notice
     assert below == "\n\nIts card.\n"
     # For people: whoever edits it can unpack all the same, and gets the original.
     (tmp_path / "packed" / "README.md").write_text("mine")
@@ -91,11 +92,30 @@ def test_the_card_says_how_to_load_the_pack(checkpoint: Path, tmp_path: Path) ->
     assert (tmp_path / "back" / "README.md").read_bytes() == (checkpoint / "README.md").read_bytes()
 
 
+def test_packing_twice_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        pack_directory(checkpoint, tmp_path / name, shard_bytes=20_000)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_directory_of_the_first_version_is_unpacked(checkpoint: Path, tmp_path: Path) -> None:
+    before = contents(checkpoint)
+    del before[".cache/lock"]
+    pack_directory(checkpoint, tmp_path / "packed")
+    make_first_version(tmp_path / "packed")
+    manifest = unpack_directory(tmp_path / "packed", tmp_path / "back")
+    assert contents(tmp_path / "back") == before and "config.json" in manifest.files
+
+
 def test_names_that_are_taken_are_given_way_to(tmp_path: Path) -> None:
     source = small(tmp_path / "in")
     (source / "README.md").write_text("one")
     (source / "README.original.md").write_text("two")
+    (source / "config.original.json").write_text("{}")
+    (source / "alps_packed.py").write_text("mine")
     pack_directory(source, tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["model_type"] == "none"
+    assert "import" in (tmp_path / "packed" / "alps_packed.py").read_text()
     unpack_directory(tmp_path / "packed", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
 

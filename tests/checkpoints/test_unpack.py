@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
 from alps.core.errors import CheckpointError
-from helpers.packing import flip, resigned, small
+from helpers.packing import contents, flip, resigned, small
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
 def test_one_changed_byte_anywhere_is_refused(tmp_path: Path, compress: bool) -> None:
     pack_directory(small(tmp_path / "in"), tmp_path / "packed", compress)
-    names = sorted(path.name for path in (tmp_path / "packed").iterdir())
-    assert names == ["README.md", "config.json", "packed.json", "packed.safetensors"]
-    for name in names[1:]:
+    made = {"README.md", "config.json", "alps.safetensors", "alps_packed.py"}
+    names = {path.name for path in (tmp_path / "packed").iterdir()} - made
+    assert names == {"config.original.json", "packed.json", "packed.safetensors"}
+    for name in sorted(names):
         path = tmp_path / "packed" / name
         whole = path.read_bytes()
         for position in {0, 9, *range(20, len(whole), len(whole) // 20 + 1), len(whole) - 1}:
@@ -60,6 +61,17 @@ def test_a_compressed_tensor_of_another_size_is_refused(tmp_path: Path, change: 
     with pytest.raises(CheckpointError, match=complaint):
         unpack_directory(tmp_path / "packed", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_files_that_were_added_later_are_copied(tmp_path: Path) -> None:
+    source = small(tmp_path / "in")
+    pack_directory(source, tmp_path / "packed")
+    (tmp_path / "packed" / "templates").mkdir()
+    added = {"tokenizer.json": "{}", "templates/tools.jinja": "{{ tools }}"}
+    for name, text in {**added, "model.safetensors": "of something else", ".hidden": ""}.items():
+        (tmp_path / "packed" / name).write_text(text)
+    unpack_directory(tmp_path / "packed", tmp_path / "back")
+    assert contents(tmp_path / "back") == {**contents(source), **{name: text.encode() for name, text in added.items()}}
 
 
 def test_what_is_cut_short_or_missing_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -51,3 +51,18 @@ def resigned(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         fields["shards"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps({**fields, "sha256": "0" * 64})
     (folder / "packed.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+
+
+def make_first_version(folder: Path) -> None:
+    """Turn a packed directory into what the first version of the format had for the same checkpoint."""
+
+    def change(fields: dict[str, Any]) -> None:
+        fields["version"] = 1
+        fields["files"]["config.json"] = fields["files"].pop("config.original.json")
+
+    (folder / "config.original.json").replace(folder / "config.json")
+    (folder / "alps.safetensors").unlink()
+    (folder / "alps_packed.py").unlink()
+    for path in folder.glob("packed*.safetensors"):
+        save_file(load_file(path), path, {"format": "alps-packed", "version": "1"})
+    resigned(folder, change)

@@ -15,7 +15,9 @@ from alps.core.json_text import to_json
 
 MANIFEST_NAME = "packed.json"
 FORMAT = "alps-packed"
-VERSION = 1
+# Since version 2 config.json names the format, and the checkpoint's own has another name.
+VERSION = 2
+_READABLE = (1, 2)
 _NO_HASH = "0" * 64
 
 
@@ -111,10 +113,10 @@ def read_manifest(directory: Path) -> Manifest:
         version = fields["version"]
         if fields["format"] != FORMAT or not isinstance(version, int):
             raise CheckpointError(damaged)
-        if version != VERSION:
+        if version not in _READABLE:
             raise CheckpointError(
-                f"'{directory}' is packed in version {version} of the format, and this alps reads version {VERSION}: "
-                "install a newer alps."
+                f"'{directory}' is packed in version {version} of the format, and this alps reads versions up to "
+                f"{VERSION}: install a newer alps."
             )
         stated = fields["sha256"]
         if hashlib.sha256(data.replace(stated.encode(), _NO_HASH.encode(), 1)).hexdigest() != stated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,26 +19,42 @@ from alps.checkpoints.compression import check_compression, raw_bytes
 from alps.checkpoints.manifest import (
     FORMAT,
     MANIFEST_NAME,
-    VERSION,
     CopyRecord,
     FileRecord,
     Manifest,
     TensorRecord,
 )
+from alps.checkpoints.packed_config import RENAMED, write_config
 from alps.checkpoints.tensor_codec import encode_tensor, should_pack
-from alps.checkpoints.weight_files import INDEX_NAME, WeightFile, find_other_files, find_weight_files, parse_header
+from alps.checkpoints.weight_files import (
+    INDEX_NAME,
+    HeaderEntry,
+    WeightFile,
+    find_other_files,
+    find_weight_files,
+    parse_header,
+)
 from alps.core.errors import CheckpointError
 
 SHARD_BYTES = 2**30
 # Files of the checkpoint that would be wrong descriptions of the packed directory under their own names.
-_RENAMED = {"README.md": "README.original.md", INDEX_NAME: "index.original.json"}
+_RENAMED = {"README.md": "README.original.md", INDEX_NAME: "index.original.json", **RENAMED}
 _PACKED_FILE = re.compile(r"packed\.json|packed(-\d+(-of-\d+)?)?\.safetensors")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
 # A model hub would show how to load the pack with this library, which cannot.
 _LIBRARY = re.compile(r"^library_name:.*\n", re.MULTILINE)
 _NOTICE = """
-> **Packed: zeros are not stored.** These files hold the checkpoint in a format of its own, which transformers does not
-> read. With alps (the Python package `alps-prune`) installed, this gives the checkpoint back, to the bit:
+> **Packed: zeros are not stored.** These files hold the checkpoint in a format that transformers reads only with alps
+> (the Python package `alps-prune`):
+>
+> ```python
+> import alps
+> from transformers import AutoModelForCausalLM
+>
+> model = AutoModelForCausalLM.from_pretrained("THIS-DIRECTORY")
+> ```
+>
+> This gives the checkpoint back, to the bit:
 >
 > ```sh
 > alps unpack THIS-DIRECTORY NEW-DIRECTORY
@@ -75,7 +91,8 @@ class _ShardWriter:
     def _flush(self) -> None:
         path = self._folder / f"packed-{len(self._written) + 1:05}.safetensors"
         try:
-            save_file(self._parts, path, {"format": FORMAT, "version": str(VERSION)})
+            # One entry alone, because safetensors writes several in a random order.
+            save_file(self._parts, path, {"format": FORMAT})
         except SafetensorError as error:
             raise CheckpointError(f"A file of the packed directory cannot be written: {error}.") from None
         self._written.append(path)
@@ -109,20 +126,54 @@ def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes:
         check_compression()
     check_target(out)
     with new_directory(out) as folder:
-        shards = _ShardWriter(folder, shard_bytes)
-        entries = list(_pack_tensors(weights, shards, compress))
-        names = shards.close()
-        records = {name: replace(record, shard=names[number]) for name, record, number in entries}
-        files = _copy(others, folder)
-        _write_readme(others.get("README.md"), folder)
-        manifest = Manifest(
-            compression="zstd" if compress else None,
+        return write_pack(
+            folder,
+            _read_tensors(weights),
             headers={file.name: file.header for file in weights},
-            shards={name: FileRecord(*size_and_hash(folder / name)) for name in names},
-            files=files,
-            tensors=records,
+            files=others,
+            compress=compress,
+            shard_bytes=shard_bytes,
         )
-        (folder / MANIFEST_NAME).write_text(manifest.text())
+
+
+def write_pack(
+    folder: Path,
+    tensors: Iterable[tuple[str, HeaderEntry, Tensor]],
+    *,
+    headers: dict[str, str],
+    files: dict[str, Path],
+    compress: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Write all files of a packed directory; one shard is in memory at a time.
+
+    Args:
+        folder: that exists; no file of it may have the name of one that is written.
+        tensors: for every tensor the name of its weight file, its entry in the header of that file, and its values.
+        headers: headers of the weight files by name.
+        files: all other files by their names in the checkpoint.
+        compress: compress masks and values by zstd.
+        shard_bytes: largest size of a shard; a single tensor may exceed it.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        CheckpointError: when two files hold the same tensor, or a shard cannot be written.
+    """
+    names, shards = _tensor_names(headers), _ShardWriter(folder, shard_bytes)
+    entries = list(_pack_tensors(tensors, shards, names=names, compress=compress))
+    shard_names = shards.close()
+    manifest = Manifest(
+        compression="zstd" if compress else None,
+        headers=headers,
+        shards={name: FileRecord(*size_and_hash(folder / name)) for name in shard_names},
+        files=_copy(files, folder),
+        tensors={name: replace(record, shard=shard_names[number]) for name, record, number in entries},
+    )
+    _write_readme(files.get("README.md"), folder)
+    write_config(folder, manifest)
+    (folder / MANIFEST_NAME).write_text(manifest.text())
     return manifest
 
 
@@ -132,11 +183,8 @@ def size_and_hash(path: Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pack_tensors(
-    weights: list[WeightFile], shards: _ShardWriter, compress: bool
-) -> Iterator[tuple[str, TensorRecord, int]]:
-    """Add every tensor to the shards, and yield its name, its record and the number of its shard."""
-    names = _tensor_names(weights)
+def _read_tensors(weights: list[WeightFile]) -> Iterator[tuple[str, HeaderEntry, Tensor]]:
+    """Yield every tensor of a checkpoint with the name of its file and its entry in the header."""
     for file in weights:
         with safe_open(file.path, framework="pt") as opened:
             for entry in parse_header(file.header):
@@ -144,33 +192,41 @@ def _pack_tensors(
                     tensor = opened.get_tensor(entry.name)
                 except SafetensorError as error:
                     raise CheckpointError(f"Tensor {entry.name} of '{file.path}' cannot be read: {error}.") from None
-                packed = should_pack(entry.name, tensor, names)
-                parts = encode_tensor(entry.name, tensor, packed, compress)
-                record = TensorRecord(
-                    file=file.name,
-                    dtype=entry.dtype,
-                    shape=list(entry.shape),
-                    itemsize=tensor.element_size(),
-                    bytes=entry.nbytes,
-                    stored="packed" if packed else "dense",
-                    stored_bytes=_nbytes(parts),
-                    kept=count_kept(tensor) if packed else None,
-                    shard="",
-                    sha256=hashlib.sha256(raw_bytes(tensor)).hexdigest(),
-                )
-                yield entry.name, record, shards.add(parts)
+                yield file.name, entry, tensor
 
 
-def _tensor_names(weights: list[WeightFile]) -> set[str]:
+def _pack_tensors(
+    tensors: Iterable[tuple[str, HeaderEntry, Tensor]], shards: _ShardWriter, *, names: set[str], compress: bool
+) -> Iterator[tuple[str, TensorRecord, int]]:
+    """Add every tensor to the shards, and yield its name, its record and the number of its shard."""
+    for file, entry, tensor in tensors:
+        packed = should_pack(entry.name, tensor, names)
+        parts = encode_tensor(entry.name, tensor, packed, compress)
+        record = TensorRecord(
+            file=file,
+            dtype=entry.dtype,
+            shape=list(entry.shape),
+            itemsize=tensor.element_size(),
+            bytes=entry.nbytes,
+            stored="packed" if packed else "dense",
+            stored_bytes=_nbytes(parts),
+            kept=count_kept(tensor) if packed else None,
+            shard="",
+            sha256=hashlib.sha256(raw_bytes(tensor)).hexdigest(),
+        )
+        yield entry.name, record, shards.add(parts)
+
+
+def _tensor_names(headers: dict[str, str]) -> set[str]:
     """Return the names of all tensors, after checking that no two files hold the same one."""
     owners: dict[str, str] = {}
-    for file in weights:
-        for entry in parse_header(file.header):
+    for file, header in headers.items():
+        for entry in parse_header(header):
             if entry.name in owners:
                 raise CheckpointError(
-                    f"Tensor {entry.name} is in both {owners[entry.name]} and {file.name}: save the model again."
+                    f"Tensor {entry.name} is in both {owners[entry.name]} and {file}: save the model again."
                 )
-            owners[entry.name] = file.name
+            owners[entry.name] = file
     return set(owners)
 
 

@@ -10,6 +10,8 @@ from alps.core.errors import CheckpointError, truncate
 # Older files of compressed-tensors have the second name.
 _KEYS = ("quantization_config", "compression_config")
 _COMPRESSED_TENSORS = "compressed-tensors"
+# What a packed directory has as its quant_method.
+PACKED_METHOD = "alps"
 
 
 def check_quantization(config: Any, name: str) -> None:
@@ -26,6 +28,8 @@ def check_quantization(config: Any, name: str) -> None:
         return
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for settings in [part[key] for part in parts for key in _KEYS if part.get(key)]:
+        if is_packed_method(settings):
+            raise CheckpointError(f"The weights in '{name}' are packed: use what `alps unpack` makes of its directory.")
         if not is_dense(settings):
             kind = "quantized" if _is_quantized(settings) else "compressed"
             raise CheckpointError(
@@ -36,6 +40,11 @@ def check_quantization(config: Any, name: str) -> None:
 def is_dense(settings: Any) -> bool:
     """Check if the weights are ordinary tensors, as llm-compressor writes those of models that it has only pruned."""
     return not _is_quantized(settings) and all(name in (None, "dense") for name in _formats(settings))
+
+
+def is_packed_method(settings: Any) -> bool:
+    """Check if a `quantization_config` is that of a packed directory."""
+    return isinstance(settings, Mapping) and settings.get("quant_method") == PACKED_METHOD
 
 
 def _is_quantized(settings: Any) -> bool:

@@ -123,6 +123,19 @@ def list_tensors(file: WeightFile) -> list[TensorOnDisk]:
     return tensors
 
 
+def renew_header(header: str, tensors: list[TensorToWrite]) -> str:
+    """Return the header of a file with other tensors than before: the same one if names, dtypes and shapes are equal.
+
+    Args:
+        header: of the file before, whose metadata is kept.
+        tensors: in the order of their bytes.
+    """
+    new = [(tensor.name, _DTYPE_NAMES[tensor.dtype], tensor.shape) for tensor in tensors]
+    if new == [(entry.name, entry.dtype, entry.shape) for entry in parse_header(header)]:
+        return header
+    return _make_header(tensors, json.loads(header).get("__metadata__")).decode()
+
+
 def write_tensors(path: Path, tensors: Iterable[TensorToWrite], source: WeightFile | None = None) -> None:
     """Write a safetensors file that appears whole or not at all; each tensor is read just before it is written.
 
@@ -135,7 +148,7 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite], source: WeightFi
         CheckpointError: when it cannot be written (a full disk, say).
     """
     tensors = list(tensors)
-    header = _make_header(tensors) if source is None else _renew_header(source, tensors)
+    header = _make_header(tensors) if source is None else renew_header(source.header, tensors).encode()
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
@@ -156,14 +169,6 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite], source: WeightFi
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-
-
-def _renew_header(source: WeightFile, tensors: list[TensorToWrite]) -> bytes:
-    """Return the header of a file whose tensors may have other dtypes than those of its source."""
-    new = [(tensor.name, _DTYPE_NAMES[tensor.dtype], tensor.shape) for tensor in tensors]
-    if new == [(entry.name, entry.dtype, entry.shape) for entry in parse_header(source.header)]:
-        return source.header.encode()
-    return _make_header(tensors, json.loads(source.header).get("__metadata__"))
 
 
 def _make_header(tensors: list[TensorToWrite], metadata: Mapping[str, str] | None = None) -> bytes:

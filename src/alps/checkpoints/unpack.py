@@ -12,15 +12,18 @@ from safetensors import SafetensorError, safe_open
 
 from alps.checkpoints.atomic_io import check_target, new_directory
 from alps.checkpoints.compression import check_compression, raw_bytes
-from alps.checkpoints.manifest import Manifest, TensorRecord, read_manifest
+from alps.checkpoints.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from alps.checkpoints.pack import size_and_hash
+from alps.checkpoints.packed_config import RENAMED
 from alps.checkpoints.tensor_codec import ReadPart, decode_tensor
-from alps.checkpoints.weight_files import parse_header
+from alps.checkpoints.weight_files import find_other_files, parse_header
 from alps.core.errors import CheckpointError
 
 
 def unpack_directory(packed: Path, out: Path) -> Manifest:
     """Restore the checkpoint that was packed, with the same files and bytes; one tensor is in memory at a time.
+
+    Files that were put into the directory later, such as a tokenizer next to a model that saved itself, are copied.
 
     Args:
         packed: a directory that `pack_directory` wrote.
@@ -40,9 +43,9 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
     for name, record in {**manifest.shards, **manifest.files}.items():
         check_file(packed / name, record.bytes, record.sha256)
     with new_directory(out) as folder, ExitStack() as stack:
-        for stored_name, copied in manifest.files.items():
-            (folder / copied.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(packed / stored_name, folder / copied.name)
+        for stored_name, name in {**_added_files(packed, manifest), **_original_names(manifest)}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(packed / stored_name, folder / name)
         try:
             shards = {name: stack.enter_context(safe_open(packed / name, framework="pt")) for name in manifest.shards}
             for file, header in manifest.headers.items():
@@ -50,6 +53,17 @@ def unpack_directory(packed: Path, out: Path) -> Manifest:
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"'{packed}' contradicts itself ({error}): pack the checkpoint again.") from None
     return manifest
+
+
+def _original_names(manifest: Manifest) -> dict[str, str]:
+    return {stored: record.name for stored, record in manifest.files.items()}
+
+
+def _added_files(packed: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the files of a packed directory that are neither part of what was packed nor written by packing."""
+    own = {MANIFEST_NAME, "README.md", *RENAMED, *manifest.shards, *manifest.files}
+    restored = {*manifest.headers, *_original_names(manifest).values()}
+    return {name: name for name in find_other_files(packed, []) if name not in own | restored}
 
 
 def check_file(path: Path, size: int, sha256: str) -> None:

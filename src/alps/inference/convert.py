@@ -93,5 +93,6 @@ def refuse_saving(model: nn.Module) -> None:
 
 def _refuse(*_args: object, **_kwargs: object) -> None:
     raise CheckpointError(
-        "A packed model cannot be saved by save_pretrained: copy its packed directory, or unpack it with `alps unpack`."
+        "A model that was packed in memory cannot be saved by save_pretrained: save the dense model, and pack its "
+        "directory with `alps pack`."
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from alps.checkpoints.bitmask_codec import PackedMatrix, pack
 from alps.checkpoints.compression import check_compression
 from alps.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
+from alps.checkpoints.packed_config import check_packed_config
 from alps.checkpoints.safetensors_io import DTYPES, list_tensors
 from alps.checkpoints.tensor_codec import decode_matrix, decode_tensor
 from alps.checkpoints.unpack import check_file
 from alps.checkpoints.weight_files import read_weight_file
 from alps.core.errors import CheckpointError
-from alps.inference.convert import as_out_in, packed_layer, refuse_saving, replace_module
+from alps.inference.convert import as_out_in, packed_layer, replace_module
 from alps.inference.packed_experts import replace_experts, run_experts_singly
 from alps.inference.packing_plan import plan_packing
+from alps.inference.save import save_packed
 from alps.inference.torch_backend import unpack_rows
 from alps.models.architecture_check import check_config
 from alps.models.configuration import load_config
@@ -42,8 +44,8 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a directory written by `alps pack` on the CPU, with its packed linear layers kept packed.
 
     Tensors are read one at a time, so that the dense model is never in memory. The result is a transformers model in
-    evaluation mode without gradients; its `save_pretrained` raises. Packed embeddings, fused expert weights and tied
-    matrices become dense, because no packed product exists for them.
+    evaluation mode without gradients; its `save_pretrained` writes a packed directory. Packed embeddings, fused expert
+    weights and tied matrices become dense, because no packed product exists for them.
 
     Args:
         directory: a directory written by `alps pack`.
@@ -54,28 +56,48 @@ def load_packed(directory: Path, dtype: torch.dtype | None = None) -> nn.Module:
         UnsupportedModel: if it is no causal language model.
     """
     manifest = read_manifest(directory)
-    if manifest.compression:
-        check_compression()
     for name, record in manifest.files.items():
         check_file(directory / name, record.bytes, record.sha256)
+    check_packed_config(directory, manifest)
     with quiet(), readable(str(directory)):
-        config = load_config(str(directory))
+        config = load_config(str(directory), packed=True)
         check_config(config, str(directory))
+    model = build_packed(directory, manifest, config, dtype=dtype)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.requires_grad_(False).eval()
+
+
+def build_packed(
+    directory: Path, manifest: Manifest, config: Any, *, kind: Any = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Build a model of the tensors of a packed directory, which are checked and read one at a time.
+
+    Args:
+        directory: with the shards.
+        manifest: its content.
+        config: configuration of the model, without `quantization_config`.
+        kind: class of the model; None for that of the configuration.
+        dtype: dtype of the model; None for the dtype of the checkpoint.
+
+    Raises:
+        CheckpointError: if a shard is missing or damaged, or its tensors do not fit the model.
+    """
+    if manifest.compression:
+        check_compression()
     for name, shard in manifest.shards.items():
         check_file(directory / name, shard.bytes, shard.sha256)
     try:
         tensors = _Tensors(directory, manifest)
         with quiet(), readable(str(directory)):
-            model = load_recorded(config, tensors.recorded(), name=str(directory), dtype=dtype)
+            model = load_recorded(config, tensors.recorded(), name=str(directory), kind=kind, dtype=dtype)
         _fill(model, tensors)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"'{directory}' is inconsistent ({error}): pack the checkpoint again.") from None
     if is_other_head(model):
         untie_config(model.config, str(directory))
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    refuse_saving(model)
-    return model.requires_grad_(False).eval()
+    save_packed(model, manifest)
+    return model
 
 
 class _Tensors:

@@ -143,7 +143,7 @@ class _Unknown(Exception):
 def _known_config(directory: Path) -> Any:
     try:
         with quiet():
-            return load_config(str(directory))
+            return load_config(str(directory), packed=(directory / MANIFEST_NAME).is_file())
     except AlpsError:
         raise
     except Exception as error:  # broken files reach many parsers, which raise anything

@@ -15,7 +15,12 @@ from alps.models.recorded_tensor import RecordedTensor
 
 
 def load_recorded(
-    config: Any, tensors: Mapping[str, RecordedTensor], *, name: str, dtype: torch.dtype | None = None
+    config: Any,
+    tensors: Mapping[str, RecordedTensor],
+    *,
+    name: str,
+    kind: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Load a model whose parameters are records of the checkpoint's tensors.
 
@@ -26,6 +31,7 @@ def load_recorded(
         config: of the model.
         tensors: of the checkpoint, by their names there.
         name: of the checkpoint, for error messages.
+        kind: class of the model, with this configuration; None for the one that `loadable_class` chooses.
         dtype: of the model; None for that of the checkpoint.
 
     Returns:
@@ -36,7 +42,8 @@ def load_recorded(
         ConfigError: see `check_missing` and `check_unused`.
         UnsupportedModel: see `check_unused`.
     """
-    kind, config = loadable_class(config)
+    if kind is None:
+        kind, config = loadable_class(config)
     model, info = kind.from_pretrained(
         None,
         config=config,
