@@ -1,8 +1,10 @@
-"""Model hub on this machine: downloads as from the real one, with a redirect to where large files lie."""
+"""Model hub on this machine: downloads as from the real one, with a redirect to where large files lie, and uploads."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 COMMIT = "c0ffee" + 34 * "0"
+TOKEN = "hf_of_this_hub"
 
 
 class HubServer:
@@ -25,6 +28,8 @@ class HubServer:
         requests: method and path of every request for a file.
         sent: bytes of files that were sent.
         cut: bytes after which the connection of a download breaks; None for never.
+        cards: front matters that a client wanted to have checked.
+        created: settings of the repositories that were created.
     """
 
     def __init__(self) -> None:
@@ -32,6 +37,9 @@ class HubServer:
         self.requests: list[str] = []
         self.sent = 0
         self.cut: int | None = None
+        self.cards: list[str] = []
+        self.created: list[dict[str, Any]] = []
+        self.large: dict[str, bytes] = {}
         hub = self
 
         class Handler(_Handler):
@@ -59,7 +67,61 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        if self.path.startswith("/api/models/"):
+            self._reply({"id": "/".join(self.path.split("/")[3:5]), "sha": COMMIT, "siblings": []})
+        else:
+            self._answer(with_body=True)
+
+    def do_PUT(self) -> None:
+        self.server_hub.large[self.path.removeprefix("/lfs/")] = self._body()
+        self._reply({})
+
+    def do_POST(self) -> None:
+        hub, body, path = self.server_hub, self._body(), self.path.partition("?")[0]
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._reply({"error": "Invalid username or password."}, 401)
+        elif path == "/api/repos/create":
+            hub.created.append(json.loads(body))
+            self._reply({"url": f"{hub.endpoint}/owner/name", "name": "owner/name"})
+        elif path == "/api/validate-yaml":
+            hub.cards.append(json.loads(body)["content"])
+            self._reply({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            self._reply(
+                {"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]}
+            )
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [{"upload": {"href": f"{hub.endpoint}/lfs/{one['oid']}"}} for one in objects]
+            self._reply({"objects": [{**one, "actions": two} for one, two in zip(objects, actions, strict=True)]})
+        elif "/commit/" in path:
+            self._commit(path.split("/"), body)
+        else:
+            self._reply({}, 404)
+
+    def _commit(self, parts: list[str], body: bytes) -> None:
+        """Take the files of a commit to `/api/models/OWNER/NAME/commit/REVISION`."""
+        hub, folder = self.server_hub, f"{parts[3]}/{parts[4]}/resolve/{parts[6]}"
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                hub.files[f"{folder}/{value['path']}"] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub.files[f"{folder}/{value['path']}"] = hub.large[value["oid"]]
+        self._reply({"commitUrl": f"{hub.endpoint}/owner/name/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _reply(self, value: dict[str, Any], status: int = 200) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def end_headers(self) -> None:
         # No connection outlives `stop`.
@@ -74,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         # The client may ask for more than files, such as a list of tools that use it.
         if "/resolve/" in path:
             hub.requests.append(f"{self.command} {path}")
-        content = hub.files.get(path.removeprefix("cdn/"))
+        content = hub.files.get(path.removeprefix("cdn/").replace(f"/resolve/{COMMIT}/", "/resolve/main/"))
         if content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
