@@ -16,6 +16,7 @@ _PACKAGE = _TESTS.parent / "src" / "alps"
 _COVERED_ELSEWHERE = {
     "cli/compare": "tests/evaluation/test_compare.py: the command is started there",
     "cli/demo_run": "tests/cli/test_demo.py: its one caller, the demo, is the check on the real model",
+    "cli/evaluate_run": "tests/cli/test_evaluate.py: the command does nothing else",
     "cli/generate": "tests/inference/test_text_generation.py: the command prints what the function returns",
     "cli/report": "tests/reporting/test_publish.py: the command draws what that module makes",
     "cli/settings_page": "tests/cli/test_options.py: the page is compared with the options that it documents",
@@ -27,8 +28,12 @@ _COVERED_ELSEWHERE = {
     "data/text_column": "tests/data/test_text_files.py: the choice of a column with every format",
     "evaluation/distributed_lm": "tests/evaluation/test_tasks.py: a class of lm-eval's, which runs with lm-eval alone",
     "evaluation/evaluate_config": "tests/cli/test_evaluate.py: what it rejects are options of the command",
+    "finetuning/distill_config": "tests/finetuning/test_distillation.py: settings that cannot be used",
+    "finetuning/reconstruct_config": "tests/finetuning/test_reconstruct_checkpoint.py: every run there has one",
+    "finetuning/reconstruction_parameters": "tests/finetuning/test_block_reconstruction.py: fields without behaviour",
     "models/gguf_rope": "tests/models/test_gguf_metadata.py: rotary embeddings are compared on whole files there",
     "inference/triton_kernels": "tests/inference/test_triton_backend.py: kernels run through their backend alone",
+    "solvers/registry": "tests/solvers/test_every_method.py: every method of the table solves problems there",
     "pruning/context": "tests/pruning/test_pipeline.py: fields without behaviour, which every run there sets",
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alps.calibration.activation_store import ActivationStore
 from alps.calibration.block_capture import capture_block_inputs
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.solvers.patterns import Unstructured
 from helpers import runs

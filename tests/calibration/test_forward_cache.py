@@ -17,7 +17,7 @@ from alps.calibration.dense_reference import DenseReference
 from alps.calibration.forward_cache import CachedForward, CachedSubmodule
 from alps.calibration.layer_order import calibrate
 from alps.core.statistics import InputStats, Needs
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block, find_blocks
 from alps.models.sites import Site
 from alps.solvers.patterns import SemiStructured

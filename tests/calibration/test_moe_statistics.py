@@ -22,7 +22,8 @@ from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.core.statistics import InputStats, Needs
 from alps.data.loaded_model import LoadedModel
-from alps.finetuning.distillation import DistillConfig, distill_model
+from alps.finetuning.distill_config import DistillConfig
+from alps.finetuning.distillation import distill_model
 from alps.models.blocks import find_blocks
 from alps.models.sites import Site
 from alps.pruning.sparsity_allocation import allocate_sparsity

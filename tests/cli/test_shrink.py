@@ -154,7 +154,7 @@ def test_help_lists_the_command_and_its_panels() -> None:
 
 
 def test_a_dry_run_takes_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("alps.core.distributed._is_distributed", lambda: True)
+    monkeypatch.setattr("alps.core.launch.is_distributed", lambda: True)
     assert run_alps(monkeypatch, "shrink", "m", "o", "--mlp", 0.25, "--dry-run") == 2
     assert "alps shrink --dry-run runs in one process" in capsys.readouterr().err
 

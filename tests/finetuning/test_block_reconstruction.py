@@ -16,7 +16,8 @@ from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.block_inputs import BlockInputs
 from alps.calibration.lm_head import LMHead
 from alps.core.errors import SolveFailed
-from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters, reconstruct_block, relative_loss
+from alps.finetuning.block_reconstruction import OutputLoss, reconstruct_block, relative_loss
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block, find_blocks
 from alps.reporting.records import ReconstructionRecord
 

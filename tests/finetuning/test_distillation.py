@@ -21,7 +21,8 @@ from alps.data.loaded_model import LoadedModel, load
 from alps.data.text_sources import load_text
 from alps.evaluation.inspect import inspect
 from alps.finetuning import training_loop as distillation
-from alps.finetuning.distillation import DistillConfig, distill_directory, distill_model
+from alps.finetuning.distill_config import DistillConfig
+from alps.finetuning.distillation import distill_directory, distill_model
 from alps.finetuning.training_loop import rate_share
 from alps.models.blocks import find_blocks
 from alps.reporting.model_card import model_card

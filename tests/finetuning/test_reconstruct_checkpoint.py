@@ -24,12 +24,10 @@ from alps.data.mixture import CalibrationMix, CalibrationSource, load_calibratio
 from alps.data.text_sources import SELF, Text
 from alps.data.windows import Windows
 from alps.finetuning import reconstruct_checkpoint as matched
-from alps.finetuning.block_reconstruction import ReconstructionParameters, reconstruct_block
-from alps.finetuning.reconstruct_checkpoint import (
-    ReconstructConfig,
-    reconstruct_directory,
-    reconstruct_model,
-)
+from alps.finetuning.block_reconstruction import reconstruct_block
+from alps.finetuning.reconstruct_checkpoint import reconstruct_directory, reconstruct_model
+from alps.finetuning.reconstruct_config import ReconstructConfig
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block, find_blocks, on_device
 from alps.reporting.model_card import model_card
 from alps.reporting.records import ReconstructionRecord, ReconstructionRun

@@ -15,7 +15,7 @@ import torch
 from alps.core.distributed import process_group
 from alps.data.loaded_model import LoadedModel
 from alps.data.windows import Windows
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.pruning.context import RunContext
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.run import prune_model

@@ -17,7 +17,7 @@ from alps.core.distributed import ProcessGroup
 from alps.core.errors import CheckpointError
 from alps.data.loaded_model import LoadedModel, load, open_model
 from alps.data.windows import Windows
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.lazy_weights import LazyWeights
 from alps.pruning.recipe import PruneRecipe
 from alps.pruning.resume import DiskJournal

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from alps.cli.main import app
 from alps.core.errors import ConfigError
 from alps.data.loaded_model import LoadedModel, open_model
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.dry_run import _seconds, forecast, forecast_summary, peak
 from alps.pruning.time_estimate import BlockTimes

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.environment import RunEnvironment
 from alps.pruning.first_inputs import capture_first_inputs

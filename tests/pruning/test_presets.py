@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import alps
 from alps.cli.main import app
 from alps.core.errors import ConfigError
-from alps.finetuning.block_reconstruction import ReconstructionParameters
-from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
+from alps.finetuning.reconstruct_config import ReconstructConfig
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.presets import PRESETS
 from alps.solvers.patterns import parse_pattern

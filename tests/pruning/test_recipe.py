@@ -8,7 +8,7 @@ import pytest
 
 from alps.core.errors import ConfigError
 from alps.core.statistics import Needs
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.pruning.recipe import PruneRecipe
 from alps.solvers import get_method
 from alps.solvers.patterns import SemiStructured, Unstructured

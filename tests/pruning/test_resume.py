@@ -22,7 +22,7 @@ from alps.core.errors import CheckpointError, SolveFailed
 from alps.core.progress import NoProgress
 from alps.data.loaded_model import load
 from alps.data.text_sources import load_text
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.load import load_tokenizer
 from alps.pruning.config import PruneConfig, load_prune_config
 from alps.pruning.job import prune_checkpoint

@@ -14,8 +14,10 @@ from alps.core.progress import NoProgress
 from alps.core.settings import ARGUMENTS, make_config
 from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig
-from alps.finetuning.distillation import DistillConfig, distill_directory
-from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
+from alps.finetuning.distill_config import DistillConfig
+from alps.finetuning.distillation import distill_directory
+from alps.finetuning.reconstruct_checkpoint import reconstruct_directory
+from alps.finetuning.reconstruct_config import ReconstructConfig
 from alps.pruning.config import PruneConfig
 from alps.pruning.job import prune_checkpoint
 from alps.reporting import publish as published

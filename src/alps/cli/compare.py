@@ -12,11 +12,7 @@ from rich.markdown import Markdown
 from alps.cli.console import console_output
 from alps.cli.options import ConfigFile, config_options
 from alps.core.errors import ConfigError
-from alps.evaluation.compare import run_comparison
 from alps.evaluation.compare_config import CompareConfig, load_compare_config
-from alps.reporting.compare_results import RESULTS_NAME
-from alps.reporting.markdown_tables import TABLE_NAME, summary
-from alps.reporting.publish import PAGE_NAME
 
 _LOG = logging.getLogger("alps")
 
@@ -37,6 +33,11 @@ def compare_command(
 
     After an interruption the same command continues behind the last finished run.
     """
+    from alps.evaluation.compare import run_comparison
+    from alps.reporting.compare_results import RESULTS_NAME
+    from alps.reporting.markdown_tables import TABLE_NAME, summary
+    from alps.reporting.publish import PAGE_NAME
+
     if out is None:
         # A single argument is OUT; the model is named in the file then.
         if model is None or config is None:

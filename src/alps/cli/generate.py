@@ -19,10 +19,12 @@ def generate_command(
     path: Annotated[
         str, typer.Argument(metavar="MODEL", help="A directory of `alps pack`, or MODEL as in `alps prune`.")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="NUMBER", help="0 takes the most likely token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -14,8 +14,10 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from alps import __version__
+from alps.cli.help_text import HelpCommand, print_help
 from alps.core.cpu_load import is_busy
 from alps.core.errors import AlpsError
+from alps.core.launch import require_single_process
 from alps.core.openmp import openmp_settings
 
 # Module of alps.cli, function, and first line of the help of every command. A command is imported when it is called,
@@ -94,6 +96,10 @@ class _Commands(TyperGroup):
         super().__init__(**settings)
         self.commands.update({name: TyperCommand(name, help=line) for name, (_, _, line) in COMMANDS.items()})
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Print the list of commands on stdout, in the width of the terminal."""
+        print_help(self, ctx, {name: line for name, (_, _, line) in COMMANDS.items()})
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is called, and resolve it.
 
@@ -101,7 +107,9 @@ class _Commands(TyperGroup):
         processes inherit them.
         """
         if args and args[0] in COMMANDS:
-            os.environ.update(openmp_settings(os.environ, is_busy))
+            # Neither a help text nor a completion computes, and the load of the machine takes time to measure.
+            if not ctx.resilient_parsing and "--help" not in args:
+                os.environ.update(openmp_settings(os.environ, is_busy))
             self.commands[args[0]] = import_command(args[0])
         return super().resolve_command(ctx, args)
 
@@ -110,7 +118,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Prune large language models in one shot, and measure the result.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -119,7 +126,7 @@ def import_command(name: str) -> Any:
     """Import a command with its options."""
     module, function, _ = COMMANDS[name]
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(importlib.import_module(f"alps.cli.{module}"), function))
+    single.command(name, cls=HelpCommand)(getattr(importlib.import_module(f"alps.cli.{module}"), function))
     return get_command(single)
 
 
@@ -177,6 +184,4 @@ def main(
 ) -> None:
     """Prune large language models in one shot, and measure the result."""
     if not version and context.invoked_subcommand not in _DISTRIBUTED_COMMANDS:
-        from alps.core.distributed import require_single_process
-
         require_single_process(str(context.invoked_subcommand))

@@ -15,8 +15,8 @@ from alps.core.run_config import RunConfig
 from alps.core.settings import MODEL, OUTPUT, ConfigField, describe_fields
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
-Device = Annotated[str, typer.Option(help=RunConfig.model_fields["device"].description)]
-Dtype = Annotated[str, typer.Option(help=RunConfig.model_fields["dtype"].description)]
+Device = Annotated[str, typer.Option(metavar="NAME", help=RunConfig.model_fields["device"].description)]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help=RunConfig.model_fields["dtype"].description)]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -82,6 +82,7 @@ def _parameter(field: ConfigField) -> inspect.Parameter:
         metavar=None if switch else field.setting.metavar,
         rich_help_panel=field.setting.panel,
         show_default=False,
+        autocompletion=(lambda: list(field.choices)) if field.choices else None,
     )
     value: Any = list[str] if field.setting.repeated else field.value_type
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -89,8 +90,8 @@ def _parameter(field: ConfigField) -> inspect.Parameter:
 
 
 def option_help(field: ConfigField) -> str:
-    """Return the help of an option, with the default in round brackets: rich reads square ones as markup."""
-    return field.help if field.default == "none" else f"{field.help} (default: {field.default})"
+    """Return the description of an option with its default."""
+    return f"{field.help} (default: {field.default})"
 
 
 def _value(value: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from alps.cli.console import console_output
-from alps.cli.tables import pack_summary, unpack_summary
 
 
 def pack_command(
@@ -24,6 +23,7 @@ def pack_command(
     ] = False,
 ) -> None:
     """Store the checkpoint in DIR without its zeros; `alps unpack` restores it to the bit."""
+    from alps.cli.tables import pack_summary
     from alps.inference.api import pack
 
     with console_output() as (console, _):
@@ -35,6 +35,7 @@ def unpack_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create for the checkpoint.")],
 ) -> None:
     """Restore the ordinary, dense checkpoint from PACKED, and check every hash."""
+    from alps.cli.tables import unpack_summary
     from alps.inference.api import unpack
 
     with console_output() as (console, _):

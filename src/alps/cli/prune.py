@@ -9,11 +9,8 @@ import typer
 
 from alps.cli.console import console_output
 from alps.cli.options import ConfigFile, DryRun, Model, Resume, config_options
-from alps.cli.tables import prune_summary
-from alps.core.distributed import process_group, require_single_process
+from alps.core.launch import require_single_process
 from alps.pruning.config import PruneConfig, load_prune_config
-from alps.pruning.dry_run import forecast_summary
-from alps.pruning.job import estimate_run, prune_checkpoint
 
 
 @config_options(PruneConfig)
@@ -26,6 +23,11 @@ def prune(
     config: ConfigFile = None,
 ) -> None:
     """Prune MODEL and write an ordinary Hugging Face directory OUT, with report.json and a model card."""
+    from alps.cli.tables import prune_summary
+    from alps.core.distributed import process_group
+    from alps.pruning.dry_run import forecast_summary
+    from alps.pruning.job import estimate_run, prune_checkpoint
+
     if dry_run:
         require_single_process("prune --dry-run")
     with process_group() as group, console_output(quiet=not group.is_main) as (console, progress):

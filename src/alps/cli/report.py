@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from alps.cli.console import console_output
-from alps.reporting.publish import rebuild_page
 
 
 def report_command(
@@ -17,5 +16,7 @@ def report_command(
     ],
 ) -> None:
     """Draw DIR/report.html from its JSON: tables and figures in one file, for any browser, without a network."""
+    from alps.reporting.publish import rebuild_page
+
     with console_output() as (console, _):
         console.print(f"Written to {rebuild_page(directory)}.", markup=False, highlight=False, soft_wrap=True)

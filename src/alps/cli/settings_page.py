@@ -7,8 +7,8 @@ from pydantic import BaseModel
 from alps.core.settings import describe_fields
 from alps.evaluation.compare_config import CompareConfig
 from alps.evaluation.evaluate_config import EvaluateConfig
-from alps.finetuning.distillation import DistillConfig
-from alps.finetuning.reconstruct_checkpoint import ReconstructConfig
+from alps.finetuning.distill_config import DistillConfig
+from alps.finetuning.reconstruct_config import ReconstructConfig
 from alps.pruning.config import PruneConfig
 from alps.pruning.shrink_config import ShrinkConfig
 
@@ -29,6 +29,8 @@ argument in Python (`alps.prune`, `alps.shrink`, `alps.evaluate` and `alps.evalu
 `alps.reconstruct`, `alps.distill`), and, with dashes, the option of the command line. A switch `--name` also has a form
 `--no-name`. *By preset* means that the value of `--preset` applies where the setting is not given
 ([presets](presets.md)).
+
+`alps --install-completion` makes the shell complete commands, options and the words that an option takes.
 
 This page is generated from the code: `python -m alps.cli.settings_page > docs/settings.md`.
 """

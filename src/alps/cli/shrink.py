@@ -9,10 +9,8 @@ import typer
 
 from alps.cli.console import console_output
 from alps.cli.options import ConfigFile, DryRun, Model, Resume, config_options
-from alps.cli.tables import shrink_summary
-from alps.core.distributed import process_group, require_single_process
+from alps.core.launch import require_single_process
 from alps.pruning.shrink_config import ShrinkConfig, load_shrink_config
-from alps.pruning.shrink_job import plan_shrink, shrink_checkpoint
 
 
 @config_options(ShrinkConfig)
@@ -25,6 +23,10 @@ def shrink_command(
     config: ConfigFile = None,
 ) -> None:
     """Remove MLP channels, heads, blocks or experts from MODEL, and write a plain, smaller checkpoint OUT."""
+    from alps.cli.tables import shrink_summary
+    from alps.core.distributed import process_group
+    from alps.pruning.shrink_job import plan_shrink, shrink_checkpoint
+
     if dry_run:
         require_single_process("shrink --dry-run")
     with process_group() as group, console_output(quiet=not group.is_main) as (console, progress):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alps.core.errors import AlpsError, ConfigError, RankLost, first_line
+from alps.core.launch import is_distributed
 from alps.core.statistics import InputSums
 
 # Seconds that a rank waits for the others before it gives up, unless ALPS_RANK_TIMEOUT is set.
@@ -254,7 +255,7 @@ def process_group() -> Iterator[ProcessGroup]:
     Raises:
         RankLost: when another rank is lost.
     """
-    if not _is_distributed():
+    if not is_distributed():
         yield ProcessGroup()
         return
     # Its functions have the default group as a default argument. Imported while there is one, as torch._dynamo does,
@@ -280,19 +281,5 @@ def process_group() -> Iterator[ProcessGroup]:
             dist.destroy_process_group()
 
 
-def _is_distributed() -> bool:
-    return dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, AlpsError) and str(error) else f"{type(error).__name__}: {error}"
-
-
-def require_single_process(command: str) -> None:
-    """Refuse to run a command in several processes.
-
-    Raises:
-        ConfigError: under torchrun with more than one process.
-    """
-    if _is_distributed():
-        raise ConfigError(f"alps {command} runs in one process: start it without torchrun.")

@@ -65,6 +65,7 @@ class ConfigField:
         value_type: `bool`, `int`, `float` or `str`; `str` for lists and mappings, which are written as one text.
         default: default value in words.
         help: description, choices included, without the default.
+        choices: permitted words; none if there are others.
         setting: metadata of the field.
     """
 
@@ -73,6 +74,7 @@ class ConfigField:
     value_type: type
     default: str
     help: str
+    choices: tuple[str, ...]
     setting: Setting
 
 
@@ -88,6 +90,7 @@ def describe_fields(config: type[BaseModel]) -> Iterator[ConfigField]:
             value_type=_value_type(field.annotation),
             default=_default_words(field, setting),
             help=f"{field.description or ''}{listed}",
+            choices=choices,
             setting=setting,
         )
 

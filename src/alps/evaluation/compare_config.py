@@ -14,7 +14,7 @@ from alps.core.settings import BOS, CALIBRATION, MEASUREMENTS, MODEL, WHAT, Sett
 from alps.core.yaml_io import read_value
 from alps.pruning.config import PruneConfig, load_prune_config, split_names
 from alps.pruning.presets import PRESETS
-from alps.solvers import METHODS
+from alps.solvers.names import METHOD_NAMES
 
 COMPARISON_NAME = "compare.yaml"
 # Settings that may change when a comparison is continued; with other changes its runs would not be comparable.
@@ -68,8 +68,8 @@ class CompareConfig(RunConfig):
     methods: Annotated[list[str], BeforeValidator(split_names), Setting(WHAT, "NAME,...")] = Field(
         default=["magnitude", "wanda", "sparsegpt", "dsnot", "alps"],
         min_length=1,
-        description=f"Methods and presets, of {', '.join([*METHODS, *PRESETS])}. Settings of `alps prune` may follow "
-        "each after plus signs, as in wanda+refit or alps+dense_target=0.4.",
+        description=f"Methods and presets, of {', '.join([*METHOD_NAMES, *PRESETS])}. Settings of `alps prune` may "
+        "follow each after plus signs, as in wanda+refit or alps+dense_target=0.4.",
     )
     sparsity: Annotated[list[float], BeforeValidator(split_numbers), Setting(WHAT, "SHARE,...")] = Field(
         default=[], description="Shares of the weights to remove, such as 0.5,0.7."

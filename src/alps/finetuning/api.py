@@ -6,8 +6,10 @@ from pathlib import Path
 
 from alps.core.progress import NoProgress, Progress
 from alps.core.settings import ARGUMENTS, make_config
-from alps.finetuning.distillation import DistillConfig, distill_directory
-from alps.finetuning.reconstruct_checkpoint import ReconstructConfig, reconstruct_directory
+from alps.finetuning.distill_config import DistillConfig
+from alps.finetuning.distillation import distill_directory
+from alps.finetuning.reconstruct_checkpoint import reconstruct_directory
+from alps.finetuning.reconstruct_config import ReconstructConfig
 from alps.reporting.run_report import RunReport
 
 

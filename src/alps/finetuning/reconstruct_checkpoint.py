@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from alps.calibration.activation_store import ActivationStore
@@ -27,17 +25,10 @@ from alps.core.half_precision import half_matmul_in_float32
 from alps.core.memory import out_of_memory_as_error, peak_device_bytes, peak_host_bytes
 from alps.core.progress import Progress
 from alps.core.provenance import provenance
-from alps.core.run_config import RunConfig
-from alps.core.settings import CALIBRATION, HOW, RESOURCES, Setting
 from alps.core.text_format import dtype_name
 from alps.data.loaded_model import LoadedModel, load
 from alps.data.mixture import CalibrationMix, load_calibration
-from alps.finetuning.block_reconstruction import (
-    DEFAULT_RECONSTRUCT_TARGET,
-    OutputLoss,
-    ReconstructionParameters,
-    reconstruct_block,
-)
+from alps.finetuning.block_reconstruction import OutputLoss, reconstruct_block
 from alps.finetuning.checkpoint_pair import (
     check_pair,
     check_request,
@@ -46,49 +37,11 @@ from alps.finetuning.checkpoint_pair import (
     kept_blocks,
     write_changed,
 )
+from alps.finetuning.reconstruct_config import ReconstructConfig
 from alps.models.blocks import Block, find_blocks, on_device
 from alps.models.save import staged_side_files
 from alps.reporting.records import ReconstructionRecord, ReconstructionRun, calibration_record
 from alps.reporting.run_report import RunReport
-
-
-class ReconstructConfig(RunConfig):
-    """All settings of `alps reconstruct`."""
-
-    epochs: Annotated[int, Setting(HOW, "N")] = Field(
-        default=1, ge=1, description="Passes over the calibration windows."
-    )
-    target: Annotated[float, Setting(HOW, "SHARE")] = Field(
-        default=DEFAULT_RECONSTRUCT_TARGET,
-        ge=0,
-        le=1,
-        description="Share of the dense model's hidden states in the target, from 0 to 1; 0 takes the dense block's "
-        "output for the pruned model's inputs.",
-    )
-    lr: Annotated[float, Setting(HOW, "RATE")] = Field(
-        default=3e-4, gt=0, allow_inf_nan=False, description="Largest learning rate of Adam."
-    )
-    calibration: Annotated[str, Setting(CALIBRATION, "TEXT")] = Field(
-        default="c4", description="Calibration text, as in `alps prune`; self is sampled from the dense model."
-    )
-    samples: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=128,
-        ge=2,
-        description="Calibration windows; at least one of them is held back to choose the best weights.",
-    )
-    seqlen: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=2048, ge=2, description="Tokens per calibration window."
-    )
-    seed: Annotated[int, Setting(CALIBRATION, "N")] = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the choice and the order of the calibration windows."
-    )
-    offload: Annotated[bool, Setting(RESOURCES)] = Field(
-        default=False, description="Keep activations in CPU memory between blocks."
-    )
-
-    def parameters(self) -> ReconstructionParameters:
-        """Return the parameters of the block reconstruction."""
-        return ReconstructionParameters(epochs=self.epochs, target=self.target, lr=self.lr)
 
 
 def reconstruct_directory(

@@ -6,21 +6,24 @@ import dataclasses
 import math
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from alps.core.errors import ConfigError, did_you_mean, truncate
 from alps.core.settings import HOW, WHAT, Setting, load_config
 from alps.core.yaml_io import read_mapping
-from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import DEFAULT_RECONSTRUCT_TARGET, ReconstructionParameters
 from alps.pruning.calibrated_config import CalibratedConfig
-from alps.pruning.layer_rules import Rules, parse_overrides
 from alps.pruning.presets import PAPER, PRESETS, apply_preset
-from alps.pruning.recipe import PruneRecipe
-from alps.solvers import METHODS, Method, Refitted, get_method
-from alps.solvers.admm import EFFORTS
-from alps.solvers.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
+from alps.solvers.names import EFFORT_NAMES, METHOD_NAMES
+
+# Help texts are made from configs, and do not wait for torch: what needs it is imported by the methods.
+if TYPE_CHECKING:
+    from alps.pruning.layer_rules import Rules
+    from alps.pruning.recipe import PruneRecipe
+    from alps.solvers.base import Method
+    from alps.solvers.patterns import Pattern
 
 SETTINGS_NAME = "alps.yaml"
 
@@ -69,10 +72,11 @@ class PruneConfig(CalibratedConfig):
     """All settings of a pruning run; those that are not given take the values of the `preset`."""
 
     sparsity: Annotated[float | None, Setting(WHAT, "SHARE")] = Field(
-        default=None, description="Share of the weights to remove from every linear layer, such as 0.7."
+        default=None,
+        description="Share of the weights to remove from every linear layer, such as 0.7; this or --pattern.",
     )
     pattern: Annotated[str | None, Setting(WHAT, "N:M")] = Field(
-        default=None, description="Keep N of every M consecutive inputs, such as 2:4."
+        default=None, description="Keep N of every M consecutive inputs, such as 2:4; this or --sparsity."
     )
     overrides: Annotated[
         dict[str, float | str], BeforeValidator(split_overrides), Setting(WHAT, "NAME=PATTERN,...")
@@ -85,8 +89,8 @@ class PruneConfig(CalibratedConfig):
     keep_zeros: Annotated[bool, Setting(WHAT)] = Field(
         default=False, description="Keep the zeros that the model already has, and count them towards the sparsity."
     )
-    method: Annotated[str, Setting(HOW, "NAME", tuple(METHODS))] = Field(default="alps", description="Pruning method.")
-    effort: Annotated[str, Setting(HOW, "NAME", tuple(EFFORTS))] = Field(
+    method: Annotated[str, Setting(HOW, "NAME", METHOD_NAMES)] = Field(default="alps", description="Pruning method.")
+    effort: Annotated[str, Setting(HOW, "NAME", EFFORT_NAMES)] = Field(
         default="normal",
         description="Iterations of ALPS: high runs several times as many as normal, for a smaller error.",
     )
@@ -138,8 +142,7 @@ class PruneConfig(CalibratedConfig):
     def _apply_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        method = METHODS.get(str(values.get("method", "alps")))
-        by_rows = method is not None and method().by_rows
+        by_rows = _prunes_by_rows(str(values.get("method", "alps")))
         return apply_preset(values, semi_structured=values.get("pattern") is not None, by_rows=by_rows)
 
     def build_pattern(self) -> Pattern:
@@ -148,6 +151,8 @@ class PruneConfig(CalibratedConfig):
         Raises:
             ConfigError: when both or neither of `sparsity` and `pattern` are given, or one is out of range.
         """
+        from alps.solvers.patterns import SemiStructured, Unstructured, parse_pattern
+
         if (self.sparsity is None) == (self.pattern is None):
             raise ConfigError("Give either --sparsity (such as 0.7) or --pattern (such as 2:4), and not both.")
         if self.sparsity is not None:
@@ -164,6 +169,8 @@ class PruneConfig(CalibratedConfig):
         Raises:
             ConfigError: for an unknown method, effort or option, or an option of the wrong kind.
         """
+        from alps.solvers import Refitted, get_method
+
         base = _with_options(
             get_method(self.method, effort=self.effort),
             self.options,
@@ -192,6 +199,8 @@ class PruneConfig(CalibratedConfig):
         Raises:
             ConfigError: for an override that is not a pattern.
         """
+        from alps.pruning.layer_rules import Rules, parse_overrides
+
         return Rules(tuple(self.keep_dense), parse_overrides(self.overrides))
 
     def resolve(self, *, method: Method | None = None) -> PruneRecipe:
@@ -203,6 +212,8 @@ class PruneConfig(CalibratedConfig):
         Raises:
             ConfigError: for settings that do not exist or contradict each other.
         """
+        from alps.pruning.recipe import PruneRecipe
+
         return PruneRecipe(
             method=method or self.build_method(),
             pattern=self.build_pattern(),
@@ -215,6 +226,12 @@ class PruneConfig(CalibratedConfig):
             reconstruction=self.reconstruction(),
             measure_error=self.measure_error,
         )
+
+
+def _prunes_by_rows(method: str) -> bool:
+    from alps.solvers import METHODS
+
+    return method in METHODS and METHODS[method]().by_rows
 
 
 def load_prune_config(path: Path | None, overrides: dict[str, Any]) -> PruneConfig:

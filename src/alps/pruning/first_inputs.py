@@ -11,7 +11,8 @@ from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.block_inputs import BlockInputs, batch_tokens
 from alps.calibration.lm_head import LMHead
 from alps.calibration.replay_check import check_replay
-from alps.finetuning.block_reconstruction import OutputLoss, ReconstructionParameters
+from alps.finetuning.block_reconstruction import OutputLoss
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block
 from alps.pruning.environment import RunEnvironment
 

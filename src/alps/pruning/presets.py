@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alps.core.errors import check_choice
-from alps.finetuning.block_reconstruction import DEFAULT_RECONSTRUCT_TARGET
+from alps.finetuning.reconstruction_parameters import DEFAULT_RECONSTRUCT_TARGET
 
 PAPER = "paper"
 

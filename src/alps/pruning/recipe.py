@@ -7,7 +7,7 @@ from typing import get_args
 
 from alps.core.errors import ConfigError, check_choice
 from alps.core.statistics import Needs
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.pruning.layer_rules import Rules
 from alps.pruning.row_weights import RowWeights
 from alps.solvers.base import Method

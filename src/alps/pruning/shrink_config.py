@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from alps.core.errors import ConfigError, check_choice
 from alps.core.settings import CALIBRATION, HOW, WHAT, Setting, load_config
-from alps.finetuning.block_reconstruction import ReconstructionParameters
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.pruning.calibrated_config import CalibratedConfig
 
 # Two ways to say how much of a kind of structure goes; at most one of them may be given.

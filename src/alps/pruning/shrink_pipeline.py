@@ -19,12 +19,8 @@ from alps.calibration.block_inputs import BlockInputs
 from alps.core.errors import SolveFailed
 from alps.core.phase_timer import PhaseTimer
 from alps.data.loaded_model import LoadedModel
-from alps.finetuning.block_reconstruction import (
-    OutputLoss,
-    ReconstructionParameters,
-    reconstruct_block,
-    relative_loss,
-)
+from alps.finetuning.block_reconstruction import OutputLoss, reconstruct_block, relative_loss
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block, on_device
 from alps.models.shrink_families import adds_output, family_of
 from alps.models.shrink_slices import slice_block

@@ -1,0 +1,33 @@
+"""Parameters of a block reconstruction, see `alps.finetuning.block_reconstruction`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What the presets are measured with: docs/experiments.md, "A share of the dense hidden states".
+DEFAULT_RECONSTRUCT_TARGET = 1.0
+
+
+@dataclass(frozen=True)
+class ReconstructionParameters:
+    """Parameters of a block reconstruction.
+
+    Attributes:
+        epochs: passes over the calibration windows.
+        target: share t of the dense model's outputs in the target.
+        lr: largest step size of Adam.
+        floor: share of the largest step size to which it falls along a cosine.
+        held_back: share of the windows on which the best state is chosen, and which are not trained on.
+        tokens: in a step.
+        norms: tune norms and biases as well.
+        checks: losses on the held-back windows in an epoch.
+    """
+
+    epochs: int = 1
+    target: float = DEFAULT_RECONSTRUCT_TARGET
+    lr: float = 3e-4
+    floor: float = 0.1
+    held_back: float = 0.0625
+    tokens: int = 2048
+    norms: bool = True
+    checks: int = 2
