@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Manifest:
         shards: files that hold the parts of tensors.
         files: all other files, by their names in the packed directory.
         tensors: by their names in the checkpoint.
+        dense_in_memory: packed tensors that a model has dense when it is loaded, each with the reason.
     """
 
     compression: str | None
@@ -82,6 +83,7 @@ class Manifest:
     shards: dict[str, FileRecord]
     files: dict[str, CopyRecord]
     tensors: dict[str, TensorRecord]
+    dense_in_memory: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Summarise the content in a line, for notebooks."""
@@ -133,6 +135,7 @@ def _parse(fields: dict[str, Any]) -> Manifest:
         shards={name: FileRecord(**record) for name, record in fields["shards"].items()},
         files={name: CopyRecord(**record) for name, record in fields["files"].items()},
         tensors={name: TensorRecord(**record) for name, record in fields["tensors"].items()},
+        dense_in_memory={str(name): str(reason) for name, reason in fields.get("dense_in_memory", {}).items()},
     )
     originals = [file.name for file in manifest.files.values()]
     # A manifest is not trusted: its names must not lead out of the directories that are read and written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,7 +99,14 @@ class _ShardWriter:
         self._parts = {}
 
 
-def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes: int = SHARD_BYTES) -> Manifest:
+def pack_directory(
+    source: Path,
+    out: Path,
+    compress: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    find_dense_in_memory: Callable[[Path], Mapping[str, str]] | None = None,
+) -> Manifest:
     """Pack a checkpoint; one shard is in memory at a time.
 
     Args:
@@ -107,6 +114,8 @@ def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes:
         out: directory to create; it appears whole or not at all.
         compress: compress masks and values by zstd, for transport.
         shard_bytes: largest size of a file of `out`; a single tensor may exceed it.
+        find_dense_in_memory: returns, for the source, what `write_pack` takes as `dense_in_memory`; called after all
+            checks.
 
     Returns:
         The manifest that was written.
@@ -133,6 +142,7 @@ def pack_directory(source: Path, out: Path, compress: bool = False, shard_bytes:
             files=others,
             compress=compress,
             shard_bytes=shard_bytes,
+            dense_in_memory=find_dense_in_memory(source) if find_dense_in_memory else {},
         )
 
 
@@ -144,6 +154,7 @@ def write_pack(
     files: dict[str, Path],
     compress: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    dense_in_memory: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write all files of a packed directory; one shard is in memory at a time.
 
@@ -154,6 +165,7 @@ def write_pack(
         files: all other files by their names in the checkpoint.
         compress: compress masks and values by zstd.
         shard_bytes: largest size of a shard; a single tensor may exceed it.
+        dense_in_memory: reasons why tensors are dense in memory if they are packed, by their names.
 
     Returns:
         The manifest that was written.
@@ -164,12 +176,15 @@ def write_pack(
     names, shards = _tensor_names(headers), _ShardWriter(folder, shard_bytes)
     entries = list(_pack_tensors(tensors, shards, names=names, compress=compress))
     shard_names = shards.close()
+    records = {name: replace(record, shard=shard_names[number]) for name, record, number in entries}
+    reasons = dense_in_memory or {}
     manifest = Manifest(
         compression="zstd" if compress else None,
         headers=headers,
         shards={name: FileRecord(*size_and_hash(folder / name)) for name in shard_names},
         files=_copy(files, folder),
-        tensors={name: replace(record, shard=shard_names[number]) for name, record, number in entries},
+        tensors=records,
+        dense_in_memory={name: reasons[name] for name in reasons if name in records and records[name].kept is not None},
     )
     _write_readme(files.get("README.md"), folder)
     write_config(folder, manifest)

@@ -241,9 +241,23 @@ def pack_summary(manifest: Manifest, out: Path) -> Text:
         else f"None of {len(tensors)} tensors has enough zeros to be packed: all are stored dense.",
         f"All weights: {_size_change(sum(tensor.bytes for tensor in tensors), shards)}, in {len(manifest.shards)} "
         f"file{'s' * (len(manifest.shards) > 1)}; other files {others:,} bytes.",
+        *_dense_in_memory(manifest),
         f"Written to {out}; `alps unpack {out} NEW-DIRECTORY` restores the checkpoint.",
     ]
     return Text("\n".join(lines))
+
+
+def _dense_in_memory(manifest: Manifest) -> list[str]:
+    """Say in one sentence which packed tensors are dense when they are loaded, why, and how many bytes they have."""
+    names: dict[str, list[str]] = {}
+    for name, reason in manifest.dense_in_memory.items():
+        names.setdefault(reason, []).append(name)
+    parts = [
+        f"{sum(manifest.tensors[name].bytes for name in group):,} bytes of {group[0]}"
+        f"{f' and {len(group) - 1} more' if len(group) > 1 else ''}, because {reason}"
+        for reason, group in names.items()
+    ]
+    return [f"Dense in memory once loaded: {'; '.join(parts)}."] if parts else []
 
 
 def _size_change(before: int, after: int) -> str:

@@ -7,11 +7,14 @@ from pathlib import Path
 from alps.checkpoints.manifest import Manifest
 from alps.checkpoints.pack import pack_directory
 from alps.checkpoints.unpack import unpack_directory
+from alps.inference.dense_in_memory import find_dense_in_memory
 from alps.models.load import check_architecture
 
 
 def pack(directory: str | Path, out: str | Path, *, compress: bool = False) -> Manifest:
     """Store a pruned checkpoint without its zeros.
+
+    The result says which tensors are dense in memory when `alps.load` reads it, and why.
 
     Args:
         directory: checkpoint directory with safetensors files.
@@ -26,7 +29,7 @@ def pack(directory: str | Path, out: str | Path, *, compress: bool = False) -> M
         UnsupportedModel: when it is no causal language model.
     """
     check_architecture(directory)
-    return pack_directory(Path(directory), Path(out), compress)
+    return pack_directory(Path(directory), Path(out), compress, find_dense_in_memory=find_dense_in_memory)
 
 
 def unpack(packed: str | Path, out: str | Path) -> Manifest:

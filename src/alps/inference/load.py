@@ -124,6 +124,10 @@ class _Tensors:
         """Return whether a tensor is packed in the directory."""
         return self._manifest.tensors[name].kept is not None
 
+    def is_left_dense(self, name: str) -> bool:
+        """Return whether packing found that a tensor has to be dense in memory."""
+        return name in self._manifest.dense_in_memory
+
     def read_packed(self, name: str, dtype: torch.dtype) -> PackedMatrix:
         """Read a packed matrix, with its values in a dtype."""
         record = self._manifest.tensors[name]
@@ -133,7 +137,7 @@ class _Tensors:
 
 def _fill(model: nn.Module, tensors: _Tensors) -> None:
     """Read all tensors of a model, one at a time."""
-    plan = plan_packing(model, tensors.is_packed)
+    plan = plan_packing(model, tensors.is_packed, tensors.is_left_dense)
     for module, attribute in plan.experts:
         replace_experts(module, attribute, _expert_matrices(module, attribute, tensors))
     run_experts_singly(model)

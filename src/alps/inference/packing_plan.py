@@ -45,9 +45,9 @@ def plan_packing(
         packed = [source for source in parameter.sources if is_packed(source)]
         if not packed:
             continue
-        reason = f"it belongs to {type(owner).__name__}, which is no linear layer"
+        reason = f"{type(owner).__name__} is no linear layer"
         if name in tied:
-            reason = "it is tied to another parameter"
+            reason = "it is tied to another weight"
         elif is_fused(owner, parameter):
             plan.experts.append((owner, attribute))
             continue

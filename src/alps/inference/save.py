@@ -39,7 +39,8 @@ def save_packed(model: nn.Module, manifest: Manifest) -> None:
     for part in model.modules():
         if hasattr(part, "save_pretrained"):
             part.save_pretrained = _refuse_part  # type: ignore[assignment]
-    model.save_pretrained = PackedSaver(model, manifest.headers, bool(manifest.compression))  # type: ignore[assignment]
+    saver = PackedSaver(model, manifest.headers, bool(manifest.compression), manifest.dense_in_memory)
+    model.save_pretrained = saver  # type: ignore[assignment]
 
 
 def _refuse_part(*_args: object, **_options: object) -> None:
@@ -54,11 +55,13 @@ class PackedSaver:
         model: to be saved.
         headers: headers of the weight files of its checkpoint, by their names.
         compress: whether its directory is compressed.
+        dense_in_memory: reasons why tensors of the checkpoint are dense in the model, by their names.
     """
 
     model: Any
     headers: dict[str, str]
     compress: bool
+    dense_in_memory: dict[str, str]
 
     def __call__(
         self,
@@ -103,6 +106,7 @@ class PackedSaver:
                 files={path.name: path for path in sorted((folder / "files").iterdir())},
                 compress=self.compress,
                 shard_bytes=_parse_size(max_shard_size),
+                dense_in_memory=self.dense_in_memory,
             )
             _publish(folder / "packed", target)
 
