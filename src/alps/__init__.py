@@ -78,13 +78,9 @@ _LAZY_EXPORTS = {
 }
 
 
-def _register_quantizer() -> None:
-    import_module("alps.inference.transformers_quantizer").register()
-
-
 # The one effect of importing alps: with it, `from_pretrained` of transformers reads packed directories. Nothing is
 # imported for this before transformers is.
-run_after_import("transformers.quantizers.auto", _register_quantizer)
+run_after_import("transformers.quantizers.auto", lambda: import_module("alps.inference.transformers_quantizer"))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
 """Loading of a packed directory by transformers, in an interpreter of its own: what happens is printed as JSON.
 
     PYTHON tests/helpers/packed_loading.py without PACKED
-    PYTHON tests/helpers/packed_loading.py {before,after,trust} PACKED DENSE OUT
+    PYTHON tests/helpers/packed_loading.py {before,after,module,trust} PACKED DENSE OUT
 
-`without` never imports alps, `before` imports it before transformers, `after` after it, and `trust` leaves the import
-to the code in the directory, which `trust_remote_code=True` allows to run.
+`without` never imports alps, `before` imports it before transformers, `after` after it, and `module` begins with the
+module of the quantizer. `trust` leaves that to the code in the directory, which `trust_remote_code=True` allows to run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
     if mode == "without":
         print(json.dumps(refusals(packed)))
         return
-    for module in {"before": ["alps", "transformers"], "after": ["transformers.modeling_utils", "alps"]}.get(mode, []):
+    orders = {"before": ["alps"], "after": ["transformers.modeling_utils", "alps"]}
+    for module in {**orders, "module": ["alps.inference.transformers_quantizer"]}.get(mode, []):
         importlib.import_module(module)
     options = {"trust_remote_code": True} if mode == "trust" else {}
     print(json.dumps(comparisons(packed, rest[0], Path(rest[1]), **options)))

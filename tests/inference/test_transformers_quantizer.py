@@ -221,7 +221,7 @@ def test_in_fresh_processes(
     dense, packed = packed_stories
     for way, outcome in run_script(python, "without", packed).items():
         assert "model.safetensors" in outcome and "Error" in outcome, (way, outcome)
-    for mode in ("before", "after", "trust"):
+    for mode in ("before", "after", "module", "trust"):
         outcomes = run_script(python, mode, packed, dense, tmp_path / mode, HF_MODULES_CACHE=str(tmp_path / "modules"))
         assert not any(outcomes.pop("info", {}).values())
         assert outcomes.keys() == {"auto", "pipeline", "named"}

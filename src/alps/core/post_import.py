@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def run_after_import(name: str, action: Callable[[], None]) -> None:
+def run_after_import(name: str, action: Callable[[], object]) -> None:
     """Call `action` now if a module has been imported, else directly after its first import.
 
     Until then a finder on `sys.meta_path` waits for the module. It loads nothing itself, and removes itself.
@@ -28,7 +28,7 @@ def run_after_import(name: str, action: Callable[[], None]) -> None:
 class _WaitingFinder(MetaPathFinder):
     """Finder that finds one module as the others would, and adds an action to its execution."""
 
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
+    def __init__(self, name: str, action: Callable[[], object]) -> None:
         self._name, self._action = name, action
 
     def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
@@ -44,7 +44,7 @@ class _WaitingFinder(MetaPathFinder):
 class _ActingLoader(Loader):
     """Loader that executes a module as another loader does, then calls an action."""
 
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader, action: Callable[[], object]) -> None:
         self._loader, self._action = loader, action
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

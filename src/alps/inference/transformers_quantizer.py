@@ -1,8 +1,10 @@
 """Quantizer of transformers for packed directories, so that `from_pretrained` keeps their layers packed.
 
 transformers calls a quantizer for every `quant_method` that it knows. This one hides the model's tensors from its
-loader, which would look for dense ones, and puts the packed model in their place afterwards. `register` is called by
-`import alps`. The module is imported while transformers is, so it imports only the parts of it that come before.
+loader, which would look for dense ones, and puts the packed model in their place afterwards.
+
+`import alps` has this module imported when `transformers.quantizers.auto` is, and the module registers the quantizer.
+It imports only parts of transformers that come before the models.
 """
 
 from __future__ import annotations
@@ -27,13 +29,6 @@ from alps.checkpoints.quantization import PACKED_METHOD
 from alps.core.errors import CheckpointError, ConfigError
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def register() -> None:
-    """Make `from_pretrained` of transformers read packed directories."""
-    if PACKED_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(PACKED_METHOD)(PackedConfig)
-        register_quantizer(PACKED_METHOD)(PackedQuantizer)
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -183,3 +178,9 @@ def _fetch_pack(directory: Path, name: str) -> Path:
     for shard in read_manifest(directory).shards:
         cached_file(name, shard, **options)
     return directory
+
+
+# Unless alps was imported a second time, by a program that reloads modules.
+if PACKED_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(PACKED_METHOD)(PackedConfig)
+    register_quantizer(PACKED_METHOD)(PackedQuantizer)
