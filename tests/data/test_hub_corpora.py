@@ -83,12 +83,12 @@ def test_without_a_hub_one_sentence_says_so(hub: HubServer, tmp_path: Path, monk
     assert not [path for path in _files(tmp_path / "hub") if path.stat().st_size > 40]
 
 
-def test_a_broken_download_leaves_nothing_in_the_cache(hub: HubServer, tmp_path: Path) -> None:
+def test_a_broken_download_leaves_no_file_in_the_cache(hub: HubServer, tmp_path: Path) -> None:
     hub.cut = 100
     assert "cannot be fetched from the hub" in _refused()
-    assert not [
-        path for path in _files(tmp_path / "hub") if path.name.startswith("c4-train") or path.parent.name == "blobs"
-    ]
+    # Before huggingface_hub 2 the part that arrived stays, under a name of its own, and is continued.
+    parts = [path for path in _files(tmp_path / "hub") if path.suffix != ".incomplete"]
+    assert not [path for path in parts if path.name.startswith("c4-train") or path.parent.name == "blobs"]
     hub.cut = None
     assert load_text("c4", "calibration").rows == ROWS
 

@@ -90,11 +90,12 @@ def _describe(error: Exception, file: str) -> str:
     """Return in a few words why a file of the hub is not to be had."""
     if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
         return f"{constants.ENDPOINT} answers {error.response.status_code} for {file}"
-    if not isinstance(error, LocalEntryNotFoundError):
-        return first_line(error)
     if isinstance(error.__cause__, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and the file is not in the cache"
-    return f"{constants.ENDPOINT} does not answer, and the file is not in the cache"
+    # huggingface_hub 1.3 loses the error of the connection in its second attempt.
+    if isinstance(error, LocalEntryNotFoundError) or "client has been closed" in str(error):
+        return f"{constants.ENDPOINT} does not answer, and the file is not in the cache"
+    return first_line(error)
 
 
 def _has_pyarrow() -> bool:
