@@ -44,7 +44,7 @@ pruned and are not listed. Seconds are those of pruning, on one thread.
 *Packed* says which of the pruned layers stay packed in memory when `alps.load` reads what `alps pack` wrote of the
 model, pruned to 50 % by magnitude ([inference](inference.md)). The logits are those of the dense model to 1e-5 of the
 largest one in float32, because kernels add in another order; three tokens generated with a cache are the same, and
-unpacking restores the bits.
+unpacking restores the bits, also after `save_pretrained` of the packed model.
 
 | architecture | class | pruned in each block | dense besides embeddings | parity | s | packed |
 |---|---|---|---|---:|---:|---|

@@ -28,7 +28,8 @@ _WITHOUT_CACHE = ("xlstm",)
 def packed_result(kind: str, folder: Path) -> str:
     """Prune an architecture by magnitude, pack it, load it, and return which of the pruned layers are packed in memory.
 
-    Asserts that logits and three generated tokens are those of the dense model, and that unpacking restores the bits.
+    Asserts that logits and three generated tokens are those of the dense model, and that unpacking restores the bits,
+    also those of what the model writes with `save_pretrained`.
 
     Args:
         kind: of the architecture.
@@ -41,6 +42,10 @@ def packed_result(kind: str, folder: Path) -> str:
     alps.unpack(folder / "packed", folder / "unpacked")
     assert contents(folder / "unpacked") == contents(folder / "dense"), kind
     dense, packed = load_model(str(folder / "dense")), alps.load(folder / "packed").model
+    packed.save_pretrained(folder / "again")
+    alps.unpack(folder / "again", folder / "restored")
+    for name, data in contents(folder / "dense").items():
+        assert not name.endswith(".safetensors") or (folder / "restored" / name).read_bytes() == data, kind
     ids = torch.randint(2, 60, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected, outputs = (either(input_ids=ids, use_cache=False).logits for either in (dense, packed))

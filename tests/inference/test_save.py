@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import alps
 from alps.checkpoints.pack import pack_directory
 from alps.core.errors import CheckpointError, ConfigError
+from helpers.decoders import decoder
 from helpers.packed_models import logits, prune
 from helpers.packing import contents
+from helpers.vision import VISION, vision_model
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -105,3 +108,18 @@ def test_what_cannot_be_saved_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has 2 tensors that its packed directory lacked, the first is adapter"):
         model.save_pretrained(tmp_path / "no")
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("llava", marks=pytest.mark.slow)])
+def test_tensors_that_were_converted_are_converted_back(architecture: str, tmp_path: Path) -> None:
+    model = vision_model(architecture) if architecture in VISION else decoder(architecture)
+    prune(model)
+    model.save_pretrained(tmp_path / "dense")
+    pack_directory(tmp_path / "dense", tmp_path / "packed")
+    auto = AutoModelForImageTextToText if architecture in VISION else AutoModelForCausalLM
+    for name, loaded in {
+        "alps": alps.load(tmp_path / "packed").model,
+        "transformers": auto.from_pretrained(tmp_path / "packed"),
+    }.items():
+        loaded.save_pretrained(tmp_path / name)
+        assert weights(tmp_path / name) == weights(tmp_path / "packed"), name

@@ -14,7 +14,7 @@ from torch import Tensor
 from alps.core.errors import AlpsError
 from alps.models.configuration import load_config
 from alps.models.load import load_model
-from alps.models.recorded_load import load_recorded
+from alps.models.recorded_load import load_recorded, record_checkpoint
 from alps.models.recorded_tensor import RecordedTensor
 from helpers.decoders import decoder
 from helpers.vision import VISION, vision_model
@@ -65,3 +65,13 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(AlpsError, match=r"fewer layers or experts"):
         load_lazily(tmp_path, tensors)
+
+
+def test_a_checkpoint_is_made_of_the_parameters_again(tmp_path: Path) -> None:
+    decoder("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    model = load_lazily(tmp_path, tensors)
+    checkpoint = record_checkpoint(model, dict(model.state_dict()))
+    assert checkpoint.keys() == tensors.keys()
+    for name in ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "lm_head.weight"):
+        assert torch.equal(checkpoint[name].compute(), tensors[name])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -20,12 +20,18 @@ from alps.checkpoints.packed_config import CONFIG_NAME
 from alps.checkpoints.safetensors_io import TensorToWrite, renew_header
 from alps.checkpoints.weight_files import INDEX_NAME, PICKLE_INDEX_NAME, SINGLE_NAME, HeaderEntry, parse_header
 from alps.core.errors import CheckpointError, ConfigError
+from alps.inference.packed_experts import PackedExperts
 from alps.inference.packed_linear import PackedLinear
 from alps.models.configuration import remove_packing
+from alps.models.recorded_load import record_checkpoint
+from alps.models.recorded_tensor import RecordedTensor
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Options of `save_pretrained` that change nothing about a directory that is only written.
 _WITHOUT_EFFECT = ("token", "save_peft_format", "save_original_format", "safe_serialization")
+# Fused parameters that are dense at a time: those of one layer.
+_CACHED_EXPERTS = 2
+_Stored: TypeAlias = Tensor | PackedLinear | PackedExperts
 _SHARD = re.compile(r"packed(-\d+-of-\d+)?\.safetensors")
 
 
@@ -113,16 +119,20 @@ class PackedSaver:
     def _tensors(self) -> Iterator[tuple[str, list[TensorToWrite]]]:
         """Yield the name of every weight file with its tensors, in their order in the checkpoint."""
         state, prefix = _named_tensors(self.model), f"{getattr(self.model, 'base_model_prefix', '')}."
+        # The experts of a layer are written one after the other, and would be unpacked for each of them.
+        unpack_experts = lru_cache(maxsize=_CACHED_EXPERTS)(PackedExperts.to_dense)
+        own = {name: _record(name, tensor, unpack_experts) for name, tensor in state.items()}
+        converted = record_checkpoint(self.model, own)
         left_out = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
         saved = set[str]()
         for file, header in self.headers.items():
             tensors = []
             for entry in parse_header(header):
                 names = (entry.name, prefix + entry.name, entry.name.removeprefix(prefix))
-                name = next((name for name in names if name in state), None)
-                if name is not None:
-                    saved.add(name)
-                    tensors.append(_to_write(entry.name, state[name]))
+                tensor = converted.get(entry.name, next((own[name] for name in names if name in own), None))
+                if tensor is not None:
+                    saved |= set(tensor.sources)
+                    tensors.append(TensorToWrite(entry.name, tensor.dtype, tuple(tensor.shape), tensor.compute))
                 elif not any(re.search(pattern, entry.name) for pattern in left_out):
                     raise CheckpointError(
                         f"{type(self.model).__name__} has no tensor {entry.name}, which transformers left out or "
@@ -154,21 +164,27 @@ class PackedSaver:
             (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor | PackedLinear]:
-    """Return all tensors of the state of a model by name; for the weight of a packed layer, the layer."""
-    state: dict[str, Tensor | PackedLinear] = dict(model.state_dict())
+def _named_tensors(model: nn.Module) -> dict[str, _Stored]:
+    """Return all tensors of the state of a model by name; for a packed weight, what holds it."""
+    state: dict[str, _Stored] = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.layers.")}
+            state[name] = module
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear) and layer.is_packed:
+        if isinstance(layer, PackedLinear) and layer.is_packed and f"{name}.mask" in state:
             for part in ("mask", "values", "offsets"):
                 del state[f"{name}.{part}"]
             state[f"{name}.weight"] = layer
     return state
 
 
-def _to_write(name: str, tensor: Tensor | PackedLinear) -> TensorToWrite:
+def _record(name: str, tensor: _Stored, unpack_experts: Callable[[PackedExperts], Tensor]) -> RecordedTensor:
     if isinstance(tensor, PackedLinear):
-        return TensorToWrite(name, tensor.values.dtype, tuple(tensor.weight.shape), partial(_unpack, tensor))
-    return TensorToWrite(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        return RecordedTensor.stored(name, list(tensor.weight.shape), tensor.values.dtype, partial(_unpack, tensor))
+    if isinstance(tensor, PackedExperts):
+        return RecordedTensor.stored(name, list(tensor.shape), tensor.dtype, partial(unpack_experts, tensor))
+    return RecordedTensor.stored(name, list(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _unpack(layer: PackedLinear) -> Tensor:
@@ -176,9 +192,9 @@ def _unpack(layer: PackedLinear) -> Tensor:
     return dense.t().contiguous() if layer.inputs_first else dense
 
 
-def _identity(tensor: Tensor | PackedLinear) -> object:
+def _identity(tensor: _Stored) -> object:
     """Return what tied tensors have in common."""
-    return id(tensor) if isinstance(tensor, PackedLinear) else (tensor.data_ptr(), tensor.shape)
+    return id(tensor) if isinstance(tensor, nn.Module) else (tensor.data_ptr(), tensor.shape)
 
 
 def _read(

@@ -28,6 +28,8 @@ from alps.checkpoints.packed_config import MARKER_NAME
 from alps.checkpoints.quantization import PACKED_METHOD
 from alps.core.errors import CheckpointError, ConfigError
 
+# Attributes of a model that hold its tensors, or say how they were made of those of the checkpoint.
+_OF_MODEL = ("_modules", "_parameters", "_buffers", "config", "all_tied_weights_keys", "_weight_conversions")
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -133,7 +135,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._device is not None:
             packed.to(self._device)
         packed.config.quantization_config = self.quantization_config
-        for attribute in ("_modules", "_parameters", "_buffers", "config", "all_tied_weights_keys"):
+        for attribute in _OF_MODEL:
             setattr(model, attribute, getattr(packed, attribute))
         save_packed(model, manifest)
         return model.requires_grad_(False).eval()

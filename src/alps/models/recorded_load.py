@@ -1,4 +1,4 @@
-"""Loading of a checkpoint by transformers itself, before any of its tensors is read."""
+"""Loading and saving of a checkpoint by transformers itself, before any of its tensors is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from alps.core.errors import CheckpointError
 from alps.models.auto_class import loadable_class
@@ -61,3 +62,15 @@ def load_recorded(
             "restore the config.json of this checkpoint."
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def record_checkpoint(model: nn.Module, tensors: Mapping[str, RecordedTensor]) -> dict[str, RecordedTensor]:
+    """Return the tensors of the checkpoint that a model was loaded from, as records of the model's tensors.
+
+    The saver of transformers reverts the renaming and conversion of its loader.
+
+    Args:
+        model: loaded by transformers.
+        tensors: of the model, by their names in it.
+    """
+    return dict(revert_weight_conversion(model, dict(tensors)))
