@@ -28,6 +28,11 @@ def test_the_fingerprint_holds_what_the_weights_depend_on() -> None:
     assert entries == {"samples": "3", "seqlen": "2048", "seed": "0", "bos": "true", "dtype": "auto"}
 
 
+def test_the_fingerprint_has_the_order_of_the_panels() -> None:
+    assert list(PruneConfig(model="m").fingerprint_fields())[:2] == ["sparsity", "pattern"]
+    assert list(ShrinkConfig(model="m").fingerprint_fields())[-2:] == ["bos", "dtype"]
+
+
 def test_structured_pruning_has_bounds_of_its_own() -> None:
     assert PruneConfig(model="m", samples=1).samples == 1
     with pytest.raises(ValidationError, match="greater than or equal to 2"):

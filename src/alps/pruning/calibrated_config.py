@@ -46,10 +46,10 @@ class CalibratedConfig(RunConfig):
         return None if self.activation_memory is None else int(self.activation_memory * 2**30)
 
     def fingerprint_fields(self) -> dict[str, str]:
-        """Return every setting that the weights depend on, by name, as text.
+        """Return every setting that the weights depend on, by name, as text, in the order of `describe_fields`.
 
         Model and calibration text are left out: a run identifies them by their content.
         """
-        names = {field.name for field in describe_fields(type(self)) if field.setting.affects_weights}
-        values = self.model_dump(mode="json", include=names)
-        return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}
+        names = [field.name for field in describe_fields(type(self)) if field.setting.affects_weights]
+        values = self.model_dump(mode="json", include=set(names))
+        return {name: value if isinstance(value := values[name], str) else to_json(value) for name in names}
