@@ -50,7 +50,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALPS_CACHE", str(tmp_path / "cache"))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     # Documents of blanks are left out; "-" is a document without a token.
     rows=st.lists(st.sampled_from(["a", "bcd", " ", "-", "efghijk", "lm"]), min_size=1, max_size=12),
