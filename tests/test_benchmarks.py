@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import alps
 import copying
 import elimination
 import gpu_layers
@@ -470,6 +471,19 @@ def test_runtimes_prints_a_row_for_each_format(tmp_path: Path, stories: Path, en
     assert rows[0][5] == rows[0][7] == "1.00"
     dense, half, quantised = (float(row[8]) for row in rows)
     assert half == pytest.approx(dense, rel=2e-3) and quantised == pytest.approx(dense, rel=0.05)
+
+
+@pytest.mark.slow
+def test_finetuning_prints_a_row_for_each_way(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    pytest.importorskip("peft")
+    pruned = english_file.parent / "pruned"
+    alps.prune(stories, sparsity=0.5, method="magnitude", calibration=english_file, samples=2, seqlen=32, out=pruned)
+    data = ("--train", str(english_file), "--text", str(english_file), "--windows", "2", "--seqlen", "64")
+    rows = run(tmp_path, "finetuning.py", str(pruned), *data, "--steps", "2")[2:]
+    zeros = [int(row[1].replace(",", "")) for row in rows]
+    assert [count == 113_280 for count in zeros] == [True, False, True, False, True, True]
+    before, after = (float(value) for value in rows[5][2].split(" / "))
+    assert after == pytest.approx(before, rel=1e-3) and float(rows[0][2]) != float(rows[2][2])
 
 
 def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Path) -> None:

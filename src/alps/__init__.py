@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from alps.evaluation.api import compare, evaluate, evaluate_tasks
     from alps.evaluation.inspect import inspect
     from alps.finetuning.api import distill, reconstruct
+    from alps.finetuning.kept_zeros import KeptZeros, keep_zeros
     from alps.inference.api import pack, unpack
     from alps.inference.convert import pack_linears
     from alps.pruning.api import prune
@@ -28,6 +29,7 @@ __all__ = [
     "Alps",
     "AlpsError",
     "DSnoT",
+    "KeptZeros",
     "LoadedModel",
     "Magnitude",
     "Refitted",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "inspect",
+    "keep_zeros",
     "load",
     "pack",
     "pack_linears",
@@ -56,6 +59,7 @@ _LAZY_EXPORTS = {
     "Alps": "alps.solvers",
     "AlpsError": "alps.core.errors",
     "DSnoT": "alps.solvers",
+    "KeptZeros": "alps.finetuning.kept_zeros",
     "LoadedModel": "alps.data.loaded_model",
     "Magnitude": "alps.solvers",
     "Refitted": "alps.solvers",
@@ -68,6 +72,7 @@ _LAZY_EXPORTS = {
     "evaluate": "alps.evaluation.api",
     "evaluate_tasks": "alps.evaluation.api",
     "inspect": "alps.evaluation.inspect",
+    "keep_zeros": "alps.finetuning.kept_zeros",
     "load": "alps.data.loaded_model",
     "pack": "alps.inference.api",
     "pack_linears": "alps.inference.convert",

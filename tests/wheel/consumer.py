@@ -46,6 +46,17 @@ def tune(dense: str, pruned: Path, out: Path) -> int:
     return len(report.layers)
 
 
+def train_by_hand(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Take one step of a training loop with all zeros kept, and return their number."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    with alps.keep_zeros(model) as zeros:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+    assert_type(zeros, alps.KeptZeros)
+    assert_type(zeros.zeros, int)
+    return zeros.zeros
+
+
 def shrink(name: str, out: Path) -> float:
     """Remove channels, heads and a block, and return the share of the parameters that are gone."""
     report = alps.shrink(name, out, mlp=0.25, num_heads=6, drop_blocks=[12], calibration="text.txt")
