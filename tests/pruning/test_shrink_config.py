@@ -79,9 +79,9 @@ def test_numbers_may_be_a_text_with_commas() -> None:
 def test_presets_are_defaults() -> None:
     assert _config(mlp=0.5).reconstruction() is None
     best = _config(mlp=0.5, preset="best")
-    assert best.reconstruct_epochs == SHRINK_PRESETS["best"]["reconstruct_epochs"] == 1
+    assert best.reconstruct_epochs == SHRINK_PRESETS["best"]["reconstruct_epochs"] == 2
     parameters = best.reconstruction()
-    assert parameters is not None and parameters.epochs == 1
+    assert parameters is not None and parameters.epochs == 2
     assert _config(mlp=0.5, preset="best", reconstruct_epochs=0).reconstruction() is None
 
 

@@ -25,7 +25,7 @@ LLAMA = "llama.cpp"
 RUNTIMES = ("transformers", LLAMA)
 
 # Defaults of the settings marked 'by preset'.
-SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 1}}
+SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 2}}
 
 # Of block reconstruction: largest step size, and tokens in a step; docs/experiments.md, "Structured pruning".
 _LR, _TOKENS = 1e-3, 512
