@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
+import alps
 from alps.models.blocks import find_blocks
 from alps.models.demo_model import resolve_model_path
 from alps.models.shrink_families import family_of
@@ -155,6 +157,29 @@ def test_zeros_of_a_pruned_model_stay_zeros(half_smollm2: Any, smollm2: Path, tm
     # Types with a smallest value of each block of weights have no exact zero.
     assert shares.pop("Q4_K", 0.0) < 0.1
     assert {"Q8_0", "Q4_0", "Q5_0"} <= shares.keys() and set(shares.values()) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["pruned", "shrunk"])
+def test_what_alps_writes_converts_with_every_zero(
+    kind: str, smollm2: Path, english_file: Path, tmp_path: Path
+) -> None:
+    calibration: dict[str, Any] = {"calibration": str(english_file), "samples": 2, "seqlen": 128}
+    if kind == "pruned":
+        alps.prune(smollm2, sparsity=0.5, method="magnitude", out=tmp_path / kind, **calibration)
+    else:
+        alps.shrink(smollm2, tmp_path / kind, mlp_width=1280, **calibration)
+    check_same(tmp_path / kind, tmp_path)
+    with safe_open(tmp_path / kind / "model.safetensors", "pt") as file:
+        weights = [file.get_tensor(name) for name in file.keys() if name.endswith("_proj.weight")]  # noqa: SIM118
+    expected, in_half = (
+        sum(int((w.to(dtype or w.dtype) == 0).sum()) for w in weights) for dtype in (None, torch.float16)
+    )
+    assert (expected == 53_084_160) == (kind == "pruned")
+    half = tmp_path / "f16.gguf"
+    # F16 rounds bfloat16 below 3e-8 to zero, and Q8_0 what is small in its block.
+    assert sum(int((weight == 0).sum()) for _, weight in matrices(half).values()) == in_half >= expected
+    quantised = matrices(quantize_gguf(half, tmp_path / "q8_0.gguf", "Q8_0"))
+    assert sum(int((weight == 0).sum()) for _, weight in quantised.values()) >= in_half
 
 
 @pytest.mark.parametrize(("width", "types"), [(1280, {"Q4_K", "Q6_K"}), (1152, {"Q5_0", "Q8_0"})])
