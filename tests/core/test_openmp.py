@@ -119,7 +119,7 @@ if quota:
     cpu_count.cpu_quota = lambda: group
 from alps.cli.main import run
 assert "torch" not in sys.modules
-sys.argv[1:] = ["report", "--help"]
+sys.argv[1:] = ["report", "no-such-directory"]
 try:
     run()
 except SystemExit:

@@ -17,6 +17,7 @@ from alps.checkpoints.manifest import FORMAT, Manifest
 from alps.checkpoints.quantization import PACKED_METHOD
 from alps.checkpoints.safetensors_io import DTYPES
 from alps.core.errors import CheckpointError
+from alps.core.json_text import to_json
 
 CONFIG_NAME = "config.json"
 MARKER_NAME = "alps.safetensors"
@@ -59,7 +60,7 @@ def write_config(folder: Path, manifest: Manifest) -> None:
             config[_TEXT] = {**config[_TEXT], _SETTINGS: config[_SETTINGS]}
         save_file({}, folder / MARKER_NAME, {"format": FORMAT})
         (folder / CODE_NAME).write_text(_CODE, encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
 
 def without_additions(config: dict[str, Any]) -> dict[str, Any]:

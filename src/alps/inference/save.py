@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from alps.checkpoints.packed_config import CONFIG_NAME
 from alps.checkpoints.safetensors_io import TensorToWrite, renew_header
 from alps.checkpoints.weight_files import INDEX_NAME, PICKLE_INDEX_NAME, SINGLE_NAME, HeaderEntry, parse_header
 from alps.core.errors import CheckpointError, ConfigError
+from alps.core.json_text import to_json
 from alps.inference.packed_experts import PackedExperts
 from alps.inference.packed_linear import PackedLinear
 from alps.models.configuration import remove_packing
@@ -161,7 +161,7 @@ class PackedSaver:
                 "metadata": {"total_size": sum(entry.nbytes for each in entries.values() for entry in each)},
                 "weight_map": {entry.name: file for file, each in entries.items() for entry in each},
             }
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (folder / INDEX_NAME).write_text(to_json(index, indent=2, sort_keys=True) + "\n")
 
 
 def _named_tensors(model: nn.Module) -> dict[str, _Stored]:
