@@ -64,7 +64,7 @@ def test_what_cannot_be_loaded_is_packed_with_a_warning(
     assert "lacks 1 tensors" in message
 
 
-_QUICK = ("gpt_neox", "jetmoe")
+_QUICK = ("gpt_neox",)
 _KINDS = (*DENSE, *MOE, *HYBRID, *RECENT, *STRUCTURED, *IMAGES, *VISION)
 
 
