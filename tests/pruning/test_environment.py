@@ -1,4 +1,4 @@
-"""Where activations are kept, and what is said when memory runs out."""
+"""Storage of activations, and the hint when memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes: blocks by name, by measurement or from the journal, before anything is shrunk."""
+"""Choice of what goes, by name, by measurement or from the journal, before anything is shrunk."""
 
 from __future__ import annotations
 
