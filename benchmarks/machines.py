@@ -2,7 +2,7 @@
 
 legend  n  inputs of a site, m its outputs    scalars
         T  calibration tokens                 scalar
-Counts of flops are those of docs/performance.md. A pass is reading or writing a matrix of the site once.
+Counts of flops are those of docs/project/performance.md. A pass is reading or writing a matrix of the site once.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import pytest
 import alps
 
 _SOURCE = Path(__file__).parent.parent / "src"
-_PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
+_PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "architecture.md"
 _LONGEST = 500
 _STDLIB = sys.stdlib_module_names
 

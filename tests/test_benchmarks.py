@@ -1,4 +1,4 @@
-"""The scripts behind docs/benchmarks.md run, each on something tiny, and print the rows they promise."""
+"""The scripts behind docs/project/benchmarks.md run, each on something tiny, and print the rows they promise."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Paths in pages are relative to one of these.
-FOLDERS = (ROOT, ROOT / "src" / "alps", ROOT / "docs")
+FOLDERS = (ROOT, ROOT / "src" / "alps", *sorted(path for path in (ROOT / "docs").rglob("*") if path.is_dir()))
 
 
 def heading_anchors(page: Path) -> set[str]:
@@ -47,11 +47,17 @@ def test_missing_files_are_found() -> None:
 
 def test_pages_that_the_code_names_exist() -> None:
     sources = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    named = {name for path in sources for name in re.findall(r"docs/([\w-]+\.md)", path.read_text())}
+    named = {name for path in sources for name in re.findall(r"docs/([\w/-]+\.md)", path.read_text())}
     assert {name for name in named if not (ROOT / "docs" / name).is_file()} == set()
-    assert {"allocation.md", "experts.md"} <= named
+    assert {"reference/settings.md", "explanation/experts.md"} <= named
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
+    reached, pages = set[Path](), [ROOT / "README.md"]
+    while pages:
+        page = pages.pop()
+        links = re.findall(r"\]\(([^):#]+\.md)(?:#[^)]+)?\)", page.read_text())
+        linked = {(page.parent / link).resolve() for link in links} - reached
+        reached |= linked
+        pages.extend(linked)
+    assert [page.name for page in PAGES[1:] if page.resolve() not in reached] == []

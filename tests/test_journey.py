@@ -65,6 +65,6 @@ def test_a_weight_passes_few_files(fused: bool, tmp_path: Path, monkeypatch: pyt
 
 def _documented_files() -> list[str]:
     """Return the files that the page on architecture names for the journey, in its order."""
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md").read_text()
     journey = page.split("## The journey of a weight")[1].split("\n## ")[0]
     return re.findall(r"^\d+\. `([\w/]+\.py)`", journey, re.MULTILINE)

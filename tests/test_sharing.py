@@ -30,7 +30,7 @@ def _run(hub: HubServer, home: Path, *command: object, token: str = TOKEN) -> su
 
 
 def _upload(hub: HubServer, folder: Path, home: Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """Run the command of docs/serving.md."""
+    """Run the command of docs/how-to/serving.md."""
     hf = Path(sys.executable).parent / "hf"
     options = ("--private", "--commit-message", "50 % zeros")
     return _run(hub, home, hf, "upload", "owner/name", folder, *options, token=token)

@@ -26,7 +26,7 @@ from alps.checkpoints.unpack import unpack_directory
 from alps.core.errors import CheckpointError
 from helpers.packing import contents, make_first_version, pruned, small
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "reference"
 
 
 @pytest.fixture

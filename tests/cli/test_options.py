@@ -85,8 +85,8 @@ def test_options_are_the_names_with_dashes_and_say_their_default(name: str) -> N
 
 
 def test_the_page_of_settings_is_that_of_the_code() -> None:
-    page = Path(__file__).parents[2] / "docs" / "settings.md"
-    assert page.read_text() == settings_page(), "run python -m alps.cli.settings_page > docs/settings.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "settings.md"
+    assert page.read_text() == settings_page(), "run python -m alps.cli.settings_page > docs/reference/settings.md"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from helpers import cli_process as started
 from helpers.fault_fixture import PICKLES, Scene, arguments, run_in_scene
 from helpers.fault_table import FAULTS, Fault, run_fault
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "how-to" / "reliability.md"
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name}, {fault.command}")

@@ -1,6 +1,6 @@
-"""Generator of docs/models.md: the tested architectures, what is pruned and what stays dense, and the parity of blocks.
+"""Generator of docs/reference/models.md: tested architectures, what is pruned, what stays dense, parity of blocks.
 
-    python tests/helpers/architectures.py > docs/models.md
+    python tests/helpers/architectures.py > docs/reference/models.md
 
 Runs every tiny model of `decoders.py`, which takes two minutes. Tests compare the page with new runs, except the times.
 """
@@ -36,15 +36,15 @@ random model, built from its configuration, run block by block and pruned (with 
 largest difference between the model's own logits and those of running its blocks one by one, divided by the largest
 logit; it has to be below 1e-5. Then ALPS prunes the model to 60 %, and the zeros of every layer and every expert are
 counted: all are exact. A separate test shows that each model gives the same bits when it is read block by block
-([long runs](long-runs.md)).
+([long runs](../how-to/long-runs.md)).
 
 *Dense* lists parameters with two dimensions or more that are not pruned, and why. Embeddings and output heads are never
 pruned and are not listed. Seconds are those of pruning, on one thread.
 
 *Packed* says which of the pruned layers stay packed in memory when `alps.load` reads what `alps pack` wrote of the
-model, pruned to 50 % by magnitude ([inference](inference.md)). The logits are those of the dense model to 1e-5 of the
-largest one in float32, because kernels add in another order; three tokens generated with a cache are the same, and
-unpacking restores the bits, also after `save_pretrained` of the packed model.
+model, pruned to 50 % by magnitude ([inference](../how-to/inference.md)). The logits are those of the dense model to
+1e-5 of the largest one in float32, because kernels add in another order; three tokens generated with a cache are the
+same, and unpacking restores the bits, also after `save_pretrained` of the packed model.
 
 | architecture | class | pruned in each block | dense besides embeddings | parity | s | packed |
 |---|---|---|---|---:|---:|---|
@@ -90,10 +90,10 @@ code can read the tokenizer, the model is refused.
 
 **Refused when the calibration begins**: models that call a block several times (looped decoders such as HRM), and
 models that compute with hidden states or with what blocks hand on between two blocks (RWKV with more blocks than its
-`rescale_every`). How blocks are replayed, and how the replay is checked: [calibration](calibration.md).
+`rescale_every`). How blocks are replayed, and how the replay is checked: [calibration](../how-to/calibration.md).
 
 ```sh
-python tests/helpers/architectures.py > docs/models.md
+python tests/helpers/architectures.py > docs/reference/models.md
 ```
 """
 

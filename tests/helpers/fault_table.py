@@ -1,6 +1,6 @@
 """Table of faults of inputs and of the machine: how each is made, and the words that its message contains.
 
-    python tests/helpers/fault_table.py MODEL > docs/reliability.md
+    python tests/helpers/fault_table.py MODEL > docs/how-to/reliability.md
 
 MODEL is the directory of a small LLaMA with tied embeddings and a tokenizer. Runs every fault in turn, which takes a
 minute. A test runs them, too, and compares the page with the table.
@@ -347,7 +347,7 @@ Each row is run by a test.
 """
 _FOOT = """
 ```sh
-python tests/helpers/fault_table.py MODEL > docs/reliability.md
+python tests/helpers/fault_table.py MODEL > docs/how-to/reliability.md
 ```
 
 ## Interruptions

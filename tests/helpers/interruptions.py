@@ -1,4 +1,4 @@
-"""Generator of the table of interrupted runs in docs/long-runs.md.
+"""Generator of the table of interrupted runs in docs/how-to/long-runs.md.
 
     python tests/helpers/interruptions.py MODEL TEXT.txt
 

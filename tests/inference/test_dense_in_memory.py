@@ -72,7 +72,7 @@ _KINDS = (*DENSE, *MOE, *HYBRID, *RECENT, *STRUCTURED, *IMAGES, *VISION)
     "kind", [*_QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in _KINDS if kind not in _QUICK)]
 )
 def test_every_architecture_runs_packed(kind: str, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "reference" / "models.md").read_text()
     rows = (line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| "))
     cells = {row[0].strip(): row[-1].strip() for row in rows}
     assert packed_result(kind, tmp_path) == cells.get(kind, "all")

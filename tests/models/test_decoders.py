@@ -144,7 +144,7 @@ def test_routers_stay_dense(kind: str) -> None:
 
 
 def test_the_page_of_architectures_has_them_all() -> None:
-    page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "reference" / "models.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in page.splitlines() if line[:2] == "| "]
     result = {row[0]: row for row in rows if row[0] != "architecture"}
     assert list(result) == [*DENSE, *MOE, *HYBRID, *RECENT, *VISION]

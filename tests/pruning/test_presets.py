@@ -64,7 +64,7 @@ def test_a_config_made_in_python_has_the_settings_of_its_preset() -> None:
 
 
 def test_presets_are_what_the_documentation_says() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "presets.md").read_text()
     cells = (r"`(\w+)`[^|]*", "(on|off) ", r"([\w.]+) ", "([^|]+) ", r"(\w+)[^|]*", r"([\w-]+)[^|]*")
     row = "".join(rf"\| {cell}" for cell in cells)
     rows = re.findall(rf"^{row}\|$", text, re.MULTILINE)

@@ -14,7 +14,7 @@ from alps.calibration.block_calls import NO_CALLS, BlockCalls, BlockOutput
 from alps.models.blocks import Block
 
 # Tokens of a batch. On a CPU they fit into its caches, which is as fast for one process and faster for two
-# (docs/performance.md). On a GPU, and for experts, of which each receives only a part, there are many.
+# (docs/project/performance.md). On a GPU, and for experts, of which each receives only a part, there are many.
 _CPU_BATCH_TOKENS, _BATCH_TOKENS = 512, 4096
 
 # Class of a block, and the names of its sites inside it.

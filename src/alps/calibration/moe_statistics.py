@@ -34,7 +34,7 @@ from alps.core.statistics import InputStats, InputSums, Needs
 from alps.models.blocks import Block
 from alps.models.sites import Site
 
-# One token for each input gives the Gram full rank, but a misleading one (docs/experts.md).
+# One token for each input gives the Gram full rank, but a misleading one (docs/explanation/experts.md).
 MIN_TOKENS_PER_INPUT = 4
 
 

@@ -1,4 +1,4 @@
-"""The page docs/settings.md, made from the fields of the configs; `python -m alps.cli.settings_page` prints it."""
+"""Generator of docs/reference/settings.md: `python -m alps.cli.settings_page` prints it from the configs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ setting has one name: the key in a YAML file (`--config` of `alps prune`, `alps 
 argument in Python (`alps.prune`, `alps.shrink`, `alps.evaluate` and `alps.evaluate_tasks`, `alps.compare`,
 `alps.reconstruct`, `alps.distill`), and, with dashes, the option of the command line. A switch `--name` also has a form
 `--no-name`. *By preset* means that the value of `--preset` applies where the setting is not given
-([presets](presets.md)).
+([presets](../how-to/presets.md)).
 
 `alps --install-completion` makes the shell complete commands, options and the words that an option takes.
 
-This page is generated from the code: `python -m alps.cli.settings_page > docs/settings.md`.
+This page is generated from the code: `python -m alps.cli.settings_page > docs/reference/settings.md`.
 """
 
 

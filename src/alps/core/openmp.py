@@ -12,7 +12,7 @@ from alps.core.cpu_count import affinity_cpus, ranks_on_host, usable_cpus
 
 # Turns of a waiting thread before it sleeps, for GNU's libgomp. By default there are 300,000, some milliseconds, which
 # is longer than the usual pause between two products: the threads then never sleep, and take CPUs from other programs.
-# Threads that sleep at once cost an idle machine a quarter of the speed, or more (docs/performance.md).
+# Threads that sleep at once cost an idle machine a quarter of the speed, or more (docs/project/performance.md).
 _SPIN_COUNT = "1000"
 _SPIN_COUNT_WHEN_BUSY = "0"
 # Milliseconds that a waiting thread spins, for the OpenMP of LLVM and Intel; 200 by default.

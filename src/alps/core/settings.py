@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from alps.core.errors import ConfigError
 from alps.core.yaml_io import format_validation_error, read_yaml
 
-# Panels of the settings, in the order in which help texts, YAML files and docs/settings.md list them.
+# Panels of the settings, in the order in which help texts, YAML files and docs/reference/settings.md list them.
 PANELS = WHAT, HOW, CALIBRATION, MEASUREMENTS, TASKS, RESOURCES, OUTPUT = (
     "What to prune",
     "How",
@@ -37,7 +37,7 @@ class Setting:
     """Further metadata of a config field than type, default and description; used as `Annotated[type, Setting(...)]`.
 
     Attributes:
-        panel: heading under which the command line and docs/settings.md list the field.
+        panel: heading under which the command line and docs/reference/settings.md list the field.
         metavar: placeholder of the value in help texts, such as `SHARE`.
         choices: permitted words; those of a `Literal` need not be repeated.
         default: words that stand for the default value where it is not a constant, such as `by preset`.

@@ -68,7 +68,7 @@ class _Binding:
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + b` with W packed as in docs/format.md.
+    """`y = x W^T + b` with W packed as in docs/reference/format.md.
 
     The layer is for inference: W is not a parameter and cannot be trained. The compiled kernel multiplies on a CPU, and
     kernels in Triton on a GPU. Without a kernel, or if gradients with respect to the input are required, torch unpacks

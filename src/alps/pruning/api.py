@@ -69,7 +69,7 @@ def prune(
     """Prune a causal language model.
 
     A model given by name is pruned as by `alps prune`: one block in memory at a time, with a journal next to `out`, so
-    that the same call continues an interrupted run. The settings are described in docs/settings.md.
+    that the same call continues an interrupted run. The settings are described in docs/reference/settings.md.
 
     Args:
         model: a model in memory, which is pruned in place, or what `alps prune` takes as MODEL.

@@ -1,4 +1,4 @@
-"""Settings of a pruning run: described once, for the command line, YAML files, `alps.prune` and docs/settings.md."""
+"""Settings of a pruning run: one description for command line, YAML, `alps.prune` and docs/reference/settings.md."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def shrink(
     """Remove whole structures from a causal language model, and write an ordinary, smaller checkpoint to `out`.
 
     A model given by name is shrunk as by `alps shrink`: one block in memory at a time, with a journal next to `out`,
-    so that the same call continues an interrupted run. The settings are described in docs/settings.md.
+    so that the same call continues an interrupted run. The settings are described in docs/reference/settings.md.
 
     Args:
         model: what `alps shrink` takes as MODEL, or a model in memory, which stays unchanged.

@@ -5,7 +5,7 @@ legend  W    dense weight                                               (out, in
         s    cost of removing one weight and correcting the others      (out, in)
 Optimal brain surgery (Hassibi, Stork 1992): s_ij = W_ij^2 / [H^{-1}]_jj. The sum of the smallest costs is the error of
 pruning as long as removals do not interact. On real layers it is within a fifth of ALPS's error from 50 to 85 %
-sparsity (docs/allocation.md).
+sparsity (docs/explanation/allocation.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 /* Common declarations: the packed matrix, the functions of an instruction set, and conversions of single numbers.
 
-   A packed matrix is described in docs/format.md: a word of the mask for every 32 columns of a row, and the kept
+   A packed matrix is described in docs/reference/format.md: a word of the mask for every 32 columns of a row, and the kept
    values of all rows one after the other. No function reads a byte outside of these arrays. */
 
 #ifndef ALPS_KERNEL_H
