@@ -61,3 +61,10 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         reached |= linked
         pages.extend(linked)
     assert [page.name for page in PAGES[1:] if page.resolve() not in reached] == []
+
+
+def test_the_page_of_current_figures_stays_short_and_free_of_commits() -> None:
+    text = (ROOT / "docs" / "project" / "benchmarks.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert re.findall(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7}\b", text) == []
+    assert text.count("```sh") >= text.count("\n## ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the presets are measured with: docs/project/experiments.md, "A share of the dense hidden states".
+# What the presets are measured with: docs/project/log/targets.md, "A share of the dense hidden states".
 DEFAULT_RECONSTRUCT_TARGET = 1.0
 
 

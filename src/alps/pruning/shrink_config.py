@@ -27,7 +27,7 @@ RUNTIMES = ("transformers", LLAMA)
 # Defaults of the settings marked 'by preset'.
 SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 2}}
 
-# Of block reconstruction: largest step size, and tokens in a step; docs/project/experiments.md, "Structured pruning".
+# Of block reconstruction: largest step size, and tokens in a step; docs/project/log/structured.md.
 _LR, _TOKENS = 1e-3, 512
 
 _Share = Annotated[float | None, Setting(WHAT, "SHARE")]

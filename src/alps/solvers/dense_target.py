@@ -24,7 +24,7 @@ from alps.core.statistics import InputStats
 from alps.solvers.hessian import damped
 
 # Chosen on held-back text at 16 k tokens. A hundredth of it gives no better perplexity there, and predicts copied
-# tokens worse: docs/project/experiments.md, "What a dense target costs".
+# tokens worse: docs/project/log/targets.md, "What a dense target costs".
 PRIOR_TOKENS = 16_384
 _MIN_TARGET_DAMPING = 0.01
 
