@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +71,19 @@ def test_the_page_of_current_figures_stays_short_and_free_of_commits() -> None:
     assert len(text.splitlines()) <= 200
     assert re.findall(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7}\b", text) == []
     assert text.count("```sh") >= text.count("\n## ")
+
+
+def listed_pages(entry: Any) -> Iterator[str]:
+    """Yield the pages of a part of the site's navigation."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry if isinstance(entry, list) else entry.values():
+            yield from listed_pages(part)
+
+
+def test_the_site_lists_every_page_once() -> None:
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    # The changelog becomes a page when the site is built.
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]} | {"project/changelog.md"}
+    assert sorted(listed_pages(nav)) == sorted(pages), "mend nav in zensical.toml"
