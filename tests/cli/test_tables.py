@@ -12,6 +12,7 @@ from rich.console import Console
 
 from alps.cli.tables import evaluation_table, prune_summary
 from alps.reporting.html_charts import split_seconds
+from alps.reporting.records import ComparisonRecord
 from alps.reporting.run_report import RunReport
 from helpers.comparisons import measured_result
 
@@ -62,5 +63,20 @@ def test_a_loss_stands_for_a_perplexity_that_no_number_holds() -> None:
     console.print(evaluation_table([rows[0], row]))
     assert isinstance(console.file, io.StringIO)
     cells = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
-    assert [cell.strip() for cell in cells[0]] == ["m", "t", "1", "9", "loss 1.0", "", "", "", ""]
-    assert [cell.strip() for cell in cells[1]][4:7] == ["loss 1.0", "9.000", "too large"]
+    assert [cell.strip() for cell in cells[0]] == ["t", "1", "loss 1.0", "", "", "", ""]
+    assert [cell.strip() for cell in cells[1]][2:5] == ["loss 1.0", "9.000", "too large"]
+
+
+@pytest.mark.parametrize("name", ["t", "a-folder/with-a-long-name/wikitext2-test.txt"])
+def test_a_terminal_of_80_columns_shows_names_and_figures_whole(name: str) -> None:
+    row = measured_result("a").evaluations[0].model_copy(update={"text": name})
+    console = Console(width=80, file=io.StringIO())
+    console.print(evaluation_table([row]))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert "".join(line[0] for line in cells) == name
+    assert isinstance(row, ComparisonRecord)
+    assert cells[0][1:4] == [str(row.windows), row.perplexity_text(".3f"), f"{row.reference_perplexity:.3f}"]
+    assert f"{row.model} against {row.reference}, windows of {row.seqlen} tokens" in printed

@@ -186,14 +186,15 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
 
 
 def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
-    """Tabulate the perplexities of a model on several texts, with those of the reference if there is one."""
-    compared = any(isinstance(row, ComparisonRecord) for row in rows)
+    """Tabulate the perplexities of one model on several texts, with those of the reference if there is one."""
+    first = rows[0]
+    compared = [row for row in rows if isinstance(row, ComparisonRecord)]
+    against = f" against {compared[0].reference}" if compared else ""
+    table = Table(title=f"{first.model}{against}, windows of {first.seqlen} tokens", title_justify="left")
     more = ("reference", "ratio", "KL nats", "agreement") if compared else ()
-    table = Table()
-    for heading in ("model", "text", "windows", "seqlen", "perplexity", *more):
-        _add_column(table, heading, heading not in ("model", "text"))
+    _add_columns(table, "text", ("windows", "perplexity", *more))
     for row in rows:
-        cells = [row.model, row.text, str(row.windows), str(row.seqlen), row.perplexity_text(".3f")]
+        cells = [row.text, str(row.windows), row.perplexity_text(".3f")]
         if isinstance(row, ComparisonRecord):
             figures = ((row.reference_perplexity, ".3f"), (row.ratio, ".4f"))
             cells += ["too large" if math.isinf(value) else format(value, form) for value, form in figures]
@@ -203,21 +204,22 @@ def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
 
 
 def task_table(rows: Sequence[TaskRecord]) -> Table:
-    """Tabulate the scores of a model in several tasks; accuracies are in per cent."""
+    """Tabulate the scores of one model in several tasks; accuracies are in per cent."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
-    table = Table()
-    for heading in ("model", "task", "items", "shots", *metrics):
-        _add_column(table, heading, heading not in ("model", "task"))
+    table = Table(title=rows[0].model, title_justify="left")
+    _add_columns(table, "task", ("items", "shots", *metrics))
     for row in rows:
         items = "" if row.items is None else str(row.items)
         cells = [_format_estimate(metric, row.metrics.get(metric)) for metric in metrics]
-        table.add_row(row.model, row.task, items, str(row.num_fewshot), *cells)
+        table.add_row(row.task, items, str(row.num_fewshot), *cells)
     return table
 
 
-def _add_column(table: Table, heading: str, numeric: bool) -> None:
-    # A narrow terminal truncates names first, and numbers last.
-    table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
+def _add_columns(table: Table, name: str, figures: Sequence[str]) -> None:
+    # In a narrow terminal names are broken into lines, and figures stay whole.
+    table.add_column(name, overflow="fold", min_width=6)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
 
 
 def _format_estimate(metric: str, estimate: Estimate | None) -> str:
