@@ -17,6 +17,7 @@ import torch
 import alps
 import copying
 import elimination
+import figure
 import gpu_layers
 import inference
 import model as whole_model
@@ -532,3 +533,13 @@ def test_elimination_compares_selections_of_columns() -> None:
     assert 0 < errors["one at a time, exchanges"] <= errors["one at a time"] < errors["at random"] < 1
     # 14336^3 + 2 * 4096 * 14336^2 + 6 * 0.25 * 14336^3 flops.
     assert "14336 columns and 4096 outputs: 9.0 Tflop" in elimination.extrapolation(problem, 36, 14336, 4096)
+
+
+def test_the_readme_figure_shows_the_table_of_the_benchmarks() -> None:
+    figures = figure.read_figures(figure.PAGE.read_text())
+    assert set(figures) >= {"dense", "best", *(method for method, *_ in figure.LINES)}
+    assert all(len(values) == len(figure.SPARSITIES) for values in figures.values())
+    svg = (ROOT / "docs" / "assets" / "perplexity.svg").read_text()
+    drawn = set(re.findall(r">([^<>]+)</text>", svg))
+    assert f"dense {figures['dense'][0]}" in drawn
+    assert {f"{figures[method][2]:.0f}" for method in ("sparsegpt", "alps", "best")} <= drawn
