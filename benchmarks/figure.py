@@ -45,17 +45,18 @@ def table_rows(text: str, header: str) -> list[list[str]]:
 def read_figures(page: str) -> dict[str, list[float]]:
     """Read the perplexities on WikiText-2 at each of SPARSITIES: {method: values}, and the dense model's as "dense"."""
     rows = table_rows(page, "| method | 50 % | 60 % | 70 % | 80 % |")
-    figures = {row[0]: [float(cell) for cell in row[1:5]] for row in rows}
-    best, sparsity = {}, ""
-    for row in table_rows(page, "| | run | WikiText-2 |"):
-        sparsity = row[0] or sparsity
-        if row[1] == "best":
-            best[sparsity] = float(row[2])
+    figures = {row[0]: [_first_text(cell) for cell in row[1:5]] for row in rows}
+    best = {row[0]: _first_text(row[2]) for row in table_rows(page, "| | `paper` | `best` |")}
     figures["best"] = [best[f"{sparsity} %"] for sparsity in SPARSITIES]
     dense = re.search(r"dense\s+(\d+\.\d) /", page[page.index("## Five methods") :])
     assert dense is not None
     figures["dense"] = [float(dense[1])] * len(SPARSITIES)
     return figures
+
+
+def _first_text(cell: str) -> float:
+    """Return the perplexity on WikiText-2 of a cell that has those of two texts."""
+    return float(cell.split(" / ")[0])
 
 
 def draw(figures: dict[str, list[float]]) -> Figure:
