@@ -79,4 +79,4 @@ def test_a_terminal_of_80_columns_shows_names_and_figures_whole(name: str) -> No
     assert "".join(line[0] for line in cells) == name
     assert isinstance(row, ComparisonRecord)
     assert cells[0][1:4] == [str(row.windows), row.perplexity_text(".3f"), f"{row.reference_perplexity:.3f}"]
-    assert f"{row.model} against {row.reference}, windows of {row.seqlen} tokens" in printed
+    assert f"{row.model} against {row.reference} (KL in nats), windows of {row.seqlen} tokens" in printed

@@ -189,16 +189,16 @@ def evaluation_table(rows: Sequence[EvaluationRecord]) -> Table:
     """Tabulate the perplexities of one model on several texts, with those of the reference if there is one."""
     first = rows[0]
     compared = [row for row in rows if isinstance(row, ComparisonRecord)]
-    against = f" against {compared[0].reference}" if compared else ""
+    against = f" against {compared[0].reference} (KL in nats)" if compared else ""
     table = Table(title=f"{first.model}{against}, windows of {first.seqlen} tokens", title_justify="left")
-    more = ("reference", "ratio", "KL nats", "agreement") if compared else ()
+    more = ("reference", "ratio", "KL", "agreement") if compared else ()
     _add_columns(table, "text", ("windows", "perplexity", *more))
     for row in rows:
         cells = [row.text, str(row.windows), row.perplexity_text(".3f")]
         if isinstance(row, ComparisonRecord):
             figures = ((row.reference_perplexity, ".3f"), (row.ratio, ".4f"))
             cells += ["too large" if math.isinf(value) else format(value, form) for value, form in figures]
-            cells += [f"{row.kl:.5f}", f"{row.agreement:.2%}"]
+            cells += [f"{row.kl:.4f}", f"{row.agreement:.2%}"]
         table.add_row(*cells)
     return table
 
