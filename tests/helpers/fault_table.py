@@ -325,18 +325,28 @@ def _model_file(scene: Scene, name: str, text: str) -> None:
     (scene.model / name).write_text(text)
 
 
-_HEAD = """# Errors and faults
+_HEAD = """# When something goes wrong
 
 Every user error is one sentence on stderr and exit code 2: what is wrong, where, and what to do. Nothing is lost and
 nothing is left behind: inputs are unchanged, `OUT` does not exist, and there is no temporary file next to it.
 
-Code that comes with a model is never run: neither its Python files (`trust_remote_code`) nor what a pickle holds
-besides tensors. A model with Python files of its own is loaded by the class of transformers, if transformers has its
-architecture.
+```text
+$ alps prune smollm2-135m out --sparsity 0.7 --calibration text.txt --samples 5000 --seqlen 64
+Error: Calibration text 'text.txt' has 4602 tokens, enough for 71 windows of 64; 5000 are needed: give more text, or
+lower --samples or --seqlen.
+```
 
-Before the first block is touched, every tensor of the model is read once and searched for NaN and infinity, and for
-values that become infinite in the requested dtype. This takes seconds per 10 GB, besides reading the disk. Every
-finished block is searched again before it is kept, and so is what `alps reconstruct` and `alps distill` write.
+| you see | do this |
+|---|---|
+| one sentence that begins with `Error:` | what its end says; the [table](#bad-inputs) has the most frequent ones |
+| an interrupted run, and `OUT.partial` | repeat the command: it continues ([long runs](long-runs.md#resume)) |
+| out of memory | `--offload`, `--activation-memory`, fewer `--samples` ([long runs](long-runs.md)) |
+| a run that takes too long | `--dry-run` estimates; other programs take CPUs ([share a machine](shared-machine.md)) |
+| perplexity far from a published one | compare only equal texts, windows, models ([evaluation](evaluation.md)) |
+| NaN or infinite logits | `--dtype bfloat16` or `float32` |
+| a traceback | a bug of alps: report it with the command and the versions in `report.json` |
+
+What is promised about files, code and numbers is in [guarantees](../reference/guarantees.md).
 
 ## Bad inputs
 
@@ -350,26 +360,7 @@ _FOOT = """
 python tests/helpers/fault_table.py MODEL > docs/how-to/reliability.md
 ```
 
-## Interruptions
-
 Kills, signals and full disks: see [interrupted runs](long-runs.md#interruptions-tested).
-
-## Numerics
-
-Every method is run on statistics that are singular, of condition 1e12, with one input or one activation 1e4 times as
-large as the others, without any input, and on bfloat16 weights with outlier channels. All results are finite, and their
-errors are at or below those of magnitude pruning on the same statistics. The exceptions are properties of the methods,
-not of their numerics:
-
-- `dsnot-sparsegpt` takes SparseGPT's mask, which assumes that kept weights compensate the removed ones, but leaves the
-  kept weights unchanged: 1.05 times magnitude's error if every input has a duplicate, 1.07 to 1.52 times at condition
-  1e12. With `--refit` it is below.
-- Wanda and DSnoT compare within each output. On inputs without any structure (white noise, a single input) that can
-  cost more than it gains, up to 1.2 times on noise.
-
-Statistics in float32 can be indefinite by rounding. If the damping of 1 % does not make up for it, ALPS, SparseGPT,
-`dsnot-sparsegpt` and `--refit` raise it tenfold, at most three times, and the layer's notes in `report.json` say so. A
-dense target (`--dense-target`) does not: it refuses such statistics and names the layer.
 """
 
 

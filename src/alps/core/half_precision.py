@@ -2,7 +2,7 @@
 
 Such a CPU converts both factors to float32, multiplies, and rounds the product once. Instructions for half precision do
 the same: exact products of two halves, sums in float32, one rounding at the end. torch's own kernels take up to eight
-times as long there as float32 (docs/project/performance.md).
+times as long there as float32 (docs/explanation/half-precision.md).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from alps.reporting.run_report import LayerRecord
 from alps.solvers.alps import Alps
 from alps.solvers.base import Method
 
-# K and R of ALPS in most solves of SmolLM2-135M (docs/project/scaling.md); other methods: one factor, one sweep.
+# K and R of ALPS in most solves of SmolLM2-135M, docs/explanation/several-processes.md; others: one factor, one sweep.
 _INVERSES, _ITERATIONS = 16.0, 40.0
 # An input is split where that takes at least this share off the busiest rank.
 _MIN_SPLIT_GAIN = 0.1
