@@ -174,7 +174,7 @@ def _damaged_pack(scene: Scene) -> None:
 
 def _no_memory(scene: Scene) -> None:
     words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB."
-    scene.during = lambda: patch.object(Alps, "_solve", side_effect=torch.OutOfMemoryError(words))
+    scene.during = lambda: patch.object(Alps, "prune_matrix", side_effect=torch.OutOfMemoryError(words))
 
 
 def _full_disk(scene: Scene) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps
-from alps.core.errors import CheckpointError
+from alps.core.errors import CheckpointError, ConfigError
 from alps.data.loaded_model import load
 from alps.reporting.run_report import RunReport
 from alps.solvers.patterns import parse_pattern
@@ -63,3 +63,13 @@ def test_no_calibration_is_needed_where_nothing_is_read(checkpoint: Path, tmp_pa
     report = alps.prune(checkpoint, sparsity=0.5, method="magnitude", measure_error=False, out=tmp_path / "out")
     assert report.calibration is None and report.mean_error is None and report.sparsity == 0.5
     assert "mean relative reconstruction error" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(alps.Wanda, "Wanda"), (lambda weight: weight, "function"), (None, "NoneType")]
+)
+def test_what_is_no_method_is_refused(stories: Path, tmp_path: Path, method: Any, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"of a subclass of alps\.solvers\.Method, such as alps\.Wanda\(\), not {name}\."
+    ):
+        alps.prune(stories, sparsity=0.5, method=method, out=tmp_path / "out")

@@ -96,7 +96,7 @@ class _Explosive(Method):
     def prepare(self, stats: InputStats) -> None:
         return None
 
-    def _solve(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:
         plain = get_method("magnitude").solve(weight, state, pattern)
         return Solution(plain.weight * 1e6, plain.mask, SolveInfo())
 

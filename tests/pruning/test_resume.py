@@ -43,8 +43,8 @@ class _Plain(Method):
     def prepare(self, stats: Any) -> Any:
         return Wanda().prepare(stats)
 
-    def _solve(self, *arguments: Any) -> Any:
-        return Wanda()._solve(*arguments)
+    def prune_matrix(self, *arguments: Any) -> Any:
+        return Wanda().prune_matrix(*arguments)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def prune(
         overrides: patterns of layers by name, with wildcards.
         keep_dense: names of layers to leave dense, with wildcards.
         keep_zeros: keep the zeros that the model already has, and count them.
-        method: name of a method, or a method object.
+        method: name of a method, or a method object, also of a class of your own (docs/how-to/own-method.md).
         effort, options: iterations of ALPS, and hyper-parameters of a method given by name.
         refit: compute the optimal weights on the method's mask.
         preset: defaults for the six settings from `true_sequential` to `reconstruct_target`, where they are None.
@@ -107,6 +107,11 @@ def prune(
         ConfigError, UnsupportedModel, SolveFailed, CheckpointError: `out` is not written then. A model in memory may
             be left partly pruned by `SolveFailed`.
     """
+    if not isinstance(method, str | Method):
+        kind = method.__name__ if isinstance(method, type) else type(method).__name__
+        raise ConfigError(
+            f"A method is a name or an object of a subclass of alps.solvers.Method, such as alps.Wanda(), not {kind}."
+        )
     if isinstance(pattern, Unstructured | SemiStructured):
         if sparsity is not None:
             raise ConfigError("Give either a sparsity or a pattern, and not both.")

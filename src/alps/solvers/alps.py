@@ -104,7 +104,7 @@ class Alps(Method):
             raise SolveFailed(f"{self.name} produced NaN or infinite weights: use more calibration tokens")
         return solution
 
-    def _solve(self, weight: Tensor, state: ScaledHessian, pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: ScaledHessian, pattern: Pattern) -> Solution:
         if not bool(weight.any()):
             info = SolveInfo(Status.UNCHANGED, damping=state.damping, notes=list(state.notes))
             return Solution(weight.clone(), keep_largest((weight / state.scale).abs(), pattern), info)

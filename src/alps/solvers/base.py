@@ -1,6 +1,7 @@
 """Interface of the pruning methods, and the results that they return.
 
-A method calls `prepare` once per input and `solve` once per layer that reads this input.
+A run calls `prepare` once per input and `solve` once per layer that reads this input. A method of your own is a
+subclass of `Method`; docs/how-to/own-method.md shows one.
 """
 
 from __future__ import annotations
@@ -135,8 +136,11 @@ class Method(ABC):
         """Compute from the statistics of one input what all layers that read it share, such as a factorisation."""
 
     @abstractmethod
-    def _solve(self, weight: Tensor, state: Any, pattern: Pattern) -> Solution:
-        """Prune one float32 matrix (out, in) that has nonzero weights, under a pattern that prunes."""
+    def prune_matrix(self, weight: Tensor, state: Any, pattern: Pattern) -> Solution:
+        """Prune one float32 matrix (out, in) that has nonzero weights, under a pattern that prunes.
+
+        Methods define this; `solve` calls it, and checks what it returns.
+        """
 
     def solve(self, weight: Tensor, state: Any, pattern: Pattern) -> Solution:
         """Prune one matrix.
@@ -147,7 +151,8 @@ class Method(ABC):
             pattern: the sparsity pattern; its group must divide the number of inputs.
 
         Raises:
-            SolveFailed: if the dense or the pruned weights are not finite.
+            SolveFailed: if the dense or the pruned weights are not finite, or the method keeps more or fewer weights
+                than the pattern.
         """
         assert weight.ndim == 2 and pattern.fits(weight.shape[1])
         dense = weight.detach().to(torch.float32)
@@ -159,9 +164,13 @@ class Method(ABC):
             # There is nothing to choose, and the weight is its own best approximation.
             info = SolveInfo(Status.UNCHANGED)
             return Solution(torch.where(pattern.allowed, dense, 0.0), pattern.allowed.clone(), info)
-        solution = self._solve(dense, state, pattern)
-        kept = int(solution.mask.sum())
-        assert kept == dense.numel() - pattern.pruned_count(dense.numel()), (self.name, str(pattern), kept)
+        solution = self.prune_matrix(dense, state, pattern)
+        kept, expected = int(solution.mask.sum()), dense.numel() - pattern.pruned_count(dense.numel())
+        if kept != expected:
+            raise SolveFailed(
+                f"{self.name} kept {kept} of {dense.numel()} weights, where the pattern {pattern} keeps {expected}: "
+                "choose the mask by alps.solvers.keep_largest"
+            )
         # where() instead of a product: a pruned weight is +0.0, never -0.0 or NaN * 0.
         solution.weight = torch.where(solution.mask, solution.weight, 0.0)
         if not bool(torch.isfinite(solution.weight).all()):

@@ -87,7 +87,7 @@ class DSnoT(Method):
         variance = stats.variance().clamp_min(torch.clamp_min(floor, 1e-30))
         return Moments(stats.norms(), stats.mean(), variance, diagonal, damping, notes)
 
-    def _solve(self, weight: Tensor, state: Moments, pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: Moments, pattern: Pattern) -> Solution:
         info = SolveInfo(Status.MAX_ITERATIONS, damping=state.damping, notes=list(state.notes))
         wanda = weight.abs() * state.norms
         scores = wanda if state.factor_diagonal is None else weight.square() / state.factor_diagonal.square()

@@ -30,7 +30,7 @@ class Magnitude(Method):
     def prepare(self, stats: InputStats) -> None:  # noqa: ARG002 - the method does not read the inputs
         return None
 
-    def _solve(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:  # noqa: ARG002
+    def prune_matrix(self, weight: Tensor, state: None, pattern: Pattern) -> Solution:  # noqa: ARG002
         info = SolveInfo()
         with info.timed("select"):
             mask = keep_largest(weight.abs(), pattern)

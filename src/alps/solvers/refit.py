@@ -51,7 +51,7 @@ class Refitted(Method):
     def prepare(self, stats: InputStats) -> tuple[Any, ScaledHessian]:
         return self.base.prepare(stats), scaled(stats, self.damping)
 
-    def _solve(self, weight: Tensor, state: tuple[Any, ScaledHessian], pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: tuple[Any, ScaledHessian], pattern: Pattern) -> Solution:
         base_state, hessian = state
         solution = self.base.solve(weight, base_state, pattern)
         W = weight / hessian.scale

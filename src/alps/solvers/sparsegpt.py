@@ -52,7 +52,7 @@ class SparseGPT(Method):
     def prepare(self, stats: InputStats) -> InverseFactor:
         return inverse_factor(stats, self.damping)
 
-    def _solve(self, weight: Tensor, state: InverseFactor, pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: InverseFactor, pattern: Pattern) -> Solution:
         info = SolveInfo(damping=state.damping, notes=list(state.notes))
         W, U = weight.clone(), state.upper
         mask = torch.empty_like(W, dtype=torch.bool)

@@ -35,7 +35,7 @@ class Wanda(Method):
     def prepare(self, stats: InputStats) -> Tensor:
         return stats.norms()
 
-    def _solve(self, weight: Tensor, state: Tensor, pattern: Pattern) -> Solution:
+    def prune_matrix(self, weight: Tensor, state: Tensor, pattern: Pattern) -> Solution:
         info = SolveInfo()
         with info.timed("select"):
             mask = keep_largest(weight.abs() * state, pattern, scope="row")
