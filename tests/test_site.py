@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import alps
+
 pytest.importorskip("zensical", exc_type=ImportError)
 pytestmark = pytest.mark.site
 
@@ -36,7 +38,7 @@ def build(root: Path) -> subprocess.CompletedProcess[str]:
 
 def test_every_page_is_built_and_loads_nothing_from_elsewhere() -> None:
     done = build(ROOT)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and "griffe:" not in done.stdout, done.stdout
     site = ROOT / "build" / "site"
     assert {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")} <= {
         path.relative_to(site) for path in site.rglob("*.html")
@@ -45,6 +47,17 @@ def test_every_page_is_built_and_loads_nothing_from_elsewhere() -> None:
         loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         # The placeholder of the address, in canonical links.
         assert [address for address in loaded if not address.startswith("https://example.org/alps/")] == [], page
+
+
+def test_the_reference_of_the_functions_has_signatures_and_arguments() -> None:
+    if not (ROOT / "build" / "site").is_dir():
+        build(ROOT)
+    page = (ROOT / "build" / "site" / "reference" / "python.html").read_text()
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+    assert ":::" not in text
+    assert "share of the weights to remove from every linear layer" in text and "sparsity: float | None = None" in text
+    for name in set(alps.__all__) - {"METHODS", "__version__", "AlpsError"}:
+        assert re.search(rf'id="alps(\.\w+)*\.{name}"', page), name
 
 
 def test_the_changelog_is_a_page_with_links_to_pages() -> None:

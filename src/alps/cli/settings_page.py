@@ -12,7 +12,8 @@ from alps.finetuning.reconstruct_config import ReconstructConfig
 from alps.pruning.config import PruneConfig
 from alps.pruning.shrink_config import ShrinkConfig
 
-_CONFIGS: dict[str, type[BaseModel]] = {
+# Configs of the commands that have settings.
+CONFIGS: dict[str, type[BaseModel]] = {
     "prune": PruneConfig,
     "shrink": ShrinkConfig,
     "eval": EvaluateConfig,
@@ -30,15 +31,13 @@ argument in Python (`alps.prune`, `alps.shrink`, `alps.evaluate` and `alps.evalu
 `--no-name`. *By preset* means that the value of `--preset` applies where the setting is not given
 ([presets](../how-to/presets.md)).
 
-`alps --install-completion` makes the shell complete commands, options and the words that an option takes.
-
 This page is generated from the code: `python -m alps.cli.settings_page > docs/reference/settings.md`.
 """
 
 
 def settings_page() -> str:
     """Return the page as Markdown."""
-    return _INTRODUCTION + "".join(_section(command, config) for command, config in _CONFIGS.items())
+    return _INTRODUCTION + "".join(_section(command, config) for command, config in CONFIGS.items())
 
 
 def _section(command: str, config: type[BaseModel]) -> str:

@@ -113,7 +113,9 @@ def evaluate_tasks(
         task_data: folder of local files, NAME.jsonl for every task; nothing is then fetched.
         limit: score only the first items of each task; None for all.
         batch_size: sequences in a forward.
-        card, device, dtype: as in `evaluate`.
+        card: as in `evaluate`.
+        device: as in `evaluate`.
+        dtype: as in `evaluate`.
         group: ranks that share the requests, each called with the same arguments.
 
     Raises:
@@ -165,14 +167,23 @@ def compare(
         model: what `alps prune` takes as MODEL.
         out: directory for the results.
         methods: methods and presets, with settings of `alps.prune` after plus signs: `alps+dense_target=0.4`.
-        sparsity, pattern: shares of the weights to remove, and N:M patterns; together at least one.
+        sparsity: shares of the weights to remove.
+        pattern: N:M patterns; with the shares at least one.
         seeds: number of calibration draws.
-        calibration, samples, seqlen: calibration windows, as in `alps.prune`.
+        calibration: text, as in `alps.prune`.
+        samples: calibration windows.
+        seqlen: tokens in each of them.
         bos: begin every window with the tokenizer's BOS token, those of the texts as well.
-        texts, eval_seqlen, windows: texts for perplexity and divergence, and their windows, as in `alps.evaluate`.
-        tasks, task_data, limit: zero-shot tasks, as in `alps.evaluate_tasks`.
-        prompts, prompt_tokens: prompts that every model continues, and the length of the continuations.
-        device, dtype: as in `alps.prune`.
+        texts: for perplexity and divergence, as in `alps.evaluate`.
+        eval_seqlen: tokens per window of a text.
+        windows: use only the first windows of each text; None for all.
+        tasks: zero-shot tasks, as in `alps.evaluate_tasks`.
+        task_data: folder of local items, as there.
+        limit: score only the first items of each task; None for all.
+        prompts: that every model continues.
+        prompt_tokens: length of the continuations.
+        device: as in `alps.prune`.
+        dtype: as in `alps.prune`.
         progress: receives the steps of every run.
 
     Returns:

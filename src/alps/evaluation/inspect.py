@@ -17,7 +17,13 @@ from alps.solvers.patterns import USUAL_PATTERNS, SemiStructured, group_violatio
 
 
 class LayerZeros(BaseModel):
-    """Zeros of one layer."""
+    """Zeros of one layer.
+
+    Attributes:
+        name, block, kind: dotted name, index of the block, last part of the name.
+        shape: (out, in).
+        zeros: number of zeros among the weights.
+    """
 
     name: str
     block: int

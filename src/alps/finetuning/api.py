@@ -36,10 +36,16 @@ def distill(
         dense: dense model, as MODEL of `alps prune`.
         pruned: directory pruned from it, by any program.
         out: directory to create.
-        minutes, steps: length of the training; exactly one of the two.
-        lr, batch_tokens: largest learning rate of Adam, and tokens per step.
-        calibration, samples, seqlen, seed: training windows, see `DistillConfig`.
-        device, dtype: `auto` is the first GPU if any, and the checkpoints' data types.
+        minutes: length of the training; this or `steps`.
+        steps: number of optimiser steps.
+        lr: largest learning rate of Adam.
+        batch_tokens: tokens per step.
+        calibration: training text.
+        samples: windows; an eighth of them, at most 8, is held back to choose the best weights.
+        seqlen: tokens in each of them.
+        seed: of their choice and order.
+        device: `auto` is the first GPU if any.
+        dtype: `auto` keeps the checkpoints' data types.
         progress: receives every step.
 
     Returns:
@@ -87,9 +93,15 @@ def reconstruct(
         dense: dense model, as MODEL of `alps prune`.
         pruned: directory pruned from it, by any program.
         out: directory to create.
-        epochs, target, lr: passes, share of the dense hidden states in the target, largest learning rate of Adam.
-        calibration, samples, seqlen, seed: calibration windows, see `ReconstructConfig`.
-        device, dtype: `auto` is the first GPU if any, and the checkpoints' data types.
+        epochs: passes over the calibration windows.
+        target: share of the dense model's hidden states in the target.
+        lr: largest learning rate of Adam.
+        calibration: text, as in `alps.prune`.
+        samples: calibration windows; at least one of them is held back to choose the best weights.
+        seqlen: tokens in each of them.
+        seed: of their choice and order.
+        device: `auto` is the first GPU if any.
+        dtype: `auto` keeps the checkpoints' data types.
         offload: keep activations in CPU memory between blocks.
         progress: receives every block.
 

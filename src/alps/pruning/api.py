@@ -79,22 +79,27 @@ def prune(
         keep_dense: names of layers to leave dense, with wildcards.
         keep_zeros: keep the zeros that the model already has, and count them.
         method: name of a method, or a method object, also of a class of your own (docs/how-to/own-method.md).
-        effort, options: iterations of ALPS, and hyper-parameters of a method given by name.
+        effort: iterations of ALPS, if it is given by name.
+        options: hyper-parameters of a method given by name.
         refit: compute the optimal weights on the method's mask.
         preset: defaults for the six settings from `true_sequential` to `reconstruct_target`, where they are None.
         true_sequential: prune the layers of a block one after the other.
         dense_target: share of the dense model's outputs in what a layer is fitted to.
         allocation: distribution of the zeros over the layers.
         row_weights: weight of each output channel in a layer's error.
-        reconstruct_epochs, reconstruct_target: block reconstruction after the layers of a block are pruned.
+        reconstruct_epochs: epochs of block reconstruction, after the layers of a block are pruned.
+        reconstruct_target: share of the dense model's hidden states in its target.
         measure_error: measure the reconstruction error of every layer.
         calibration: text as in `alps prune`, or token ids of shape (windows, tokens). A model in memory needs its
             `tokenizer` for a text.
-        samples, seqlen, seed: calibration windows to choose, unless `calibration` is token ids.
+        samples: calibration windows to choose, unless `calibration` is token ids.
+        seqlen: tokens in each of them.
+        seed: of their choice.
         bos: begin every such window with the tokenizer's BOS token, for models that need it.
         device: device to compute on; `auto` is the first GPU, or the device of a model in memory.
         dtype: data type of the weights of a model given by name.
-        offload, activation_memory: keep activations in CPU memory, and at most this many GiB of them.
+        offload: keep activations in CPU memory between blocks.
+        activation_memory: GiB of activations to keep in memory; the others go to files.
         tokenizer: tokenizer of a model in memory; saved with it.
         out: directory to write; required for a model given by name.
         resume: fail when there is no unfinished run to continue.

@@ -61,7 +61,12 @@ class LayerResult(Record):
 
 
 class Continuation(Record):
-    """Greedy continuation of a prompt by a model."""
+    """Greedy continuation of a prompt by a model.
+
+    Attributes:
+        prompt: as the user gave it.
+        text: that follows the prompt.
+    """
 
     prompt: str
     text: str

@@ -224,7 +224,12 @@ class ComparisonRecord(EvaluationRecord):
 
 
 class Estimate(Record):
-    """Value with its standard error, which is None if there is none, as for a single item."""
+    """Value with its standard error.
+
+    Attributes:
+        value: of the metric, a mean over the items.
+        stderr: None if there is none, as for a single item.
+    """
 
     value: float
     stderr: float | None

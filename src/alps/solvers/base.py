@@ -23,13 +23,21 @@ from alps.solvers.patterns import MaskedPattern, Pattern
 
 
 class Status(StrEnum):
-    """Reason for which a solve ended."""
+    """Reason for which a solve ended.
 
-    DIRECT = "direct"  # the method has no iterations
-    UNCHANGED = "unchanged"  # the pattern keeps everything, the weight is zero, or it has enough zeros already
-    CONVERGED = "converged"  # the support did not change between two checks
-    SETTLED = "settled"  # the support still changed, by less than the method's tolerance
-    MAX_ITERATIONS = "max_iterations"  # the support was still changing at the iteration limit
+    Attributes:
+        DIRECT: the method has no iterations.
+        UNCHANGED: the pattern keeps everything, the weight is zero, or it has enough zeros already.
+        CONVERGED: the support did not change between two checks.
+        SETTLED: the support still changed, by less than the method's tolerance.
+        MAX_ITERATIONS: the support was still changing at the iteration limit.
+    """
+
+    DIRECT = "direct"
+    UNCHANGED = "unchanged"
+    CONVERGED = "converged"
+    SETTLED = "settled"
+    MAX_ITERATIONS = "max_iterations"
 
 
 @dataclass
