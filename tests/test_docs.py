@@ -87,3 +87,29 @@ def test_the_site_lists_every_page_once() -> None:
     # The changelog becomes a page when the site is built.
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]} | {"project/changelog.md"}
     assert sorted(listed_pages(nav)) == sorted(pages), "mend nav in zensical.toml"
+
+
+_EXPLANATION = ["Problem", "Idea", "Formula", "Cost", "Gain", "Limits", "In the code"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "explanation").glob("*.md")), ids=lambda page: page.name)
+def test_pages_of_explanation_follow_one_order(page: Path) -> None:
+    if page.name in ("architecture.md", "index.md"):
+        return
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == _EXPLANATION
+    parts = dict(re.findall(r"^## ([^\n]+)\n\n(.+?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert len(re.split(r"[.] +(?=[A-Z`])", " ".join(parts["Idea"].split("\n\n")[0].split()))) <= 2
+    assert "\n|--" in parts["Gain"] and "](" in parts["Gain"]
+    assert re.search(r"`[a-z_]+/[a-z_]+\.py`", parts["In the code"])
+
+
+def long_lines(text: str) -> list[str]:
+    """List the lines of prose above 120 columns; tables and code may be wider."""
+    prose = re.sub(r"^```.*?^```$|^\|.*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in prose.splitlines() if len(line) > 120]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_prose_is_wrapped(page: Path) -> None:
+    assert long_lines(page.read_text()) == []

@@ -1,4 +1,4 @@
-"""Generator of the table in docs/explanation/structured.md: what structured pruning can remove from each family.
+"""Generator of the table in docs/reference/shrinking.md: what structured pruning can remove from each family.
 
 python tests/helpers/allowances.py
 """

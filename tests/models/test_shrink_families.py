@@ -134,7 +134,7 @@ def test_every_tested_decoder_is_in_the_table() -> None:
     assert {config().model_type for config in _CONFIGS.values()} == FAMILIES.keys()
 
 
-_PAGE = Path(__file__).parent.parent.parent / "docs" / "explanation" / "structured.md"
+_PAGE = Path(__file__).parent.parent.parent / "docs" / "reference" / "shrinking.md"
 
 
 def test_the_page_has_the_table() -> None:

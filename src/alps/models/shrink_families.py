@@ -177,7 +177,7 @@ def family_of(model: nn.Module) -> Family:
     if (family := FAMILIES.get(config.model_type)) is None:
         raise UnsupportedModel(
             f"Structure cannot be removed from models of type '{config.model_type}', which have not been tested: use "
-            "`alps prune`, or a model of a type in the table of docs/explanation/structured.md."
+            "`alps prune`, or a model of a type in the table of docs/reference/shrinking.md."
         )
     return family
 
