@@ -17,7 +17,7 @@ _PLAIN = {
     "allocation": "uniform",
     "row_weights": "equal",
 }
-# docs/how-to/presets.md has the measurements behind them.
+# docs/project/log/presets.md has the measurements behind them.
 PRESETS: dict[str, dict[str, Any]] = {
     PAPER: {"true_sequential": False, **_PLAIN},
     "fast": {**_PLAIN, "true_sequential": True, "dense_target": 0.4},
