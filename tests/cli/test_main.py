@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
 
+import alps
 from alps.cli import main as cli
 from helpers.cli_process import run_code
 
@@ -31,6 +36,14 @@ def test_torch_is_not_waited_for_where_nothing_runs(wanted: str, code: int) -> N
     done = subprocess.run([sys.executable, "-c", script, *wanted.split()], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert done.stdout.endswith("set()\n")
+
+
+def test_versions_are_those_that_a_report_of_a_bug_needs() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    first, second = result.stdout.splitlines()
+    assert (result.exit_code, first) == (0, f"alps {alps.__version__}")
+    assert second.startswith(f"torch {torch.__version__}, transformers {transformers.__version__}, safetensors ")
+    assert f"Python {platform.python_version()}" in second
 
 
 def test_as_a_module_in_a_new_process(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import platform
 import signal
 import sys
 from types import FrameType
@@ -172,14 +174,24 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 def _print_version(requested: bool) -> None:
     if requested:
         print(f"alps {__version__}")
+        # From the metadata: importing the libraries takes seconds.
+        libraries = ", ".join(f"{name} {_installed_version(name)}" for name in ("torch", "transformers", "safetensors"))
+        print(f"{libraries}; Python {platform.python_version()}, {platform.platform()}")
         raise typer.Exit
+
+
+def _installed_version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @app.callback()
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
     """Prune large language models in one shot, and measure the result."""
