@@ -84,8 +84,9 @@ def listed_pages(entry: Any) -> Iterator[str]:
 
 def test_the_site_lists_every_page_once() -> None:
     nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
-    # The changelog becomes a page when the site is built.
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]} | {"project/changelog.md"}
+    # Files of the root become pages when the site is built.
+    roots = {f"project/{name}.md" for name in ("changelog", "code-of-conduct", "contributing", "security")}
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]} | roots
     assert sorted(listed_pages(nav)) == sorted(pages), "mend nav in zensical.toml"
 
 

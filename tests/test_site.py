@@ -23,7 +23,7 @@ def clone(tmp_path: Path) -> Path:
     """Copy what the site is built from."""
     for folder in ("docs", ".ci"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for name in ("zensical.toml", "CHANGELOG.md"):
+    for name in ("zensical.toml", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")
     return tmp_path

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from alps.calibration.block_capture import capture_block_inputs
 from alps.calibration.lm_head import LMHead
