@@ -40,9 +40,9 @@ def test_every_page_is_built_and_loads_nothing_from_elsewhere() -> None:
     done = build(ROOT)
     assert done.returncode == 0 and "griffe:" not in done.stdout, done.stdout
     site = ROOT / "build" / "site"
-    assert {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")} <= {
-        path.relative_to(site) for path in site.rglob("*.html")
-    }
+    sources = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")]
+    pages = {path.relative_to(site) for path in site.rglob("*.html")}
+    assert {path.relative_to(ROOT / "docs").with_suffix(".html") for path in sources} <= pages
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         # The placeholder of the address, in canonical links.
