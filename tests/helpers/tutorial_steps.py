@@ -50,12 +50,12 @@ class Step:
 
 
 def read_steps(page: Path) -> list[Step]:
-    """Return the steps of a page; a block of `text` is the output of the block before it."""
+    """Return the steps of a page; blocks of `text` are the output of the code before them."""
     steps: list[Step] = []
     for language, code in _FENCE.findall(page.read_text()):
         if language == "text":
-            assert steps and not steps[-1].shown, f"{page.name}: output without a command"
-            steps[-1] = Step(steps[-1].language, steps[-1].code, code)
+            assert steps, f"{page.name}: output without a command"
+            steps[-1] = Step(steps[-1].language, steps[-1].code, steps[-1].shown + code)
         else:
             assert language in ("sh", "python"), f"{page.name}: a block of '{language}'"
             steps.append(Step(language, code, ""))
