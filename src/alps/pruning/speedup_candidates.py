@@ -18,10 +18,8 @@ from alps.reporting.shrink_report import CandidateRecord
 
 # A quick pass takes minutes, so that few candidates are measured.
 MAX_CANDIDATES = 6
-# Deeper cuts lose to narrower MLPs in every published comparison, and every removed block costs a round of the choice.
-_LARGEST_SHARE_OF_BLOCKS = 1 / 8
-# More blocks are left out to measure the time of one, for a difference that stands out from the noise.
-_SHARE_OF_PROBE = 1 / 4
+# A removed block saves more time than its parameters suggest, so that many may go; each costs a round of the choice.
+_LARGEST_SHARE_OF_BLOCKS = 1 / 4
 _SMALLEST_SHARE_OF_WIDTH = 1 / 4
 _SHARES_OF_HEADS = (3 / 4, 1 / 2)
 
@@ -49,7 +47,7 @@ class Choices:
         targets = [Target(mlp_width=width) for width in sorted(widths, reverse=True)]
         targets += [Target(heads=heads) for heads in self.heads[-1:]]
         if len(self.blocks) > 1:
-            targets.append(Target(kept_blocks=_without(structure, _SHARE_OF_PROBE)))
+            targets.append(Target(kept_blocks=_without(structure, _LARGEST_SHARE_OF_BLOCKS)))
         dense = Target().complete(structure)
         return [target for target in (t.complete(structure) for t in targets) if target != dense]
 
@@ -74,9 +72,8 @@ def list_choices(model: nn.Module, blocks: Sequence[Block], structure: Structure
     kept_heads = {_kept_heads(structure, share) for share in _SHARES_OF_HEADS}
     fewer = [n for n in sorted(kept_heads - {heads}, reverse=True) if _is_allowed(model, blocks, Target(heads=n))]
     count = _share_of_blocks(structure, _LARGEST_SHARE_OF_BLOCKS)
-    for share in (_LARGEST_SHARE_OF_BLOCKS, _SHARE_OF_PROBE):
-        if count and not _is_allowed(model, blocks, Target(kept_blocks=_without(structure, share))):
-            count = 0
+    if count and not _is_allowed(model, blocks, Target(kept_blocks=_without(structure, _LARGEST_SHARE_OF_BLOCKS))):
+        count = 0
     if not (widths or fewer or count):
         raise UnsupportedModel("--speedup found nothing that can be removed from this model: choose another one.")
     numbers = [structure.blocks - removed for removed in range(count + 1)]
