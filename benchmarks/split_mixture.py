@@ -1,9 +1,9 @@
 """A mixture of experts made of a dense LLaMA: the MLP of every block is split into experts behind a linear router.
 
 Channels that are active on the same tokens form an expert, all of one size (as in MoEfication, arXiv 2110.01786). The
-router is fitted by least squares to the norms of the experts' outputs. Expert outputs are scaled for the renormalised
-weights of k experts, and then refitted to the dense MLP. The result is a Mixtral of transformers. It is a stand-in for
-trained mixtures: its experts were never trained apart from each other.
+router is fitted by least squares to the logarithms of the norms of the experts' outputs. Expert outputs are scaled for
+the renormalised weights of k experts, and then refitted to the dense MLP. The result is a Mixtral of transformers. It
+is a stand-in for trained mixtures: its experts were never trained apart from each other.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _fill(target: Any, mlp: Any, hidden: Tensor, sharpness: float, seed: int) ->
         experts.gate_up_proj[expert] = torch.cat([mlp.gate_proj.weight[channels], mlp.up_proj.weight[channels]])
         experts.down_proj[expert] = down * target.top_k
         norms.append((features[:, channels] @ down.T).norm(dim=1))
-    logits = torch.stack(norms, dim=1)
+    # Logarithms: a token with massive activations would otherwise get one expert alone, at k times its scale.
+    logits = torch.stack(norms, dim=1).clamp(min=1e-6).log()
     logits = logits - logits.mean(dim=1, keepdim=True)
     gram = hidden.T @ hidden
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
