@@ -85,6 +85,7 @@ def test_orders_prints_a_row_for_each_target(tmp_path: Path, stories: Path) -> N
 
 
 @pytest.mark.skipif(read_cpu_times() is None, reason="the script needs the CPU times of other programs")
+@pytest.mark.slow
 def test_waiting_policy_prints_a_row_for_each_policy_and_load(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: Path, english_file: Path
 ) -> None:

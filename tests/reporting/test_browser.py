@@ -145,6 +145,7 @@ def test_everything_stands_out_from_the_paper(browser: Browser, page: Path, dark
     assert len(strong) >= 5, "a colour for each of the five methods"
 
 
+@pytest.mark.slow
 def test_a_hundred_runs_are_there_at_once(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "large.html"
     results = comparison(
