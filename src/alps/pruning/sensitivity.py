@@ -20,7 +20,7 @@ from alps.calibration.input_statistics import observe
 from alps.calibration.lm_head import Change, measure_divergences
 from alps.calibration.replay_check import check_replay
 from alps.core.errors import SolveFailed
-from alps.core.statistics import Needs, relative_error
+from alps.core.statistics import Needs
 from alps.models.blocks import Block, on_device
 from alps.models.sites import Site
 from alps.pruning.context import RunContext
@@ -83,16 +83,16 @@ def profile_sites(
                 diagonal, norms = inverse_diagonal(stats, _DAMPING), stats.norms()
                 for site in source.sites:
                     weight = site.read().float()
-                    scores = weight.abs() * norms
+                    scores, energy = weight.abs() * norms, stats.energy(weight)
                     cut = apply_mask(weight, keep_largest(scores, pattern))
                     yield SiteProfile(
                         site=site,
                         block=block.index,
                         zeros=int((weight == 0).sum()),
-                        curve=error_curve(weight, removal_costs(weight, diagonal), stats),
+                        curve=error_curve(weight, removal_costs(weight, diagonal), energy),
                         outliers=float((scores > _OUTLIER * scores.mean()).float().mean()),
                         norms=norms,
-                        cut_error=relative_error(cut, weight, stats),
+                        cut_error=stats.energy(cut - weight) / energy if energy > 0 else 0.0,
                     )
             inputs.advance(block.index, block.module, device)
         context.progress.step(f"block {block.index} profiled")
