@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from alps.core.device import exact_float32, pick_device
+from alps.core.device import bfloat16_factors, exact_float32, pick_device
 from alps.core.errors import ConfigError
 from helpers.cli_process import run_code
 
@@ -32,12 +32,27 @@ def test_exact_float32_holds_inside_and_gives_back_what_was(before: str) -> None
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.usefixtures("precision")
+def test_bfloat16_factors_give_exact_products_of_bfloat16_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(300, 200, generator=generator).bfloat16().float() for _ in range(2))
+    with exact_float32(), bfloat16_factors():
+        product = left.T @ right
+        assert torch.get_float32_matmul_precision() == "medium"
+    exact = left.double().T @ right.double()
+    assert float((product - exact).norm() / exact.norm()) < 3e-6
+
+
 _NEW_SWITCH = """
 import torch
-from alps.core.device import exact_float32
+from alps.core.device import bfloat16_factors, exact_float32
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 with exact_float32():
     assert torch.backends.cuda.matmul.fp32_precision == "ieee", torch.backends.cuda.matmul.fp32_precision
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with bfloat16_factors():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", torch.backends.mkldnn.matmul.fp32_precision
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 assert torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cuda.matmul.fp32_precision
 """
 

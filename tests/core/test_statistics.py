@@ -79,6 +79,23 @@ def test_the_input_shift_is_a_sum_over_tokens() -> None:
     assert not sums.to_stats().is_finite()
 
 
+def test_inputs_in_bfloat16_lose_nothing() -> None:
+    generator = torch.Generator().manual_seed(6)
+    X = (torch.randn(3, 200, 300, generator=generator) * torch.logspace(-2, 2, 300)).bfloat16()
+    X_d = (X.float() * (1 + 0.2 * torch.randn(X.shape, generator=generator))).bfloat16()
+    sums = InputSums.zeros(300, Needs.INPUT_SHIFT)
+    sums.update(X, X_d)
+    stats = sums.into_stats()
+    rows, dense = (x.double().flatten(0, 1) for x in (X, X_d))
+    scale = rows.norm(dim=0)
+    gram = (stats.gram() - rows.T @ rows) / scale / scale[:, None]
+    assert float(gram.abs().max()) < 1e-6
+    assert stats.input_shift is not None
+    shift = (stats.input_shift - (dense - rows).T @ rows) / scale / scale[:, None]
+    # Differences that are not bfloat16 numbers are rounded to eight bits, each by itself.
+    assert float(shift.abs().max()) < 1e-4
+
+
 def test_adding_leaves_the_parts_alone() -> None:
     left, right = InputSums.of(integers(3, 4, 6)), InputSums.of(integers(4, 5, 6))
     before = left.to_stats().gram()

@@ -6,11 +6,15 @@ X is the matrix of those inputs, tokens as rows, shape (tokens, in); X_d is the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from alps.core.device import bfloat16_factors
+from alps.core.half_precision import has_fast_bfloat16
 
 # Height of the row panels in which the Gram's upper triangle is summed. At 1536 inputs they take 58 % of the work of
 # the full product, and are still high enough for matmul to run at full rate.
@@ -84,8 +88,13 @@ class InputSums:
         assert self.input_shift is None or (dense is not None and dense.shape == inputs.shape)
         windows = _windows(inputs)
         dense_windows = [None] * len(windows) if dense is None or self.input_shift is None else _windows(dense)
-        for window, dense_window in zip(windows, dense_windows, strict=True):
-            self._add(window.to(torch.float32), None if dense_window is None else dense_window.to(torch.float32))
+        # Products of bfloat16 numbers are exact in float32. A difference of two inputs is rounded to one.
+        is_bfloat16 = (
+            inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and has_fast_bfloat16(inputs.device)
+        )
+        with bfloat16_factors() if is_bfloat16 else nullcontext():
+            for window, dense_window in zip(windows, dense_windows, strict=True):
+                self._add(window.to(torch.float32), None if dense_window is None else dense_window.to(torch.float32))
 
     def _add(self, rows: Tensor, dense: Tensor | None) -> None:
         self.tokens += len(rows)
