@@ -145,6 +145,15 @@ def test_the_record_tells_the_loss_on_the_held_back_batch_before_and_after(
     assert epochs == [list(range(7))] * 3 and one.inputs.trained[:7] != one.inputs.trained[7:14]
 
 
+@pytest.mark.parametrize(("limit", "steps"), [(None, 21), (21 * 48, 21), (21 * 48 - 1, 20), (4 * 48, 4), (1, 1)])
+def test_training_ends_after_its_tokens(case: Callable[..., Case], limit: int | None, steps: int) -> None:
+    one = case()
+    record = one.match(replace(FAST, max_tokens=limit))
+    assert record.steps == len(one.inputs.trained) == steps and record.best_step <= steps
+    # No batch comes again before all others have.
+    assert len(set(one.inputs.trained[:7])) == min(steps, 7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_absurd_rate_leaves_the_block_as_it_was(case: Callable[..., Case], dtype: torch.dtype) -> None:
     one = case(dtype=dtype)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -115,7 +116,16 @@ def reconstruct_block(
         return relative_loss(output, target) if output_loss is None else output_loss.loss(output, target, batch, window)
 
     sizes = [len(outputs) for outputs in dense_outputs]
-    training = _Training(block.index, loss_of, sizes, _total_sizes(sizes, group), parameters, seed, group)
+    training = _Training(
+        index=block.index,
+        loss_of=loss_of,
+        sizes=sizes,
+        total_sizes=_total_sizes(sizes, group),
+        window_tokens=inputs.window_tokens,
+        parameters=parameters,
+        seed=seed,
+        group=group,
+    )
     trainable = trainable_parameters(block, parameters.norms)
     if not trainable:
         return training.skip()
@@ -144,6 +154,7 @@ class _Training:
         loss_of: of a batch and a window.
         sizes: windows of every batch on this rank.
         total_sizes: windows of every batch on all ranks.
+        window_tokens: tokens of a window.
         parameters, seed, group: see `reconstruct_block`.
     """
 
@@ -151,6 +162,7 @@ class _Training:
     loss_of: Callable[[int, int], Tensor]
     sizes: Sequence[int]
     total_sizes: Sequence[int]
+    window_tokens: int
     parameters: ReconstructionParameters
     seed: int
     group: ProcessGroup
@@ -166,23 +178,33 @@ class _Training:
 
     def run(self, optimiser: MaskedAdamW) -> ReconstructionRecord:
         """Take all steps, and leave the block in the state of the lowest loss."""
-        batches = list(range(self.batches - self._held_back))
+        schedule = self._schedule()
         best = before = self._first_loss()
         state, best_step, step = optimiser.snapshot(), 0, 0
-        generator = torch.Generator().manual_seed(self.seed)
-        steps = self.parameters.epochs * len(batches)
-        interval = max(len(batches) // self.parameters.checks, 1)
-        for _ in range(self.parameters.epochs):
-            for batch in torch.randperm(len(batches), generator=generator).tolist():
-                self._add_gradients(batches[batch], optimiser)
-                optimiser.step(self._rate_share(step / steps), self.total_sizes[batches[batch]])
-                step += 1
-                if step % interval == 0 or step == steps:
-                    loss = self._held_back_loss()
-                    if loss < best:
-                        best, best_step, state = loss, step, optimiser.snapshot()
+        steps = len(schedule)
+        interval = max(min(self.batches - self._held_back, steps) // self.parameters.checks, 1)
+        for batch in schedule:
+            self._add_gradients(batch, optimiser)
+            optimiser.step(self._rate_share(step / steps), self.total_sizes[batch])
+            step += 1
+            if step % interval == 0 or step == steps:
+                loss = self._held_back_loss()
+                if loss < best:
+                    best, best_step, state = loss, step, optimiser.snapshot()
         optimiser.restore(state)
         return ReconstructionRecord(block=self.index, before=before, after=best, steps=step, best_step=best_step)
+
+    def _schedule(self) -> list[int]:
+        """Return the batch of every step: all but those held back, in a new order each epoch, up to the limit."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count = self.batches - self._held_back
+        epochs = [torch.randperm(count, generator=generator).tolist() for _ in range(self.parameters.epochs)]
+        batches = [batch for epoch in epochs for batch in epoch]
+        if self.parameters.max_tokens is None:
+            return batches
+        limit, ends = self.parameters.max_tokens, accumulate(self.total_sizes[i] * self.window_tokens for i in batches)
+        # One step is always taken.
+        return batches[: max(sum(end <= limit for end in ends), 1)]
 
     def _add_gradients(self, batch: int, optimiser: MaskedAdamW) -> None:
         for window in self._windows(batch):

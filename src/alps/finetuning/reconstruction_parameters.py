@@ -14,6 +14,7 @@ class ReconstructionParameters:
 
     Attributes:
         epochs: passes over the calibration windows.
+        max_tokens: training ends after this number of tokens, whatever the epochs; None for no limit.
         target: share t of the dense model's outputs in the target.
         lr: largest step size of Adam.
         floor: share of the largest step size to which it falls along a cosine.
@@ -24,10 +25,11 @@ class ReconstructionParameters:
     """
 
     epochs: int = 1
+    max_tokens: int | None = 65_536
     target: float = DEFAULT_RECONSTRUCT_TARGET
-    lr: float = 3e-4
+    lr: float = 1e-3
     floor: float = 0.1
     held_back: float = 0.0625
-    tokens: int = 2048
+    tokens: int = 512
     norms: bool = True
     checks: int = 2

@@ -6,6 +6,7 @@ reconstruction takes a forward and a backward pass, as long as three forwards, f
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 
@@ -120,7 +121,8 @@ def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: Block
     if (reconstruction := recipe.reconstruction) is not None:
         # Every epoch takes a forward and a backward, and checks on the held-back windows; the dense block runs as well.
         dense = 1 if reconstruction.target < 1 else 0
-        seconds["reconstruct"] = one_pass * ((3 + dense) * reconstruction.epochs + 0.5 * (1 + dense))
+        trained = min(reconstruction.epochs, (reconstruction.max_tokens or math.inf) / tokens)
+        seconds["reconstruct"] = one_pass * ((3 + dense) * trained + 0.5 * (1 + dense))
     if recipe.row_weights != "equal":
         seconds["row_weights"] = times.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
     if recipe.allocation != "uniform":

@@ -27,9 +27,6 @@ RUNTIMES = ("transformers", LLAMA)
 # Defaults of the settings marked 'by preset'.
 SHRINK_PRESETS: dict[str, dict[str, Any]] = {"layers": {"reconstruct_epochs": 0}, "best": {"reconstruct_epochs": 2}}
 
-# Of block reconstruction: largest step size, and tokens in a step; docs/project/log/structured.md.
-_LR, _TOKENS = 1e-3, 512
-
 _Share = Annotated[float | None, Setting(WHAT, "SHARE")]
 _Count = Annotated[int | None, Setting(WHAT, "N")]
 
@@ -134,7 +131,7 @@ class ShrinkConfig(CalibratedConfig):
         """Return the parameters of block reconstruction, None for no epochs."""
         if not self.reconstruct_epochs:
             return None
-        return ReconstructionParameters(epochs=self.reconstruct_epochs, lr=_LR, tokens=_TOKENS)
+        return ReconstructionParameters(epochs=self.reconstruct_epochs, max_tokens=None)
 
 
 def load_shrink_config(path: Path | None, overrides: dict[str, Any]) -> ShrinkConfig:
