@@ -75,7 +75,7 @@ def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
         "gram": 0.5 * 1000 * 3,
         "solve": 2.0 * cost,
         "reconstruct": 6.5 * 3000,
-        "allocation": 2.5 * 1000 * 3 + 512 * 7 * (3 + 2 + 1),
+        "allocation": 2.5 * 1000 * 3 + 512 * ((3 + 2 + 1) + 3 * (7 + 3)),
     }
     recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=2, target=0.4), dense_target=0.4)
     found = _seconds(blocks, recipe, 1000, times)

@@ -129,10 +129,11 @@ def test_the_fingerprint_names_what_the_weights_depend_on(ids: Tensor) -> None:
     config = PruneConfig(model="m", sparsity=0.6, method="wanda", samples=7)
     entries = PruneJob(config=config).fingerprint()
     assert (entries["sparsity"], entries["method"], entries["samples"]) == ("0.6", "wanda", "7")
-    assert not {"model", "device", "offload", "dense_target_prior_tokens", "reconstruct_steps"} & entries.keys()
-    more = PruneConfig(model="m", sparsity=0.6, reconstruct_epochs=1, dense_target=0.4, row_weights="block-output")
-    constants = {"reconstruct_steps", "dense_target_prior_tokens", "row_weight_tokens"}
-    assert constants <= PruneJob(config=more).fingerprint().keys()
+    assert not {"model", "device", "offload"} & entries.keys()
+    constants = {"reconstruct_steps", "dense_target_prior_tokens", "allocation_tokens", "row_weight_tokens"}
+    assert not constants & entries.keys()
+    best = PruneConfig(model="m", sparsity=0.6, preset="best")
+    assert constants <= PruneJob(config=best).fingerprint().keys()
     other = PruneJob(config=config, method=Alps(damping=0.02), token_ids=ids).fingerprint()
     assert "damping=0.02" in other["method"] and other["samples"] == other["seqlen"] == other["seed"] == "token ids"
 

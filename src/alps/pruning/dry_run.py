@@ -128,8 +128,8 @@ def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: Block
     if recipe.allocation != "uniform":
         seconds["allocation"] = (times.gram + 2 * times.forward) * min(tokens, ALLOCATION_TOKENS) * count
     if recipe.allocation == "sensitivity":
-        # Every layer is pruned alone once, and the change is carried through the blocks after it.
-        probes = sum(len(block.sites) * (count - block.index) for block in blocks)
+        # The pruned layers of a block are carried through the blocks after it, and pruned one by one in it.
+        probes = sum(count - block.index + len(block.sites) + 3 for block in blocks)
         seconds["allocation"] += times.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes
     return seconds
 

@@ -30,6 +30,7 @@ from alps.pruning.resume import DiskJournal
 from alps.pruning.row_weights import ROW_WEIGHT_TOKENS
 from alps.pruning.run import prune_model
 from alps.pruning.run_inputs import make_calibration_windows, open_for_run
+from alps.pruning.sparsity_allocation import ALLOCATION_TOKENS, PROBE_TOKENS, PROBE_WINDOWS
 from alps.pruning.write import write
 from alps.reporting.run_report import RunReport
 from alps.solvers import Method
@@ -76,6 +77,8 @@ class PruneJob:
             )
         if recipe.dense_target:
             entries["dense_target_prior_tokens"] = str(PRIOR_TOKENS)
+        if recipe.allocation != "uniform":
+            entries["allocation_tokens"] = f"{ALLOCATION_TOKENS}, probes {PROBE_WINDOWS} x {PROBE_TOKENS}"
         if recipe.row_weights != "equal":
             entries["row_weight_tokens"] = str(ROW_WEIGHT_TOKENS)
         return entries

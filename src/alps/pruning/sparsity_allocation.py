@@ -7,10 +7,10 @@ legend  p    sparsity over all layers                                   scalar
         c_s  weight of that error                                       scalar
 Every allocation but OWL's minimises sum_s c_s E_s(p_s) under sum_s n_s p_s = p sum_s n_s with limits on every p_s: at
 the optimum all layers inside the limits lose equally much by one more zero. `error` weights all layers equally.
-`sensitivity` weights a layer by the change of the model's predictions when it is pruned alone, per unit of its error:
-mean KL to the dense model's predictions on a few calibration windows, without gradients. OWL (Yin et al., arXiv
-2310.05175): a block's sparsity falls with its share of outliers, entries of |W_ij| ||X_j|| above 5 times the mean of
-their layer.
+`sensitivity` weights a layer by its part in the change of the model's predictions when its block is pruned, per unit of
+its error: mean KL to the dense model's predictions on a few calibration windows, without gradients. OWL (Yin et al.,
+arXiv 2310.05175): a block's sparsity falls with its share of outliers, entries of |W_ij| ||X_j|| above 5 times the mean
+of their layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_DEVIATION = 0.15
 # Windows and tokens on which predictions are compared.
 PROBE_WINDOWS, PROBE_TOKENS = 2, 256
 # Calibration tokens of curves and outliers.
-ALLOCATION_TOKENS = 16384
+ALLOCATION_TOKENS = 4096
 
 
 def minimise_error(
