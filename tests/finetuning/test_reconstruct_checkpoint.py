@@ -35,7 +35,7 @@ from alps.reporting.run_report import RunReport
 from helpers.command_line import contents, run_alps
 from helpers.model_comparison import mean_kl, same, weights
 
-# Five batches of 32 windows, of which the last is held back.
+# Twenty batches of eight windows, of which the last is held back.
 SETTINGS = ReconstructConfig(epochs=2, target=1.0, lr=3e-3, samples=160, seqlen=64, device="cpu")
 SMALL = ReconstructConfig(epochs=1, lr=3e-3, samples=8, seqlen=32, device="cpu")
 
@@ -75,13 +75,13 @@ def test_every_block_gains_and_nothing_frozen_or_pruned_moves(
     after = weights(student.model)
     assert same(weights(dense.model), teacher)
     assert [record.block for record in records] == list(range(5)) and run.blocks == 5
-    assert all(record.after < record.before and record.steps == 8 for record in records)
+    assert all(record.after < record.before and record.steps == 38 for record in records)
 
     # The losses are those of whole models: the dense one's states, the matched one's states, the held-back windows.
     windows = student.calibration(source, 160, 64, 0)
     with torch.no_grad():
         own, wanted = (
-            model(input_ids=windows.ids[128:], output_hidden_states=True).hidden_states
+            model(input_ids=windows.ids[152:], output_hidden_states=True).hidden_states
             for model in (student.model, dense.model)
         )
     for record in records[:-1]:  # the last state has gone through the final norm
@@ -268,7 +268,7 @@ def test_the_command_end_to_end(
     assert "5 of 5 blocks improved" in printed.out and "135,945 of 226,560 weights are zero" in printed.out
     assert "5/5" in printed.err
     report = json.loads((out / "report.json").read_text())
-    assert [ReconstructionRecord.model_validate(row).steps for row in report["reconstructions"]] == [2] * 5
+    assert [ReconstructionRecord.model_validate(row).steps for row in report["reconstructions"]] == [4] * 5
     run = ReconstructionRun.model_validate(report["reconstruction_runs"][0])
     assert (run.epochs, run.target, run.lr) == (2, 0.0, 0.003)
     assert (run.calibration.windows, run.calibration.seqlen) == (40, 32)
