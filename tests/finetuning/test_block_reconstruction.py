@@ -154,6 +154,13 @@ def test_training_ends_after_its_tokens(case: Callable[..., Case], limit: int | 
     assert len(set(one.inputs.trained[:7])) == min(steps, 7)
 
 
+def test_no_more_is_held_back_than_a_share_of_what_is_trained_on(case: Callable[..., Case]) -> None:
+    for limit, batches in ((None, {4, 5, 6, 7}), (4 * 48, {6, 7}), (2 * 48, {7})):
+        one = case()
+        one.match(replace(FAST, epochs=1, max_tokens=limit, held_back=0.5))
+        assert set(one.inputs.looked_at) == batches
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_absurd_rate_leaves_the_block_as_it_was(case: Callable[..., Case], dtype: torch.dtype) -> None:
     one = case(dtype=dtype)

@@ -169,7 +169,10 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.batches = len(self.total_sizes)
-        self._held_back = min(max(round(self.batches * self.parameters.held_back), 1), self.batches - 1)
+        batches: float = self.batches
+        if self.parameters.max_tokens is not None:
+            batches = min(batches, self.parameters.max_tokens / (self.total_sizes[0] * self.window_tokens))
+        self._held_back = min(max(round(batches * self.parameters.held_back), 1), self.batches - 1)
 
     def skip(self) -> ReconstructionRecord:
         """Return the record of a block that has nothing to tune."""

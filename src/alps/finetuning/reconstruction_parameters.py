@@ -18,14 +18,15 @@ class ReconstructionParameters:
         target: share t of the dense model's outputs in the target.
         lr: largest step size of Adam.
         floor: share of the largest step size to which it falls along a cosine.
-        held_back: share of the windows on which the best state is chosen, and which are not trained on.
+        held_back: share of the windows on which the best state is chosen, and which are not trained on; of
+            `max_tokens` if there are more.
         tokens: in a step.
         norms: tune norms and biases as well.
         checks: losses on the held-back windows in an epoch.
     """
 
     epochs: int = 1
-    max_tokens: int | None = 65_536
+    max_tokens: int | None = 49_152
     target: float = DEFAULT_RECONSTRUCT_TARGET
     lr: float = 1e-3
     floor: float = 0.1
