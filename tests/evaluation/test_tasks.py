@@ -118,6 +118,8 @@ def own(data: Path, stories: Path) -> Any:
     model = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", answer)
+        # lm-eval resamples in forked processes otherwise, and a fork of a process with torch's threads can hang.
+        patch.setenv("DISABLE_MULTIPROC", "1")
         index = find_tasks(TASKS).index
         return simple_evaluate(model, tasks=TASKS, task_manager=index, log_samples=True, bootstrap_iters=1000)
 
