@@ -161,6 +161,16 @@ def test_no_more_is_held_back_than_a_share_of_what_is_trained_on(case: Callable[
         assert set(one.inputs.looked_at) == batches
 
 
+@pytest.mark.parametrize("target", [0.4, 1.0])
+def test_the_dense_block_runs_once_for_every_window_whatever_the_epochs(
+    case: Callable[..., Case], target: float
+) -> None:
+    one, calls = case(), []
+    one.twin.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    one.match(replace(FAST, target=target))
+    assert len(calls) == (24 if target < 1 else 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_absurd_rate_leaves_the_block_as_it_was(case: Callable[..., Case], dtype: torch.dtype) -> None:
     one = case(dtype=dtype)

@@ -79,7 +79,7 @@ def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     }
     recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=2, target=0.4), dense_target=0.4)
     found = _seconds(blocks, recipe, 1000, times)
-    assert (found["reconstruct"], found["forward"]) == (9 * 3000, 3.75 * 3000)
+    assert (found["reconstruct"], found["forward"]) == (7.5 * 3000, 3.75 * 3000)
     recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=2, max_tokens=500))
     assert _seconds(blocks, recipe, 1000, times)["reconstruct"] == (3 * 0.5 + 0.5) * 3000
 

@@ -102,13 +102,18 @@ def reconstruct_block(
     """
     assert dense_block is not None or parameters.target == 1, "a target below 1 needs the dense block"
 
+    targets: dict[tuple[int, int], Tensor] = {}
+
     def target_of(batch: int, window: int) -> Tensor:
-        dense = dense_outputs[batch][window : window + 1].to(device)
+        dense = dense_outputs[batch][window : window + 1]
         if dense_block is None or parameters.target == 1:
-            return dense
-        with torch.no_grad():
-            local = inputs.run(dense_block.index, dense_block.module, batch, device, window=window)
-        return local.float().lerp(dense.float(), parameters.target).to(dense.dtype)
+            return dense.to(device)
+        if (batch, window) not in targets:
+            with torch.no_grad():
+                local = inputs.run(dense_block.index, dense_block.module, batch, device, window=window)
+            mixed = local.float().lerp(dense.to(device).float(), parameters.target).to(dense)
+            targets[batch, window] = inputs.activations.store(mixed)
+        return targets[batch, window].to(device)
 
     def loss_of(batch: int, window: int) -> Tensor:
         output = inputs.run(block.index, block.module, batch, device, window=window)

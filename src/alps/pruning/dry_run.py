@@ -119,10 +119,10 @@ def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: Block
         "solve": times.solve / times.cost * sizes,
     }
     if (reconstruction := recipe.reconstruction) is not None:
-        # Every epoch takes a forward and a backward, and checks on the held-back windows; the dense block runs as well.
-        dense = 1 if reconstruction.target < 1 else 0
+        # Every epoch takes a forward and a backward, and checks on the held-back windows. The dense block runs once.
         trained = min(reconstruction.epochs, (reconstruction.max_tokens or math.inf) / tokens)
-        seconds["reconstruct"] = one_pass * ((3 + dense) * trained + 0.5 * (1 + dense))
+        dense = min(trained, 1) if reconstruction.target < 1 else 0
+        seconds["reconstruct"] = one_pass * (3 * trained + 0.5 + dense)
     if recipe.row_weights != "equal":
         seconds["row_weights"] = times.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
     if recipe.allocation != "uniform":
