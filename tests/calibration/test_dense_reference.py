@@ -123,6 +123,31 @@ def test_the_drift_is_that_of_the_real_inputs(
         reference.advance(_CPU)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_drift_of_a_prefix_is_that_of_its_windows(
+    tiny_model: Callable[..., Any], ids: Tensor, site_inputs: Inputs, grouped: bool
+) -> None:
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    for site in find_blocks(model)[0].sites:
+        site.write(site.read() * 0.7)
+    blocks = find_blocks(model)
+    inputs, dense_inputs = (capture_block_inputs(one, find_blocks(one), ids, 2) for one in (model, dense))
+    reference = DenseReference.start(dense_inputs, needed=True, batches=2)
+    real, prefix, dense_prefix = site_inputs(model, ids), site_inputs(model, ids[:4]), site_inputs(dense, ids[:4])
+    assert reference.batches == 2 < len(inputs.hidden)
+    for block, dense_block in zip(blocks, find_blocks(dense), strict=True):
+        reference.begin_block(dense_block)
+        groups = discover(block, inputs, _CPU) if grouped else []
+        for shared in observe(block, inputs, Needs.INPUT_SHIFT, _CPU, groups=groups, reference=reference).shared:
+            X, X_p, X_d = (inputs_of[shared.name].double() for inputs_of in (real, prefix, dense_prefix))
+            assert shared.stats.input_shift is not None and shared.stats.tokens == ids.numel()
+            torch.testing.assert_close(shared.stats.input_shift.double(), (X_d - X_p).T @ X_p, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(shared.stats.gram().double(), X.T @ X, rtol=1e-3, atol=1e-3)
+        inputs.advance(block.index, block.module, _CPU)
+        reference.advance(_CPU)
+    assert len(reference.outputs) == 2
+
+
 def test_a_group_is_observed_alone_and_its_batch_ends_there(tiny_model: Callable[..., Any], ids: Tensor) -> None:
     model = tiny_model("llama")
     blocks = find_blocks(model)

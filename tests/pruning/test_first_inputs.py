@@ -11,7 +11,7 @@ import torch
 from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.pruning.environment import RunEnvironment
-from alps.pruning.first_inputs import capture_first_inputs
+from alps.pruning.first_inputs import DensePrefix, capture_first_inputs
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), [(None, [5]), (32, [2, 2, 1])])
@@ -25,3 +25,25 @@ def test_batches_are_steps_of_a_reconstruction(
     assert [len(hidden) for hidden in inputs.hidden] == sizes
     assert torch.equal(torch.cat(inputs.hidden), model.model.embed_tokens(ids))
     assert torch.equal(torch.cat(list(loss.ids)), ids)
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "ranks", "limit", "batches", "share"),
+    [
+        (64, 128, 1, 4096, 8, 0.5),  # steps of four windows
+        (64, 128, 8, 4096, 4, 0.5),  # of eight, one for each rank
+        (64, 1024, 1, 4096, 4, 1 / 16),  # of one
+        (64, 1024, 1, 512, 2, 1 / 32),  # two batches at least
+        (8, 128, 1, 4096, 8, 1.0),  # fewer windows than the limit
+        (64, 128, 1, None, None, 1.0),
+    ],
+)
+def test_the_dense_model_sees_the_windows_of_the_reconstruction(
+    count: int, tokens: int, ranks: int, limit: int | None, batches: int | None, share: float
+) -> None:
+    parameters = ReconstructionParameters(max_distinct_tokens=limit)
+    assert DensePrefix.of(count, tokens, parameters, ranks) == DensePrefix(batches, share)
+
+
+def test_without_reconstruction_the_dense_model_sees_all_windows() -> None:
+    assert DensePrefix.of(1000, 1024, None, 1) == DensePrefix(None, 1.0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alps.core.errors import ConfigError, SolveFailed
+from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import find_blocks
 from alps.solvers import METHODS, Alps, Wanda, get_method
 from alps.solvers.patterns import Pattern, SemiStructured, Unstructured
@@ -117,6 +118,23 @@ def test_many_batches_give_what_one_gives(
     many = prune(split, ids, Wanda(), _HALF)
     for a, b in zip(one.layers, many.layers, strict=True):
         assert a.name == b.name and a.error == pytest.approx(b.error, rel=1e-4)
+
+
+def test_windows_that_the_dense_model_does_not_see_count_for_the_gram_alone(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    def pruned(windows: Tensor, limit: int | None) -> dict[str, Tensor]:
+        parameters = ReconstructionParameters(tokens=32, lr=1e-3, target=0.1, max_distinct_tokens=limit)
+        options = {"true_sequential": True, "dense_target": 0.5, "reconstruction": parameters}
+        prune(model := tiny_model("llama"), windows, "alps", _HALF, **options)
+        return layer_weights(model)
+
+    # Copies of the windows scale Gram and error by four, and tell nothing new.
+    few, many = ids[:6], ids[:6].repeat(4, 1)
+    once, copies, all_copies = pruned(few, None), pruned(many, few.numel()), pruned(many, None)
+    for name, weight in once.items():
+        torch.testing.assert_close(copies[name], weight, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(all_copies[name], weight, rtol=1e-2) for name, weight in once.items())
 
 
 def test_nothing_is_forwarded_for_a_method_that_reads_no_inputs(tiny_model: Callable[..., Any]) -> None:

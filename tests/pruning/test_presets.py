@@ -43,7 +43,7 @@ def test_reconstruction_aims_at_the_dense_hidden_states_by_default() -> None:
 
 def test_a_preset_sets_no_reconstruct_target_without_reconstruction() -> None:
     asked = {"model": "m", "sparsity": 0.5, "preset": "best"}
-    expected = ReconstructionParameters(epochs=3, target=PRESETS["best"]["reconstruct_target"])
+    expected = ReconstructionParameters(epochs=6, target=PRESETS["best"]["reconstruct_target"])
     assert load_prune_config(None, asked).reconstruction() == expected
     assert load_prune_config(None, {**asked, "reconstruct_epochs": 0}).reconstruction() is None
     with pytest.raises(ConfigError, match=r"A reconstruct target of 0\.3 has no effect"):

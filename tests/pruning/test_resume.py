@@ -205,7 +205,12 @@ def test_finished_blocks_are_not_solved_again(
         (
             "alps.pruning.config.ReconstructionParameters",
             partial(ReconstructionParameters, lr=3e-4),
-            r"reconstruct_steps was 0\.001 on 512 tokens, 49152 at most and is 0\.0003 on 512 tokens, 49152 at most",
+            r"reconstruct_steps was 0\.001 on 512 tokens and is 0\.0003 on 512 tokens",
+        ),
+        (
+            "alps.pruning.config.ReconstructionParameters",
+            partial(ReconstructionParameters, max_distinct_tokens=1024),
+            "reconstruct_tokens was 98304 at most, 32768 distinct and is 98304 at most, 1024 distinct",
         ),
         ("alps.pruning.job.PRIOR_TOKENS", 1024, "dense_target_prior_tokens was 16384 and is 1024"),
         ("alps.pruning.job.ROW_WEIGHT_TOKENS", 64, "row_weight_tokens was 4096 and is 64"),

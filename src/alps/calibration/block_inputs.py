@@ -53,10 +53,14 @@ class BlockInputs:
 
     def copy(self) -> BlockInputs:
         """Return the same inputs for another pass over the blocks; tensors are shared."""
+        return self.first(None)
+
+    def first(self, batches: int | None) -> BlockInputs:
+        """Return a copy with the first batches only, or all for None; tensors are shared."""
         return replace(
             self,
-            hidden=list(self.hidden),
-            handed_on=list(self.handed_on),
+            hidden=self.hidden[:batches],
+            handed_on=self.handed_on[:batches],
             single_handed_on=dict(self.single_handed_on),
         )
 

@@ -84,8 +84,8 @@ class DenseReference:
         """Start before the first block.
 
         Args:
-            inputs: of the first block, in the same batches as the pruned model's; None for a reference that does
-                nothing.
+            inputs: of the first block, in the pruned model's batches or the first of them; None for a reference that
+                does nothing.
         """
         self.block: Block | None = None
         self._inputs = inputs
@@ -95,9 +95,14 @@ class DenseReference:
         self._outputs: list[BlockOutput] = []
 
     @classmethod
-    def start(cls, inputs: BlockInputs, needed: bool) -> DenseReference:
-        """Return a reference that starts at `inputs`, or one that does nothing if it is not needed."""
-        return cls(inputs.copy() if needed and inputs.hidden else None)
+    def start(cls, inputs: BlockInputs, needed: bool, batches: int | None = None) -> DenseReference:
+        """Return a reference that starts at the first `batches` of `inputs`, or one that does nothing if not needed."""
+        return cls(inputs.first(batches) if needed and inputs.hidden else None)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches, the first ones of the pruned model's."""
+        return 0 if self._inputs is None else len(self._inputs.hidden)
 
     def begin_block(self, block: Block) -> None:
         """Copy a block while it is dense; the stored hidden states must be its inputs."""

@@ -65,8 +65,8 @@ class _Collector:
         for group in groups:
             self._add_input(group)
         self.seconds = 0.0
-        # Inputs of this batch in the dense model, by the name of the site, call by call.
-        self.dense_inputs: dict[str, list[Tensor]] = {}
+        # Inputs of this batch in the dense model, by the name of the site, call by call; None if it has none.
+        self.dense_inputs: dict[str, list[Tensor]] | None = {}
         # Calls in this batch of each input's first site, and of sites without an input.
         self._calls: dict[str, int] = {}
         self.may_stop = bool(groups)  # a batch may end at its last input
@@ -189,14 +189,14 @@ class _Collector:
         """Add the input of the next call of a site to sums."""
         start = self._synchronised_time()
         dense = None
-        if sums.input_shift is not None:
-            dense = self._split_windows(self._dense_input(name, self._calls.get(name, 0), x))
+        if sums.input_shift is not None and self.dense_inputs is not None:
+            call = self._calls.get(name, 0)
+            dense = self._split_windows(self._dense_input(self.dense_inputs[name], name, call, x))
         sums.update(self._split_windows(x), dense)
         self.seconds += self._synchronised_time() - start
 
-    def _dense_input(self, name: str, call: int, x: Tensor) -> Tensor:
+    def _dense_input(self, calls: Sequence[Tensor], name: str, call: int, x: Tensor) -> Tensor:
         """Return the input of the same call in the dense model."""
-        calls = self.dense_inputs[name]
         if call >= len(calls) or calls[call].shape != x.shape:
             raise UnsupportedModel(
                 f"Layer {name} receives different tokens in the pruned and in the dense model, so their inputs cannot "
@@ -238,7 +238,8 @@ def observe(
         device: where the block runs and the sums are kept.
         groups: the sites to watch by their shared input, as returned by `discover`, each called once in a batch. If
             empty, all sites are watched, and this pass finds out which of them share an input.
-        reference: activations of the dense model in the same batches, needed for `Needs.INPUT_SHIFT`.
+        reference: activations of the dense model in the same batches or the first of them, needed for
+            `Needs.INPUT_SHIFT`.
         group: ranks that observe other windows. All of them get the same inputs in the same order, each with the sums
             of its own windows.
 
@@ -256,9 +257,11 @@ def observe(
             if needs >= Needs.INPUT_SHIFT:
                 assert reference is not None, "the input shift needs a dense reference"
                 names = {site.name for site in leaders + unseen_sites if not site.is_expert}
-                collector.dense_inputs = (
-                    reference.collect_inputs(names, batch, device, stop_early=collector.may_stop) if names else {}
-                )
+                collector.dense_inputs = {} if batch < reference.batches else None
+                if names and batch < reference.batches:
+                    collector.dense_inputs = reference.collect_inputs(
+                        names, batch, device, stop_early=collector.may_stop
+                    )
             collector.begin_batch(len(inputs.hidden[batch]), inputs.window_tokens)
             with (
                 input_hooks(leaders, collector.on_input),

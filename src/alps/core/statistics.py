@@ -44,8 +44,8 @@ class InputSums:
         square: sum of the squared rows, shape (in,), float64.
         panels: upper triangle of the Gram X^T X, float64, cut into panels of 256 rows; each panel begins with its
             diagonal block. None when it is not collected.
-        input_shift: (X_d - X)^T X, shape (in, in), float64. None when it is not collected. The difference is summed
-            directly, because in X_d^T X - X^T X it would drown in rounding.
+        input_shift: (X_d - X)^T X, shape (in, in), float64, of the tokens whose X_d was given. None when it is not
+            collected. The difference is summed directly, because in X_d^T X - X^T X it would drown in rounding.
     """
 
     tokens: int
@@ -83,9 +83,9 @@ class InputSums:
 
         Args:
             inputs: X, shape (..., tokens, in), any float dtype.
-            dense: X_d, same shape; required when the input shift is collected.
+            dense: X_d, same shape; None adds nothing to the input shift.
         """
-        assert self.input_shift is None or (dense is not None and dense.shape == inputs.shape)
+        assert dense is None or dense.shape == inputs.shape
         windows = _windows(inputs)
         dense_windows = [None] * len(windows) if dense is None or self.input_shift is None else _windows(dense)
         # Products of bfloat16 numbers are exact in float32. A difference of two inputs is rounded to one.
@@ -174,7 +174,7 @@ class InputStats:
         square: sum of the squared rows, shape (in,); the diagonal of the Gram.
         upper: Gram X^T X, shape (in, in), of which only the upper triangle is valid; read it through `gram()`. None
             when it was not collected.
-        input_shift: (X_d - X)^T X, shape (in, in). None when it was not collected.
+        input_shift: (X_d - X)^T X, shape (in, in), of the tokens whose X_d was given. None when it was not collected.
     """
 
     tokens: int

@@ -8,7 +8,8 @@ legend  Y    output of the pruned block on the pruned model's inputs      (token
 The loss is the mean over tokens of ||Y - T||^2 / ||T||^2. It is relative to every token's own size, since a single
 token with a massive activation can hold 98 % of the energy of a block's output (Sun et al., arXiv 2402.17762). The
 supports stay unchanged. After the last block, which the head reads, the loss is the mean over tokens of
-KL(dense || pruned) between the predictions. Block-wise reconstruction of pruned models: EBFT (arXiv 2402.12419),
+KL(dense || pruned) between the predictions, with t = 1: a best guess is right for a prediction, while later blocks
+cannot copy from a hidden state that is one. Block-wise reconstruction of pruned models: EBFT (arXiv 2402.12419),
 transformer matching in 3BASiL (arXiv 2603.01376).
 """
 
@@ -86,7 +87,7 @@ def reconstruct_block(
     Args:
         block: pruned block, on `device`.
         inputs: of the block in the pruned model.
-        dense_outputs: the dense block's outputs in the dense model, batch by batch.
+        dense_outputs: the dense block's outputs in the dense model, batch by batch; `inputs` may have more batches.
         parameters: of the training.
         device: where to compute.
         dense_block: the dense block, on `device`; not needed for a target of 1.
@@ -100,18 +101,18 @@ def reconstruct_block(
     Raises:
         SolveFailed: when the loss is not finite before anything was tuned.
     """
-    assert dense_block is not None or parameters.target == 1, "a target below 1 needs the dense block"
-
+    share = parameters.target if output_loss is None else 1.0
+    assert dense_block is not None or share == 1, "a target below 1 needs the dense block"
     targets: dict[tuple[int, int], Tensor] = {}
 
     def target_of(batch: int, window: int) -> Tensor:
         dense = dense_outputs[batch][window : window + 1]
-        if dense_block is None or parameters.target == 1:
+        if dense_block is None or share == 1:
             return dense.to(device)
         if (batch, window) not in targets:
             with torch.no_grad():
                 local = inputs.run(dense_block.index, dense_block.module, batch, device, window=window)
-            mixed = local.float().lerp(dense.to(device).float(), parameters.target).to(dense)
+            mixed = local.float().lerp(dense.to(device).float(), share).to(dense)
             targets[batch, window] = inputs.activations.store(mixed)
         return targets[batch, window].to(device)
 
@@ -174,10 +175,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.batches = len(self.total_sizes)
-        batches: float = self.batches
-        if self.parameters.max_tokens is not None:
-            batches = min(batches, self.parameters.max_tokens / (self.total_sizes[0] * self.window_tokens))
-        self._held_back = min(max(round(batches * self.parameters.held_back), 1), self.batches - 1)
+        self._held_back = min(max(round(self.batches * self.parameters.held_back), 1), self.batches - 1)
 
     def skip(self) -> ReconstructionRecord:
         """Return the record of a block that has nothing to tune."""

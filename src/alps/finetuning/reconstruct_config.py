@@ -47,4 +47,6 @@ class ReconstructConfig(RunConfig):
 
     def parameters(self) -> ReconstructionParameters:
         """Return the parameters of the block reconstruction."""
-        return ReconstructionParameters(epochs=self.epochs, max_tokens=None, target=self.target, lr=self.lr)
+        return ReconstructionParameters(
+            epochs=self.epochs, max_tokens=None, max_distinct_tokens=None, target=self.target, lr=self.lr
+        )

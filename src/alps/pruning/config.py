@@ -124,7 +124,7 @@ class PruneConfig(CalibratedConfig):
     reconstruct_epochs: Annotated[int, Setting(HOW, "N", default=_BY_PRESET)] = Field(
         default=0,
         ge=0,
-        description="Epochs of block reconstruction: tuning the kept weights to the dense block's outputs, with 49,152 "
+        description="Epochs of block reconstruction: tuning the kept weights to the dense block's outputs, with 98,304 "
         "tokens at most.",
     )
     reconstruct_target: Annotated[float, Setting(HOW, "SHARE", default=_BY_PRESET)] = Field(

@@ -111,18 +111,21 @@ def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: Block
     count = len(blocks)
     one_pass = times.forward * tokens * count
     # A dense target keeps the outputs of the dense block together with its inputs.
-    dense_pass = one_pass if recipe.reconstruction is not None and not recipe.dense_target else 0.0
+    dense_pass, dense_share = 0.0, 1.0
+    if (reconstruction := recipe.reconstruction) is not None:
+        dense_share = min((reconstruction.max_distinct_tokens or math.inf) / tokens, 1.0)
+        dense_pass = 0.0 if recipe.dense_target else one_pass * dense_share
     sizes = sum(solve_size(site.shape) for block in blocks for site in block.sites)
     seconds = {
         "forward": (times.observe + times.advance) * tokens * count + dense_pass,
         "gram": times.gram * tokens * count,
         "solve": times.solve / times.cost * sizes,
     }
-    if (reconstruction := recipe.reconstruction) is not None:
+    if reconstruction is not None:
         # Every epoch takes a forward and a backward, and checks on the held-back windows. The dense block runs once.
-        trained = min(reconstruction.epochs, (reconstruction.max_tokens or math.inf) / tokens)
-        dense = min(trained, 1) if reconstruction.target < 1 else 0
-        seconds["reconstruct"] = one_pass * (3 * trained + 0.5 + dense)
+        trained = min(reconstruction.epochs * dense_share, (reconstruction.max_tokens or math.inf) / tokens)
+        dense = min(trained, dense_share) if reconstruction.target < 1 else 0
+        seconds["reconstruct"] = one_pass * (3 * trained + 0.5 * dense_share + dense)
     if recipe.row_weights != "equal":
         seconds["row_weights"] = times.forward * 3 * min(tokens, ROW_WEIGHT_TOKENS) * count
     if recipe.allocation != "uniform":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,36 @@ from alps.finetuning.block_reconstruction import OutputLoss
 from alps.finetuning.reconstruction_parameters import ReconstructionParameters
 from alps.models.blocks import Block
 from alps.pruning.environment import RunEnvironment
+
+
+@dataclass(frozen=True)
+class DensePrefix:
+    """First calibration windows, for which a run computes the dense model's activations as well.
+
+    Attributes:
+        batches: of these windows, on every rank; None for all.
+        share: of all tokens.
+    """
+
+    batches: int | None = None
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, count: int, tokens: int, reconstruction: ReconstructionParameters | None, ranks: int) -> DensePrefix:
+        """Choose the windows: all, or as many as a block reconstruction trains on.
+
+        Args:
+            count: calibration windows of all ranks.
+            tokens: of a window.
+            reconstruction: parameters, whose steps the batches are; None without one.
+            ranks: number of processes.
+        """
+        if reconstruction is None or reconstruction.max_distinct_tokens is None:
+            return cls()
+        rows = max(reconstruction.tokens // tokens, ranks)
+        # At least two batches, since one is held back.
+        batches = max(reconstruction.max_distinct_tokens // (rows * tokens), 2)
+        return cls(batches, min(batches * rows / count, 1.0))
 
 
 def capture_first_inputs(

@@ -72,8 +72,9 @@ class PruneJob:
             entries |= dict.fromkeys(("samples", "seqlen", "seed"), "token ids")
         # These are not settings, and another version may have other values.
         if (reconstruction := recipe.reconstruction) is not None:
-            entries["reconstruct_steps"] = (
-                f"{reconstruction.lr} on {reconstruction.tokens} tokens, {reconstruction.max_tokens} at most"
+            entries["reconstruct_steps"] = f"{reconstruction.lr} on {reconstruction.tokens} tokens"
+            entries["reconstruct_tokens"] = (
+                f"{reconstruction.max_tokens} at most, {reconstruction.max_distinct_tokens} distinct"
             )
         if recipe.dense_target:
             entries["dense_target_prior_tokens"] = str(PRIOR_TOKENS)

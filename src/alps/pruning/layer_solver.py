@@ -115,6 +115,7 @@ class LayerSolver:
         patterns: of single layers by name, in place of the recipe's.
         traced: record the error of the iterates of the solves.
         timer: receives the wall time by phase.
+        dense_share: share of the tokens whose inputs in the dense model are known.
     """
 
     recipe: PruneRecipe
@@ -122,6 +123,7 @@ class LayerSolver:
     patterns: Mapping[str, Pattern]
     traced: bool
     timer: PhaseTimer
+    dense_share: float = 1.0
 
     def solve_input(
         self,
@@ -173,7 +175,9 @@ class LayerSolver:
         with self.timer.measure("prepare"), _layer_names(source.sites):
             state, shift = method.prepare(stats), None
             if stats.input_shift is not None:
-                shift = target_shift(stats, self.recipe.dense_target, target_damping(stats.tokens))
+                damping = target_damping(stats.tokens * self.dense_share)
+                # The input shift is a sum over this share of the tokens, and the Gram one over all.
+                shift = target_shift(stats, self.recipe.dense_target / self.dense_share, damping)
         return PreparedInput(source, stats, method, state, shift)
 
     def _problem(self, site: Site, inputs: PreparedInput, row_weights: Tensor | None) -> LayerProblem:

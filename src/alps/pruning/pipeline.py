@@ -24,7 +24,7 @@ from alps.core.phase_timer import PhaseTimer
 from alps.finetuning.block_reconstruction import OutputLoss, reconstruct_block
 from alps.models.blocks import Block, on_device
 from alps.pruning.context import RunContext
-from alps.pruning.first_inputs import capture_first_inputs
+from alps.pruning.first_inputs import DensePrefix, capture_first_inputs
 from alps.pruning.layer_rules import AppliedRules
 from alps.pruning.layer_solver import LayerSolver
 from alps.pruning.recipe import PruneRecipe
@@ -114,7 +114,10 @@ def _prune_in_order(
     device, traced = context.device, _traced_blocks(blocks)
     with timer.measure("capture"):
         inputs, output_loss = _first_inputs(model, blocks, windows, recipe, context)
-    reference = DenseReference.start(inputs, needed=recipe.uses_dense_reference)
+    prefix = DensePrefix()
+    if windows is not None:
+        prefix = DensePrefix.of(len(windows), windows.shape[1], recipe.reconstruction, context.group.size)
+    reference = DenseReference.start(inputs, needed=recipe.uses_dense_reference, batches=prefix.batches)
     results: list[BlockResult] = []
     for block in blocks:
         is_last = block is blocks[-1]
@@ -129,6 +132,7 @@ def _prune_in_order(
                     patterns=patterns,
                     traced=block.index in traced,
                     timer=PhaseTimer(device),
+                    dense_share=prefix.share,
                 )
                 loss = output_loss if is_last else None
                 result = _prune_block(

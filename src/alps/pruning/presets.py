@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "true_sequential": True,
         "dense_target": 0.1,
-        "reconstruct_epochs": 3,
+        "reconstruct_epochs": 6,
         "reconstruct_target": 0.1,
         "allocation": "sensitivity",
         "row_weights": "block-output",

@@ -131,7 +131,7 @@ class ShrinkConfig(CalibratedConfig):
         """Return the parameters of block reconstruction, None for no epochs."""
         if not self.reconstruct_epochs:
             return None
-        return ReconstructionParameters(epochs=self.reconstruct_epochs, max_tokens=None)
+        return ReconstructionParameters(epochs=self.reconstruct_epochs, max_tokens=None, max_distinct_tokens=None)
 
 
 def load_shrink_config(path: Path | None, overrides: dict[str, Any]) -> ShrinkConfig:
