@@ -286,13 +286,14 @@ def test_outputs_that_are_not_finite_stop_the_run(case: Callable[..., Case]) -> 
         one.match()
 
 
-def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
-    tiny_model: Callable[..., Any], kind: str
+@pytest.mark.parametrize("target", [0.1, 1.0])
+def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model_whatever_the_target(
+    tiny_model: Callable[..., Any], kind: str, target: float
 ) -> None:
     ids = torch.randint(2, 64, (24, 16), generator=torch.Generator().manual_seed(5))
     dense, model = tiny_model(kind), tiny_model(kind)
     last = find_blocks(model)[-1]
-    for site in last.sites:
+    for site in (site for block in find_blocks(model) for site in block.sites):
         weight = site.read()
         site.write(weight * (weight.abs() > weight.abs().median()))
     sides = []
@@ -311,7 +312,10 @@ def test_the_last_block_is_matched_by_the_predictions_of_the_whole_model(
 
     before = divergence()
     predictions = OutputLoss(LMHead(model, find_blocks(model)), torch.split(ids, 3))
-    record = reconstruct_block(last, sides[1], sides[0].hidden, FAST, device=CPU, output_loss=predictions)
+    parameters, twin = replace(FAST, target=target), find_blocks(dense)[-1]
+    record = reconstruct_block(
+        last, sides[1], sides[0].hidden, parameters, device=CPU, dense_block=twin, output_loss=predictions
+    )
     assert record.before == pytest.approx(before, rel=1e-4)
     assert record.after == pytest.approx(divergence(), rel=1e-4) and record.after < 0.95 * before
     for name, value in outside.items():

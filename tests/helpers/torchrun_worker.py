@@ -28,18 +28,21 @@ def main() -> None:
     """Prune and print."""
     kind, order, epochs = sys.argv[1:]
     # Batches of two windows, the last one of a single window: with two processes one of them has none of it.
-    reconstruction = (
-        ReconstructionParameters(epochs=int(epochs), target=0.4, tokens=24, held_back=0.3, lr=1e-2)
-        if int(epochs)
-        else None
-    )
+    reconstruction, sequential = None, order == "sequential"
+    if int(epochs):
+        # In sequential order the dense model sees three of the four batches.
+        limit = 6 * 12 if sequential else None
+        reconstruction = ReconstructionParameters(
+            epochs=int(epochs), max_distinct_tokens=limit, target=0.4, tokens=24, held_back=0.3, lr=1e-2
+        )
     ids = torch.randint(2, 60, (7, 12), generator=torch.Generator().manual_seed(5))
     loaded = LoadedModel(kind, decoder(kind), None)
     with process_group() as group:
         recipe = PruneRecipe(
             method=get_method("wanda"),
             pattern=Unstructured(0.5),
-            true_sequential=order == "sequential",
+            true_sequential=sequential,
+            dense_target=0.3 if sequential and reconstruction else 0.0,
             reconstruction=reconstruction,
         )
         context = RunContext(device=torch.device("cpu"), group=group)

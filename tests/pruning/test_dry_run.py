@@ -61,6 +61,10 @@ def test_counts_and_sizes_are_exact(
     for limit, size in ((None, 160 * 32 * 2), (160 * 32 * 2 - 1, 0)):
         context = make_context(activation_bytes=limit)
         assert forecast(loaded, recipe, context, samples=10, seqlen=16).memory["cached outputs"] == size
+    recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=1, max_distinct_tokens=40))
+    memory = forecast(loaded, recipe, make_context(), samples=10, seqlen=16).memory
+    assert memory["activations"] == (160 + 40) * 32 * 2
+    assert memory["inputs of the dense block"] == 40 * (3 * 32 + 44) * 2
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
@@ -82,6 +86,12 @@ def test_seconds_follow_the_formulas(tiny_model: Callable[..., Any]) -> None:
     assert (found["reconstruct"], found["forward"]) == (7.5 * 3000, 3.75 * 3000)
     recipe = replace(recipe, reconstruction=ReconstructionParameters(epochs=2, max_tokens=500))
     assert _seconds(blocks, recipe, 1000, times)["reconstruct"] == (3 * 0.5 + 0.5) * 3000
+    # The dense block runs on a quarter of the tokens: 0.25 of a pass, where the observed window had a whole one.
+    parameters = ReconstructionParameters(epochs=2, target=0.4, max_distinct_tokens=250)
+    for dense_target, forward in ((0.0, 3.75 + 0.25), (0.4, 3.75 - 0.75)):
+        found = _seconds(blocks, replace(recipe, reconstruction=parameters, dense_target=dense_target), 1000, times)
+        assert found["forward"] == forward * 3000
+        assert found["reconstruct"] == (3 * 0.5 + 0.5 * 0.25 + 0.25) * 3000
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

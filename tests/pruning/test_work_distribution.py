@@ -135,13 +135,15 @@ def test_experts_and_transposed_weights_are_those_of_one_process(kind: str, orde
         assert layers[name] == [tokens, added, zeros, pytest.approx(error, rel=1e-5)], name
 
 
-def test_blocks_are_reconstructed_by_the_gradients_of_all_windows() -> None:
-    one, two = _both_sizes("llama", "block", 3)
+@pytest.mark.parametrize("order", ["block", "sequential"])
+def test_blocks_are_reconstructed_by_the_gradients_of_all_windows(order: str) -> None:
+    one, two = _both_sizes("llama", order, 3)
     assert two["same"] and two["weights"] == pytest.approx(one["weights"], rel=1e-4)
     for alone, shared in zip(one["reconstructions"], two["reconstructions"], strict=True):
         assert (shared["steps"], shared["best_step"]) == (alone["steps"], alone["best_step"])
         assert shared["after"] == pytest.approx(alone["after"], rel=1e-3)
-    assert any(match["after"] < 0.9 * match["before"] for match in one["reconstructions"])
+    # Otherwise the weights would be equal because nothing was tuned.
+    assert any(match["after"] < match["before"] for match in one["reconstructions"])
 
 
 def _forked(arguments: tuple[object, ...]) -> tuple[list[int], Callable[[], tuple[int, str]]]:

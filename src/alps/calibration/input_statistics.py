@@ -188,15 +188,15 @@ class _Collector:
     def _add_to(self, sums: InputSums, name: str, x: Tensor) -> None:
         """Add the input of the next call of a site to sums."""
         start = self._synchronised_time()
-        dense = None
-        if sums.input_shift is not None and self.dense_inputs is not None:
-            call = self._calls.get(name, 0)
-            dense = self._split_windows(self._dense_input(self.dense_inputs[name], name, call, x))
-        sums.update(self._split_windows(x), dense)
+        dense = None if sums.input_shift is None else self._dense_input(name, self._calls.get(name, 0), x)
+        sums.update(self._split_windows(x), None if dense is None else self._split_windows(dense))
         self.seconds += self._synchronised_time() - start
 
-    def _dense_input(self, calls: Sequence[Tensor], name: str, call: int, x: Tensor) -> Tensor:
-        """Return the input of the same call in the dense model."""
+    def _dense_input(self, name: str, call: int, x: Tensor) -> Tensor | None:
+        """Return the input of the same call in the dense model; None for a batch without dense inputs."""
+        if self.dense_inputs is None:
+            return None
+        calls = self.dense_inputs[name]
         if call >= len(calls) or calls[call].shape != x.shape:
             raise UnsupportedModel(
                 f"Layer {name} receives different tokens in the pruned and in the dense model, so their inputs cannot "
@@ -256,11 +256,11 @@ def observe(
             unseen_sites = [site for site in sites if not collector.has_seen(site)]
             if needs >= Needs.INPUT_SHIFT:
                 assert reference is not None, "the input shift needs a dense reference"
-                names = {site.name for site in leaders + unseen_sites if not site.is_expert}
-                collector.dense_inputs = {} if batch < reference.batches else None
-                if names and batch < reference.batches:
-                    collector.dense_inputs = reference.collect_inputs(
-                        names, batch, device, stop_early=collector.may_stop
+                collector.dense_inputs = None
+                if batch < reference.batches:
+                    names = {site.name for site in leaders + unseen_sites if not site.is_expert}
+                    collector.dense_inputs = (
+                        reference.collect_inputs(names, batch, device, stop_early=collector.may_stop) if names else {}
                     )
             collector.begin_batch(len(inputs.hidden[batch]), inputs.window_tokens)
             with (

@@ -22,7 +22,7 @@ class ReconstructConfig(RunConfig):
         ge=0,
         le=1,
         description="Share of the dense model's hidden states in the target, from 0 to 1; 0 takes the dense block's "
-        "output for the pruned model's inputs.",
+        "output for the pruned model's inputs. The last block always aims at the dense model's predictions.",
     )
     lr: Annotated[float, Setting(HOW, "RATE")] = Field(
         default=3e-4, gt=0, allow_inf_nan=False, description="Largest learning rate of Adam."

@@ -124,14 +124,15 @@ class PruneConfig(CalibratedConfig):
     reconstruct_epochs: Annotated[int, Setting(HOW, "N", default=_BY_PRESET)] = Field(
         default=0,
         ge=0,
-        description="Epochs of block reconstruction: tuning the kept weights to the dense block's outputs, with 98,304 "
-        "tokens at most.",
+        description="Epochs of block reconstruction: tuning the kept weights to the dense block's outputs on the first "
+        "32,768 tokens. Training ends after 98,304 tokens.",
     )
     reconstruct_target: Annotated[float, Setting(HOW, "SHARE", default=_BY_PRESET)] = Field(
         default=DEFAULT_RECONSTRUCT_TARGET,
         ge=0,
         le=1,
-        description="Share of the dense model's hidden states in the target of block reconstruction, from 0 to 1.",
+        description="Share of the dense model's hidden states in the target of block reconstruction, from 0 to 1; the "
+        "last block always aims at the dense model's predictions.",
     )
     measure_error: Annotated[bool, Setting(HOW)] = Field(
         default=True,

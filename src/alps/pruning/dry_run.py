@@ -110,11 +110,11 @@ def forecast(loaded: LoadedModel, recipe: PruneRecipe, context: RunContext, *, s
 def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: BlockTimes) -> dict[str, float]:
     count = len(blocks)
     one_pass = times.forward * tokens * count
-    # A dense target keeps the outputs of the dense block together with its inputs.
-    dense_pass, dense_share = 0.0, 1.0
-    if (reconstruction := recipe.reconstruction) is not None:
-        dense_share = min((reconstruction.max_distinct_tokens or math.inf) / tokens, 1.0)
-        dense_pass = 0.0 if recipe.dense_target else one_pass * dense_share
+    reconstruction, dense_share = recipe.reconstruction, _dense_share(recipe, tokens)
+    dense_pass = one_pass * dense_share if reconstruction is not None else 0.0
+    if recipe.dense_target and reconstruction is not None:
+        # With a dense target the observed window had a forward of the dense block as well.
+        dense_pass -= one_pass
     sizes = sum(solve_size(site.shape) for block in blocks for site in block.sites)
     seconds = {
         "forward": (times.observe + times.advance) * tokens * count + dense_pass,
@@ -135,6 +135,13 @@ def _seconds(blocks: list[Block], recipe: PruneRecipe, tokens: int, times: Block
         probes = sum(count - block.index + len(block.sites) + 3 for block in blocks)
         seconds["allocation"] += times.forward * min(tokens, PROBE_WINDOWS * PROBE_TOKENS) * probes
     return seconds
+
+
+def _dense_share(recipe: PruneRecipe, tokens: int) -> float:
+    """Return the share of the calibration tokens for which the dense model's activations are computed."""
+    if recipe.reconstruction is None or recipe.reconstruction.max_distinct_tokens is None:
+        return 1.0
+    return min(recipe.reconstruction.max_distinct_tokens / tokens, 1.0)
 
 
 def _memory(
@@ -159,9 +166,11 @@ def _memory(
         memory["whole model"] = sum(_bytes(p) for p in parameters)
     if times is not None:
         size = next(p for p in parameters if id(p) in inside).dtype.itemsize
-        states = tokens * _width(loaded.blocks()) * size * models
+        dense_tokens = round(tokens * _dense_share(recipe, tokens))
+        streams = tokens + (dense_tokens if recipe.uses_dense_reference else 0)
+        states = streams * _width(loaded.blocks()) * size
         limit = context.activation_bytes
-        dense = [tokens * sum(times.inputs) * size] if recipe.dense_target > 0 else []
+        dense = [dense_tokens * sum(times.inputs) * size] if recipe.dense_target > 0 else []
         cached = [tokens * features * size for features in times.cached]
         memory["statistics"] = sum(InputSums.nbytes(n, recipe.needs) for n in times.inputs)
         memory["activations"] = states if limit is None else min(states, limit)
