@@ -156,7 +156,7 @@ def _reconstruct_blocks(
     parameters = settings.parameters()
     dense_blocks, blocks = (probe_blocks(model, find_blocks(model)) for model in (dense, pruned))
     # At least two batches, since one is held back.
-    batch_size = max(min(parameters.tokens // ids.shape[1], len(ids) // 2), 1)
+    batch_size = max(min(parameters.windows_per_step(ids.shape[1]), len(ids) // 2), 1)
     storage_device = torch.device("cpu") if settings.offload else device
     records = []
     progress.start("reconstruct", len(blocks))

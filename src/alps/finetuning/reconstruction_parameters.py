@@ -36,3 +36,7 @@ class ReconstructionParameters:
     tokens: int = 512
     norms: bool = True
     checks: int = 2
+
+    def windows_per_step(self, window_tokens: int, ranks: int = 1) -> int:
+        """Return the windows of a step on all ranks: those that its tokens fill, and one for every rank at least."""
+        return max(self.tokens // window_tokens, ranks)

@@ -42,7 +42,7 @@ class DensePrefix:
         """
         if reconstruction is None or reconstruction.max_distinct_tokens is None:
             return cls()
-        rows = max(reconstruction.tokens // tokens, ranks)
+        rows = reconstruction.windows_per_step(tokens, ranks)
         # At least two batches, since one is held back.
         batches = max(reconstruction.max_distinct_tokens // (rows * tokens), 2)
         return cls(batches, min(batches * rows / count, 1.0))
@@ -73,7 +73,8 @@ def capture_first_inputs(
     tokens = windows.shape[1]
     batch_size: int | list[int] = max(batch_tokens(blocks, environment.device) // tokens, 1)
     if reconstruction is not None:
-        batch_size = environment.group.shard_batch_sizes(len(windows), reconstruction.tokens // tokens)
+        rows = reconstruction.windows_per_step(tokens, environment.group.size)
+        batch_size = environment.group.shard_batch_sizes(len(windows), rows)
     windows = environment.group.shard(windows)
     inputs = capture_block_inputs(model, blocks, windows, batch_size, activations=environment.activation_store())
     check_replay(model, blocks, inputs, windows, environment.device)
