@@ -46,22 +46,15 @@ def prune_summary(report: RunReport, out: Path) -> Text:
     noted = [(site.name, note) for site in report.layers for note in site.solve["notes"]]
     if noted:
         lines.append(f"Notes on {len(noted)} layers in report.json, first {noted[0][0]}: {noted[0][1]}.")
-    lines.append(_describe_cost(report))
-    lines.append(f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.")
-    return Text("\n".join(lines))
-
-
-def _describe_cost(report: RunReport | ShrinkReport) -> str:
-    """Return wall time, that of every phase of at least 0.1 s, and peak memory as a sentence."""
-    shown = {phase: f"{seconds:.1f}" for phase, seconds in report.seconds.items() if phase not in INSIDE_SOLVE}
-    total = report.seconds["total"]
     phases = ", ".join(
-        f"{phase} {seconds}"
-        for phase, seconds in sorted(shown.items(), key=lambda item: item[0] != "load")
-        if phase != "total" and seconds != "0.0"
+        f"{phase} {seconds:.1f}"
+        for phase, seconds in sorted(report.seconds.items(), key=lambda item: item[0] != "load")
+        if phase not in (*INSIDE_SOLVE, "total")
     )
     memory = format_peak_memory(report.peak_host_bytes, report.peak_device_bytes, report.device)
-    return f"{total:.0f} s{f' ({phases})' if phases else ''}; peak memory {memory}."
+    lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
+    lines.append(f"Written to {out}: weights, tokenizer, report.json, {_page_name(out)}README.md.")
+    return Text("\n".join(lines))
 
 
 def _warnings(report: RunReport) -> list[str]:
@@ -111,7 +104,9 @@ def shrink_summary(report: ShrinkReport, out: Path) -> Text:
     if protected := sum(cut.protected for block in report.blocks for cut in block.cuts):
         lines.append(f"{protected} channels were kept because they carry a massive activation.")
     lines += [f"Note: {note}" for note in report.notes]
-    lines.append(_describe_cost(report))
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items() if phase != "total")
+    memory = format_peak_memory(report.peak_host_bytes, report.peak_device_bytes, report.device)
+    lines.append(f"{report.seconds['total']:.0f} s ({phases}); peak memory {memory}.")
     lines.append(f"Written to {out}: weights, tokenizer, shrink.json, README.md.")
     return Text("\n".join(lines))
 
